@@ -1,0 +1,43 @@
+"""Where the text and the image grids lie in a transformer's token sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class TokenLayout(NamedTuple):
+    """The layout of one token sequence; processors receive it as the keyword `token_layout`.
+
+    text_length: number of text tokens in the sequence (0 where the layer sees the image alone).
+    grids: (height, width) in tokens of every image grid, in the order they lie in the sequence, row by row.
+    text_first: whether the text comes before the image (FLUX) or after it (Stable Diffusion 3).
+    """
+
+    text_length: int
+    grids: tuple[tuple[int, int], ...]
+    text_first: bool
+
+    @property
+    def image_length(self) -> int:
+        return sum(height * width for height, width in self.grids)
+
+    def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, ...] -> text [B, T, ...], image [B, N, ...]; views. Raises ValueError where S is not T + N."""
+        expected = self.text_length + self.image_length
+        if tokens.shape[1] != expected:
+            raise ValueError(
+                f"the layer received {tokens.shape[1]} tokens, but its layout has {self.text_length} of text and "
+                f"{self.image_length} of image (grids {self.grids}): pass the right `token_layout`"
+            )
+        lengths = (self.text_length, self.image_length)
+        if self.text_first:
+            text, image = tokens.split(lengths, dim=1)
+        else:
+            image, text = tokens.split(lengths[::-1], dim=1)
+        return text, image
+
+    def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
+        return torch.cat((text, image) if self.text_first else (image, text), dim=1)
