@@ -1,0 +1,1 @@
+"""The laptop-sized demonstration: its canvases, its judges, and the run itself."""
