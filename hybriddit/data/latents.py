@@ -1,0 +1,103 @@
+"""Latents with their prompts' embeddings: rows of tensors, in memory or in safetensors shards on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """How a set was made. Sets of different making never share a cache.
+
+    height, width: in pixels. steps, guidance_scale, max_sequence_length, seed: as the teacher's pipeline was called.
+    teacher_made: the images are the teacher's own, made with `guidance_scale`.
+    """
+
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    max_sequence_length: int | None = None
+    seed: int = 0
+    teacher_made: bool = True
+
+
+class LatentData:
+    """A set of latents and prompt embeddings.
+
+    shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, tokens, C] for FLUX,
+        [N, C, h, w] else) and the prompt's tensors under the pipeline's names ("prompt_embeds", ...). A table's values
+        are tensors, or safetensors slices that are read when asked for.
+    empty: the empty prompt's tensors, one row each; what prompt dropout puts in the prompt's place.
+    """
+
+    def __init__(self, shards: Sequence[Mapping], empty: dict[str, torch.Tensor], info: LatentInfo):
+        self.shards, self.empty, self.info = shards, empty, info
+        self._rows = [(shard, row) for shard in shards for row in range(_length(shard["latents"]))]
+        if not self._rows:
+            raise ValueError("a latent set needs at least one image")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's latents."""
+        return tuple(self.rows([0])["latents"].shape[1:])
+
+    def rows(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows `indices` of every key, stacked."""
+        picked = [self._rows[index] for index in indices]
+        return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in picked[0][0]}
+
+
+def _length(values) -> int:
+    return values.shape[0] if isinstance(values, torch.Tensor) else values.get_shape()[0]
+
+
+def save_table(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file so that it is whole or absent, whatever happens meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_table(path: Path) -> dict:
+    """The keys of a safetensors file as slices that are read when indexed. ValueError where the file is damaged."""
+    try:
+        file = safe_open(path, framework="pt")
+        return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again to remake it") from None
+
+
+def claim_folder(folder: Path, making: dict) -> None:
+    """Note in `folder` how its set is made; ValueError if it already holds one made otherwise."""
+    path = folder / "data.json"
+    making = json.loads(json.dumps(making))
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(making, indent=1))
+        partial.replace(path)
+        return
+    found = json.loads(path.read_text())
+    other = [key for key in making if found.get(key) != making[key]]
+    if other:
+        raise ValueError(
+            f"the cache {folder} was made with other values of {', '.join(other)}: use another data.cache, or delete it"
+        )

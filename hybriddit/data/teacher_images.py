@@ -1,0 +1,141 @@
+"""Training images without a data set: the teacher makes them from prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .latents import LatentData, LatentInfo, claim_folder, open_table, save_table
+
+
+def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
+    """Prompts from a list, or from a text file with one a line (blank lines are skipped)."""
+    if isinstance(prompts, (str, Path)):
+        path = Path(prompts)
+        if not path.is_file():
+            raise FileNotFoundError(f"no prompt file at {str(prompts)!r} (data.prompts): one prompt a line")
+        prompts = path.read_text(encoding="utf-8").splitlines()
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError("data.prompts holds no prompt")
+    return prompts
+
+
+def teacher_images(
+    pipeline,
+    prompts: Sequence[str],
+    *,
+    images: int,
+    height: int,
+    width: int,
+    steps: int,
+    guidance_scale: float,
+    max_sequence_length: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> LatentData:
+    """Let the teacher make `images` images; keep their latents and the prompts' embeddings.
+
+    Image i is of prompt i modulo their number, from a generator seeded seed + i, so that it does not depend on
+    batch_size. A transformer that is converted already runs as the dense teacher.
+
+    cache: a folder of safetensors shards, one per batch, each whole or absent; an interrupted run continues where it
+        stopped, and a finished cache is only opened. Raises ValueError if it was made with other settings.
+    """
+    from ..models.surgery import dense_mode
+
+    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed)
+    folder = Path(cache) if cache is not None else None
+    if folder is not None:
+        used = list(prompts[:images])
+        claim_folder(folder, {**asdict(info), "images": images, "batch_size": batch_size, "prompts": used})
+
+    def table(name: str, make) -> dict:
+        if folder is None:
+            return make()
+        if not (folder / name).exists():
+            save_table(folder / name, make())
+        return open_table(folder / name)
+
+    def make_batch() -> dict[str, torch.Tensor]:
+        text = encode_prompts(pipeline, [prompts[i % len(prompts)] for i in rows], max_sequence_length)
+        latents = sample(pipeline, text, empty, info, [seed + i for i in rows], output_type="latent")
+        return {"latents": latents.cpu(), **{key: value.cpu() for key, value in text.items()}}
+
+    empty = table("empty.safetensors", lambda: encode_prompts(pipeline, [""], max_sequence_length))
+    empty = {key: values[:].cpu() for key, values in empty.items()}
+    converted = hasattr(pipeline.transformer.config, "hybrid_config")
+    shards = []
+    with (
+        dense_mode(pipeline.transformer) if converted else nullcontext(),
+        quiet(pipeline),
+        tqdm(total=images, desc="teacher images", unit="image", disable=not progress) as bar,
+    ):
+        for number, start in enumerate(range(0, images, batch_size)):
+            rows = range(start, min(start + batch_size, images))
+            shards.append(table(f"latents-{number:05d}.safetensors", make_batch))
+            bar.update(len(rows))
+    return LatentData(shards, empty, info)
+
+
+@torch.no_grad()
+def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
+    """The prompts' tensors under the names the pipeline's call takes them by, one row a prompt."""
+    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    kind = type(pipeline).__name__
+    if "Flux" in kind:
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, **length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if "StableDiffusion3" in kind:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if "PixArt" in kind:
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **length)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    raise ValueError(f"cannot encode prompts with a {kind}: supported are FLUX, Stable Diffusion 3 and PixArt-Sigma")
+
+
+@torch.no_grad()
+def sample(
+    pipeline,
+    text: dict[str, torch.Tensor],
+    empty: dict[str, torch.Tensor],
+    info: LatentInfo,
+    seeds: Sequence[int],
+    output_type: str = "pil",
+):
+    """Generate from encoded prompts, one seed each; PIL images, or latents as the transformer takes them."""
+    device = pipeline.transformer.device
+    arguments = {key: value.to(device) for key, value in text.items()}
+    if "Flux" not in type(pipeline).__name__:  # classifier-free guidance
+        count = len(seeds)
+        arguments |= {f"negative_{key}": value.to(device).repeat_interleave(count, 0) for key, value in empty.items()}
+    if "PixArt" in type(pipeline).__name__:
+        arguments |= {"use_resolution_binning": False, "prompt": None, "negative_prompt": None}
+    return pipeline(
+        **arguments,
+        height=info.height,
+        width=info.width,
+        num_inference_steps=info.steps,
+        guidance_scale=info.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        output_type=output_type,
+    ).images
+
+
+@contextmanager
+def quiet(pipeline):
+    """Within it, the pipeline shows no progress bar of its own."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)

@@ -1,0 +1,97 @@
+"""Checkpoints of a distillation run: whole or absent, and nothing that needs unpickling."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, torch.nn.Parameter],
+    average: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+    keep: int,
+) -> Path:
+    """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
+
+    It appears under its name only when complete; then all but the newest `keep` are removed. The random numbers and
+    the order of the data depend on the step alone, so the step is all there is to keep of them.
+    """
+    tensors = {}
+    for (name, parameter), mean in zip(parameters.items(), average, strict=True):
+        tensors[f"weight/{name}"], tensors[f"average/{name}"] = parameter, mean
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    final, partial = folder / f"step-{step:08d}", folder / f".partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors"
+        )
+        (partial / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+        for path in (*partial.iterdir(), partial):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_checkpoint(
+    path: Path,
+    parameters: dict[str, torch.nn.Parameter],
+    average: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+) -> int:
+    """Put everything back in place, and return the step to go on from.
+
+    Raises ValueError where the checkpoint is damaged, or was made with other settings.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to go on from an older one") from None
+    other = [key for key in settings if state["settings"].get(key) != settings[key]]
+    if other:
+        raise ValueError(
+            f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
+            "anew in another output.folder"
+        )
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        by_parameter[name][kind] = value
+    with torch.no_grad():
+        for (name, parameter), mean in zip(parameters.items(), average, strict=True):
+            kinds = by_parameter[name]
+            parameter.copy_(kinds.pop("weight"))
+            mean.copy_(kinds.pop("average"))
+            if kinds:
+                # AdamW counts steps on the host, beside moments on the device
+                optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in kinds.items()
+                }
+    return state["step"]

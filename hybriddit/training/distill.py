@@ -1,0 +1,384 @@
+"""Distill a hybrid from its own dense teacher: one copy of the model is both."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, InitProcessGroupKwargs
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from ..data.latents import LatentData
+from ..data.teacher_images import quiet, read_prompts, sample, teacher_images
+from ..models.surgery import dense_mode, hybridize, save_adapter
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .config import DistillConfig, to_dict
+from .losses import captured_outputs, converted_layers, layer_loss
+from .recipes import Recipe, add_noise, draw_times, model_inputs, prediction, recipe_of
+
+METRICS = ("loss", "task", "output", "layer", "grad_norm")
+
+
+def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
+    """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
+    if not config.model.path:
+        raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
+    if not config.output.folder:
+        raise ValueError("output.folder is empty: the distilled adapter would be lost")
+    prompts = read_prompts(config.data.prompts)
+    accelerator = make_accelerator(config)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    pipeline = DiffusionPipeline.from_pretrained(config.model.path, dtype=dtype).to(accelerator.device)
+    if accelerator.num_processes > 1 and not config.data.cache:
+        raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
+    with accelerator.main_process_first():
+        data = teacher_images(
+            pipeline,
+            prompts,
+            images=config.data.images,
+            height=config.data.height,
+            width=config.data.width,
+            steps=config.data.steps,
+            guidance_scale=config.data.guidance_scale,
+            max_sequence_length=config.data.max_sequence_length,
+            batch_size=config.data.batch_size,
+            seed=config.data.seed,
+            cache=config.data.cache,
+            progress=config.train.progress and accelerator.is_main_process,
+        )
+    for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
+        if name.startswith("text_encoder"):
+            setattr(pipeline, name, None)
+    return distill(pipeline, data, config, resume=resume)
+
+
+def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:
+    """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
+
+    The transformer is converted in place with `config.hybrid` unless it is converted already; its dense weights are
+    never touched. `config.model.path` and `config.data` are not used here: `data` is what it is trained on.
+
+    With `config.output.folder` set, the folder receives config.yaml, checkpoints/, samples/, TensorBoard events and
+    at the end adapter/. `resume` goes on from its newest checkpoint, and gives what an unbroken run gives.
+
+    Returns the transformer, holding the averaged weights. Raises ValueError on settings that cannot work, and
+    FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
+    """
+    recipe = recipe_of(pipeline, config.model.recipe)
+    weights, dropout = loss_settings(recipe, data, config)
+    grid = token_grid(pipeline, data)
+    accelerator = make_accelerator(config)
+    folder = Path(config.output.folder) if config.output.folder else None
+    if folder is not None:
+        claim_run(folder, resume)
+
+    # the student is the teacher plus what hybridize adds; only that is trained, in fp32
+    base = pipeline.transformer
+    if not hasattr(base.config, "hybrid_config"):
+        with torch.random.fork_rng():
+            torch.manual_seed(config.train.seed)
+            hybridize(base, config.hybrid)
+    if base.dtype != torch.float32 and config.train.precision == "no":
+        raise ValueError(f"the transformer's weights are {base.dtype}: set train.precision=bf16, or load it in float32")
+    base.requires_grad_(False).eval().to(accelerator.device)
+    trained = {name: p for name, p in base.named_parameters() if ".hybrid." in name}
+    if not trained:
+        raise ValueError(
+            "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
+        )
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    parameters = list(trained.values())
+    if config.train.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    layers = converted_layers(base)
+    model = accelerator.prepare(base)
+    optimizer = make_optimizer(trained, config)
+    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=True)
+
+    first = 0
+    settings = resume_settings(config)
+    if resume:
+        first = load_checkpoint(
+            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
+        )
+        average.optimization_step = first
+    elif folder is not None and accelerator.is_main_process:
+        OmegaConf.save(OmegaConf.create(to_dict(config)), folder / "config.yaml")
+    if folder is not None:
+        accelerator.init_trackers("tensorboard")
+
+    guidance = data.info.guidance_scale if getattr(base.config, "guidance_embeds", False) else None
+    pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
+    teacher_samples = None
+    bar = tqdm(
+        initial=first,
+        total=config.train.steps,
+        desc="distill",
+        unit="step",
+        disable=not (config.train.progress and accelerator.is_main_process),
+    )
+    for step in range(first, config.train.steps):
+        for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
+            group["lr"] = rate
+
+        metrics = torch.zeros(len(METRICS), device=accelerator.device)
+        batches = draw_batches(
+            data,
+            recipe,
+            config,
+            step,
+            dropout,
+            grid,
+            pipeline.scheduler,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        for index, (latents, noise, times, text) in enumerate(batches):
+            latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, base.dtype)
+            noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
+            inputs = model_inputs(recipe, noisy.to(base.dtype), times, text, grid, guidance)
+
+            with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
+                teacher = prediction(recipe, base(**inputs, return_dict=False)[0], latents).float()
+            last = index == config.train.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                with captured_outputs(layers) as student_layers:
+                    student = prediction(recipe, model(**inputs, return_dict=False)[0], latents).float()
+                losses = torch.stack(
+                    [
+                        F.mse_loss(student, target),
+                        F.mse_loss(student, teacher),
+                        layer_loss(student_layers, teacher_layers),
+                    ]
+                )
+                loss = (losses * weights.to(losses)).sum()
+                accelerator.backward(loss / config.train.accumulation)
+            metrics[:4] += torch.stack((loss, *losses)).detach() / config.train.accumulation
+        metrics[4] = nn.utils.clip_grad_norm_(parameters, config.optim.clip, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(parameters)
+        pending.append(metrics)
+        bar.update()
+
+        done = step + 1
+        every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+        due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+        if any(due.values()):
+            values = _check(pending, done)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            if folder is not None:
+                rates = {"lr": optimizer.param_groups[0]["lr"], "gate_lr": optimizer.param_groups[1]["lr"]}
+                accelerator.log(values | rates, step=done)
+            pending.clear()
+        if folder is None or not accelerator.is_main_process:
+            continue
+        if due["checkpoint"]:
+            save_checkpoint(
+                folder / "checkpoints", done, trained, average.shadow_params, optimizer, settings, config.output.keep
+            )
+        if due["sample"] and getattr(pipeline, "vae", None) is not None:
+            if teacher_samples is None:
+                with dense_mode(base):
+                    teacher_samples = draw_samples(pipeline, data, config)
+            average.store(parameters)
+            average.copy_to(parameters)
+            samples = draw_samples(pipeline, data, config)
+            average.restore(parameters)
+            save_grid(folder / "samples" / f"step-{done:08d}.png", [teacher_samples, samples])
+    bar.close()
+
+    average.copy_to(parameters)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if folder is not None:
+        if accelerator.is_main_process:
+            save_adapter(base, folder / "adapter")
+        accelerator.end_training()
+    if config.train.gradient_checkpointing:
+        base.disable_gradient_checkpointing()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(base.dtype)
+    return base
+
+
+def make_accelerator(config: DistillConfig) -> Accelerator:
+    """accelerate as `accelerate launch` set it up, with the run's precision and TensorBoard."""
+    return Accelerator(
+        mixed_precision=config.train.precision,
+        log_with="tensorboard" if config.output.folder else None,
+        project_dir=config.output.folder,
+        # the first process may be making images for hours while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+    )
+
+
+def loss_settings(recipe: Recipe, data: LatentData, config: DistillConfig) -> tuple[torch.Tensor, float]:
+    """The weights of (task, output, layer) and the prompt dropout: the config's, else the recipe's."""
+    chosen = config.loss
+    task = recipe.task if chosen.task is None else chosen.task
+    if recipe.task_needs_teacher_images and task and not data.info.teacher_made:
+        if chosen.task is not None:
+            raise ValueError("loss.task: a guidance-distilled teacher's task loss needs images the teacher made itself")
+        task = 0.0
+    output = recipe.output if chosen.output is None else chosen.output
+    layer = recipe.layer if chosen.layer is None else chosen.layer
+    dropout = recipe.prompt_dropout if chosen.prompt_dropout is None else chosen.prompt_dropout
+    if min(task, output, layer) < 0 or max(task, output, layer) == 0:
+        raise ValueError(f"loss weights must be 0 or more and not all 0, got {task}, {output}, {layer}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"loss.prompt_dropout must be in [0, 1], got {dropout}")
+    return torch.tensor([task, output, layer]), dropout
+
+
+def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
+    """(height, width) in tokens of the set's latents."""
+    latents = data.rows([0])["latents"]
+    if latents.ndim == 4:
+        patch = pipeline.transformer.config.patch_size
+        return latents.shape[2] // patch, latents.shape[3] // patch
+    scale = pipeline.vae_scale_factor * 2  # FLUX packs 2 x 2 latents into a token
+    grid = (data.info.height // scale, data.info.width // scale)
+    if grid[0] * grid[1] != latents.shape[1]:
+        raise ValueError(
+            f"latents of {latents.shape[1]} tokens are no {grid[0]} x {grid[1]} grid: made by another model?"
+        )
+    return grid
+
+
+def make_optimizer(trained: dict[str, nn.Parameter], config: DistillConfig) -> torch.optim.Optimizer:
+    """AdamW over two groups: everything else, and the gates. Gates start at zero and must travel far."""
+    gates = [p for name, p in trained.items() if is_gate(name)]
+    others = [p for name, p in trained.items() if not is_gate(name)]
+    groups = [{"params": others, "weight_decay": config.optim.weight_decay}, {"params": gates, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.optim.lr, foreach=True)
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter's full name is a gate's."""
+    return name.split(".hybrid.")[-1].startswith("gate")
+
+
+def learning_rates(step: int, config: DistillConfig) -> tuple[float, float]:
+    """Rates of the two groups at `step` (from 0): warm-up is for the first alone."""
+    optim = config.optim
+    decay = 0.5 * (1 + math.cos(math.pi * step / config.train.steps)) if optim.schedule == "cosine" else 1.0
+    warmup = min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    return optim.lr * decay * warmup, optim.lr * optim.gate_lr_factor * decay
+
+
+def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
+    """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
+
+    Everything random is drawn for the whole batch from (seed, step) alone: a resumed run, and one on another number of
+    processes, sees the same samples.
+    """
+    count, parts = config.train.batch_size, config.train.accumulation * processes
+    if count % parts:
+        raise ValueError(
+            f"train.batch_size {count} does not divide into {processes} processes x {parts // processes} steps"
+        )
+    generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
+    indices = epoch_order(len(data), config.train.seed, step * count, count)
+    times = draw_times(recipe, count, grid[0] * grid[1], scheduler, generator)
+    dropped = torch.rand(count, generator=generator) < dropout
+    noise = torch.randn((count, *data.shape), generator=generator)
+    size = count // parts
+    for part in range(rank, parts, processes):
+        own = slice(part * size, (part + 1) * size)
+        rows = data.rows(indices[own])
+        latents = rows.pop("latents")
+        text = {
+            key: torch.where(dropped[own].view(-1, *[1] * (value.ndim - 1)), data.empty[key].to(value), value)
+            for key, value in rows.items()
+        }
+        yield latents, noise[own], times[own], text
+
+
+def epoch_order(count: int, seed: int, start: int, length: int) -> list[int]:
+    """Positions start, ..., start + length - 1 of an endless stream of shuffled epochs over `count` items."""
+    positions = range(start, start + length)
+    return [_permutation(count, seed, position // count)[position % count] for position in positions]
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
+    """One PIL image for each of the first prompts of the set; always from the same seeds."""
+    rows = data.rows(range(min(config.output.samples, len(data))))
+    count = len(rows.pop("latents"))
+    text = {
+        key: value.to(pipeline.transformer.dtype) if value.is_floating_point() else value for key, value in rows.items()
+    }
+    with quiet(pipeline):
+        return sample(pipeline, text, data.empty, data.info, [config.train.seed + i for i in range(count)])
+
+
+def save_grid(path: Path, columns: list[list]) -> None:
+    """A PNG with one column per list of PIL images: teacher beside student."""
+    from PIL import Image
+
+    width, height = columns[0][0].size
+    grid = Image.new("RGB", (width * len(columns), height * len(columns[0])))
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column):
+            grid.paste(image, (x * width, y * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+
+
+def claim_run(folder: Path, resume: bool) -> None:
+    """ValueError where there is nothing to resume, or something that a new run would write over."""
+    found = checkpoints(folder / "checkpoints")
+    if resume and not found:
+        raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
+    if found and not resume:
+        raise ValueError(
+            f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def resume_settings(config: DistillConfig) -> dict:
+    """What must not change between a checkpoint and its continuation."""
+    values = to_dict(config)
+    values["data"].pop("cache")
+    names = ("batch_size", "accumulation", "precision", "seed")
+    kept = {f"train.{name}": values["train"][name] for name in names}
+    for section in ("hybrid", "data", "loss"):
+        kept |= {f"{section}.{name}": value for name, value in values[section].items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+
+def _check(pending: list[torch.Tensor], done: int) -> dict[str, float]:
+    """Mean metrics of the last steps; FloatingPointError if one was not finite. The only wait for the device."""
+    values = torch.stack(pending).cpu()
+    bad = (~values.isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        step = done - len(pending) + int(bad[0]) + 1
+        shown = ", ".join(
+            f"{name} {value:.4g}" for name, value in zip(METRICS, values[int(bad[0])].tolist(), strict=True)
+        )
+        raise FloatingPointError(f"training stopped: not finite at step {step} ({shown}); earlier checkpoints are kept")
+    return dict(zip(METRICS, values.mean(dim=0).tolist(), strict=True))
+
+
+def _to_device(batch, device: torch.device, dtype: torch.dtype):
+    latents, noise, times, text = batch
+    text = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in text.items()}
+    return latents.to(device).float(), noise.to(device), times.to(device), text
