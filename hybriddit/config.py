@@ -1,24 +1,33 @@
-"""HybridConfig and the run configs: dataclasses; YAML plus dotted overrides; an unknown key is an error."""
+"""HybridConfig: which attention layers of a transformer become what. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
+MAX_BLOCKS = 128  # of one stack, for every_nth_dense: the longest today has 38
 
 
 @dataclass(frozen=True)
 class HybridConfig:
     """How the attention layers of a diffusion transformer are replaced.
 
+    Raises ValueError (TypeError for layers that are no mapping), in one line, where a field cannot work.
+
     window, stride, dilation: int or (rows, columns), in tokens; a window of None is linear attention alone.
-    linear: False leaves the far branch out (window attention alone).
+    linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
         that matches none is "hybrid".
+    delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
     """
 
     window: int | tuple[int, int] | None = 16
@@ -28,3 +37,94 @@ class HybridConfig:
     map_rank: int | None = None
     gate: str = "head"
     layers: dict[str, str] = field(default_factory=dict)
+    delta_rank: int | None = None
+
+    def __post_init__(self):
+        for name in ("window", "stride", "dilation"):
+            value = getattr(self, name)
+            if name == "window" and value is None:
+                continue
+            sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+            if len(sides) != 2 or not all(_is_count(side) for side in sides):
+                raise ValueError(f"{name} must be a positive integer or a pair of them (rows, columns), not {value!r}")
+            # JSON and YAML give lists: both spellings of one config are equal
+            object.__setattr__(self, name, sides if isinstance(value, (tuple, list)) else value)
+        for name in ("map_rank", "delta_rank"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name} must be a positive integer or None, not {value!r}")
+        if self.linear not in (True, False):
+            raise ValueError(f"linear must be true or false, not {self.linear!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers must map name patterns to layer kinds, not {self.layers!r}")
+        object.__setattr__(self, "layers", dict(self.layers))
+        for pattern, kind in self.layers.items():
+            if kind not in LAYER_KINDS:
+                raise ValueError(f"unknown layer kind {kind!r} for {pattern!r}: use one of {', '.join(LAYER_KINDS)}")
+        if self.window is None:
+            if not self.linear:
+                raise ValueError("window=None with linear=False leaves no attention: give a window or linear=True")
+            if "window" in self.layers.values():
+                raise ValueError('a layer of kind "window" needs a window: window is None')
+        elif any(stride > window for stride, window in zip(self.pair("stride"), self.pair("window"), strict=True)):
+            raise ValueError(f"stride {self.stride} is larger than window {self.window}: use a stride up to the window")
+
+    def pair(self, name: str) -> tuple[int, int] | None:
+        """`window`, `stride` or `dilation` as (rows, columns); None where the window is None."""
+        value = getattr(self, name)
+        return value if value is None or isinstance(value, tuple) else (value, value)
+
+    def kind(self, layer: str) -> str:
+        """What the attention layer of this module name becomes: one of LAYER_KINDS, with window and linear applied."""
+        kind = next((kind for pattern, kind in self.layers.items() if fnmatchcase(layer, pattern)), "hybrid")
+        if kind == "hybrid" and self.window is None:
+            return "linear"
+        if kind == "hybrid" and not self.linear:
+            return "window"
+        return kind
+
+    @classmethod
+    def every_nth_dense(cls, n: int, **kwargs: Any) -> HybridConfig:
+        """Keep the teacher's attention in every n-th block (blocks 0, n, 2n, … of each stack); kwargs are fields."""
+        if not _is_count(n) or n < 2:
+            raise ValueError(f"every_nth_dense needs an n of 2 or more, not {n!r}")
+        # one pattern per block: module names carry the index as `blocks.<i>.`
+        dense = {f"*blocks.{index}.*": "dense" for index in range(0, MAX_BLOCKS, n)}
+        return cls(**{**kwargs, "layers": {**dense, **kwargs.get("layers", {})}})
+
+    @classmethod
+    def from_plan(cls, path: str | Path) -> HybridConfig:
+        """Read a YAML or JSON file of these fields. Raises FileNotFoundError, or ValueError naming the file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no plan file {path}")
+        import yaml  # here: the config itself needs the standard library alone
+
+        try:
+            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HybridConfig:
+        """The inverse of `to_dict`. Keys that begin with an underscore are a file's own notes and are left out."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a HybridConfig is made from field names and their values, not from {values!r}")
+        known = [f.name for f in fields(cls)]
+        values = {name: value for name, value in values.items() if not str(name).startswith("_")}
+        for name in values:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+                raise ValueError(f"unknown field {name!r} of HybridConfig: {hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON would give them back (pairs as lists)."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -75,7 +75,9 @@ class HybridAttention(nn.Module):
         """
         gate = None
         if self.window is not None:
-            gate = self.gate if isinstance(self.gate, nn.Parameter) else self.gate(hidden_states).unsqueeze(-1)
+            gate = self.gate
+            if isinstance(gate, nn.Linear):  # kept in fp32, whatever the layer runs in
+                gate = gate(hidden_states.to(gate.weight.dtype)).unsqueeze(-1)
         return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
 
     def forward(

@@ -1,0 +1,42 @@
+"""What the hybrid model classes of all families share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ..config import HybridConfig
+
+
+class HybridModelMixin:
+    """Goes before the diffusers class; the attention layers are replaced when the dense model has been built."""
+
+    # the gates are few, and near zero: bf16 would round their steps away
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["gate"]
+
+    def _init_hybrid(self, hybrid_config: HybridConfig | dict[str, Any] | None) -> None:
+        from .surgery import insert_hybrid  # it knows the table of families, which names the class being built
+
+        if not isinstance(hybrid_config, HybridConfig):
+            hybrid_config = HybridConfig.from_dict(hybrid_config or {})
+        insert_hybrid(self, hybrid_config)
+
+    def _dense_arguments(self) -> dict[str, Any]:
+        """The diffusers class's arguments, as @register_to_config has just stored them."""
+        return {k: v for k, v in self.config.items() if not k.startswith("_") and k != "hybrid_config"}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers', from safetensors only. Raises ValueError where the folder has no hybrid weights."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"{cls.__name__} loads safetensors only: leave use_safetensors out")
+        kwargs["use_safetensors"] = True
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # diffusers leaves weights that the file lacks on the meta device, with a warning
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__} (first: {missing[0]}): "
+                "load a dense model with its own class, then hybridize it or load_adapter"
+            )
+        return loaded

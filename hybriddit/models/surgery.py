@@ -1,0 +1,317 @@
+"""Dense to hybrid and back, in place; the teacher's pass through a hybrid model; adapters on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..attention import HybridAttention
+from ..config import HybridConfig
+from .families import Family, family_of, is_hybrid
+from .processing import LowRankDelta, projections
+
+CONFIG_NAME = "hybrid_config.json"
+WEIGHTS_NAME = "hybrid_adapter.safetensors"
+
+
+def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
+    """Replace the attention of a diffusers transformer by hybrid attention, in place.
+
+    The model becomes an instance of its family's Hybrid class and keeps the config as `model.config.hybrid_config`,
+    so that `save_pretrained` keeps all of it. A fresh hybrid has zero gates: it is the dense model with each image
+    token's attention masked to its window and the text.
+
+    Returns the model. Raises ValueError, and leaves the model as it was, for an unsupported class, a model that is
+    hybrid already, one whose attention processors have been replaced, and a config that converts no layer.
+    """
+    family = family_of(model)
+    if is_hybrid(model):
+        raise ValueError("the model is hybrid already: restore_dense(model) before converting it anew")
+    if not isinstance(config, HybridConfig):
+        raise TypeError(f"hybridize needs a HybridConfig, not {type(config).__name__}")
+    insert_hybrid(model, config)
+    model.__class__ = family.hybrid_class
+    _relabel_in_pipelines(model)
+    return model
+
+
+def restore_dense(model: nn.Module) -> nn.Module:
+    """Undo `hybridize`, in place: class, config, processors, weights and outputs are the dense model's. Returns it."""
+    family = _hybrid_family(model)
+    for name, processor in model._dense_processors.items():
+        attn = model.get_submodule(name)
+        attn.set_processor(processor)
+        if hasattr(attn, "hybrid"):
+            del attn.hybrid
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is inject_token_layout:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    del model._dense_processors, model._dense_mode
+    values = {key: value for key, value in model.config.items() if key != "hybrid_config"}
+    if "_class_name" in values:
+        values["_class_name"] = family.dense_class.__name__
+    model._internal_dict = type(model.config)(values)
+    model.__class__ = family.dense_class
+    _relabel_in_pipelines(model)
+    return model
+
+
+@contextlib.contextmanager
+def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a hybrid model as the dense teacher it was made from, bit for bit, for as long as the context lasts.
+
+    A pass under gradient checkpointing has to be backpropagated within the same context. Raises ValueError for a
+    model that is not hybrid.
+    """
+    family = _hybrid_family(model)
+    processors = {name: attn.processor for name, attn in family.attentions(model).items()}
+    was_dense, model._dense_mode = model._dense_mode, True
+    try:
+        for name, processor in model._dense_processors.items():
+            model.get_submodule(name).set_processor(processor)
+        yield model
+    finally:
+        for name, processor in processors.items():
+            model.get_submodule(name).set_processor(processor)
+        model._dense_mode = was_dense
+
+
+def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
+    """The part of `hybridize` that the Hybrid classes' constructors share: all but the change of class."""
+    family = family_of(model)
+    attentions = family.attentions(model)
+    for name, attn in attentions.items():
+        if type(attn.processor) is not family.teacher_processor:
+            raise ValueError(
+                f"{name} runs {type(attn.processor).__name__} instead of {family.teacher_processor.__name__} "
+                "(PAG, an IP-Adapter, fused projections, …): undo that before converting"
+            )
+        if getattr(attn, "fused_projections", False):
+            raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() before converting")
+    if getattr(model, "_parallel_config", None) is not None:
+        raise ValueError("the model runs in parallel, with its tokens split over devices: convert it before that")
+    layers = [name for name in attentions if family.converts(name)]
+    hybrids = {name: _hybrid_attention(attentions[name], config, config.kind(name), model.dtype)
+               for name in layers if config.kind(name) != "dense"}  # fmt: skip
+    if not hybrids:
+        raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
+
+    model._dense_processors = {name: attn.processor for name, attn in attentions.items()}
+    model._dense_mode = False
+    for name, attn in attentions.items():
+        if name in hybrids:
+            attn.hybrid = hybrids[name]
+            attn.set_processor(family.hybrid_processor())
+        else:
+            processor = family.dense_processor()
+            vars(processor).update(vars(attn.processor))  # its attention backend
+            attn.set_processor(processor)
+    model.register_forward_pre_hook(inject_token_layout, with_kwargs=True)
+    model.register_to_config(hybrid_config=config.to_dict())
+
+
+def _hybrid_attention(attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype) -> HybridAttention:
+    """The new part of one attention layer, on its device; `dtype` for all but the gate, which stays fp32."""
+    width = attn.to_q.in_features
+    hybrid = HybridAttention(
+        width,
+        attn.heads,
+        attn.to_q.out_features // attn.heads,
+        map_rank=config.map_rank or max(1, width // 16),
+        window=None if kind == "linear" else config.pair("window"),
+        stride=config.pair("stride"),
+        dilation=config.pair("dilation"),
+        far=kind != "window",
+        gate=config.gate,
+    )
+    hybrid.deltas = nn.ModuleDict()
+    if config.delta_rank is not None:
+        for name, module in projections(attn).items():
+            key = name.replace(".", "_")
+            hybrid.deltas[key] = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
+    hybrid.to(attn.to_q.weight.device).train(attn.training)
+    for name, parameter in hybrid.named_parameters():
+        if not name.startswith("gate"):
+            parameter.data = parameter.data.to(dtype)
+    return hybrid
+
+
+def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a hybrid model: hands every attention processor the `token_layout` of this call.
+
+    It runs outside the blocks, which may be compiled or checkpointed. A layout that the caller passes is left alone.
+    Raises ValueError where a converted layer has lost its processor: it would silently be dense.
+    """
+    if model._dense_mode:
+        return None
+    family = family_of(model)
+    for name in model._dense_processors:
+        attn = model.get_submodule(name)
+        expected = family.hybrid_processor if hasattr(attn, "hybrid") else family.dense_processor
+        if type(attn.processor) is not expected:
+            raise ValueError(
+                f"{name} runs {type(attn.processor).__name__} in place of {expected.__name__}: hybrid models do not "
+                "work with what replaces attention processors (IP-Adapter, PAG, fuse_qkv_projections, "
+                "set_attn_processor); use it on the dense model, restore_dense(model)"
+            )
+    inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
+    inputs.pop("self")
+    attention_kwargs = dict(inputs.get(family.attention_kwargs) or {})
+    if "ip_adapter_image_embeds" in attention_kwargs:
+        raise ValueError("hybrid models do not take IP-Adapter images: use them on the dense model")
+    if attention_kwargs.get("token_layout") is None:
+        attention_kwargs["token_layout"] = family.token_layout(model, inputs)
+    return (), {**inputs, family.attention_kwargs: attention_kwargs}
+
+
+@functools.cache
+def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(model_class.forward)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write what conversion and training added to a hybrid model: its config and its `*.hybrid.*` weights.
+
+    Each file is replaced whole, so that an interrupted save leaves the old one. Raises ValueError for a model that is
+    not hybrid.
+    """
+    family = _hybrid_family(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _hybrid_state(model).items()}
+    with _replacing(folder / WEIGHTS_NAME) as path:
+        save_file(weights, path, metadata={"format": "pt"})
+    values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
+    with _replacing(folder / CONFIG_NAME) as path:
+        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -> Any:
+    """Load an adapter that `save_adapter` wrote, into a transformer or a pipeline's transformer, and return that.
+
+    A dense model is converted first; a hybrid one must have the adapter's config. From a hub repository only the two
+    files are fetched. Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits
+    another model; the model is then as it was.
+    """
+    model = getattr(model_or_pipeline, "transformer", model_or_pipeline)
+    family = family_of(model)
+    source = str(folder_or_repo_id)
+    config, base_class = _read_config(_adapter_file(source, CONFIG_NAME))
+    if base_class != family.dense_class.__name__:
+        raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
+    weights_path = _adapter_file(source, WEIGHTS_NAME)
+    try:
+        weights = load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights_path} is damaged or no safetensors file ({error}): save or fetch it anew"
+        ) from error
+
+    was_hybrid = is_hybrid(model)
+    if not was_hybrid:
+        hybridize(model, config)
+    elif HybridConfig.from_dict(model.config.hybrid_config) != config:
+        raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
+    try:
+        _check_fit(weights, _hybrid_state(model), source)
+    except ValueError:
+        if not was_hybrid:
+            restore_dense(model)
+        raise
+    model.load_state_dict(weights, strict=False)
+    return model_or_pipeline
+
+
+def _hybrid_family(model: nn.Module) -> Family:
+    family = family_of(model)
+    if not is_hybrid(model):
+        raise ValueError(f"the {type(model).__name__} is not hybrid: hybridize it first")
+    return family
+
+
+def _hybrid_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if ".hybrid." in name}
+
+
+def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str) -> None:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        what = f"lacks {len(missing)} of its weights ({missing[0]}, …)" if missing else ""
+        what += " and " if missing and unknown else ""
+        what += f"has {len(unknown)} that it has no place for ({unknown[0]}, …)" if unknown else ""
+        raise ValueError(f"the adapter in {source} does not fit this model: it {what}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"the adapter in {source} does not fit this model: {name} is {tuple(tensor.shape)}, "
+                f"the model's is {tuple(expected[name].shape)}"
+            )
+
+
+def _read_config(path: str | os.PathLike) -> tuple[HybridConfig, str | None]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return HybridConfig.from_dict(values), values.get("_base_class")
+    except (TypeError, ValueError) as error:  # json's and unicode's decoding errors are ValueErrors too
+        raise ValueError(f"{path} is no adapter config: {error}") from error
+
+
+def _adapter_file(source: str, name: str) -> str:
+    """The path of one of an adapter's files, fetched where the source is no folder but may be a hub repository."""
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{source} has no {name}: it is no adapter folder")
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise FileNotFoundError(f"no adapter folder {source}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return hf_hub_download(source, name)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise FileNotFoundError(f"no folder {source}, and the hub gave no {name} for it: {reason}") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)  # mkstemp's are for the owner alone
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _relabel_in_pipelines(model: nn.Module) -> None:
+    """Let the pipelines that hold the model note its new class, which they write into `model_index.json`.
+
+    They note a component's class only when it is set; a folder saved under the old one would load a dense model.
+    """
+    pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    if pipelines is None:
+        return
+    for held in gc.get_objects():
+        if issubclass(type(held), pipelines.DiffusionPipeline) and vars(held).get("transformer") is model:
+            held.transformer = model
