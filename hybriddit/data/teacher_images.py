@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..models import dense_mode, is_hybrid
 from .latents import LatentData, LatentInfo, claim_folder, open_table, save_table
 
 
@@ -49,8 +50,6 @@ def teacher_images(
     cache: a folder of safetensors shards, one per batch, each whole or absent; an interrupted run continues where it
         stopped, and a finished cache is only opened. Raises ValueError if it was made with other settings.
     """
-    from ..models.surgery import dense_mode
-
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed)
     folder = Path(cache) if cache is not None else None
     if folder is not None:
@@ -71,10 +70,9 @@ def teacher_images(
 
     empty = table("empty.safetensors", lambda: encode_prompts(pipeline, [""], max_sequence_length))
     empty = {key: values[:].cpu() for key, values in empty.items()}
-    converted = hasattr(pipeline.transformer.config, "hybrid_config")
     shards = []
     with (
-        dense_mode(pipeline.transformer) if converted else nullcontext(),
+        dense_mode(pipeline.transformer) if is_hybrid(pipeline.transformer) else nullcontext(),
         quiet(pipeline),
         tqdm(total=images, desc="teacher images", unit="image", disable=not progress) as bar,
     ):

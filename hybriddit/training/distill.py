@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..data.latents import LatentData
 from ..data.teacher_images import quiet, read_prompts, sample, teacher_images
-from ..models.surgery import dense_mode, hybridize, save_adapter
+from ..models import dense_mode, hybridize, is_hybrid, save_adapter
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
 from .losses import captured_outputs, converted_layers, layer_loss
@@ -83,12 +83,13 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
 
     # the student is the teacher plus what hybridize adds; only that is trained, in fp32
     base = pipeline.transformer
-    if not hasattr(base.config, "hybrid_config"):
+    if not is_hybrid(base):
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             hybridize(base, config.hybrid)
-    if base.dtype != torch.float32 and config.train.precision == "no":
-        raise ValueError(f"the transformer's weights are {base.dtype}: set train.precision=bf16, or load it in float32")
+    dtype = base.dtype
+    if dtype != torch.float32 and config.train.precision == "no":
+        raise ValueError(f"the transformer's weights are {dtype}: set train.precision=bf16, or load it in float32")
     base.requires_grad_(False).eval().to(accelerator.device)
     trained = {name: p for name, p in base.named_parameters() if ".hybrid." in name}
     if not trained:
@@ -145,9 +146,9 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
             accelerator.num_processes,
         )
         for index, (latents, noise, times, text) in enumerate(batches):
-            latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, base.dtype)
+            latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, dtype)
             noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
-            inputs = model_inputs(recipe, noisy.to(base.dtype), times, text, grid, guidance)
+            inputs = model_inputs(recipe, noisy.to(dtype), times, text, grid, guidance)
 
             with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
                 teacher = prediction(recipe, base(**inputs, return_dict=False)[0], latents).float()
@@ -208,9 +209,10 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         accelerator.end_training()
     if config.train.gradient_checkpointing:
         base.disable_gradient_checkpointing()
-    for parameter in parameters:
+    for name, parameter in trained.items():
         parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(base.dtype)
+        if not is_gate(name):  # which stay fp32, as hybridize makes them
+            parameter.data = parameter.data.to(dtype)
     return base
 
 

@@ -41,7 +41,7 @@ RECIPES = {
 def recipe_of(pipeline, name: str | None = None) -> Recipe:
     """The row called `name`, or the one that fits the pipeline's transformer.
 
-    A FLUX model without a guidance embedding is taken for a few-step one (schnell): name "flux_dev" where it is not.
+    A FLUX model without a guidance embedding is taken for a few-step one (schnell): give "flux_dev" where it is none.
     """
     if name is None:
         kind = type(pipeline.transformer).__name__

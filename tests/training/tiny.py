@@ -1,0 +1,153 @@
+"""Tiny random pipelines of every family's own classes, offline."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from hybriddit.data.teacher_images import teacher_images
+
+FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell")
+WORDS = ["a", "red", "blue", "shoe", "bag"]
+PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
+TEXT_LENGTH = 6
+
+
+def tiny_pipeline(family: str, seed: int = 0):
+    """A pipeline of 64 x 64 pixels: 8 x 8 tokens."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+        mid_block_add_attention=False,
+    )
+    if family == "pixart_sigma":
+        transformer = PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=16,
+            patch_size=2,
+            use_additional_conditions=False,
+        )
+        scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
+        pipeline = PixArtSigmaPipeline(_t5_tokenizer(), _t5(), vae, transformer, scheduler)
+    elif family in ("sd3", "sd35"):
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=16,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0, 1) if family == "sd35" else (),
+            qk_norm="rms_norm" if family == "sd35" else None,
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipeline = StableDiffusion3Pipeline(
+            transformer,
+            scheduler,
+            vae,
+            _clip(CLIPTextModelWithProjection),
+            _clip_tokenizer(),
+            _clip(CLIPTextModelWithProjection),
+            _clip_tokenizer(),
+            _t5(),
+            _t5_tokenizer(),
+        )
+    else:
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=8,
+            guidance_embeds=family == "flux_dev",
+            axes_dims_rope=(2, 2, 4),
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "flux_dev")
+        pipeline = FluxPipeline(
+            scheduler, vae, _clip(CLIPTextModel), _clip_tokenizer(), _t5(), _t5_tokenizer(), transformer
+        )
+    # a fresh adaLN modulates by almost nothing: make attention matter
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name and name.endswith("linear.weight"):
+            torch.nn.init.normal_(parameter, std=0.2)
+        if name.endswith(("to_q.weight", "to_k.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_data(pipeline, images: int = 8, **kwargs):
+    """What the tiny teacher makes of PROMPTS, in memory."""
+    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    return teacher_images(pipeline, PROMPTS, images=images, batch_size=4, progress=False, **{**settings, **kwargs})
+
+
+def _t5():
+    return T5EncoderModel(
+        T5Config(vocab_size=len(WORDS) + 3, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
+
+
+def _t5_tokenizer():
+    pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in WORDS)]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def _clip(cls):
+    return cls(
+        CLIPTextConfig(
+            vocab_size=40,
+            hidden_size=8,
+            intermediate_size=8,
+            projection_dim=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    ).eval()
+
+
+def _clip_tokenizer():
+    letters = [chr(c) for c in range(ord("a"), ord("r") + 1)]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=8)
