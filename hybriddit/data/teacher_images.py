@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models import dense_mode, is_hybrid
@@ -25,6 +27,23 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
     if not prompts:
         raise ValueError("data.prompts holds no prompt")
     return prompts
+
+
+def load_pipeline(path: str, dtype: torch.dtype):
+    """A diffusers pipeline from a folder or a repository, safetensors only.
+
+    Raises FileNotFoundError or ValueError, in one line, where there is none.
+    """
+    if Path(path).exists() or Path(path).is_absolute() or path.count("/") != 1:
+        if not (Path(path) / "model_index.json").is_file():
+            raise FileNotFoundError(f"no diffusers pipeline at {path!r}: it needs a model_index.json")
+        missing = f"the pipeline at {path!r} does not load"
+    else:
+        missing = f"no folder {path!r}, and it could not be fetched from the hub"
+    try:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{missing}: {error}") from error
 
 
 def teacher_images(

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from torch import nn
 from tqdm import tqdm
 
 from ..data.latents import LatentData
-from ..data.teacher_images import quiet, read_prompts, sample, teacher_images
+from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
@@ -37,7 +36,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     prompts = read_prompts(config.data.prompts)
     accelerator = make_accelerator(config)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    pipeline = DiffusionPipeline.from_pretrained(config.model.path, dtype=dtype).to(accelerator.device)
+    pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
     with accelerator.main_process_first():
