@@ -1,0 +1,235 @@
+"""`hybriddit demo`: teacher -> hybrid -> distilled -> saved -> loaded anew -> compared, on a laptop's processor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from PIL import Image, ImageDraw
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm import tqdm
+
+from ..attention import TokenLayout
+from ..data.teacher_images import teacher_images
+from ..models.flops import attention_flops
+from ..models.surgery import hybridize
+from ..training.config import DistillConfig, load_config
+from ..training.distill import distill
+from .canvas import CANVAS, DIFFERENT_SCENES, SAME_SCENES, SCENES, Scene
+from .judge import Judge, match_score
+
+# as many that ask for the same garment twice as that do not
+SHOWN: tuple[Scene, ...] = (*SAME_SCENES[:6], *(s for s in DIFFERENT_SCENES if s.left != s.right))[:12]
+SEEDS = (1001, 1002, 1003)  # far from those of the images that the hybrid is distilled on
+BATCH = 12
+
+
+def generate(pipeline, prompts: list[str], seeds: list[int], sampling: dict, desc: str) -> np.ndarray:
+    """Every prompt with every seed, prompt by prompt: uint8 [prompts * seeds, H, W, 3].
+
+    sampling: arguments of the pipeline's call.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images = []
+    for start in tqdm(range(0, len(jobs), BATCH), desc=desc, unit="batch", leave=False):
+        part = jobs[start : start + BATCH]
+        images += pipeline(
+            [prompt for prompt, _ in part],
+            generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+            **sampling,
+        ).images
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+
+
+def compare(images: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
+    """Mean over images, uint8 [N, H, W, 3] both, of PSNR in dB and of SSIM to the teacher's image."""
+    pairs = list(zip(teacher, images, strict=True))
+    # identical images have no finite PSNR: 100 dB stands for it
+    psnr = [100.0 if np.array_equal(a, b) else peak_signal_noise_ratio(a, b) for a, b in pairs]
+    ssim = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
+    return {"psnr": round(float(np.mean(psnr)), 3), "ssim": round(float(np.mean(ssim)), 4)}
+
+
+def judged(images: np.ndarray, scenes: list[Scene], judge: Judge) -> dict[str, float]:
+    """The judge's two shares, and the mean match score where the prompt says "same" and where it does not."""
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    score, same = match_score(tensor), torch.tensor([scene.same for scene in scenes])
+    return {
+        **{key: round(value, 4) for key, value in judge(tensor, scenes).items()},
+        "match_score_same": round(score[same].mean().item(), 4),
+        "match_score_different": round(score[~same].mean().item(), 4),
+    }
+
+
+def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, scale: int = 2) -> None:
+    """Write a PNG: one labelled row of images per entry, one captioned column per image."""
+    size, margin, header, gap = CANVAS * scale, 118, 34, 6
+    count = len(captions)
+    sheet = Image.new("RGB", (margin + count * (size + gap), header + len(rows) * (size + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        words, lines = caption.split(), [""]
+        for word in words:
+            longer = f"{lines[-1]} {word}".strip()
+            lines = [*lines[:-1], longer] if draw.textlength(longer) < size else [*lines, word]
+        draw.multiline_text((margin + column * (size + gap), 3), "\n".join(lines), fill="black", spacing=2)
+    for row, (name, images) in enumerate(rows.items()):
+        y = header + row * (size + gap)
+        draw.multiline_text((6, y + size // 2 - 12), name, fill="black")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + column * (size + gap), y))
+    sheet.save(path)
+
+
+def sampling_of(config: DistillConfig) -> dict:
+    """How the demo calls the pipeline: as the training images were made."""
+    data = config.data
+    return {
+        "height": data.height,
+        "width": data.width,
+        "num_inference_steps": data.steps,
+        "guidance_scale": data.guidance_scale,
+        "max_sequence_length": data.max_sequence_length,
+    }
+
+
+def make_training_images(pipeline: FluxPipeline, config: DistillConfig):
+    """The teacher's own images of every prompt that there is."""
+    data = config.data
+    return teacher_images(
+        pipeline,
+        [scene.prompt for scene in (*SAME_SCENES * 4, *SCENES)],
+        images=data.images,
+        height=data.height,
+        width=data.width,
+        steps=data.steps,
+        guidance_scale=data.guidance_scale,
+        max_sequence_length=data.max_sequence_length,
+        batch_size=data.batch_size,
+        seed=data.seed,
+        progress=config.train.progress,
+    )
+
+
+def run(config_path: str | Path, out: str | Path, overrides: list[str] | None = None) -> dict:
+    """The whole demonstration; writes compare.png, pipeline/ and metrics.json under `out` and returns the metrics."""
+    started, out = time.monotonic(), Path(out)
+    config = load_config(config_path, overrides or ())
+    folder = Path(config.model.path)
+    judge_path = folder.parent / "demo-judge.safetensors"
+    if not folder.is_dir() or not judge_path.is_file():
+        raise FileNotFoundError(f"no demo teacher at {folder} and {judge_path}: run it from a checkout of hybriddit")
+    out.mkdir(parents=True, exist_ok=True)
+    judge, sampling = Judge.load(judge_path), sampling_of(config)
+    prompts, seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
+    scenes = [scene for scene in SHOWN for _ in seeds]
+
+    say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
+    pipeline = FluxPipeline.from_pretrained(folder)
+    teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
+    data = make_training_images(pipeline, config)
+
+    grid = (config.data.height // (pipeline.vae_scale_factor * 2), config.data.width // (pipeline.vae_scale_factor * 2))
+    say(
+        2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
+    )
+    hybridize(pipeline.transformer, config.hybrid)
+    added = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if ".hybrid." in name)
+    undistilled = generate(pipeline, prompts, seeds, sampling, "undistilled")
+
+    say(3, f"{config.train.steps} steps of distillation: {added:,} added parameters learn, the teacher's stay")
+    distill(pipeline, data, config)
+
+    say(
+        4,
+        f"the whole pipeline is saved to {out / 'pipeline'}, loaded by diffusers in a new process, and makes its images",
+    )
+    pipeline.save_pretrained(out / "pipeline")
+    distilled = generate_in_new_process(out / "pipeline", prompts, seeds, sampling)
+
+    metrics = {
+        "window": config.hybrid.window,
+        "grid": list(grid),
+        "prompts": prompts,
+        "seeds": seeds,
+        "images": "every prompt with every seed, a generator of that seed per image",
+        **{key: sampling[key] for key in ("num_inference_steps", "guidance_scale", "max_sequence_length")},
+        "height": config.data.height,
+        "width": config.data.width,
+        "added_parameters": added,
+        "attention_flops": attention_flops(
+            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), True)
+        ),
+        "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
+        "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),
+        "teacher": judged(teacher, scenes, judge),
+        "seconds": round(time.monotonic() - started),
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    first = slice(None, None, len(seeds))
+    rows = {
+        "teacher": teacher[first],
+        "hybrid,\nundistilled": undistilled[first],
+        "hybrid,\ndistilled": distilled[first],
+    }
+    contact_sheet(rows, prompts, out / "compare.png")
+    print(summary(metrics, out))
+    return metrics
+
+
+def generate_in_new_process(folder: Path, prompts: list[str], seeds: list[int], sampling: dict) -> np.ndarray:
+    """`generate`, by a Python that knows nothing but the saved folder."""
+    job = {"folder": str(folder), "prompts": prompts, "seeds": seeds, "sampling": sampling}
+    result = folder.parent / "distilled.npy"
+    subprocess.run([sys.executable, "-m", __spec__.name, str(result)], input=json.dumps(job), text=True, check=True)
+    images = np.load(result, allow_pickle=False)
+    result.unlink()
+    return images
+
+
+def say(number: int, what: str) -> None:
+    print(f"[{number}/4] {what}", flush=True)
+
+
+def summary(metrics: dict, out: Path) -> str:
+    """The table that the demo ends with."""
+    lines = [f"{'':14}{'PSNR (dB)':>10}{'SSIM':>8}{'garments right':>16}{'pairs right':>13}"]
+    for name in ("teacher", "undistilled", "distilled"):
+        row = metrics[name]
+        nearness = f"{row['psnr']:10.2f}{row['ssim']:8.3f}" if "psnr" in row else f"{'-':>10}{'-':>8}"
+        lines.append(f"{name:14}{nearness}{row['prompt_agreement']:16.1%}{row['pair_match']:13.1%}")
+    flops = metrics["attention_flops"]
+    gained = metrics["distilled"]["psnr"] - metrics["undistilled"]["psnr"]
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"PSNR and SSIM are to the teacher's images; distilling brought the hybrid {gained:+.2f} dB nearer.",
+            f"Attention FLOPs of one forward pass: {flops['dense']:,} dense, {flops['hybrid']:,} hybrid.",
+            f"Made in {metrics['seconds']} s, under {out}/:",
+            "  compare.png   the same prompts and seeds: teacher, hybrid before, hybrid after",
+            "  pipeline/     the distilled pipeline; after `import hybriddit`, DiffusionPipeline.from_pretrained loads it",
+            "  metrics.json  every figure above, and what made the images",
+        ]
+    )
+
+
+def _in_new_process() -> None:
+    from diffusers import DiffusionPipeline
+
+    job = json.load(sys.stdin)
+    pipeline = DiffusionPipeline.from_pretrained(job["folder"])
+    np.save(sys.argv[1], generate(pipeline, job["prompts"], job["seeds"], job["sampling"], "distilled"))
+
+
+if __name__ == "__main__":
+    _in_new_process()

@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""The comparison that matters, on the demo's teacher: does near plus far beat either alone?
+
+    python scripts/demo_full.py            # writes outputs/demo-full/table.md, compare.png and one JSON per run
+
+Hybrid, window-only and linear-only students are distilled equally long from the same images, once per seed; the
+distilled hybrids are judged once more with their near, then their far branch switched off. A finished run is not made
+again: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from torch import nn
+
+from hybriddit.demo.judge import Judge
+from hybriddit.demo.run import (
+    SEEDS,
+    SHOWN,
+    compare,
+    contact_sheet,
+    generate,
+    judged,
+    make_training_images,
+    sampling_of,
+)
+from hybriddit.models import hybridize
+from hybriddit.training.config import load_config
+from hybriddit.training.distill import distill
+
+VARIANTS = {
+    "hybrid": {},
+    "window only": {"linear": False},
+    "linear only": {"window": None},
+}
+COLUMNS = ("psnr", "ssim", "prompt_agreement", "pair_match", "match_score_same", "match_score_different")
+
+
+def set_gates(model: nn.Module, value: float) -> None:
+    """Make every gate `value`, for every token: 0 leaves near alone, 1 far alone."""
+    for module in model.modules():
+        gate = getattr(getattr(module, "hybrid", None), "gate", None)
+        if isinstance(gate, nn.Linear):
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, value)
+        elif gate is not None:
+            nn.init.constant_(gate, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/distill/demo.yaml")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo-full"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = load_config(args.config, args.overrides)
+    folder = Path(config.model.path)
+    judge, sampling = Judge.load(folder.parent / "demo-judge.safetensors"), sampling_of(config)
+    prompts, image_seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
+    scenes = [scene for scene in SHOWN for _ in image_seeds]
+
+    pipeline = FluxPipeline.from_pretrained(folder)
+    teacher = generate(pipeline, prompts, image_seeds, sampling, "teacher")
+    data = None
+    results: dict[str, list[dict]] = {"teacher": [judged(teacher, scenes, judge)]}
+    shown = {"teacher": teacher}
+
+    def measure(name: str, seed: int, transformer) -> None:
+        pipeline.transformer = transformer
+        images = generate(pipeline, prompts, image_seeds, sampling, name)
+        np.save(record(name, seed, "npy"), images)
+        values = compare(images, teacher) | judged(images, scenes, judge)
+        record(name, seed, "json").write_text(json.dumps(values, indent=2) + "\n")
+        print(f"{name}, seed {seed}: {values}", flush=True)
+
+    def record(name: str, seed: int, ending: str) -> Path:
+        return args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.{ending}"
+
+    started = time.monotonic()
+    dense = pipeline.transformer
+    for seed in args.seeds:
+        for variant, changes in VARIANTS.items():
+            names = [variant] + ([f"{variant}, near off", f"{variant}, far off"] if not changes else [])
+            if all(record(name, seed, "json").exists() for name in names):
+                continue
+            hybrid = dataclasses.replace(config.hybrid, **changes)
+            run = dataclasses.replace(config, hybrid=hybrid, train=dataclasses.replace(config.train, seed=seed))
+            pipeline.transformer = copy.deepcopy(dense)
+            if data is None:
+                data = make_training_images(pipeline, config)
+            hybridize(pipeline.transformer, hybrid)
+            if variant == "hybrid" and seed == args.seeds[0]:
+                measure("hybrid, undistilled", seed, pipeline.transformer)
+            transformer = distill(pipeline, data, run)
+            measure(variant, seed, transformer)
+            for name, value in zip(names[1:], (1.0, 0.0), strict=False):
+                off = copy.deepcopy(transformer)
+                set_gates(off, value)
+                measure(name, seed, off)
+
+    every = ["hybrid, undistilled", "hybrid", "hybrid, near off", "hybrid, far off", "window only", "linear only"]
+    for name in every:
+        files = [record(name, seed, "json") for seed in args.seeds if record(name, seed, "json").exists()]
+        results[name] = [json.loads(file.read_text()) for file in files]
+        shown[name] = np.load(record(name, args.seeds[0], "npy"))
+    first = slice(None, None, len(image_seeds))
+    contact_sheet(
+        {name.replace(", ", ",\n"): images[first] for name, images in shown.items()}, prompts, args.out / "compare.png"
+    )
+    (args.out / "table.md").write_text(table(results, config, args))
+    print((args.out / "table.md").read_text(), f"\n{time.monotonic() - started:.0f} s", sep="")
+
+
+def table(results: dict[str, list[dict]], config, args) -> str:
+    """Mean and standard deviation over the seeds, as Markdown."""
+    lines = [
+        f"| student | seeds | {' | '.join(COLUMNS)} |",
+        f"|---|---|{'---|' * len(COLUMNS)}",
+    ]
+    for name, runs in results.items():
+        cells = []
+        for column in COLUMNS:
+            values = [run[column] for run in runs if column in run]
+            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "-")
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"- Command: `{' '.join(['python scripts/demo_full.py', *args.overrides])}`, {time.strftime('%Y-%m-%d')}.",
+            f"- {config.train.steps} steps of batch {config.train.batch_size} each; {config.data.images} images made by "
+            f"the teacher; window {config.hybrid.window}, map rank {config.hybrid.map_rank}, delta rank "
+            f"{config.hybrid.delta_rank}, gate per {config.hybrid.gate}.",
+            f"- {len(SHOWN)} prompts x {len(SEEDS)} seeds, {config.data.steps} sampler steps.",
+            f"- {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
