@@ -12,9 +12,7 @@ CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
 GPU_ROWS, GPU_ELEMENTS = 2**16, 2**28
 
 
-def linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-4, backend: str = "auto"
-) -> Tensor:
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-4, backend: str = "auto") -> Tensor:
     """phi(q) (phi(k)^T v / N) / (phi(q) . mean(phi(k)) + eps) per head, with phi = elu + 1 applied here.
 
     Time and memory are linear in the number of tokens. Sums over tokens are kept in float32 (float64 for float64).
@@ -146,7 +144,9 @@ def _linear_attention_backward(
                 g = g / denominator
                 grad_state[b, h].baddbmm_(q.transpose(1, 2), g)
                 grad_mean[b, h].baddbmm_(q.transpose(1, 2), grad_denominator)
-                grad_q = torch.bmm(g, state[b, h].transpose(1, 2)).addcmul_(grad_denominator, mean[b, h].transpose(1, 2))
+                grad_q = torch.bmm(g, state[b, h].transpose(1, 2)).addcmul_(
+                    grad_denominator, mean[b, h].transpose(1, 2)
+                )
                 _rows(grad_query, b, h, rows).copy_(_phi_backward_(grad_q, q))
         grad_state.div_(max(length, 1))
         grad_mean.div_(max(length, 1))
