@@ -32,7 +32,7 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value
     folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / f"step-{step:08d}", folder / f".partial-{os.getpid()}"
+    final, partial = folder / f"step-{step:08d}", folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

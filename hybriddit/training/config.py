@@ -160,7 +160,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Disti
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not a readable config: {' '.join(str(error).split())}") from None
     except Exception as error:  # the YAML parser's own errors have no common public base
         if not type(error).__module__.startswith("yaml"):

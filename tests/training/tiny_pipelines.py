@@ -139,7 +139,7 @@ def _clip(cls):
             projection_dim=8,
             num_hidden_layers=2,
             num_attention_heads=2,
-            max_position_embeddings=8,
+            max_position_embeddings=16,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=1,
@@ -150,4 +150,4 @@ def _clip(cls):
 def _clip_tokenizer():
     letters = [chr(c) for c in range(ord("a"), ord("r") + 1)]
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=8)
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16)

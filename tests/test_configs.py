@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import hybriddit
+from hybriddit.data.teacher_images import read_prompts
+from hybriddit.training.config import DistillConfig, load_config, to_dict
+from hybriddit.training.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(ROOT.glob("configs/distill/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = hybriddit.load_config(path)
+    assert isinstance(config.hybrid, hybriddit.HybridConfig)
+    assert config.model.path and config.output.folder and config.model.recipe in RECIPES
+    assert read_prompts(config.data.prompts)
+    assert f"configs/distill/{path.name}" in path.read_text()  # the command in its head
+
+
+def test_every_family_has_a_config():
+    assert {"flux_dev", "flux_schnell", "sd3_medium", "sd35_medium", "sd35_large", "pixart_sigma_1024", "demo"} <= {
+        path.stem for path in SHIPPED
+    }
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(file):
+    path = file("optim: {lr: 1e-3, clip: 2}\nhybrid: {window: [4, 6], layers: {'*.0.attn': dense}}\n")
+    config = load_config(path, ["optim.lr=1e-4", "hybrid.delta_rank=8", "output.folder=null", "data.prompts=[a, b]"])
+    assert config.optim.lr == 1e-4 and config.optim.clip == 2.0 and isinstance(config.optim.clip, float)
+    assert config.hybrid == hybriddit.HybridConfig(window=(4, 6), layers={"*.0.attn": "dense"}, delta_rank=8)
+    assert config.data.prompts == ["a", "b"] and config.output.folder is None
+    assert config.train == DistillConfig().train
+
+
+def test_a_config_survives_writing(file, tmp_path):
+    config = load_config(file("hybrid: {window: [4, 6]}\nmodel: {path: somewhere}\n"))
+    OmegaConf.save(OmegaConf.create(to_dict(config)), tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lrr=1", "unknown key optim.lrr: did you mean optim.lr?"),
+        ("optim.warmup=1", "unknown key optim.warmup: did you mean optim.warmup_steps?"),
+        ("lr=1", "unknown key lr: did you mean optim.lr?"),
+        ("train.lr=1", "unknown key train.lr: did you mean optim.lr?"),
+        ("hybird.window=3", "unknown key hybird: did you mean hybrid?"),
+        ("hybrid.windw=3", "unknown key hybrid.windw: did you mean hybrid.window?"),
+        ("optim.zzzzzzzzzzzzzzzzzzzz=1", "known here are lr, gate_lr_factor"),
+        ("train.steps=many", "train.steps must be int, got 'many'"),
+        ("train.steps=1.5", "train.steps must be int, got 1.5"),
+        ("train.steps=true", "train.steps must be int, got True"),
+        ("train.steps=0", "train.steps must be at least 1, got 0"),
+        ("train.progress=1", "train.progress must be bool, got 1"),
+        ("data.cache=3", "data.cache must be str or null, got 3"),
+        ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation (3), got 8"),
+        ("train.precision=fp8", "train.precision must be 'no' or 'bf16', got 'fp8'"),
+        ("optim.schedule=step", "optim.schedule must be 'constant' or 'cosine'"),
+        ("optim.lr=-1", "optim.lr must be above 0"),
+        ("hybrid.window=0", "window must be a positive integer"),
+        ("hybrid.window=big", "hybrid.window must be int"),
+        ("train=5", "train must be a mapping of keys, got 5"),
+        ("optim.lr", "override 'optim.lr' is not of the form section.key=value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(file, override, message):
+    with pytest.raises(ValueError) as error:
+        load_config(file("optim: {lr: 1e-3}\n"), [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just words", "train: {steps: ${nowhere}}"])
+def test_a_file_that_is_no_config_is_named(file, text):
+    with pytest.raises(ValueError) as error:
+        load_config(file(text))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file at"):
+        load_config(tmp_path / "none.yaml")

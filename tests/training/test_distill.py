@@ -1,0 +1,472 @@
+"""The loop, run for real on a tiny pipeline of every family's own classes."""
+
+import copy
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_pipelines import FAMILIES, tiny_data, tiny_pipeline
+
+from hybriddit import HybridConfig, hybridize, load_adapter
+from hybriddit.data.latents import LatentData
+from hybriddit.data.teacher_images import sample
+from hybriddit.training import checkpoint as checkpoint_module
+from hybriddit.training import distill as distill_module
+from hybriddit.training.config import DistillConfig
+from hybriddit.training.distill import distill, draw_batches, epoch_order, learning_rates
+from hybriddit.training.recipes import recipe_of
+
+
+def tiny_config(folder=None, hybrid=None, **overrides):
+    config = DistillConfig(hybrid=hybrid or HybridConfig(window=3, map_rank=4))
+    config.optim.lr, config.optim.gate_lr_factor, config.optim.warmup_steps = 1e-2, 5.0, 3
+    config.train.batch_size, config.train.steps, config.train.progress = 4, 4, False
+    config.output.folder = None if folder is None else str(folder)
+    config.output.checkpoint_every, config.output.log_every = 0, 1
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def call(family, transformer, noisy, times, text, guidance):
+    """The transformer as the family's own pipeline calls it; the output's predicting part."""
+    embeds = text["prompt_embeds"]
+    if family == "pixart_sigma":
+        out = transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=text["prompt_attention_mask"],
+            timestep=times,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
+        return out.chunk(2, dim=1)[0]
+    if family in ("sd3", "sd35"):
+        return transformer(
+            noisy, encoder_hidden_states=embeds, pooled_projections=text["pooled_prompt_embeds"], timestep=times * 1000
+        ).sample
+    ids = torch.zeros(64, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+    return transformer(
+        noisy,
+        encoder_hidden_states=embeds,
+        pooled_projections=text["pooled_prompt_embeds"],
+        timestep=times,
+        img_ids=ids,
+        txt_ids=torch.zeros(embeds.shape[1], 3),
+        guidance=torch.full((len(noisy),), guidance) if family == "flux_dev" else None,
+    ).sample
+
+
+def attention_outputs(family, transformer, *arguments):
+    """Output of the model, and of every attention layer over image tokens, by hooks of our own."""
+    outputs, handles = [], []
+    for name, module in transformer.named_modules():
+        if name.split(".")[-1] in (("attn1",) if family == "pixart_sigma" else ("attn", "attn2")):
+            last = family in ("sd3", "sd35") and name == "transformer_blocks.2.attn"
+            handles.append(
+                module.register_forward_hook(
+                    lambda m, i, out, last=last: outputs.append(
+                        (out[:1] if last else out) if isinstance(out, tuple) else (out,)
+                    )
+                )
+            )
+    with torch.no_grad():
+        prediction = call(family, transformer, *arguments)
+    for handle in handles:
+        handle.remove()
+    return prediction, outputs
+
+
+def independent_losses(family, dense, student, scheduler, latents, noise, times, text, guidance=3.5):
+    """(task, output, layer) by formulas written out again."""
+    if family == "pixart_sigma":
+        keep = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        noisy, target = keep.sqrt() * latents + (1 - keep).sqrt() * noise, noise
+    else:
+        sigma = times.view(-1, *[1] * (latents.ndim - 1))
+        noisy, target = latents + sigma * (noise - latents), noise - latents
+    teacher, teacher_layers = attention_outputs(family, dense, noisy, times, text, guidance)
+    predicted, student_layers = attention_outputs(family, student, noisy, times, text, guidance)
+    assert len(teacher_layers) == {"pixart_sigma": 2, "sd3": 3, "sd35": 5}.get(family, 3)
+    errors = [
+        sum(((s - t) ** 2).mean() / t.var(correction=0) for s, t in zip(ss, ts, strict=True)) / len(ts)
+        for ss, ts in zip(student_layers, teacher_layers, strict=True)
+    ]
+    return ((predicted - target) ** 2).mean(), ((predicted - teacher) ** 2).mean(), sum(errors) / len(errors)
+
+
+def logged(folder):
+    """tag -> values by step, from the TensorBoard events under `folder`."""
+    (events,) = {path.parent for path in folder.rglob("events.out*")}
+    accumulator = EventAccumulator(str(events)).Reload()
+    return {tag: [event.value for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """family -> (pipeline, data), made once; tests copy the pipeline before they convert it."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            pipeline = tiny_pipeline(family)
+            made[family] = pipeline, tiny_data(pipeline)
+        pipeline, data = made[family]
+        fresh = copy.copy(pipeline)
+        fresh.transformer = copy.deepcopy(pipeline.transformer)
+        return fresh, data
+
+    return get
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared, tmp_path):
+    pipeline, data = prepared(family)
+    dense, fresh = copy.deepcopy(pipeline.transformer), copy.deepcopy(pipeline.transformer)
+    hybridize(fresh, HybridConfig(window=3, map_rank=4))
+    config = tiny_config(tmp_path, train__steps=30, train__batch_size=8, optim__ema_decay=0.8)
+
+    student = distill(pipeline, data, config)
+
+    recipe = recipe_of(pipeline)
+    (first,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, (8, 8), pipeline.scheduler)
+    losses = independent_losses(family, dense, fresh, pipeline.scheduler, *first)
+    scalars = logged(tmp_path)
+    for name, value in zip(("task", "output", "layer"), losses, strict=True):
+        assert scalars[name][0] == pytest.approx(value.item(), rel=1e-4), name
+    weights = {"flux_schnell": (0, 1, 0.5)}.get(family, (1, 0.5, 0.5))
+    total = sum(weight * value.item() for weight, value in zip(weights, losses, strict=True))
+    assert scalars["loss"][0] == pytest.approx(total, rel=1e-4)
+
+    # the student is nearer to its teacher on a batch with times and noise that it has not seen
+    (batch,) = draw_batches(data, recipe, config, 10**6, 0.0, (8, 8), pipeline.scheduler)
+    before = independent_losses(family, dense, fresh, pipeline.scheduler, *batch)
+    after = independent_losses(family, dense, student, pipeline.scheduler, *batch)
+    assert after[1] < 0.9 * before[1] and after[2] < 0.8 * before[2], (before, after)
+
+    # nothing of the teacher has moved, and everything that was added has
+    state = student.state_dict()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(state[name], tensor) == (".hybrid." not in name), name
+    assert all(p.grad is None and not p.requires_grad for p in student.parameters())
+
+    # what was saved is what was returned
+    loaded = load_adapter(copy.deepcopy(dense), tmp_path / "adapter")
+    arguments = (batch[0], batch[2], batch[3], 3.5)
+    with torch.no_grad():
+        assert torch.equal(call(family, loaded, *arguments), call(family, student, *arguments))
+
+
+def test_attention_mode_trains_deltas_and_leaves_the_projections(prepared):
+    pipeline, data = prepared("sd35")
+    dense = copy.deepcopy(pipeline.transformer)
+    student = distill(
+        pipeline, data, tiny_config(hybrid=HybridConfig(window=3, map_rank=4, delta_rank=2), train__steps=6)
+    )
+    state = student.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    deltas = [name for name in state if ".hybrid.deltas." in name]
+    fresh = copy.deepcopy(dense)
+    torch.manual_seed(0)
+    hybridize(fresh, HybridConfig(window=3, map_rank=4, delta_rank=2))
+    # the last block drops its text output, so its text queries teach nothing
+    deltas = [name for name in deltas if not name.startswith("transformer_blocks.2.attn.hybrid.deltas.add_q_proj")]
+    moved = {name for name in deltas if not torch.equal(state[name], fresh.state_dict()[name])}
+    assert moved >= set(deltas) and len(deltas) > 30
+
+
+def test_gradient_checkpointing_changes_nothing(prepared):
+    for family in ("sd35", "flux_dev"):
+        results = []
+        for on in (False, True):
+            pipeline, data = prepared(family)
+            model = distill(pipeline, data, tiny_config(train__gradient_checkpointing=on))
+            results.append({name: t for name, t in model.state_dict().items() if ".hybrid." in name})
+            assert not model.is_gradient_checkpointing
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(tensor, results[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(prepared):
+    results = []
+    for parts in (1, 4):
+        pipeline, data = prepared("flux_dev")
+        config = tiny_config(train__accumulation=parts, train__steps=2, loss__layer=0.0)  # whose variance is a batch's
+        model = distill(pipeline, data, config)
+        results.append([p for name, p in model.named_parameters() if ".hybrid." in name])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_gates_step_at_their_own_rate_from_the_first_step(prepared, tmp_path):
+    pipeline, data = prepared("flux_dev")
+    config = tiny_config(
+        tmp_path,
+        HybridConfig(window=3, map_rank=4, delta_rank=2),
+        train__steps=1,
+        optim__lr=1e-4,
+        optim__gate_lr_factor=100.0,
+        optim__warmup_steps=10,
+        output__checkpoint_every=1,
+    )
+    distill(pipeline, data, config)
+    weights = load_file(tmp_path / "checkpoints" / "step-00000001" / "state.safetensors")
+    # Adam's first step is the rate itself, whatever the gradient
+    gates = torch.cat([t.flatten() for name, t in weights.items() if name.startswith("weight/") and ".gate" in name])
+    assert gates.abs().median() == pytest.approx(1e-2, rel=0.02)
+    deltas = [t for name, t in weights.items() if name.startswith("weight/") and name.endswith("deltas.to_q.up.weight")]
+    assert deltas and torch.cat([t.flatten() for t in deltas]).abs().median() == pytest.approx(1e-5, rel=0.02)
+
+
+def test_learning_rates():
+    config = tiny_config(optim__warmup_steps=10, train__steps=100, optim__lr=1.0, optim__gate_lr_factor=100.0)
+    assert learning_rates(0, config) == pytest.approx((0.1, 100.0))
+    assert learning_rates(9, config) == learning_rates(99, config) == pytest.approx((1.0, 100.0))
+    config.optim.schedule = "cosine"
+    assert learning_rates(50, config) == pytest.approx((0.5, 50.0))
+    assert learning_rates(99, config)[0] < 1e-3
+
+
+def test_prompt_dropout_puts_the_empty_prompt_in_place(prepared):
+    pipeline, data = prepared("pixart_sigma")
+    config, recipe = tiny_config(train__batch_size=400), recipe_of(pipeline)
+
+    def dropped(share):
+        (batch,) = draw_batches(data, recipe, config, 0, share, (8, 8), pipeline.scheduler)
+        text, indices = batch[3], epoch_order(len(data), 0, 0, 400)
+        rows = data.rows(indices)
+        empty = (text["prompt_embeds"] == data.empty["prompt_embeds"]).flatten(1).all(1)
+        kept = (text["prompt_embeds"] == rows["prompt_embeds"]).flatten(1).all(1)
+        assert (empty | kept).all()
+        mask = torch.where(empty.view(-1, 1), data.empty["prompt_attention_mask"], rows["prompt_attention_mask"])
+        assert torch.equal(text["prompt_attention_mask"], mask)
+        return empty.float().mean().item()
+
+    assert dropped(0.0) == 0 and dropped(1.0) == 1 and 0.06 < dropped(0.1) < 0.14
+
+
+def test_the_batch_of_a_step_does_not_depend_on_how_it_is_divided(prepared):
+    pipeline, data = prepared("sd3")
+    recipe = recipe_of(pipeline)
+
+    def draw(accumulation, processes):
+        config = tiny_config(train__batch_size=8, train__accumulation=accumulation)
+        parts = [
+            part
+            for rank in range(processes)
+            for part in draw_batches(data, recipe, config, 3, 0.5, (8, 8), pipeline.scheduler, rank, processes)
+        ]
+        samples = [(t, n, x) for x, n, t, _ in parts for t, n, x in zip(t.tolist(), n, x, strict=True)]
+        return sorted(samples, key=lambda item: item[0])
+
+    whole = draw(1, 1)
+    for divided in (draw(4, 1), draw(1, 2), draw(2, 2)):
+        for (t, n, x), (t2, n2, x2) in zip(whole, divided, strict=True):
+            assert t == t2 and torch.equal(n, n2) and torch.equal(x, x2)
+
+
+def test_every_epoch_is_a_new_shuffle_of_the_whole_set():
+    stream = epoch_order(10, 0, 0, 30)
+    epochs = [stream[i : i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert epoch_order(10, 0, 7, 9) == stream[7:16]
+    assert epoch_order(10, 1, 0, 10) != epochs[0]
+
+
+def test_resume_gives_what_an_unbroken_run_gives(prepared, tmp_path, monkeypatch):
+    def settings(folder):
+        return tiny_config(
+            folder,
+            HybridConfig(window=3, map_rank=4, delta_rank=2),
+            train__steps=7,
+            train__batch_size=3,
+            optim__schedule="cosine",
+            output__checkpoint_every=3,
+        )
+
+    pipeline, data = prepared("sd35")
+    distill(pipeline, data, settings(tmp_path / "unbroken"))
+
+    def interrupted(data, recipe, config, step, *rest, draw=distill_module.draw_batches):
+        if step == 4:
+            raise KeyboardInterrupt
+        return draw(data, recipe, config, step, *rest)
+
+    pipeline, data = prepared("sd35")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill_module, "draw_batches", interrupted)
+        distill(pipeline, data, settings(tmp_path / "broken"))
+    assert [p.name for p in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-00000003"]
+    pipeline, data = prepared("sd35")
+    distill(pipeline, data, settings(tmp_path / "broken"), resume=True)
+
+    for name in ("adapter/hybrid_adapter.safetensors", "checkpoints/step-00000007/state.safetensors"):
+        one, other = (load_file(tmp_path / run / name) for run in ("unbroken", "broken"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_what_cannot_be_resumed_is_said(prepared, tmp_path):
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        distill(pipeline, data, tiny_config(tmp_path), resume=True)
+    distill(pipeline, data, tiny_config(tmp_path, train__steps=1, output__checkpoint_every=1))
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="holds a run already"):
+        distill(pipeline, data, tiny_config(tmp_path))
+    with pytest.raises(ValueError, match=r"other values of hybrid.window: resume with"):
+        distill(pipeline, data, tiny_config(tmp_path, HybridConfig(window=4, map_rank=4)), resume=True)
+    (state,) = tmp_path.glob("checkpoints/*/state.safetensors")
+    state.write_bytes(state.read_bytes()[:-10])
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="is damaged"):
+        distill(pipeline, data, tiny_config(tmp_path), resume=True)
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    parameters = {"attn.hybrid.gate": torch.nn.Parameter(torch.randn(3))}
+    average = [torch.randn(3)]
+    optimizer = torch.optim.AdamW(parameters.values())
+
+    def save(step):
+        return checkpoint_module.save_checkpoint(tmp_path, step, parameters, average, optimizer, {"a": 1}, keep=2)
+
+    save(1)
+    kept = parameters["attn.hybrid.gate"].detach().clone()
+    for moment in ("in the state file", "before the rename"):
+        child = os.fork()
+        if child == 0:
+            with torch.no_grad():
+                parameters["attn.hybrid.gate"].zero_()
+
+            def killed(*arguments, moment=moment):
+                if moment == "in the state file":
+                    (tmp_path / ".partial" / "state.safetensors").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            if moment == "in the state file":
+                checkpoint_module.save_file = killed
+            else:
+                type(tmp_path).rename = killed
+            save(2)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert [path.name for path in checkpoint_module.checkpoints(tmp_path)] == ["step-00000001"]
+    step = checkpoint_module.load_checkpoint(
+        checkpoint_module.checkpoints(tmp_path)[-1], parameters, average, optimizer, {"a": 1}
+    )
+    assert step == 1 and torch.equal(parameters["attn.hybrid.gate"], kept)
+    for number in (2, 3):
+        save(number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(log_every, prepared, tmp_path):
+    pipeline, data = prepared("flux_dev")
+    order = epoch_order(len(data), 0, 0, 8)
+    poisoned = data.rows(range(8))
+    poisoned["latents"][order[5]] = float("nan")  # two a step: the third
+    data = LatentData([poisoned], data.empty, data.info)
+    config = tiny_config(tmp_path, train__batch_size=2, output__log_every=log_every, output__checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match="not finite at step 3 "):
+        distill(pipeline, data, config)
+    found = checkpoint_module.checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step-00000001", "step-00000002"]
+    assert all(tensor.isfinite().all() for tensor in load_file(found[-1] / "state.safetensors").values())
+
+
+def test_the_step_is_named_though_nobody_looked_for_a_while(prepared):
+    pipeline, data = prepared("flux_dev")
+    order = epoch_order(len(data), 0, 0, 8)
+    poisoned = data.rows(range(8))
+    poisoned["latents"][order[3]] = float("nan")
+    data = LatentData([poisoned], data.empty, data.info)
+    with pytest.raises(FloatingPointError, match="not finite at step 2 "):
+        distill(pipeline, data, tiny_config(train__batch_size=2, output__log_every=100))
+
+
+def test_the_result_is_the_moving_average(prepared, tmp_path):
+    pipeline, data = prepared("flux_dev")
+    config = tiny_config(tmp_path, optim__ema_decay=0.25, output__checkpoint_every=1, output__keep=10)
+    model = distill(pipeline, data, config)
+    steps = [load_file(p / "state.safetensors") for p in checkpoint_module.checkpoints(tmp_path / "checkpoints")]
+    assert len(steps) == 4
+    for name, parameter in model.named_parameters():
+        if ".hybrid." not in name:
+            continue
+        mean = steps[0][f"weight/{name}"]  # the first step counts whole, the start not at all
+        for number, step in enumerate(steps[1:], 1):
+            decay = min(0.25, (1 + number) / (10 + number))
+            mean = decay * mean + (1 - decay) * step[f"weight/{name}"]
+            assert step[f"average/{name}"].dtype == torch.float32
+        torch.testing.assert_close(parameter.data, mean, rtol=1e-5, atol=1e-7)
+    gate = next(name for name in steps[-1] if name.startswith("weight/") and name.endswith(".gate"))
+    assert not torch.equal(steps[-1][gate], steps[-1][gate.replace("weight/", "average/")])
+
+
+def test_sample_grids_show_the_teacher_beside_the_averaged_student(prepared, tmp_path):
+    pipeline, data = prepared("sd3")
+    dense = copy.copy(pipeline)
+    dense.transformer = copy.deepcopy(pipeline.transformer)
+    config = tiny_config(tmp_path, train__steps=3, output__sample_every=2, output__samples=2)
+    distill(pipeline, data, config)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000003.png"]
+    grid = Image.open(tmp_path / "samples" / "step-00000003.png")
+    assert grid.size == (128, 128)
+    rows = data.rows([0, 1])
+    rows.pop("latents")
+    for x, made_by in ((0, dense), (64, pipeline)):  # the last grid is the returned model's
+        for y, image in enumerate(sample(made_by, rows, data.empty, data.info, [0, 1])):
+            assert grid.crop((x, 64 * y, x + 64, 64 * y + 64)).tobytes() == image.tobytes()
+
+
+def test_bf16_keeps_the_frozen_weights_and_trains_in_fp32(prepared, tmp_path):
+    pipeline, data = prepared("flux_dev")
+    pipeline.transformer.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="train.precision=bf16"):
+        distill(pipeline, data, tiny_config())
+    pipeline, data = prepared("flux_dev")
+    pipeline.transformer.to(torch.bfloat16)
+    config = tiny_config(tmp_path, train__precision="bf16", output__checkpoint_every=4, train__steps=4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = distill(pipeline, data, config)
+    weights = load_file(tmp_path / "checkpoints" / "step-00000004" / "state.safetensors")
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    assert {p.dtype for name, p in model.named_parameters() if ".hybrid.gate" not in name} == {torch.bfloat16}
+    assert "autocast" not in getattr(model.forward, "__qualname__", "")
+
+
+def test_settings_that_cannot_work(prepared):
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="nothing to train"):
+        distill(pipeline, data, tiny_config(hybrid=HybridConfig(window=3, linear=False)))
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="not all 0"):
+        distill(pipeline, data, tiny_config(loss__task=0.0, loss__output=0.0, loss__layer=0.0))
+    with pytest.raises(ValueError, match="are no 4 x 8 grid"):
+        distill(pipeline, LatentData(data.shards, data.empty, _info(data, height=32)), tiny_config())
+
+
+def _info(data, **changes):
+    return dataclasses.replace(data.info, **changes)
+
+
+def test_a_guidance_distilled_teacher_has_no_task_loss_on_others_images(prepared):
+    pipeline, data = prepared("flux_dev")
+    foreign = LatentData(data.shards, data.empty, _info(data, teacher_made=False))
+    weights, _ = distill_module.loss_settings(recipe_of(pipeline), foreign, tiny_config())
+    assert weights.tolist() == [0.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match="images the teacher made itself"):
+        distill_module.loss_settings(recipe_of(pipeline), foreign, tiny_config(loss__task=1.0))
+    weights, _ = distill_module.loss_settings(recipe_of(prepared("sd3")[0]), foreign, tiny_config())
+    assert weights.tolist() == [1.0, 0.5, 0.5]

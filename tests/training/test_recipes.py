@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import tiny_pipeline
+
+from hybriddit.training.recipes import RECIPES, add_noise, draw_times, recipe_of
+
+COUNT = 20_000
+
+
+def draw(name, tokens=1024, scheduler=None, count=COUNT):
+    return draw_times(RECIPES[name], count, tokens, scheduler, torch.Generator().manual_seed(0))
+
+
+def test_pixart_times_are_uniform_ddpm_steps():
+    times = draw("pixart_sigma", scheduler=DDPMScheduler())
+    counts = times.bincount(minlength=1000)
+    assert times.dtype == torch.int64 and len(counts) == 1000
+    assert counts.view(10, 100).sum(1).float().div(COUNT).sub(0.1).abs().max() < 0.01
+    assert {0, 999} <= set(times.tolist())
+
+
+@pytest.mark.parametrize("tokens, shift", [(256, math.exp(0.5)), (4096, math.exp(1.15)), (1024, math.exp(0.63))])
+def test_flux_times_are_logit_normal_shifted_by_size(tokens, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    normal = draw("flux_dev", tokens, scheduler).logit() - math.log(shift)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+    assert abs((normal < 1).float().mean() - 0.8413) < 0.01
+
+
+@pytest.mark.parametrize("tokens, shift", [(4096, 3.0), (1024, 1.5), (16384, 6.0), (64, 1.0)])
+def test_sd3_times_are_logit_normal_shifted_by_size(tokens, shift):
+    normal = draw("sd3", tokens, FlowMatchEulerDiscreteScheduler(shift=3.0)).logit() - math.log(shift)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
+
+
+def test_schnell_times_are_those_of_its_schedules():
+    times = draw("flux_schnell")
+    own, chance = [], {}
+    for steps in range(1, 5):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+        own += scheduler.sigmas[:-1].tolist()
+        for sigma in scheduler.sigmas[:-1].tolist():
+            chance[round(sigma, 5)] = chance.get(round(sigma, 5), 0) + 1 / 4 / steps
+    values, counts = times.unique(return_counts=True)
+    assert all(min(abs(value - sigma) for sigma in own) < 1e-6 for value in values.tolist())
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        assert abs(count / COUNT - chance[round(value, 5)]) < 0.015
+    assert len(values) == len(chance)
+
+
+def test_ddpm_noise_is_the_schedulers_own():
+    scheduler = DDPMScheduler()
+    latents, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    noisy, target = add_noise(RECIPES["pixart_sigma"], latents, noise, times, scheduler)
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
+    assert target is noise
+
+
+def test_flow_target_leads_from_image_to_noise():
+    latents, noise, sigma = torch.randn(3, 6, 4), torch.randn(3, 6, 4), torch.tensor([0.1, 0.5, 1.0])
+    noisy, velocity = add_noise(RECIPES["flux_dev"], latents, noise, sigma, None)
+    torch.testing.assert_close(noisy - sigma.view(3, 1, 1) * velocity, latents)
+    torch.testing.assert_close(noisy + (1 - sigma).view(3, 1, 1) * velocity, noise)
+
+
+def test_the_table_is_the_designs():
+    weights = {name: (r.task, r.output, r.layer, r.prompt_dropout) for name, r in RECIPES.items()}
+    assert weights == {
+        "pixart_sigma": (1.0, 0.5, 0.5, 0.1),
+        "sd3": (1.0, 0.5, 0.5, 0.1),
+        "flux_dev": (1.0, 0.5, 0.5, 0.0),
+        "flux_schnell": (0.0, 1.0, 0.5, 0.0),
+    }
+
+
+def test_recipe_is_told_from_the_transformer():
+    for family, name in [("pixart_sigma", "pixart_sigma"), ("sd35", "sd3"), ("flux_schnell", "flux_schnell")]:
+        assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
+    flux = tiny_pipeline("flux_dev")
+    assert recipe_of(flux) is RECIPES["flux_dev"]
+    assert recipe_of(flux, "flux_schnell") is RECIPES["flux_schnell"]
+    with pytest.raises(ValueError, match="for a StableDiffusion3Pipeline"):
+        recipe_of(flux, "sd3")
+    with pytest.raises(ValueError, match="unknown recipe 'flux'"):
+        recipe_of(flux, "flux")
