@@ -55,15 +55,15 @@ def neighborhood_attention(
     if backend not in BACKENDS:
         raise ValueError(f"unknown window attention backend {backend!r}: use one of {', '.join(BACKENDS)}")
     window, stride, dilation = _pair("window", window), _pair("stride", stride), _pair("dilation", dilation)
-    if any(s > w for s, w in zip(stride, window)):
+    if any(s > w for s, w in zip(stride, window, strict=True)):
         raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grid = tuple(query.shape[1:3])
     if query.numel() == 0:
         return query * 0  # nothing to attend to; keeps the graph
-    window = tuple(min(w, n) for w, n in zip(window, grid))
-    stride = tuple(min(s, w) for s, w in zip(stride, window))
+    window = tuple(min(w, n) for w, n in zip(window, grid, strict=True))
+    stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     if backend == "auto":
         backend = _choose(query, grid, window, stride, dilation)
     if backend == "natten":
@@ -133,7 +133,7 @@ def _tiled_cost(shape, window, stride, dilation, tile) -> float:
 
 
 def _covers(grid, window, dilation) -> bool:
-    return all(w == n and (d == 1 or n == 1) for n, w, d in zip(grid, window, dilation))
+    return all(w == n and (d == 1 or n == 1) for n, w, d in zip(grid, window, dilation, strict=True))
 
 
 def _dense(query, key, value, text_key, text_value, window, stride, dilation, scale):
@@ -160,7 +160,7 @@ def _join_text(query, key, value, text_key, text_value):
 
 def _dense_mask(grid, window, stride, dilation, text_length, dtype, device) -> Tensor:
     """Additive [N, N + text]."""
-    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation))
+    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation, strict=True))
     seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
     return F.pad(mask, (0, text_length))
@@ -188,7 +188,7 @@ def _natten_refusal(query, grid, window, dilation) -> str | None:
         return f"it has no kernels for head width {query.shape[-1]}"
     if min(window) == 1:
         return "it takes no window of 1"
-    if any(w * d > n for w, d, n in zip(window, dilation, grid)):
+    if any(w * d > n for w, d, n in zip(window, dilation, grid, strict=True)):
         return f"window {window} times dilation {dilation} exceeds the grid {grid}"
     return None
 
@@ -243,8 +243,8 @@ def _compiled_flex():
 def _flex_mask(grid, window, stride, dilation, text_length, device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    (height, width), tokens = grid, grid[0] * grid[1]
-    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation))
+    width, tokens = grid[1], grid[0] * grid[1]
+    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation, strict=True))
 
     def seen(batch, head, q, k):
         image = k.clamp(max=tokens - 1)

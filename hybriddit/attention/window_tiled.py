@@ -74,9 +74,9 @@ def _equal_tiles(mask: Tensor, start: int, size: int, count: int) -> AxisTiles:
     rows = mask[start : start + size * count].unflatten(0, (count, size))
     seen = [row.any(0).nonzero() for row in rows]
     firsts, ends = [int(s[0]) for s in seen], [int(s[-1]) + 1 for s in seen]
-    span = max(end - first for first, end in zip(firsts, ends))
+    span = max(end - first for first, end in zip(firsts, ends, strict=True))
     keys = tuple(min(first, mask.shape[1] - span) for first in firsts)  # a shorter span is widened, inwards
-    masks, pattern = torch.stack([row[:, k : k + span] for row, k in zip(rows, keys)]).unique(
+    masks, pattern = torch.stack([row[:, k : k + span] for row, k in zip(rows, keys, strict=True)]).unique(
         dim=0, return_inverse=True
     )
     return AxisTiles(start, size, span, keys, tuple(pattern.tolist()), masks)
@@ -87,8 +87,8 @@ def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
     steps of the loop over rows of tiles."""
     pairs = keys = 1
     counts = []
-    for length, *axis, dilation, tile in zip(grid, window, stride, dilation, tile):
-        parts = [p for n, d in _residue_lengths(length, dilation, tile) for p in tile_axis(n, *axis, d, tile)]
+    for length, size, step, spread, cut in zip(grid, window, stride, dilation, tile, strict=True):
+        parts = [p for n, d in _residue_lengths(length, spread, cut) for p in tile_axis(n, size, step, d, cut)]
         pairs *= sum(part.size * part.span * len(part.keys) for part in parts)
         keys *= sum(part.span * len(part.keys) for part in parts)
         counts.append((sum(len(part.keys) for part in parts), len(parts)))
@@ -120,7 +120,7 @@ class _Item(NamedTuple):
 
 def _items(query: Tensor, window, stride, dilation, tile, text_length: int):
     batch, heads, head_dim = query.shape[0], *query.shape[3:]
-    row_axis, column_axis = zip(query.shape[1:3], window, stride, dilation, tile)
+    row_axis, column_axis = zip(query.shape[1:3], window, stride, dilation, tile, strict=True)
     for r, row_part in enumerate(tile_axis(*row_axis)):
         for c, column_part in enumerate(tile_axis(*column_axis)):
             count, keys = len(column_part.keys), row_part.span * column_part.span
@@ -195,9 +195,13 @@ def _add_keys(x: Tensor, item: _Item, text: Tensor | None, tiles: Tensor) -> Non
         text[item.batch].add_(tiles[:, :, rows * columns :].sum(1))
 
 
+def _has_fused_kernel(query: Tensor) -> bool:
+    return query.device.type == "cpu"  # one that returns its log-sum-exp, takes a mask and every dtype and width
+
+
 def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
     """[.., heads, L, D] each -> the attention output and its log-sum-exp [.., heads, L]."""
-    if query.device.type == "cpu":
+    if _has_fused_kernel(query):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=mask, scale=scale
         )
@@ -208,7 +212,7 @@ def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
 
 def _attend_backward(grad_out, query, key, value, out, log_sum, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_attend`, for an `out` and `log_sum` that may cover more keys than these (a merged attention)."""
-    if query.device.type == "cpu":
+    if _has_fused_kernel(query):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, log_sum, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -234,8 +238,8 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _residue_grids(grid, dilation, tile):
     """The row and column slices of the independent sub-grids, and the dilation left within them."""
-    counts = [_residues(*axis) for axis in zip(grid, dilation, tile)]
-    left = [d if count == 1 else 1 for d, count in zip(dilation, counts)]
+    counts = [_residues(*axis) for axis in zip(grid, dilation, tile, strict=True)]
+    left = [d if count == 1 else 1 for d, count in zip(dilation, counts, strict=True)]
     rows, columns = ([slice(r, None, count) for r in range(count)] for count in counts)
     return [(r, c) for r in rows for c in columns], left
 
@@ -270,7 +274,7 @@ def _forward(
             for item in _items(q, window, stride, dilation, tile, text_length):
                 tile_out, tile_log_sum = _attend(
                     _gather_queries(q, item),
-                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text)),
+                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text[:2], strict=True)),
                     item.mask,
                     scale,
                 )
@@ -319,7 +323,7 @@ def _backward(
                 tile_grads = _attend_backward(
                     _gather_queries(g, item),
                     _gather_queries(q, item),
-                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text)),
+                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text[:2], strict=True)),
                     _gather_queries(o, item),
                     _gather_queries(s, item).squeeze(-1),
                     item.mask,
@@ -342,7 +346,7 @@ def _backward(
 
 
 def _text_joins_tiles(text_length: int, grid, tile) -> bool:
-    return text_length <= SHORT_TEXT or all(size >= length for size, length in zip(tile, grid))
+    return text_length <= SHORT_TEXT or all(size >= length for size, length in zip(tile, grid, strict=True))
 
 
 # Opaque operators: torch.compile sees one node each, and no shape or cached mask of ours leaks into its graphs.

@@ -1,0 +1,59 @@
+"""Dense float64 formulas the attention tests compare with, written from the definitions and sharing no code with them."""
+
+import torch
+
+
+def axis_neighbors(length, window, stride, dilation):
+    """For every position of an axis, the set of positions it sees (natten's rules, one position at a time)."""
+    neighbors = []
+    for i in range(length):
+        group = list(range(i % dilation, length, dilation))
+        size = min(window, len(group))
+        step = min(stride, size)
+        j = group.index(i)
+        leader = min((j // step) * step + step // 2, len(group) - 1)
+        start = leader - size // 2
+        start = max(0, min(start, len(group) - size))
+        neighbors.append({group[t] for t in range(start, start + size)})
+    return neighbors
+
+
+def window_mask(grid, window, stride=(1, 1), dilation=(1, 1)):
+    """[N, N] bool."""
+    height, width = grid
+    rows = axis_neighbors(height, window[0], stride[0], dilation[0])
+    columns = axis_neighbors(width, window[1], stride[1], dilation[1])
+    mask = torch.zeros(height * width, height * width, dtype=torch.bool)
+    for y in range(height):
+        for x in range(width):
+            for ny in rows[y]:
+                mask[y * width + x, [ny * width + nx for nx in columns[x]]] = True
+    return mask
+
+
+def softmax_attention(query, key, value, mask=None, scale=None):
+    """[B, N, heads, D] in float64; mask [N, M] bool."""
+    query, key, value = (x.double() for x in (query, key, value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+def neighborhood(query, key, value, text_key, text_value, window, stride, dilation, scale=None):
+    """[B, H, W, heads, D] in float64."""
+    grid = query.shape[1:3]
+    mask = window_mask(grid, window, stride, dilation)
+    query, key, value = (x.flatten(1, 2) for x in (query, key, value))
+    if text_key is not None:
+        key, value = torch.cat((key, text_key), 1), torch.cat((value, text_value), 1)
+        mask = torch.cat((mask, torch.ones(len(mask), text_key.shape[1], dtype=torch.bool)), 1)
+    return softmax_attention(query, key, value, mask, scale).unflatten(1, grid)
+
+
+def linear(query, key, value, eps=1e-4):
+    """[B, N, heads, D] in float64, by the N x N weights."""
+    phi = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query.double(), key.double())]
+    weights = torch.einsum("bqhd,bkhd->bhqk", *phi) / key.shape[1]
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, value.double())
+    return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
