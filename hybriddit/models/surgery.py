@@ -101,8 +101,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
                 f"{name} runs {type(attn.processor).__name__} instead of {family.teacher_processor.__name__} "
                 "(PAG, an IP-Adapter, fused projections, …): undo that before converting"
             )
-        if getattr(attn, "fused_projections", False):
-            raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() before converting")
+        _check_not_fused(name, attn)
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError("the model runs in parallel, with its tokens split over devices: convert it before that")
     layers = [name for name in attentions if family.converts(name)]
@@ -169,6 +168,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
                 "work with what replaces attention processors (IP-Adapter, PAG, fuse_qkv_projections, "
                 "set_attn_processor); use it on the dense model, restore_dense(model)"
             )
+        _check_not_fused(name, attn)
     inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
     inputs.pop("self")
     attention_kwargs = dict(inputs.get(family.attention_kwargs) or {})
@@ -177,6 +177,12 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if attention_kwargs.get("token_layout") is None:
         attention_kwargs["token_layout"] = family.token_layout(model, inputs)
     return (), {**inputs, family.attention_kwargs: attention_kwargs}
+
+
+def _check_not_fused(name: str, attn: nn.Module) -> None:
+    # FLUX keeps its processor when fused: it would go on with the separate projections, which nothing updates
+    if getattr(attn, "fused_projections", False):
+        raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() first")
 
 
 @functools.cache

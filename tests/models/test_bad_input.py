@@ -1,0 +1,214 @@
+"""One clear line for what cannot work, and the model as it was."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
+
+from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
+from hybriddit.attention import TokenLayout
+
+GRID = (4, 5)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = perturb_hybrid(hybridize(make("sd3"), HybridConfig(window=3)))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refused(error, match, function, *args):
+    with pytest.raises(error, match=match) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_converted():
+    other = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1)
+    refused(ValueError, "DiTTransformer2DModel is not supported.*PixArt.*SD3.*Flux", hybridize, other, HybridConfig())
+    refused(ValueError, "Linear is not supported", hybridize, torch.nn.Linear(1, 1), HybridConfig())
+
+    class Holder:
+        transformer = make("sd3")
+
+    refused(ValueError, r"pass its \.transformer", hybridize, Holder(), HybridConfig())
+    refused(TypeError, "HybridConfig, not dict", hybridize, make("sd3"), {"window": 3})
+    model = hybridize(make("sd3"), HybridConfig(window=3))
+    refused(ValueError, "hybrid already", hybridize, model, HybridConfig(window=3))
+    refused(ValueError, "not hybrid", restore_dense, make("sd3"))
+    refused(ValueError, "not hybrid", lambda: dense_mode(make("sd3")).__enter__())
+
+
+@pytest.mark.parametrize("kind", ["pixart", "flux-dev"])
+def test_a_config_that_converts_nothing_leaves_the_model(kind):
+    model = make(kind)
+    inputs = make_inputs(model, GRID)
+    before, attributes = run(model, inputs), set(vars(model))
+    refused(ValueError, "no attention layer", hybridize, model, HybridConfig(layers={"*": "dense"}))
+    assert set(vars(model)) == attributes and torch.equal(run(model, inputs), before)
+
+
+def set_default(model):
+    model.set_default_attn_processor()
+
+
+def fuse(model):
+    model.fuse_qkv_projections()
+
+
+def pag(model):
+    from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
+
+    model.transformer_blocks[0].attn.set_processor(PAGJointAttnProcessor2_0())
+
+
+def ip_adapter(model):
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    model.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(32, 16))
+
+
+REPLACEMENTS = [("pixart", set_default), ("pixart", fuse), ("sd3", fuse), ("sd3", pag), ("flux-dev", ip_adapter)]
+
+
+@pytest.mark.parametrize(("kind", "replace"), REPLACEMENTS)
+def test_replaced_processors_are_refused_not_run(kind, replace):
+    model = hybridize(make(kind), HybridConfig(window=3))
+    inputs = make_inputs(model, GRID)
+    run(model, inputs)
+    replace(model)
+    refused(ValueError, "in place of.*restore_dense", run, model, inputs)
+    # before conversion too
+    model = make(kind)
+    replace(model)
+    refused(ValueError, "undo that", hybridize, model, HybridConfig(window=3))
+
+
+def test_fused_flux_projections():
+    model = make("flux-dev")
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+    refused(ValueError, "unfuse_qkv_projections", hybridize, model, HybridConfig(window=3))
+    model.unfuse_qkv_projections()
+    hybridize(model, HybridConfig(window=3))
+    inputs = make_inputs(model, GRID)
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+    refused(ValueError, "unfuse_qkv_projections", run, model, inputs)
+    model.unfuse_qkv_projections()
+    run(model, inputs)
+
+
+def test_forward_arguments():
+    model = hybridize(make("flux-dev"), HybridConfig(window=3))
+    inputs = make_inputs(model, GRID)
+    bad = {"ip_adapter_image_embeds": [torch.zeros(1, 1, 4)]}
+    refused(ValueError, "IP-Adapter", lambda: run(model, inputs, joint_attention_kwargs=bad))
+    ids = {**inputs, "img_ids": inputs["img_ids"][torch.randperm(20)][:19]}
+    refused(ValueError, "whole image grids.*token_layout", run, model, ids)
+    off = {**inputs, "img_ids": inputs["img_ids"] + torch.tensor([0.0, 1.0, 0.0])}
+    refused(ValueError, "whole image grids.*token_layout", run, model, off)
+    layout = {"token_layout": TokenLayout(5, ((4, 4),), True)}
+    refused(ValueError, "25 tokens", lambda: run(model, inputs, joint_attention_kwargs=layout))
+    block = model.transformer_blocks[0].attn
+    refused(ValueError, "needs `token_layout`", block, torch.zeros(1, 20, 32), torch.zeros(1, 5, 32))
+
+    model = hybridize(make("pixart"), HybridConfig(window=3))
+    mask = torch.ones(1, 20)
+    refused(ValueError, "no attention mask", lambda: run(model, make_inputs(model, GRID), attention_mask=mask))
+
+
+def refused_adapter(error, match, source, model):
+    """Dense, and hybrid already: refused, and unchanged."""
+    inputs = make_inputs(model, GRID)
+    for convert in (False, True):
+        if convert:
+            perturb_hybrid(hybridize(model, HybridConfig(window=3)))
+        before, model_class = run(model, inputs), type(model)
+        refused(error, match, load_adapter, model, source)
+        assert type(model) is model_class and torch.equal(run(model, inputs), before)
+
+
+def test_missing_adapter(adapter, tmp_path):
+    refused_adapter(FileNotFoundError, "no adapter folder", tmp_path / "nowhere", make("sd3"))
+    refused_adapter(FileNotFoundError, "no adapter folder", "./a/b/c", make("sd3"))
+    refused_adapter(FileNotFoundError, "no folder someone/nothing, and the hub", "someone/nothing", make("sd3"))
+    (adapter / "hybrid_adapter.safetensors").rename(tmp_path / "weights")
+    refused_adapter(FileNotFoundError, "has no hybrid_adapter.safetensors", adapter, make("sd3"))
+    (tmp_path / "weights").rename(adapter / "hybrid_adapter.safetensors")
+    (adapter / "hybrid_config.json").unlink()
+    refused_adapter(FileNotFoundError, "has no hybrid_config.json", adapter, make("sd3"))
+
+
+def test_damaged_adapter(adapter):
+    config, weights = adapter / "hybrid_config.json", adapter / "hybrid_adapter.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-10], whole[:50], b"", b"\x80\x04not a tensor", b"\xff" * 100):
+        weights.write_bytes(damaged)
+        refused_adapter(ValueError, "damaged", adapter, make("sd3"))
+    weights.write_bytes(whole)
+    text = config.read_text()
+    for damaged in ("", "{", "[]", "\x00", text.replace('"window"', '"widnow"'), text.replace('"gate"', '"door"')):
+        config.write_text(damaged)
+        refused_adapter(ValueError, "no adapter config", adapter, make("sd3"))
+
+
+def test_pickled_weights_are_not_read(adapter):
+    """A pickle under the right name is a damaged file, and its code does not run."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    torch.save(Bomb(), adapter / "hybrid_adapter.safetensors")
+    refused_adapter(ValueError, "damaged", adapter, make("sd3"))
+
+
+def test_adapter_of_another_model(adapter):
+    for kind in ("pixart", "flux-dev"):
+        refused_adapter(ValueError, "is for SD3Transformer2DModel", adapter, make(kind))
+    refused_adapter(ValueError, r"lacks \d+ of its weights \(transformer_blocks\.2", adapter, make("sd3", layers=3))
+    refused_adapter(ValueError, r"no place for \(transformer_blocks\.1", adapter, make("sd3", layers=1))
+    medium = make("sd35-medium")
+    refused_adapter(ValueError, r"lacks \d+ of its weights \(transformer_blocks\.0\.attn2", adapter, medium)
+
+    weights = load_file(adapter / "hybrid_adapter.safetensors")
+    gate = "transformer_blocks.0.attn.hybrid.gate"
+    save_file({**weights, gate: torch.zeros(3, 1)}, adapter / "hybrid_adapter.safetensors")
+    refused_adapter(ValueError, rf"{gate} is \(3, 1\), the model's is \(2, 1\)", adapter, make("sd3"))
+    save_file({**weights, "x_embedder.weight": torch.zeros(1)}, adapter / "hybrid_adapter.safetensors")
+    refused_adapter(ValueError, "no place for .x_embedder.weight", adapter, make("sd3"))
+
+
+def test_adapter_of_another_config(adapter):
+    model = hybridize(make("sd3"), HybridConfig(window=5))
+    refused(ValueError, "another config", load_adapter, model, adapter)
+    refused(ValueError, "not supported", load_adapter, torch.nn.Linear(1, 1), adapter)
+
+
+def test_save_adapter_refuses_a_dense_model(tmp_path):
+    for kind in KINDS:
+        refused(ValueError, "not hybrid", save_adapter, make(kind), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_plan_files(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("window: [8, 4]\nstride: 2\nlayers: {'*.0.*': dense}\n")
+    assert HybridConfig.from_plan(plan) == HybridConfig(window=(8, 4), stride=2, layers={"*.0.*": "dense"})
+    plan.write_text(json.dumps(HybridConfig(window=None).to_dict()))
+    assert HybridConfig.from_plan(plan) == HybridConfig(window=None)
+    refused(FileNotFoundError, "no plan file", HybridConfig.from_plan, tmp_path / "none.yaml")
+    for text, match in [
+        ("windw: 3", "plan.yaml: unknown field 'windw'.*'window'"),
+        ("window: 0", "plan.yaml: window must be"),
+        ("- 3", "plan.yaml: .*field names"),
+        ("", "plan.yaml: .*field names"),
+        ("{", "plan.yaml: "),
+    ]:
+        plan.write_text(text)
+        refused(ValueError, match, HybridConfig.from_plan, plan)

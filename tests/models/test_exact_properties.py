@@ -1,0 +1,261 @@
+"""A fresh hybrid is the dense model under its window as a mask; with open gates it sees the whole image."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import (
+    HEAD_DIM,
+    KINDS,
+    ONE_BLOCK,
+    TEXT,
+    add_to_token,
+    by_token,
+    joint_mask,
+    make,
+    make_inputs,
+    perturb_hybrid,
+    run,
+    window_mask,
+)
+
+from hybriddit import HybridConfig, dense_mode, hybridize
+from hybriddit.attention import TokenLayout
+
+# rotary embeddings and norms round to fp32 inside an fp64 model
+CLOSE = {"rtol": 0, "atol": 2e-6}
+
+
+def masked_dense(model, inputs, image_mask, monkeypatch, text=TEXT):
+    """The dense model's output with `image_mask` on every attention between image tokens."""
+    length = len(image_mask)
+    masks = {length: image_mask, text + length: joint_mask(image_mask, text, "Flux" in type(model).__name__)}
+    attention, used = F.scaled_dot_product_attention, []
+
+    def masked(query, key, value, attn_mask=None, **kwargs):
+        if query.shape[2] == key.shape[2]:
+            assert attn_mask is None
+            attn_mask = masks[query.shape[2]]
+            used.append(query.shape[2])
+        return attention(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", masked)
+        out = run(model, inputs)
+    assert used
+    return out
+
+
+@pytest.mark.parametrize("gate", ["head", "channel", "token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_window_over_the_grid_is_the_dense_model(kind, gate):
+    model = make(kind)
+    inputs = make_inputs(model, (6, 7), batch=2)
+    dense = run(model, inputs)
+    hybridize(model, HybridConfig(window=7, gate=gate))
+    torch.testing.assert_close(run(model, inputs), dense, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "dilation", "grid"),
+    [
+        ((3, 3), (1, 1), (1, 1), (6, 6)),
+        ((4, 3), (1, 1), (1, 1), (5, 9)),  # even, non-square
+        ((4, 5), (2, 3), (1, 1), (8, 7)),
+        ((3, 2), (1, 1), (2, 3), (7, 8)),
+        ((1, 3), (1, 1), (1, 1), (1, 8)),  # one row
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_smaller_window_is_the_masked_dense_model(kind, window, stride, dilation, grid, monkeypatch):
+    model = make(kind)
+    inputs = make_inputs(model, grid, batch=2)
+    dense = run(model, inputs)
+    expected = masked_dense(model, inputs, window_mask(grid, window, stride, dilation), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=window, stride=stride, dilation=dilation))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_stay_dense_where_the_config_says_so(kind, monkeypatch):
+    model = make(kind)
+    inputs = make_inputs(model, (6, 6))
+    dense = run(model, inputs)
+    first = "transformer_blocks.0.*"
+    hybridize(model, HybridConfig(window=3, layers={first: "dense"}))
+    names = {name.rpartition(".hybrid")[0] for name, _ in model.named_modules() if name.endswith(".hybrid")}
+    assert names and not any(name.startswith("transformer_blocks.0") for name in names)
+    mixed = run(model, inputs)
+    assert (mixed - dense).abs().max() > 1e-4
+    # with the first block masked too it is another model
+    everywhere = run(hybridize(make(kind), HybridConfig(window=3)), inputs)
+    assert (mixed - everywhere).abs().max() > 1e-4
+
+
+def test_dense_layers_take_the_layout_quietly(caplog):
+    import logging
+
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        for kind in KINDS:
+            model = make(kind, **ONE_BLOCK[kind] | {"layers": 2})
+            hybridize(model, HybridConfig(window=3, layers={"*.0.*": "dense"}))
+            run(model, make_inputs(model, (4, 4)))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "token_layout" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_sizes_in_a_row(kind):
+    model = hybridize(make(kind), HybridConfig(window=3))
+    sizes = [(6, 6), (4, 9), (6, 6)]
+    first, other, again = (run(model, make_inputs(model, size)) for size in sizes)
+    assert torch.equal(first, again)
+    fresh = hybridize(make(kind), HybridConfig(window=3))
+    assert torch.equal(other, run(fresh, make_inputs(fresh, (4, 9))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_and_guidance_batch(kind):
+    """Every sample of a batch, as classifier-free guidance makes one, is what it is alone."""
+    model = perturb_hybrid(hybridize(make(kind), HybridConfig(window=3)))
+    alone = [make_inputs(model, (5, 6), seed=seed) for seed in (1, 2)]
+    shared = ("img_ids", "txt_ids")
+    batch = {
+        key: value if key in shared or value is None else torch.cat([value, alone[1][key]])
+        for key, value in alone[0].items()
+    }
+    together = run(model, batch)
+    for out, inputs in zip(together, alone, strict=True):
+        torch.testing.assert_close(out[None], run(model, inputs), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_far_influence_with_open_gates(kind):
+    """One block: a token far outside the window changes the output only through the far branch."""
+    grid, reach = (9, 9), {}
+    for name, config in {
+        "hybrid": HybridConfig(window=3),
+        "channel": HybridConfig(window=3, gate="channel"),
+        "token": HybridConfig(window=3, gate="token"),
+        "linear": HybridConfig(window=None),
+        "window": HybridConfig(window=3, linear=False),
+    }.items():
+        model = hybridize(make(kind, **ONE_BLOCK[kind]), config)
+        inputs = make_inputs(model, grid)
+        changed = add_to_token(model, inputs, grid, 0, 0)
+
+        def influence(model=model, inputs=inputs, changed=changed):
+            difference = by_token(model, run(model, changed) - run(model, inputs), grid).abs().amax(-1)[0]
+            assert difference[0, 0] > 1e-3
+            return difference[5:, 5:].max().item()
+
+        reach[name] = (influence(), perturb_hybrid(model) and influence())
+    for name in ("hybrid", "channel", "token"):
+        fresh, opened = reach[name]
+        assert fresh == 0 and opened > 1e-6, (name, reach[name])
+    assert reach["window"] == (0, 0)
+    assert min(reach["linear"]) > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_only_is_linear_attention_over_text_and_image(kind):
+    """The far branch of one layer against the formula in fp64, with text keys as the teacher made them."""
+    model = perturb_hybrid(hybridize(make(kind, **ONE_BLOCK[kind]), HybridConfig(window=None)))
+    layer = next(m for name, m in model.named_modules() if name.endswith(".hybrid"))
+    assert not any(name.startswith("gate") for name, _ in layer.named_parameters())
+    seen = {}
+
+    def keep(module, args, kwargs, out):
+        seen.update(kwargs, value=args[2], key=args[1], layout=args[3], out=out)
+
+    layer.register_forward_hook(keep, with_kwargs=True)
+    grid = (4, 5)
+    run(model, make_inputs(model, grid))
+    text, layout = 0 if kind == "pixart" else TEXT, seen["layout"]
+    assert layout == TokenLayout(text, (grid,), "flux" in kind)
+    image = slice(text, None) if "flux" in kind else slice(0, 20)
+    words = slice(0, text) if "flux" in kind else slice(20, None)
+    keys = torch.cat([seen["key"][:, words], seen["far_key"]], 1).double()
+    values = torch.cat([seen["value"][:, words], seen["value"][:, image]], 1).double()
+    weights = torch.einsum("bnhd,bmhd->bhnm", F.elu(seen["far_query"].double()) + 1, F.elu(keys) + 1)
+    count = keys.shape[1]
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights / (weights.sum(-1, keepdim=True) + 1e-4 * count), values)
+    assert expected.shape[-1] == HEAD_DIM
+    torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_explicit_layout_overrides(kind):
+    model = hybridize(make(kind), HybridConfig(window=3))
+    inputs = make_inputs(model, (6, 6))
+    argument = "cross_attention_kwargs" if kind == "pixart" else "joint_attention_kwargs"
+    layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), "flux" in kind)
+    out = run(model, inputs)
+    kwargs = {argument: {"token_layout": layout}}
+    assert (run(model, inputs, **kwargs) - out).abs().max() > 1e-4
+    assert kwargs == {argument: {"token_layout": layout}}
+    assert torch.equal(run(model, inputs, **{argument: {"token_layout": layout._replace(grids=((6, 6),))}}), out)
+    assert torch.equal(run(model, inputs, **{argument: {}}), out)
+
+
+def test_positional_arguments():
+    model = hybridize(make("sd3"), HybridConfig(window=3))
+    inputs = make_inputs(model, (4, 5))
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    with torch.no_grad():
+        out = model(*(inputs[name] for name in names), return_dict=False)[0]
+    assert torch.equal(out, run(model, inputs))
+
+
+def test_flux_grid_from_bf16_ids_past_256():
+    """bf16 cannot tell row 256 from 257; the grid is counted, not measured by the largest id."""
+    from hybriddit.models.hybrid_flux import flux_token_layout
+
+    model = make("flux-schnell", dtype=torch.float32)
+    for grid in [(300, 2), (2, 300), (259, 3), (1, 7), (7, 1)]:
+        inputs = make_inputs(model, grid)
+        expected = TokenLayout(TEXT, (grid,), True)
+        assert flux_token_layout(model, {**inputs, "img_ids": inputs["img_ids"].bfloat16()}) == expected
+        assert flux_token_layout(model, {**inputs, "img_ids": inputs["img_ids"][None]}) == expected
+
+
+def test_flux_reference_grids_are_told_apart():
+    from hybriddit.models.hybrid_flux import flux_token_layout
+
+    model = make("flux-schnell", dtype=torch.float32)
+    image, reference = (make_inputs(model, grid) for grid in [(4, 6), (3, 5)])
+    reference["img_ids"][:, 0] = 1
+    inputs = {
+        **image,
+        "hidden_states": torch.cat([image["hidden_states"], reference["hidden_states"]], 1),
+        "img_ids": torch.cat([image["img_ids"], reference["img_ids"]]),
+    }
+    assert flux_token_layout(model, inputs) == TokenLayout(TEXT, ((4, 6), (3, 5)), True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deltas(kind):
+    """Fresh deltas change nothing; every one of them counts; the teacher does without."""
+    model = make(kind)
+    inputs = make_inputs(model, (3, 4))
+    dense = run(model, inputs)
+    plain = run(hybridize(make(kind), HybridConfig(window=3)), inputs)
+    hybridize(model, HybridConfig(window=3, delta_rank=2))
+    assert torch.equal(run(model, inputs), plain)
+
+    ups = {name: p for name, p in model.named_parameters() if ".hybrid.deltas." in name and name.endswith("up.weight")}
+    assert len(ups) == {"pixart": 4 + 4, "sd3": 8 + 7, "sd35-large": 8 + 7, "sd35-medium": 8 + 4 + 7}.get(kind, 8 + 3)
+    # the last block of SD3 drops its text output
+    dead = "transformer_blocks.1.attn.hybrid.deltas.add_q_proj.up.weight"
+    with torch.no_grad():
+        for name, parameter in ups.items():
+            parameter.add_(1)
+            assert (model(**inputs).sample - plain).abs().max() > 1e-6 or name == dead, name
+            parameter.sub_(1)
+        for parameter in ups.values():
+            parameter.add_(1)
+    with dense_mode(model):
+        assert torch.equal(run(model, inputs), dense)

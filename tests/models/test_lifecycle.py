@@ -1,0 +1,275 @@
+"""Converting and back, copies, saving and loading, adapters, the teacher's pass."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import DENSE_CLASS, KINDS, make, make_inputs, perturb_hybrid, run
+
+import hybriddit
+from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
+
+CONFIG = HybridConfig(window=(3, 2), stride=(2, 1), gate="token", delta_rank=2, layers={"*.7.*": "dense"})
+GRID = (4, 5)
+
+
+def converted(kind, config=CONFIG, dtype=torch.float32, **kwargs):
+    return perturb_hybrid(hybridize(make(kind, dtype=dtype, **kwargs), config))
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restore_dense_is_bit_identical(kind):
+    model = make(kind)
+    inputs = make_inputs(model, GRID)
+    state, config, attributes = snapshot(model), dict(model.config), set(vars(model))
+    processors, before = dict(model.attn_processors), run(model, inputs)
+    assert hybridize(model, CONFIG) is model
+    perturb_hybrid(model)
+    assert isinstance(model, DENSE_CLASS[kind]) and type(model).__name__ == "Hybrid" + DENSE_CLASS[kind].__name__
+    assert HybridConfig.from_dict(model.config.hybrid_config) == CONFIG
+    assert (run(model, inputs) - before).abs().max() > 1e-4
+
+    assert restore_dense(model) is model
+    assert type(model) is DENSE_CLASS[kind]
+    assert dict(model.config) == config and set(vars(model)) == attributes
+    assert_same_state(model, state)
+    assert model.attn_processors.keys() == processors.keys()
+    assert all(model.attn_processors[name] is processor for name, processor in processors.items())
+    assert torch.equal(run(model, inputs), before)
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+    # and it converts anew
+    hybridize(model, HybridConfig(window=5))
+    torch.testing.assert_close(run(model, inputs), before, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_mode_is_the_teacher(kind):
+    model = make(kind)
+    inputs = make_inputs(model, GRID)
+    dense = run(model, inputs)
+    perturb_hybrid(hybridize(model, CONFIG))
+    student = run(model, inputs)
+    with dense_mode(model) as teacher:
+        assert teacher is model and torch.equal(run(model, inputs), dense)
+        with dense_mode(model):
+            assert torch.equal(run(model, inputs), dense)
+        assert torch.equal(run(model, inputs), dense)
+    assert torch.equal(run(model, inputs), student)
+    with pytest.raises(RuntimeError, match="inside"), dense_mode(model):
+        raise RuntimeError("inside")
+    assert torch.equal(run(model, inputs), student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepcopy(kind):
+    model = converted(kind)
+    inputs, other = make_inputs(model, GRID), make_inputs(model, (3, 4))
+    out = run(model, inputs)
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, inputs), out)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hybrid." in name:
+                parameter.zero_()
+    run(model, other)  # another size through the original leaves the copy alone
+    assert torch.equal(run(twin, inputs), out)
+    restore_dense(model)
+    assert torch.equal(run(twin, inputs), out)
+    assert type(restore_dense(twin)) is DENSE_CLASS[kind]
+
+
+LOAD = """
+import sys, torch, hybriddit
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(int(sys.argv[3]))
+from pathlib import Path
+from tiny_models import make_inputs, run
+import diffusers
+for folder in sorted(Path(sys.argv[2]).iterdir()):
+    hybrid_class = getattr(hybriddit, (folder / "class").read_text())
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    model = hybrid_class.from_pretrained(folder / "model")
+    assert type(model) is hybrid_class, type(model)
+    assert torch.equal(run(model, make_inputs(model, (4, 5))), expected), folder
+    dense = getattr(diffusers, hybrid_class.__name__.removeprefix("Hybrid")).from_pretrained(folder / "dense")
+    assert hybriddit.load_adapter(dense, folder / "adapter") is dense
+    assert type(dense) is hybrid_class
+    assert torch.equal(run(dense, make_inputs(dense, (4, 5))), expected), folder
+    print("same")
+"""
+
+
+def test_save_and_load_in_a_new_process(tmp_path):
+    for kind in KINDS:
+        folder = tmp_path / kind
+        model = make(kind, dtype=torch.float32)
+        model.save_pretrained(folder / "dense")
+        perturb_hybrid(hybridize(model, CONFIG))
+        model.save_pretrained(folder / "model")
+        save_adapter(model, folder / "adapter")
+        torch.save(run(model, make_inputs(model, GRID)), folder / "expected.pt")
+        (folder / "class").write_text(type(model).__name__)
+        config = json.loads((folder / "model/config.json").read_text())
+        assert config["_class_name"] == type(model).__name__
+        assert HybridConfig.from_dict(config["hybrid_config"]) == CONFIG
+    arguments = [str(Path(__file__).parent), str(tmp_path), str(torch.get_num_threads())]
+    done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["same"] * len(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_holds_only_what_was_added(kind, tmp_path):
+    dense = make(kind, dtype=torch.float32)
+    names = set(dense.state_dict())
+    model = converted(kind)
+    save_adapter(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hybrid_adapter.safetensors", "hybrid_config.json"]
+    weights = load_file(tmp_path / "hybrid_adapter.safetensors")
+    assert weights.keys() == set(model.state_dict()) - names
+    assert all(".hybrid." in name for name in weights)
+    assert HybridConfig.from_plan(tmp_path / "hybrid_config.json") == CONFIG
+
+    inputs = make_inputs(model, GRID)
+    assert torch.equal(run(load_adapter(dense, tmp_path), inputs), run(model, inputs))
+    # onto a hybrid of the same config, over other weights; and over an older save
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            parameter.add_(1) if ".hybrid." in name else None
+    load_adapter(dense, tmp_path)
+    assert torch.equal(run(dense, inputs), run(model, inputs))
+    save_adapter(dense, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_window_only_adapter_is_empty_but_whole(tmp_path):
+    model = converted("sd3", HybridConfig(window=3, linear=False))
+    save_adapter(model, tmp_path)
+    inputs = make_inputs(model, GRID)
+    loaded = load_adapter(make("sd3", dtype=torch.float32), tmp_path)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
+    import hybriddit.models.surgery as surgery
+
+    model = converted("sd3")
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(surgery, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(perturb_hybrid(model), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_adapter_from_the_hub_fetches_two_files(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model = converted("sd3")
+    save_adapter(model, tmp_path)
+    fetched = []
+
+    def download(repo, name):
+        fetched.append((repo, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    inputs = make_inputs(model, GRID)
+    loaded = load_adapter(make("sd3", dtype=torch.float32), "someone/an-adapter")
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+    assert fetched == [("someone/an-adapter", f"hybrid_{n}") for n in ("config.json", "adapter.safetensors")]
+
+
+@pytest.mark.parametrize("gate", ["head", "token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_keeps_the_gates_in_fp32(kind, gate, tmp_path):
+    reference = converted(kind, HybridConfig(window=3, gate=gate), dtype=torch.float64)
+    inputs = make_inputs(reference, GRID)
+    model = hybridize(make(kind).to(torch.bfloat16), HybridConfig(window=3, gate=gate))
+    model.load_state_dict(reference.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    low = {k: v.bfloat16() if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
+    for candidate in (model, loaded):
+        dtypes = {name: parameter.dtype for name, parameter in candidate.named_parameters()}
+        gates = {name for name in dtypes if ".hybrid.gate" in name}
+        assert gates and all((dtype is torch.float32) == (name in gates) for name, dtype in dtypes.items())
+        out = run(candidate, low)
+        assert candidate.dtype is out.dtype is torch.bfloat16
+        assert (out - run(reference, inputs)).norm() < 0.1 * run(reference, inputs).norm()
+    assert torch.equal(run(model, low), run(loaded, low))
+
+
+def test_layerwise_casting_leaves_the_gates():
+    model = converted("flux-dev", HybridConfig(window=3, gate="token"))
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if ".hybrid." in name}
+    assert all((dtype is torch.float32) == ("gate" in name or ".norm." in name) for name, dtype in dtypes.items())
+    run(model, make_inputs(model, GRID))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_reaches_the_far_branch(kind):
+    """Projections are called, not read: LoRA on to_q changes near and far."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = converted(kind, HybridConfig(window=None))
+    inputs = make_inputs(model, GRID)
+    before = run(model, inputs)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), model)
+    assert (run(model, inputs) - before).abs().max() > 1e-5
+
+
+def test_config_arguments_are_diffusers_own():
+    """The Hybrid classes list every argument: a new diffusers may add one."""
+    import inspect
+
+    for dense in set(DENSE_CLASS.values()):
+        hybrid = getattr(hybriddit, f"Hybrid{dense.__name__}")
+        expected = {name: p.default for name, p in inspect.signature(dense.__init__).parameters.items()}
+        found = {name: p.default for name, p in inspect.signature(hybrid.__init__).parameters.items()}
+        assert found == {**expected, "hybrid_config": None}
+
+
+def test_hybrid_class_built_directly():
+    torch.manual_seed(0)
+    config = {k: v for k, v in make("sd3").config.items() if not k.startswith("_")}
+    model = hybriddit.HybridSD3Transformer2DModel(**config, hybrid_config={"window": 3}).eval()
+    assert HybridConfig.from_dict(model.config.hybrid_config) == HybridConfig(window=3)
+    run(model, make_inputs(model, GRID))
+    assert type(restore_dense(model)) is DENSE_CLASS["sd3"] and "hybrid_config" not in model.config
+    with pytest.raises(ValueError, match="safetensors"):
+        hybriddit.HybridSD3Transformer2DModel.from_pretrained("anywhere", use_safetensors=False)
+
+
+def test_dense_weights_are_not_a_hybrid_checkpoint(tmp_path):
+    make("sd3").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks .* weights of HybridSD3"):
+        hybriddit.HybridSD3Transformer2DModel.from_pretrained(tmp_path)
+
+
+def test_attention_backend_of_dense_layers_is_kept():
+    model = make("flux-dev")
+    model.set_attention_backend("_native_math")
+    hybridize(model, HybridConfig(window=3, layers={"single*": "dense"}))
+    single = model.single_transformer_blocks[0].attn.processor
+    assert single._attention_backend == "_native_math"

@@ -1,0 +1,184 @@
+"""Tiny random models of every supported kind, inputs for them, and the mask that a window stands for."""
+
+import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+
+TEXT = 5
+HEADS, HEAD_DIM = 2, 16
+WIDTH = HEADS * HEAD_DIM
+
+
+def pixart(layers=2, **kwargs):
+    return PixArtTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        cross_attention_dim=WIDTH,
+        sample_size=32,
+        caption_channels=12,
+        use_additional_conditions=False,
+        **kwargs,
+    )
+
+
+def sd3(layers=2, **kwargs):
+    return SD3Transformer2DModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=8,
+        pos_embed_max_size=128,
+        **kwargs,
+    )
+
+
+def flux(layers=1, single_layers=1, **kwargs):
+    return FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+        **kwargs,
+    )
+
+
+KINDS = {
+    "pixart": pixart,
+    "sd3": sd3,
+    "sd35-large": lambda **kwargs: sd3(qk_norm="rms_norm", **kwargs),
+    "sd35-medium": lambda **kwargs: sd3(qk_norm="rms_norm", dual_attention_layers=(0,), **kwargs),
+    "flux-dev": lambda **kwargs: flux(guidance_embeds=True, **kwargs),
+    "flux-schnell": lambda **kwargs: flux(guidance_embeds=False, **kwargs),
+}
+# one block: image tokens reach each other by its attention alone
+ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if "flux" in kind else {})} for kind in KINDS}
+DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
+
+
+def make(kind, seed=0, dtype=torch.float64, **kwargs):
+    """A random model of this kind in which every weight matters."""
+    torch.manual_seed(seed)
+    model = KINDS[kind](**kwargs).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "norm" in name:  # biases and norms: drop their zeros and ones
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            if name.endswith(("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
+                parameter.mul_(3)  # sharp attention: a wrong mask shows
+    return model
+
+
+def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
+    """Arguments of forward for a grid of tokens (height, width)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+
+    (height, width), config = grid, model.config
+    if isinstance(model, FluxTransformer2DModel):
+        ids = torch.zeros(height, width, 3)
+        ids[..., 1] += torch.arange(height)[:, None]
+        ids[..., 2] += torch.arange(width)
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "pooled_projections": random(batch, config.pooled_projection_dim),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "img_ids": ids.flatten(0, 1).to(model.dtype),
+            "txt_ids": torch.zeros(text, 3, dtype=model.dtype),
+            "guidance": torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None,
+        }
+    inputs = {
+        "hidden_states": random(batch, config.in_channels, 2 * height, 2 * width),
+        "timestep": torch.full((batch,), 600, dtype=torch.long),
+    }
+    if isinstance(model, SD3Transformer2DModel):
+        inputs["encoder_hidden_states"] = random(batch, text, config.joint_attention_dim)
+        inputs["pooled_projections"] = random(batch, config.pooled_projection_dim)
+    else:
+        inputs["encoder_hidden_states"] = random(batch, text, config.caption_channels)
+    return inputs
+
+
+def run(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).sample
+
+
+def by_token(model, sample, grid):
+    """A model's output as [B, height, width, channels] of tokens."""
+    if isinstance(model, FluxTransformer2DModel):
+        return sample.unflatten(1, grid)
+    return sample.unflatten(3, (grid[1], 2)).unflatten(2, (grid[0], 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def add_to_token(model, inputs, grid, row, column, amount=1.0):
+    """The same inputs with one image token changed."""
+    latents = inputs["hidden_states"].clone()
+    if isinstance(model, FluxTransformer2DModel):
+        latents[:, row * grid[1] + column] += amount
+    else:
+        latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += amount
+    return {**inputs, "hidden_states": latents}
+
+
+def sees(query, key, length, window, stride, dilation):
+    """Whether position `query` of one axis sees `key`: natten's rules, one pair at a time."""
+    if query % dilation != key % dilation:
+        return False
+    members = [position for position in range(length) if position % dilation == query % dilation]
+    window = min(window, len(members))
+    stride = min(stride, window)
+    rank = members.index(query)
+    leader = min((rank // stride) * stride + stride // 2, len(members) - 1)
+    first = leader - window // 2
+    while first < 0:
+        first += 1
+    while first + window > len(members):
+        first -= 1
+    return key in members[first : first + window]
+
+
+def window_mask(grid, window, stride=(1, 1), dilation=(1, 1)):
+    """[N, N], True where a query (row) sees a key (column)."""
+    height, width = grid
+    places = [(row, column) for row in range(height) for column in range(width)]
+    mask = torch.zeros(len(places), len(places), dtype=torch.bool)
+    for i, query in enumerate(places):
+        for j, key in enumerate(places):
+            mask[i, j] = all(
+                sees(query[axis], key[axis], grid[axis], window[axis], stride[axis], dilation[axis]) for axis in (0, 1)
+            )
+    return mask
+
+
+def joint_mask(image_mask, text, text_first):
+    """The mask of a joint sequence: text sees all and is seen by all."""
+    length = len(image_mask)
+    mask = torch.ones(text + length, text + length, dtype=torch.bool)
+    start = text if text_first else 0
+    mask[start : start + length, start : start + length] = image_mask
+    return mask
+
+
+def perturb_hybrid(model, scale=0.3, seed=2):
+    """Give the added weights values: open gates, maps and deltas that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".hybrid." in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(scale * noise.to(parameter.dtype))
+    return model
