@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .window_tiled import axis_mask, tiled_attention, tiled_work
+from .window_tiled import axis_mask, best_tile, tiled_attention, tiled_cost
 
 BACKENDS = ("auto", "natten", "flex", "tiled", "dense")
 NATTEN_WIDTHS = (32, 64, 128, 256)
-TILES = ((8, 8), (8, 16), (16, 16), (32, 32))
-# Measured on a CPU, in query-key pairs of one head of width 64: what gathering a key costs a tile, what one step of the
-# loop over tiles costs, and the share of dense attention's pairs below which tiles pay.
-GATHER_COST, STEP_COST, TILED_SHARE = 35, 60_000, 0.65
+# Tiles pay below this share of the pairs of dense attention (measured on a CPU).
+TILED_SHARE = 0.65
 # Dense masks up to this size are kept: building one costs as much as attention with it on a small grid.
 CACHED_MASK_ELEMENTS = 2**21
 
@@ -61,7 +59,7 @@ def neighborhood_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grid = tuple(query.shape[1:3])
     if query.numel() == 0:
-        return query * 0  # nothing to attend to; keeps the graph
+        return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
     window = tuple(min(w, n) for w, n in zip(window, grid, strict=True))
     stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
     if backend == "auto":
@@ -72,12 +70,12 @@ def neighborhood_attention(
         return _flex(query, key, value, text_key, text_value, window, stride, dilation, scale)
     if backend == "dense":
         return _dense(query, key, value, text_key, text_value, window, stride, dilation, scale)
-    settings = (list(x) for x in (window, stride, dilation, _best_tile(query.shape, window, stride, dilation)))
+    settings = (list(x) for x in (window, stride, dilation))
     return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
 
 
 def _pair(name, size):
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
         raise ValueError(f"{name} must be an int of at least 1 or two of them (rows, columns), got {size!r}")
     return pair
@@ -116,20 +114,12 @@ def _choose(query, grid, window, stride, dilation) -> str:
         return "dense"
     if query.is_cuda:
         return "natten" if _natten_refusal(query, grid, window, dilation) is None else "tiled"
-    cost = _tiled_cost(query.shape, window, stride, dilation, _best_tile(query.shape, window, stride, dilation))
-    dense_cost = query.shape[0] * query.shape[3] * query.shape[4] / 64 * (grid[0] * grid[1]) ** 2
+    if torch.compiler.is_compiling():
+        return "tiled"  # the estimate would be traced, and one graph may serve several sizes
+    shape = tuple(query.shape)
+    cost = tiled_cost(shape, window, stride, dilation, best_tile(shape, window, stride, dilation))
+    dense_cost = shape[0] * shape[3] * shape[4] / 64 * (grid[0] * grid[1]) ** 2
     return "tiled" if cost < TILED_SHARE * dense_cost else "dense"
-
-
-def _best_tile(shape, window, stride, dilation) -> tuple[int, int]:
-    return min(TILES, key=lambda tile: _tiled_cost(shape, window, stride, dilation, tile))
-
-
-@lru_cache(maxsize=256)
-def _tiled_cost(shape, window, stride, dilation, tile) -> float:
-    batch, height, width, heads, head_dim = shape
-    pairs, keys, steps = tiled_work((height, width), window, stride, dilation, tile)
-    return batch * (heads * head_dim / 64 * (pairs + GATHER_COST * keys) + STEP_COST * steps)
 
 
 def _covers(grid, window, dilation) -> bool:
@@ -226,9 +216,12 @@ def _flex(query, key, value, text_key, text_value, window, stride, dilation, sca
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
     if not query.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise ValueError('backend "flex" has no gradients on a CPU: use backend "auto"')
+    query, key, value = _join_text(query, key, value, text_key, text_value)
+    if not query.is_cuda:
+        query, key, value = query.detach(), key.detach(), value.detach()  # refused even where no gradient is recorded
     mask = _flex_mask(grid, window, stride, dilation, text_length, query.device)
     attend = _compiled_flex() if query.is_cuda else flex_attention
-    out = attend(*_join_text(query, key, value, text_key, text_value), block_mask=mask, scale=scale)
+    out = attend(query, key, value, block_mask=mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, grid)
 
 

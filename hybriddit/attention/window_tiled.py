@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+TILES = ((8, 8), (8, 16), (16, 16), (32, 32))
+# Measured on a CPU, in query-key pairs of one head of width 64: what gathering a key costs a tile, and what one step of
+# the loop over rows of tiles costs.
+GATHER_COST, STEP_COST = 35, 60_000
 # Text up to this length is copied behind every tile's keys; longer text is attended to once and merged.
 SHORT_TEXT = 128
 # Gathered keys of one work item, in elements: about what the cache of a core holds.
@@ -93,6 +97,18 @@ def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
         keys *= sum(part.span * len(part.keys) for part in parts)
         counts.append((sum(len(part.keys) for part in parts), len(parts)))
     return pairs, keys, counts[0][0] * counts[1][1]
+
+
+@lru_cache(maxsize=256)
+def tiled_cost(shape, window, stride, dilation, tile) -> float:
+    """Of attention in tiles to a query of this shape, in query-key pairs of one head of width 64."""
+    batch, height, width, heads, head_dim = shape
+    pairs, keys, steps = tiled_work((height, width), window, stride, dilation, tile)
+    return batch * (heads * head_dim / 64 * (pairs + GATHER_COST * keys) + STEP_COST * steps)
+
+
+def best_tile(shape, window, stride, dilation) -> tuple[int, int]:
+    return min(TILES, key=lambda tile: tiled_cost(tuple(shape), window, stride, dilation, tile))
 
 
 def _residues(length: int, dilation: int, tile: int) -> int:
@@ -258,12 +274,12 @@ def _forward(
     window: list[int],
     stride: list[int],
     dilation: list[int],
-    tile: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, W, heads, D], and its log-sum-exp [B, H, W, heads, 1] for the backward."""
     out = query.new_empty(query.shape)
     log_sum = query.new_empty(*query.shape[:4], 1, dtype=_state_dtype(query.dtype))
+    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation))
     with_tiles = text_key is not None and _text_joins_tiles(text_key.shape[1], query.shape[1:3], tile)
     tile_text = (text_key, text_value) if with_tiles else (None, None)
     text_length = text_key.shape[1] if with_tiles else 0
@@ -303,7 +319,6 @@ def _backward(
     window: list[int],
     stride: list[int],
     dilation: list[int],
-    tile: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, text_key, text_value; the last two are empty where there is no text."""
@@ -311,6 +326,7 @@ def _backward(
     # tiles overlap in their keys: their shares are summed in at least float32
     grad_key, grad_value = (x.new_zeros(x.shape, dtype=log_sum.dtype) for x in (key, value))
     grad_text = [query.new_zeros(0 if x is None else x.shape, dtype=log_sum.dtype) for x in (text_key, text_value)]
+    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation))
     with_tiles = text_key is not None and _text_joins_tiles(text_key.shape[1], query.shape[1:3], tile)
     tile_text = (text_key, text_value, *grad_text) if with_tiles else (None,) * 4
     text_length = text_key.shape[1] if with_tiles else 0
@@ -384,10 +400,11 @@ tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
 # The counter cannot look into custom operators.
 @register_flop_formula(torch.ops.hybriddit.tiled_attention)
 def _forward_flops(
-    query, key, value, text_key, text_value, window, stride, dilation, tile, scale, *, out_shape=None, **kwargs
+    query, key, value, text_key, text_value, window, stride, dilation, scale, *, out_shape=None, **kwargs
 ):
     batch, height, width, heads, head_dim = query
-    pairs, _, _ = tiled_work((height, width), window, stride, dilation, tile)
+    settings = tuple(window), tuple(stride), tuple(dilation)
+    pairs, _, _ = tiled_work((height, width), *settings, best_tile(query, *settings))
     pairs += height * width * (text_key[1] if text_key else 0)
     return 4 * batch * heads * head_dim * pairs  # scores, and their product with the values
 
