@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -124,7 +126,8 @@ class HybridAttention(nn.Module):
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        grid = token_layout.grids[0]
+        # windows are laid out by plain integers: torch.compile makes those of a second size symbols
+        grid = tuple(operator.index(side) for side in token_layout.grids[0])
         near = neighborhood_attention(
             *(tokens.unflatten(1, grid) for tokens in (query, key, value)),
             window=self.window,

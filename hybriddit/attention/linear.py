@@ -33,27 +33,27 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
-    _check_dtypes(query=query, key=key, value=value)
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ValueError(
+            f"attention takes floating-point tensors of one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
     return _linear_attention(query, key, value, eps)[0]
 
 
 def _check(query, key, value):
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {shapes}")
+        raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {_shapes(query, key, value)}")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise ValueError(f"query and key must agree in batch, heads and width, got {shapes}")
+        raise ValueError(f"query and key must agree in batch, heads and width, got {_shapes(query, key)}")
     if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"key and value must agree in batch, tokens and heads, got {shapes}")
+        raise ValueError(f"key and value must agree in batch, tokens and heads, got {_shapes(key, value)}")
     if not query.device == key.device == value.device:
         raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device")
 
 
-def _check_dtypes(**tensors):
-    dtypes = {x.dtype for x in tensors.values()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        found = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise ValueError(f"attention takes floating-point tensors of one dtype, got {found}")
+def _shapes(*tensors) -> str:
+    # only for messages: torch.compile cannot print sizes it keeps symbolic
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
 def _phi(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,16 +85,17 @@ def _cast_and_check(query, key, value, text_key, text_value):
     if (text_key is None) != (text_value is None):
         raise ValueError("text_key and text_value come together: pass both or neither")
     image, text = (query, key, value), () if text_key is None else (text_key, text_value)
-    shapes = ", ".join(str(tuple(x.shape)) for x in image + text)
     if query.ndim != 5 or not query.shape == key.shape == value.shape:
-        raise ValueError(f"query, key and value must share one shape [B, H, W, heads, D], got {shapes}")
+        raise ValueError(f"query, key and value must share one shape [B, H, W, heads, D], got {_shapes(*image)}")
     batch, heads, head_dim = query.shape[0], *query.shape[3:]
     if text and (
         text_key.ndim != 4
         or text_key.shape != text_value.shape
         or (text_key.shape[0], *text_key.shape[2:]) != (batch, heads, head_dim)
     ):
-        raise ValueError(f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {shapes}")
+        raise ValueError(
+            f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {_shapes(*text)}"
+        )
     if len({x.device for x in image + text}) > 1:
         raise ValueError(f"attention inputs are on several devices ({', '.join(str(x.device) for x in image + text)})")
     device_type = query.device.type
@@ -107,6 +108,11 @@ def _cast_and_check(query, key, value, text_key, text_value):
         )
     # text of no tokens is no text
     return *image, *(text if text and text[0].shape[1] else (None, None))
+
+
+def _shapes(*tensors) -> str:
+    # only for messages: torch.compile cannot print sizes it keeps symbolic
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
 def _choose(query, grid, window, stride, dilation) -> str:

@@ -389,9 +389,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_out, grad_log_sum):
     # grad_log_sum is zero: the log-sum-exp never leaves `neighborhood_attention`
-    grads = tiled_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
-    has_text = ctx.saved_tensors[3] is not None
-    return *grads[:3], *(grads[3:] if has_text else (None, None)), *(None for _ in ctx.settings)
+    saved = ctx.saved_tensors  # read once: under checkpointing a second read is an error
+    grads = tiled_attention_backward(grad_out, *saved, *ctx.settings)
+    texts = (None, None) if saved[3] is None else grads[3:]
+    return *grads[:3], *texts, *(None for _ in ctx.settings)
 
 
 tiled_attention.register_autograd(_autograd, setup_context=_setup_context)

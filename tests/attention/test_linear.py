@@ -1,5 +1,3 @@
-import copy
-
 import oracles
 import pytest
 import torch
@@ -87,16 +85,16 @@ def test_empty_batch():
     assert [grad.shape for grad in torch.autograd.grad(out, inputs, weight)] == [x.shape for x in inputs]
 
 
-def test_compile_checkpoint_inference_mode_and_deepcopy():
-    inputs, weight = random_inputs(SHAPES[0])
-    expected = torch.autograd.grad(linear_attention(*inputs), inputs, weight)
+def test_compile_checkpoint_and_inference_mode():
     compiled = torch.compile(linear_attention, backend="aot_eager", fullgraph=True)
-    for function in (compiled, lambda *x: checkpoint(linear_attention, *x, use_reentrant=False)):
-        for grad, reference in zip(torch.autograd.grad(function(*inputs), inputs, weight), expected, strict=True):
-            torch.testing.assert_close(grad, reference)
-    with torch.inference_mode():
-        torch.testing.assert_close(linear_attention(*inputs), linear_attention(*(x.detach() for x in inputs)))
-    assert copy.deepcopy(linear_attention(*inputs).detach()).shape == weight.shape
+    for shape in SHAPES[:1] + SHAPES[3:4] + SHAPES[2:3]:  # from the second on torch traces with symbolic sizes
+        inputs, weight = random_inputs(shape)
+        expected = torch.autograd.grad(linear_attention(*inputs), inputs, weight)
+        for function in (compiled, lambda *x: checkpoint(linear_attention, *x, use_reentrant=False)):
+            for grad, reference in zip(torch.autograd.grad(function(*inputs), inputs, weight), expected, strict=True):
+                torch.testing.assert_close(grad, reference)
+        with torch.inference_mode():
+            torch.testing.assert_close(linear_attention(*inputs), linear_attention(*(x.detach() for x in inputs)))
 
 
 def test_autocast_keeps_the_sums_in_float32():
