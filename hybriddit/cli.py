@@ -11,14 +11,9 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for what went wrong, 2 for a wrong call, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    # the demo has its own arguments
-    options = None if arguments[:1] == ["demo"] else build_parser().parse_args(arguments)
+    options = build_parser().parse_args(argv)
     try:
-        if options is None:
-            import_module("hybriddit.demo").main(arguments[1:])
-        else:
-            options.command(options)
+        options.command(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -46,7 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add("demo", None, "convert, distill and compare on a small teacher; `hybriddit demo --help` tells its options", "")
+    sub = add("demo", demo, "convert, distill and compare on the small teacher of a checkout", "train.steps=100")
+    sub.add_argument("--config", type=Path, default=Path("configs/distill/demo.yaml"), help="(default: %(default)s)")
+    sub.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder (default: %(default)s)")
+    _add_overrides(sub)
 
     sub = add(
         "convert",
@@ -67,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "configs/distill/demo.yaml optim.lr=1e-3 train.steps=200",
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/distill/flux_dev.yaml")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    _add_overrides(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
 
     sub = add(
@@ -92,8 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config file")
+
+
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on a GPU)")
+
+
+def demo(options: argparse.Namespace) -> None:
+    if not options.config.is_file():
+        raise FileNotFoundError(f"no {options.config}: run the demo from a checkout of hybriddit")
+    from .demo.run import run
+
+    run(options.config, options.out, options.overrides)
 
 
 def convert(options: argparse.Namespace) -> None:

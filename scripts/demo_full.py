@@ -32,12 +32,11 @@ from hybriddit.demo.run import (
     contact_sheet,
     generate,
     judged,
-    make_training_images,
     sampling_of,
 )
 from hybriddit.models import hybridize
 from hybriddit.training.config import load_config
-from hybriddit.training.distill import distill
+from hybriddit.training.distill import distill, make_data
 
 VARIANTS = {
     "hybrid": {},
@@ -67,6 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = load_config(args.config, args.overrides)
+    config.output.folder = None
     folder = Path(config.model.path)
     judge, sampling = Judge.load(folder.parent / "demo-judge.safetensors"), sampling_of(config)
     prompts, image_seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
@@ -100,7 +100,7 @@ def main() -> None:
             run = dataclasses.replace(config, hybrid=hybrid, train=dataclasses.replace(config.train, seed=seed))
             pipeline.transformer = copy.deepcopy(dense)
             if data is None:
-                data = make_training_images(pipeline, config)
+                data = make_data(pipeline, config)
             hybridize(pipeline.transformer, hybrid)
             if variant == "hybrid" and seed == args.seeds[0]:
                 measure("hybrid, undistilled", seed, pipeline.transformer)

@@ -208,7 +208,8 @@ def make_pipeline(vae: AutoencoderKL, seed: int) -> FluxPipeline:
                 continue
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    # as FLUX.1-dev's, but with more of the steps near noise: 256 tokens are sampled with a shift of exp(1.1) = 3
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=1.1, max_shift=1.1)
     return FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer)
 
 
@@ -264,11 +265,14 @@ class TeacherTraining:
             for name, p in self.parameters.items():
                 p.copy_(self.average[name])
 
+    @property
+    def cooling(self) -> bool:
+        """The last 40 % of the steps, over which the rate falls to nothing."""
+        return self.step > 0.6 * self.args.steps
+
     def rate(self) -> float:
         warm = min(1.0, (self.step + 1) / 100)
-        # flat, then down to nothing over the last 40 %
-        left = (self.args.steps - self.step) / (0.4 * self.args.steps)
-        return self.args.lr * min(warm, left, 1.0)
+        return self.args.lr * min(warm, (self.args.steps - self.step) / (0.4 * self.args.steps))
 
     def loss(self) -> torch.Tensor:
         args, pipeline = self.args, self.pipeline
@@ -287,8 +291,9 @@ class TeacherTraining:
         text = pipeline.text_encoder_2(self.t5_ids[used, :length]).last_hidden_state[inverse]
         pooled = pipeline.text_encoder(self.clip_ids[used]).pooler_output[inverse]
         noise = torch.randn(clean.shape, generator=generator)
-        # logit-normal times (arXiv 2403.03206), a little towards noise: the two ends agree early on
-        times = torch.sigmoid(0.3 + 1.1 * torch.randn(len(clean), generator=generator))
+        # logit-normal times (arXiv 2403.03206), towards noise, and more so while the rate falls: what stands where, and
+        # whether the two ends agree, is settled early on
+        times = torch.sigmoid((0.9 if self.cooling else 0.3) + 1.1 * torch.randn(len(clean), generator=generator))
         t = times[:, None, None]
         predicted = pipeline.transformer(
             hidden_states=(1 - t) * clean + t * noise,
@@ -429,7 +434,7 @@ def main() -> None:
     parser.add_argument("--judge-epochs", type=int, default=6)
     parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--kl", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eval-images", type=int, default=256)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
-from ..data.teacher_images import teacher_images
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..training.config import DistillConfig, load_config
-from ..training.distill import distill
-from .canvas import CANVAS, DIFFERENT_SCENES, SAME_SCENES, SCENES, Scene
+from ..training.distill import distill, make_data
+from .canvas import CANVAS, DIFFERENT_SCENES, SAME_SCENES, Scene
 from .judge import Judge, match_score
 
 # as many that ask for the same garment twice as that do not
@@ -101,28 +101,11 @@ def sampling_of(config: DistillConfig) -> dict:
     }
 
 
-def make_training_images(pipeline: FluxPipeline, config: DistillConfig):
-    """The teacher's own images of every prompt that there is."""
-    data = config.data
-    return teacher_images(
-        pipeline,
-        [scene.prompt for scene in (*SAME_SCENES * 4, *SCENES)],
-        images=data.images,
-        height=data.height,
-        width=data.width,
-        steps=data.steps,
-        guidance_scale=data.guidance_scale,
-        max_sequence_length=data.max_sequence_length,
-        batch_size=data.batch_size,
-        seed=data.seed,
-        progress=config.train.progress,
-    )
-
-
-def run(config_path: str | Path, out: str | Path, overrides: list[str] | None = None) -> dict:
+def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> dict:
     """The whole demonstration; writes compare.png, pipeline/ and metrics.json under `out` and returns the metrics."""
     started, out = time.monotonic(), Path(out)
-    config = load_config(config_path, overrides or ())
+    config = load_config(config_path, overrides)
+    config.output.folder = None  # nothing but what is listed above
     folder = Path(config.model.path)
     judge_path = folder.parent / "demo-judge.safetensors"
     if not folder.is_dir() or not judge_path.is_file():
@@ -135,7 +118,7 @@ def run(config_path: str | Path, out: str | Path, overrides: list[str] | None = 
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
     pipeline = FluxPipeline.from_pretrained(folder)
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
-    data = make_training_images(pipeline, config)
+    data = make_data(pipeline, config)
 
     grid = (config.data.height // (pipeline.vae_scale_factor * 2), config.data.width // (pipeline.vae_scale_factor * 2))
     say(

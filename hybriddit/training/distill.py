@@ -33,31 +33,37 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    prompts = read_prompts(config.data.prompts)
+    read_prompts(config.data.prompts)  # a missing file is told before the model is loaded
     accelerator = make_accelerator(config)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
     with accelerator.main_process_first():
-        data = teacher_images(
-            pipeline,
-            prompts,
-            images=config.data.images,
-            height=config.data.height,
-            width=config.data.width,
-            steps=config.data.steps,
-            guidance_scale=config.data.guidance_scale,
-            max_sequence_length=config.data.max_sequence_length,
-            batch_size=config.data.batch_size,
-            seed=config.data.seed,
-            cache=config.data.cache,
-            progress=config.train.progress and accelerator.is_main_process,
-        )
+        data = make_data(pipeline, config, progress=config.train.progress and accelerator.is_main_process)
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
         if name.startswith("text_encoder"):
             setattr(pipeline, name, None)
     return distill(pipeline, data, config, resume=resume)
+
+
+def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> LatentData:
+    """The images that `config.data` asks for, made by the pipeline itself."""
+    data = config.data
+    return teacher_images(
+        pipeline,
+        read_prompts(data.prompts),
+        images=data.images,
+        height=data.height,
+        width=data.width,
+        steps=data.steps,
+        guidance_scale=data.guidance_scale,
+        max_sequence_length=data.max_sequence_length,
+        batch_size=data.batch_size,
+        seed=data.seed,
+        cache=data.cache,
+        progress=progress,
+    )
 
 
 def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:

@@ -1,0 +1,40 @@
+"""The demo's figures and pictures, and the files it reads."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybriddit.demo.canvas import SCENES
+from hybriddit.demo.run import SEEDS, SHOWN, compare, contact_sheet
+from hybriddit.training.config import load_config
+
+
+def test_compare_against_formulas():
+    rng = np.random.default_rng(0)
+    teacher = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    error = ((teacher.astype(float) - images.astype(float)) ** 2).mean((1, 2, 3))
+    measured = compare(images, teacher)
+    assert measured["psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=1e-3)
+    assert measured["ssim"] < 0.1
+    assert compare(teacher, teacher) == {"psnr": 100.0, "ssim": 1.0}
+
+
+def test_contact_sheet_shows_every_image(tmp_path):
+    colours = np.array([[200, 30, 30], [30, 200, 30], [30, 30, 200]], dtype=np.uint8)
+    images = np.broadcast_to(colours[:, None, None], (3, 64, 64, 3))
+    contact_sheet({"upper": images, "lower": images[::-1]}, ["one", "two", "three"], tmp_path / "sheet.png")
+    seen = Image.open(tmp_path / "sheet.png").getcolors(1 << 20)
+    area = {colour: count for count, colour in seen}
+    assert all(area[tuple(colour)] == 2 * 128 * 128 for colour in colours.tolist())
+
+
+def test_demo_prompts_are_ones_the_teacher_knows():
+    config = load_config("configs/distill/demo.yaml")
+    with open(config.data.prompts) as file:
+        prompts = set(file.read().splitlines())
+    assert prompts == {scene.prompt for scene in SCENES}
+    assert {scene.prompt for scene in SHOWN} <= prompts
+    assert sum(scene.same for scene in SHOWN) == len(SHOWN) / 2, "half of the pairs match, so that chance is 0.5"
+    learned = range(config.data.seed, config.data.seed + config.data.images)
+    assert not set(SEEDS) & set(learned), "the images shown are not among those learned from"
