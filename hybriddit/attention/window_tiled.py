@@ -185,30 +185,53 @@ def _scatter_queries(x: Tensor, item: _Item, tiles: Tensor) -> None:
     target.copy_(tiles.transpose(1, 2).reshape(target.shape))
 
 
-def _gather_keys(x: Tensor, item: _Item, text: Tensor | None) -> Tensor:
-    """[B, H, W, heads, D] and [B, S, heads, D] -> [batch * tiles, heads, keys + S, D]."""
+def _gather_keys(x: Tensor, item: _Item, text: Tensor | None, buffers: dict) -> Tensor:
+    """[B, H, W, heads, D] and [B, S, heads, D] -> [batch * tiles, heads, keys + S, D], in a buffer of the call's own."""
     x = x[item.batch, item.key_rows]
     if item.tiles == 1 and text is None:
         return x[:, :, item.key_columns[0]].flatten(1, 2).transpose(1, 2)
     batch, rows, _, heads, head_dim = x.shape
-    image = rows * (item.key_columns[0].stop - item.key_columns[0].start)
-    tiles = x.new_empty(batch, item.tiles, image + (0 if text is None else text.shape[1]), heads, head_dim)
-    for t, columns in enumerate(item.key_columns):
-        tiles[:, t, :image].unflatten(1, (rows, -1)).copy_(x[:, :, columns])
+    span = item.key_columns[0].stop - item.key_columns[0].start
+    shape = batch, item.tiles, rows * span + (0 if text is None else text.shape[1]), heads, head_dim
+    if shape not in buffers:  # fresh memory for every item would cost more in page faults than the copies
+        buffers[shape] = x.new_empty(shape)
+    tiles = buffers[shape]
+    image, starts = tiles[:, :, : rows * span].unflatten(2, (rows, span)), [c.start for c in item.key_columns]
+    for first, count, step in _even_runs(starts):
+        columns = x[:, :, starts[first] : starts[first] + step * (count - 1) + span].unfold(2, span, step)
+        image[:, first : first + count].copy_(columns.permute(0, 2, 1, 5, 3, 4))
     if text is not None:
-        tiles[:, :, image:].copy_(text[item.batch].unsqueeze(1))
+        tiles[:, :, rows * span :].copy_(text[item.batch].unsqueeze(1))
     return tiles.flatten(0, 1).transpose(1, 2)
+
+
+def _even_runs(starts: list[int]):
+    """Cuts increasing numbers into runs of equal steps, each (first index, count, step): one copy gathers a run."""
+    first = 0
+    while first < len(starts):
+        step, last = 1, first
+        if first + 1 < len(starts):
+            step = max(1, starts[first + 1] - starts[first])
+            while last + 1 < len(starts) and starts[last + 1] - starts[last] == step:
+                last += 1
+        yield first, last - first + 1, step
+        first = last + 1
 
 
 def _add_keys(x: Tensor, item: _Item, text: Tensor | None, tiles: Tensor) -> None:
     """The transpose of `_gather_keys`: adds every tile's share to x, and to text."""
     x = x[item.batch, item.key_rows]
     tiles = tiles.transpose(1, 2).unflatten(0, (-1, item.tiles))
-    rows, columns = x.shape[1], item.key_columns[0].stop - item.key_columns[0].start
-    for t, key_columns in enumerate(item.key_columns):
-        x[:, :, key_columns].add_(tiles[:, t, : rows * columns].unflatten(1, (rows, columns)))
+    rows, span = x.shape[1], item.key_columns[0].stop - item.key_columns[0].start
+    image, starts = tiles[:, :, : rows * span].unflatten(2, (rows, span)), [c.start for c in item.key_columns]
+    for first, count, step in _even_runs(starts):
+        skip = -(-span // step)  # every skip-th tile: those do not overlap, and one addition takes them all
+        for tile in range(first, min(first + skip, first + count)):
+            last = range(tile, first + count, skip)[-1]
+            columns = x[:, :, starts[tile] : starts[last] + span].unfold(2, span, step * skip)
+            columns.add_(image[:, tile : last + 1 : skip].permute(0, 2, 1, 4, 5, 3))
     if text is not None:
-        text[item.batch].add_(tiles[:, :, rows * columns :].sum(1))
+        text[item.batch].add_(tiles[:, :, rows * span :].sum(1))
 
 
 def _has_fused_kernel(query: Tensor) -> bool:
@@ -284,13 +307,15 @@ def _forward(
     tile_text = (text_key, text_value) if with_tiles else (None, None)
     text_length = text_key.shape[1] if with_tiles else 0
     with torch.autocast(query.device.type, enabled=False):
+        key_buffers, value_buffers = {}, {}
         grids, dilation = _residue_grids(query.shape[1:3], dilation, tile)
         for rows, columns in grids:
             q, k, v, o, s = (x[:, rows, columns] for x in (query, key, value, out, log_sum))
             for item in _items(q, window, stride, dilation, tile, text_length):
                 tile_out, tile_log_sum = _attend(
                     _gather_queries(q, item),
-                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text[:2], strict=True)),
+                    _gather_keys(k, item, tile_text[0], key_buffers),
+                    _gather_keys(v, item, tile_text[1], value_buffers),
                     item.mask,
                     scale,
                 )
@@ -331,6 +356,7 @@ def _backward(
     tile_text = (text_key, text_value, *grad_text) if with_tiles else (None,) * 4
     text_length = text_key.shape[1] if with_tiles else 0
     with torch.autocast(query.device.type, enabled=False):
+        key_buffers, value_buffers = {}, {}
         grids, dilation = _residue_grids(query.shape[1:3], dilation, tile)
         for rows, columns in grids:
             q, k, v, o, s, g = (x[:, rows, columns] for x in (query, key, value, out, log_sum, grad_out))
@@ -339,7 +365,8 @@ def _backward(
                 tile_grads = _attend_backward(
                     _gather_queries(g, item),
                     _gather_queries(q, item),
-                    *(_gather_keys(x, item, text) for x, text in zip((k, v), tile_text[:2], strict=True)),
+                    _gather_keys(k, item, tile_text[0], key_buffers),
+                    _gather_keys(v, item, tile_text[1], value_buffers),
                     _gather_queries(o, item),
                     _gather_queries(s, item).squeeze(-1),
                     item.mask,
