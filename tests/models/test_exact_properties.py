@@ -160,31 +160,65 @@ def test_far_influence_with_open_gates(kind):
     assert min(reach["linear"]) > 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_only_is_linear_attention_over_text_and_image(kind):
-    """The far branch of one layer against the formula in fp64, with text keys as the teacher made them."""
-    model = perturb_hybrid(hybridize(make(kind, **ONE_BLOCK[kind]), HybridConfig(window=None)))
-    layer = next(m for name, m in model.named_modules() if name.endswith(".hybrid"))
-    assert not any(name.startswith("gate") for name, _ in layer.named_parameters())
+LAYERS = [
+    ("pixart", "attn1", {}),
+    ("sd3", "attn", {}),
+    ("sd35-medium", "attn", {}),
+    ("sd35-medium", "attn2", {}),
+    ("flux-dev", "attn", {}),
+    ("flux-schnell", "attn", {"layers": 0, "single_layers": 1}),
+]
+
+
+@pytest.mark.parametrize("gate", ["head", "channel", "token", "linear only"])
+@pytest.mark.parametrize(("kind", "layer", "sizes"), LAYERS)
+def test_an_open_layer_against_the_formulas(kind, layer, sizes, gate):
+    """One layer of a model, recomputed from its input and its joint query, key and value, with dense matrices."""
+    config = HybridConfig(window=None) if gate == "linear only" else HybridConfig(window=(3, 2), gate=gate)
+    model = perturb_hybrid(hybridize(make(kind, **ONE_BLOCK[kind] | sizes), config))
+    attn = next(module for name, module in model.named_modules() if name.endswith(f".{layer}"))
     seen = {}
 
-    def keep(module, args, kwargs, out):
-        seen.update(kwargs, value=args[2], key=args[1], layout=args[3], out=out)
+    def keep_input(module, args, kwargs):
+        seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
-    layer.register_forward_hook(keep, with_kwargs=True)
-    grid = (4, 5)
+    def keep_joint(module, args, kwargs, out):
+        seen["query"], seen["key"], seen["value"], seen["layout"] = args
+        seen["out"] = out
+
+    attn.register_forward_pre_hook(keep_input, with_kwargs=True)
+    attn.hybrid.register_forward_hook(keep_joint, with_kwargs=True)
+    grid, count = (4, 5), 20
     run(model, make_inputs(model, grid))
-    text, layout = 0 if kind == "pixart" else TEXT, seen["layout"]
-    assert layout == TokenLayout(text, (grid,), "flux" in kind)
-    image = slice(text, None) if "flux" in kind else slice(0, 20)
-    words = slice(0, text) if "flux" in kind else slice(20, None)
-    keys = torch.cat([seen["key"][:, words], seen["far_key"]], 1).double()
-    values = torch.cat([seen["value"][:, words], seen["value"][:, image]], 1).double()
-    weights = torch.einsum("bnhd,bmhd->bhnm", F.elu(seen["far_query"].double()) + 1, F.elu(keys) + 1)
-    count = keys.shape[1]
-    expected = torch.einsum("bhnm,bmhd->bnhd", weights / (weights.sum(-1, keepdim=True) + 1e-4 * count), values)
-    assert expected.shape[-1] == HEAD_DIM
-    torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=1e-9)
+    text, text_first = 0 if layer in ("attn1", "attn2") else TEXT, "flux" in kind
+    assert seen["layout"] == TokenLayout(text, (grid,), text_first)
+    image = slice(text, None) if text_first else slice(0, count)
+    words = slice(0, text) if text_first else slice(count, None)
+
+    with torch.no_grad():
+        x = seen["x"][:, image] if sizes else seen["x"]  # a single block's input is text and image
+        norms = (attn.norm_q or torch.nn.Identity(), attn.norm_k or torch.nn.Identity())
+        pairs = zip((attn.to_q, attn.to_k), (attn.hybrid.map_q, attn.hybrid.map_k), norms, strict=True)
+        far_query, far_key = (
+            norm((project(x) + up_down(x)).unflatten(-1, (-1, HEAD_DIM))) for project, up_down, norm in pairs
+        )
+        value = seen["value"][:, image]
+        if gate == "linear only":  # over text too, with the keys as the teacher made them
+            far_key = torch.cat([seen["key"][:, words], far_key], 1)
+            value = torch.cat([seen["value"][:, words], value], 1)
+        weights = torch.einsum("bnhd,bmhd->bhnm", F.elu(far_query) + 1, F.elu(far_key) + 1)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-4 * value.shape[1])
+        expected = torch.einsum("bhnm,bmhd->bnhd", weights, value)
+        if gate != "linear only":
+            mask = joint_mask(window_mask(grid, (3, 2)), text, text_first)
+            joint = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
+            near = F.scaled_dot_product_attention(*joint, attn_mask=mask).transpose(1, 2)[:, image]
+            g = attn.hybrid.gate(x.float()).unsqueeze(-1) if gate == "token" else attn.hybrid.gate
+            expected = near + g * (expected - near)
+    torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=2e-7)
+    dense_text = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
+    text_out = F.scaled_dot_product_attention(*dense_text).transpose(1, 2)[:, words]
+    torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
