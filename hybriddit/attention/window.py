@@ -122,10 +122,15 @@ def _choose(query, grid, window, stride, dilation) -> str:
         return "natten" if _natten_refusal(query, grid, window, dilation) is None else "tiled"
     if torch.compiler.is_compiling():
         return "tiled"  # the estimate would be traced, and one graph may serve several sizes
-    shape = tuple(query.shape)
-    cost = tiled_cost(shape, window, stride, dilation, best_tile(shape, window, stride, dilation))
-    dense_cost = shape[0] * shape[3] * shape[4] / 64 * (grid[0] * grid[1]) ** 2
-    return "tiled" if cost < TILED_SHARE * dense_cost else "dense"
+    return "tiled" if _tiles_pay(tuple(query.shape), window, stride, dilation) else "dense"
+
+
+@lru_cache(maxsize=256)
+def _tiles_pay(shape, window, stride, dilation) -> bool:
+    batch, height, width, heads, head_dim = shape
+    dense_cost = batch * heads * head_dim / 64 * (height * width) ** 2
+    tile = best_tile(shape, window, stride, dilation)
+    return tiled_cost(shape, window, stride, dilation, tile) < TILED_SHARE * dense_cost
 
 
 def _covers(grid, window, dilation) -> bool:
