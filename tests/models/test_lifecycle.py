@@ -273,7 +273,8 @@ def test_dense_weights_are_not_a_hybrid_checkpoint(tmp_path):
 
 def test_attention_backend_of_dense_layers_is_kept():
     model = make("flux-dev")
-    model.set_attention_backend("_native_math")
+    for processor in model.attn_processors.values():  # as set_attention_backend does, which is global besides
+        processor._attention_backend = "_native_math"
     hybridize(model, HybridConfig(window=3, layers={"single*": "dense"}))
     single = model.single_transformer_blocks[0].attn.processor
     assert single._attention_backend == "_native_math"
