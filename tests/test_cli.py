@@ -3,9 +3,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.append(str(Path(__file__).parent / "training"))
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
