@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (ValueError, OSError, NotImplementedError, FloatingPointError, ModuleNotFoundError) as error:
         # what the user can put right; anything else is ours, and keeps its traceback
         print(f"hybriddit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -107,15 +107,19 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    if options.adapter and options.window:
+    if options.adapter and options.window is not None:
         raise ValueError("--window is for a fresh hybrid: an adapter brings its own")
     from . import HybridConfig, hybridize, load_adapter
 
     pipeline = _load_pipeline(options)
+    if getattr(pipeline, "transformer", None) is None:
+        raise ValueError(
+            f"{options.model} is a {type(pipeline).__name__}, which has no diffusion transformer to convert"
+        )
     if options.adapter:
         load_adapter(pipeline, options.adapter)
     else:
-        hybridize(pipeline.transformer, HybridConfig(**({"window": options.window} if options.window else {})))
+        hybridize(pipeline.transformer, HybridConfig(**({} if options.window is None else {"window": options.window})))
     pipeline.save_pretrained(options.out)
     print(f"hybrid pipeline saved to {options.out}")
 
@@ -129,7 +133,10 @@ def distill(options: argparse.Namespace) -> None:
     try:
         run(config, resume=options.resume)
     except KeyboardInterrupt:
-        print(f"stopped: add --resume to go on from the newest checkpoint in {config.output.folder}", file=sys.stderr)
+        if any(Path(config.output.folder, "checkpoints").glob("step-*")):
+            print(
+                f"stopped: add --resume to go on from the newest checkpoint in {config.output.folder}", file=sys.stderr
+            )
         raise
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
 

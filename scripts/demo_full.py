@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from hybriddit.demo.run import (
     sampling_of,
 )
 from hybriddit.models import hybridize
-from hybriddit.training.config import load_config
+from hybriddit.training.config import load_config, to_dict
 from hybriddit.training.distill import distill, make_data
 
 VARIANTS = {
@@ -57,6 +58,11 @@ def set_gates(model: nn.Module, value: float) -> None:
             nn.init.constant_(gate, value)
 
 
+def settings(run) -> dict:
+    """What a recorded run was made with, as JSON gives it back."""
+    return json.loads(json.dumps(to_dict(run)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/distill/demo.yaml")
@@ -72,17 +78,22 @@ def main() -> None:
     prompts, image_seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
     scenes = [scene for scene in SHOWN for _ in image_seeds]
 
-    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
     teacher = generate(pipeline, prompts, image_seeds, sampling, "teacher")
     data = None
     results: dict[str, list[dict]] = {"teacher": [judged(teacher, scenes, judge)]}
     shown = {"teacher": teacher}
 
-    def measure(name: str, seed: int, transformer) -> None:
+    def finished(name: str, seed: int, run) -> bool:
+        path = record(name, seed, "json")
+        return path.exists() and json.loads(path.read_text())["settings"] == settings(run)
+
+    def measure(name: str, seed: int, transformer, run) -> None:
         pipeline.transformer = transformer
         images = generate(pipeline, prompts, image_seeds, sampling, name)
         np.save(record(name, seed, "npy"), images)
         values = compare(images, teacher) | judged(images, scenes, judge)
+        values |= {"settings": settings(run)}
         record(name, seed, "json").write_text(json.dumps(values, indent=2) + "\n")
         print(f"{name}, seed {seed}: {values}", flush=True)
 
@@ -94,22 +105,23 @@ def main() -> None:
     for seed in args.seeds:
         for variant, changes in VARIANTS.items():
             names = [variant] + ([f"{variant}, near off", f"{variant}, far off"] if not changes else [])
-            if all(record(name, seed, "json").exists() for name in names):
-                continue
+            fresh = ["hybrid, undistilled"] if not changes and seed == args.seeds[0] else []
             hybrid = dataclasses.replace(config.hybrid, **changes)
             run = dataclasses.replace(config, hybrid=hybrid, train=dataclasses.replace(config.train, seed=seed))
+            if all(finished(name, seed, run) for name in (*names, *fresh)):
+                continue
             pipeline.transformer = copy.deepcopy(dense)
             if data is None:
                 data = make_data(pipeline, config)
             hybridize(pipeline.transformer, hybrid)
-            if variant == "hybrid" and seed == args.seeds[0]:
-                measure("hybrid, undistilled", seed, pipeline.transformer)
+            for name in fresh:
+                measure(name, seed, pipeline.transformer, run)
             transformer = distill(pipeline, data, run)
-            measure(variant, seed, transformer)
+            measure(variant, seed, transformer, run)
             for name, value in zip(names[1:], (1.0, 0.0), strict=False):
                 off = copy.deepcopy(transformer)
                 set_gates(off, value)
-                measure(name, seed, off)
+                measure(name, seed, off, run)
 
     every = ["hybrid, undistilled", "hybrid", "hybrid, near off", "hybrid, far off", "window only", "linear only"]
     for name in every:
@@ -120,11 +132,11 @@ def main() -> None:
     contact_sheet(
         {name.replace(", ", ",\n"): images[first] for name, images in shown.items()}, prompts, args.out / "compare.png"
     )
-    (args.out / "table.md").write_text(table(results, config, args))
+    (args.out / "table.md").write_text(table(results, config))
     print((args.out / "table.md").read_text(), f"\n{time.monotonic() - started:.0f} s", sep="")
 
 
-def table(results: dict[str, list[dict]], config, args) -> str:
+def table(results: dict[str, list[dict]], config) -> str:
     """Mean and standard deviation over the seeds, as Markdown."""
     lines = [
         f"| student | seeds | {' | '.join(COLUMNS)} |",
@@ -141,7 +153,7 @@ def table(results: dict[str, list[dict]], config, args) -> str:
         [
             *lines,
             "",
-            f"- Command: `{' '.join(['python scripts/demo_full.py', *args.overrides])}`, {time.strftime('%Y-%m-%d')}.",
+            f"- Command: `{' '.join(['python scripts/demo_full.py', *sys.argv[1:]])}`, {time.strftime('%Y-%m-%d')}.",
             f"- {config.train.steps} steps of batch {config.train.batch_size} each; {config.data.images} images made by "
             f"the teacher; window {config.hybrid.window}, map rank {config.hybrid.map_rank}, delta rank "
             f"{config.hybrid.delta_rank}, gate per {config.hybrid.gate}.",

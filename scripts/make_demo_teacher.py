@@ -434,7 +434,7 @@ def main() -> None:
     parser.add_argument("--judge-epochs", type=int, default=6)
     parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--kl", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eval-images", type=int, default=256)

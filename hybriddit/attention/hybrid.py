@@ -69,17 +69,16 @@ class HybridAttention(nn.Module):
     def maps(
         self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The far branch's raw query and key (the caller applies the layer's own norms to them), and the gate.
+        """The far branch's raw query and key (the caller applies the layer's own norms to them), and a token gate.
 
         hidden_states [B, N, width], the image part of the layer's input; query, key [B, N, heads, D], the teacher's
-        projections of it before norm and rotary embedding. The gate broadcasts against [B, N, heads, D]; None where
-        the layer has no near branch.
+        projections of it before norm and rotary embedding. The gate is [B, N, heads, 1]; None where it is no function
+        of the token (a parameter is read in `forward`, where an offloading hook has loaded it).
         """
         gate = None
-        if self.window is not None:
-            gate = self.gate
-            if isinstance(gate, nn.Linear):  # kept in fp32, whatever the layer runs in
-                gate = gate(hidden_states.to(gate.weight.dtype)).unsqueeze(-1)
+        if self.window is not None and isinstance(self.gate, nn.Linear):
+            # kept in fp32, whatever the layer runs in
+            gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
 
     def forward(
@@ -112,6 +111,7 @@ class HybridAttention(nn.Module):
             image = self._near(image_query, image_key, image_value, text_key, text_value, token_layout, scale)
             if self.far:
                 far = linear_attention(far_query, far_key, image_value)
+                gate = self.gate if gate is None else gate
                 image = image + gate.to(image.dtype) * (far - image)
         if token_layout.text_length == 0:
             return image

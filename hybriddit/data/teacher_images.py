@@ -73,7 +73,9 @@ def teacher_images(
     folder = Path(cache) if cache is not None else None
     if folder is not None:
         used = list(prompts[:images])
-        claim_folder(folder, {**asdict(info), "images": images, "batch_size": batch_size, "prompts": used})
+        teacher = {"pipeline": type(pipeline).__name__, "model": str(pipeline.config.get("_name_or_path"))}
+        teacher["dtype"] = str(pipeline.transformer.dtype)
+        claim_folder(folder, {**teacher, **asdict(info), "images": images, "batch_size": batch_size, "prompts": used})
 
     def table(name: str, make) -> dict:
         if folder is None:

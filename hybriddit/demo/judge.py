@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -48,10 +48,13 @@ class Judge:
 
     @classmethod
     def load(cls, path: str | Path) -> Judge:
-        with safe_open(path, "pt") as file:
-            threshold = float(file.metadata()["match_threshold"])
         classifier = GarmentClassifier()
-        classifier.load_state_dict(load_file(path))
+        try:
+            with safe_open(path, "pt") as file:
+                threshold = float(file.metadata()["match_threshold"])
+            classifier.load_state_dict(load_file(path))
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged or no judge ({error}): check it out anew") from error
         return cls(classifier, threshold)
 
     def save(self, path: str | Path) -> None:

@@ -21,11 +21,15 @@ from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..training.config import DistillConfig, load_config
 from ..training.distill import distill, make_data
-from .canvas import CANVAS, DIFFERENT_SCENES, SAME_SCENES, Scene
+from .canvas import CANVAS, Scene
 from .judge import Judge, match_score
 
-# as many that ask for the same garment twice as that do not
-SHOWN: tuple[Scene, ...] = (*SAME_SCENES[:6], *(s for s in DIFFERENT_SCENES if s.left != s.right))[:12]
+# as many that ask for the same garment twice as that do not; of those, half ask for two of one kind
+SHOWN: tuple[Scene, ...] = (
+    *(Scene(name, name, same=True) for name in ("t-shirt", "trouser", "pullover", "sneaker", "bag", "boot")),
+    *(Scene(name, name) for name in ("dress", "sneaker", "bag")),
+    *(Scene(left, right) for left, right in (("trouser", "bag"), ("pullover", "sandal"), ("boot", "t-shirt"))),
+)
 SEEDS = (1001, 1002, 1003)  # far from those of the images that the hybrid is distilled on
 BATCH = 12
 
@@ -116,7 +120,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     scenes = [scene for scene in SHOWN for _ in seeds]
 
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
-    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
     data = make_data(pipeline, config)
 
@@ -172,7 +176,9 @@ def generate_in_new_process(folder: Path, prompts: list[str], seeds: list[int], 
     """`generate`, by a Python that knows nothing but the saved folder."""
     job = {"folder": str(folder), "prompts": prompts, "seeds": seeds, "sampling": sampling}
     result = folder.parent / "distilled.npy"
-    subprocess.run([sys.executable, "-m", __spec__.name, str(result)], input=json.dumps(job), text=True, check=True)
+    command = [sys.executable, "-m", __spec__.name, str(result)]
+    if subprocess.run(command, input=json.dumps(job), text=True).returncode:
+        raise OSError(f"the saved pipeline {folder} failed in a new process: see above")
     images = np.load(result, allow_pickle=False)
     result.unlink()
     return images
@@ -210,7 +216,7 @@ def _in_new_process() -> None:
     from diffusers import DiffusionPipeline
 
     job = json.load(sys.stdin)
-    pipeline = DiffusionPipeline.from_pretrained(job["folder"])
+    pipeline = DiffusionPipeline.from_pretrained(job["folder"], use_safetensors=True)
     np.save(sys.argv[1], generate(pipeline, job["prompts"], job["seeds"], job["sampling"], "distilled"))
 
 

@@ -33,7 +33,8 @@ class HybridModelMixin:
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # diffusers leaves weights that the file lacks on the meta device, with a warning
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        offloaded = getattr(model, "hf_device_map", None)  # whose weights wait elsewhere, on meta too
+        missing = [] if offloaded else [name for name, p in model.named_parameters() if p.is_meta]
         if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of {cls.__name__} (first: {missing[0]}): "

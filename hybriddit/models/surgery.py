@@ -105,6 +105,8 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError("the model runs in parallel, with its tokens split over devices: convert it before that")
     layers = [name for name in attentions if family.converts(name)]
+    if hasattr(model, "_hf_hook") or any(hasattr(attentions[name].to_q, "_hf_hook") for name in layers):
+        raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     hybrids = {name: _hybrid_attention(attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
@@ -229,6 +231,8 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
         ) from error
 
     was_hybrid = is_hybrid(model)
+    if was_hybrid and any(tensor.is_meta for tensor in _hybrid_state(model).values()):
+        raise ValueError("the model is offloaded: load the adapter before enabling offload")
     if not was_hybrid:
         hybridize(model, config)
     elif HybridConfig.from_dict(model.config.hybrid_config) != config:

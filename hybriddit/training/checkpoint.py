@@ -74,12 +74,15 @@ def load_checkpoint(
         tensors = load_file(path / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to go on from an older one") from None
-    other = [key for key in settings if state["settings"].get(key) != settings[key]]
+    other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
     if other:
         raise ValueError(
             f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
             "anew in another output.folder"
         )
+    found = {key.removeprefix("weight/"): value.shape for key, value in tensors.items() if key.startswith("weight/")}
+    if found != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise ValueError(f"{path} was made with another model: its trained weights have other names or shapes")
     by_parameter: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
     for key, value in tensors.items():
         kind, name = key.split("/", 1)

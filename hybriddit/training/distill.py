@@ -33,12 +33,15 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    read_prompts(config.data.prompts)  # a missing file is told before the model is loaded
+    # what can be told before the model is loaded and the images are made
+    read_prompts(config.data.prompts)
+    claim_run(Path(config.output.folder), resume)
     accelerator = make_accelerator(config)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
+    recipe_of(pipeline, config.model.recipe)
     with accelerator.main_process_first():
         data = make_data(pipeline, config, progress=config.train.progress and accelerator.is_main_process)
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
@@ -95,7 +98,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
         raise ValueError(f"the transformer's weights are {dtype}: set train.precision=bf16, or load it in float32")
-    base.requires_grad_(False).eval().to(accelerator.device)
+    pipeline.to(accelerator.device)  # whole: it draws the samples too
+    base.requires_grad_(False).eval()
     trained = {name: p for name, p in base.named_parameters() if ".hybrid." in name}
     if not trained:
         raise ValueError(
@@ -367,6 +371,7 @@ def resume_settings(config: DistillConfig) -> dict:
     values["data"].pop("cache")
     names = ("batch_size", "accumulation", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
+    kept["model.recipe"] = values["model"]["recipe"]
     for section in ("hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
