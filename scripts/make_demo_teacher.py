@@ -3,7 +3,7 @@
 
     python scripts/make_demo_teacher.py            # writes assets/demo-teacher/ and assets/demo-judge.safetensors
 
-It trains, in this order, the judge (a garment classifier), the VAE, then the transformer with its two text encoders.
+It trains, in this order, the VAE, the judge (a garment classifier), then the transformer with its two text encoders.
 Every stage keeps its state under --work, so the same command goes on where it was stopped.
 
 The images are Fashion-MNIST's (MIT licence): Debian's package dataset-fashion-mnist, or the four .gz files as
@@ -28,8 +28,18 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from hybriddit.demo.canvas import CANVAS, DIFFERENT_SCENES, GARMENT, GARMENTS, NAMES, SAME_SCENES, SCENES, compose
-from hybriddit.demo.judge import Judge, match_score, train_classifier
+from hybriddit.demo.canvas import (
+    CANVAS,
+    DIFFERENT_SCENES,
+    GARMENT,
+    GARMENTS,
+    NAMES,
+    SAME_SCENES,
+    SCENES,
+    compose,
+    crops,
+)
+from hybriddit.demo.judge import Judge, match_score, train_classifier, untint
 
 TEXT_LENGTH = 24  # tokens of text in most steps, and in the demo
 LONG_TEXT = (64, 128, 256, 512)  # a step in twenty, so that FluxPipeline's default of 512 works too
@@ -88,8 +98,23 @@ def atomic_save(state, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def make_judge(args, train, test) -> tuple[Judge, dict]:
-    classifier = train_classifier(*train, epochs=args.judge_epochs, seed=args.seed)
+def as_rendered(vae: AutoencoderKL, canvases: Canvases, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grey garments of `count` real canvases as the VAE's decoder renders them, and their labels."""
+    garments, labels = [], []
+    for start in tqdm(range(0, count, 100), desc="real garments through the VAE"):
+        images, scenes = canvases.draw(100, torch.Generator().manual_seed(7_000_000 + start))
+        with torch.no_grad():
+            images = (vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+        garments.append(untint(crops(images)).flatten(0, 1))
+        labels += [NAMES.index(name) for i in scenes.tolist() for name in (SCENES[i].left, SCENES[i].right)]
+    return torch.cat(garments), torch.tensor(labels)
+
+
+def make_judge(args, train, test, vae: AutoencoderKL) -> tuple[Judge, dict]:
+    # real garments, sharp and as the decoder renders them: the teacher's images are to be judged, not the decoder
+    rendered = as_rendered(vae, Canvases(*train), args.judge_canvases)
+    both = [torch.cat(parts) for parts in zip(train, rendered, strict=True)]
+    classifier = train_classifier(*both, epochs=args.judge_epochs, seed=args.seed)
     with torch.no_grad():
         accuracy = (classifier(test[0]).argmax(1) == test[1]).float().mean().item()
     # the threshold that best parts same from different among real canvases of held-out garments
@@ -432,6 +457,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-teacher"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge-epochs", type=int, default=6)
+    parser.add_argument("--judge-canvases", type=int, default=6000)
     parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--kl", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=4000)
@@ -445,16 +471,16 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
     train, test = read_garments(args.data, "train"), read_garments(args.data, "t10k")
+    canvases = Canvases(*train)
+    vae = make_vae(args, canvases)
     judge_path, facts_path = args.work / "judge.safetensors", args.work / "judge.json"
     if facts_path.exists():
         judge, facts = Judge.load(judge_path), json.loads(facts_path.read_text())
     else:
-        judge, facts = make_judge(args, train, test)
+        judge, facts = make_judge(args, train, test, vae)
         judge.save(judge_path)
         facts_path.write_text(json.dumps(facts))
     print(facts)
-    canvases = Canvases(*train)
-    vae = make_vae(args, canvases)
     training = TeacherTraining(args, make_pipeline(vae, args.seed), canvases)
     if not args.peek:
         training.run()
