@@ -95,13 +95,23 @@ def test_a_wrong_call_exits_with_2(capsys):
         assert exit.value.code == 2
 
 
-def test_ctrl_c_says_how_to_go_on(config, capsys, monkeypatch):
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c_says_how_to_go_on(config, tmp_path, capsys, monkeypatch, saved):
     def interrupted(*arguments, **kwargs):
+        if saved:
+            (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hybriddit.training.distill.distill", interrupted)
     assert main(["distill", str(config)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert ("--resume" in capsys.readouterr().err) == saved, "nothing is promised that --resume would refuse"
+
+
+@pytest.mark.parametrize("arguments", [["--window", "0"], ["--window", "3", "--adapter", "somewhere"]])
+def test_convert_takes_a_window_at_its_word(teacher, tmp_path, capsys, arguments):
+    assert main(["convert", "--model", str(teacher), "--out", str(tmp_path / "out"), *arguments]) == 1
+    assert "window" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_and_info(capsys):
