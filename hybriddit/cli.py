@@ -11,7 +11,14 @@ from pathlib import Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for what went wrong, 2 for a wrong call, 130 for Ctrl-C."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(argv)
+    # argparse leaves the overrides that come after an option
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides += rest
     try:
         options.command(options)
     except KeyboardInterrupt:

@@ -88,8 +88,22 @@ def test_what_the_user_can_put_right_is_one_line(arguments, message, teacher, co
     assert len(error) == 1 and message in error[0]
 
 
+def test_overrides_may_follow_an_option(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr("hybriddit.training.distill.run", lambda config, resume: seen.append((config, resume)))
+    assert main(["distill", str(config), "optim.lr=0.5", "--resume", "train.steps=7"]) == 0
+    assert (seen[0][0].optim.lr, seen[0][0].train.steps, seen[0][1]) == (0.5, 7, True)
+
+
 def test_a_wrong_call_exits_with_2(capsys):
-    for arguments in (["nonsense"], [], ["generate"], ["distill"]):
+    for arguments in (
+        ["nonsense"],
+        [],
+        ["generate"],
+        ["distill"],
+        ["distill", "run.yaml", "--resume", "lr"],
+        ["distill", "run.yaml", "--lr=1"],
+    ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
