@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..files import replacing
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,8 @@ def _length(values) -> int:
 def save_table(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file so that it is whole or absent, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as partial:
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def open_table(path: Path) -> dict:
@@ -91,9 +86,8 @@ def claim_folder(folder: Path, making: dict) -> None:
     making = json.loads(json.dumps(making))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(making, indent=1))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(making, indent=1))
         return
     found = json.loads(path.read_text())
     other = [key for key in making if found.get(key) != making[key]]

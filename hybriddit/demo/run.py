@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
+from ..files import replacing
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..training.config import DistillConfig, load_config
@@ -160,7 +161,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "teacher": judged(teacher, scenes, judge),
         "seconds": round(time.monotonic() - started),
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(out / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
     first = slice(None, None, len(seeds))
     rows = {
         "teacher": teacher[first],

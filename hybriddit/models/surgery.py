@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
+from ..files import replacing
 from .families import Family, family_of, is_hybrid
 from .processing import LowRankDelta, projections
 
@@ -202,11 +202,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _hybrid_state(model).items()}
-    with _replacing(folder / WEIGHTS_NAME) as path:
+    with replacing(folder / WEIGHTS_NAME) as path:
         save_file(weights, path, metadata={"format": "pt"})
     values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
-    with _replacing(folder / CONFIG_NAME) as path:
-        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / CONFIG_NAME) as path:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -> Any:
@@ -298,20 +298,6 @@ def _adapter_file(source: str, name: str) -> str:
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise FileNotFoundError(f"no folder {source}, and the hub gave no {name} for it: {reason}") from error
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp's are for the owner alone
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 def _relabel_in_pipelines(model: nn.Module) -> None:
