@@ -53,15 +53,15 @@ def neighborhood_attention(
     if backend not in BACKENDS:
         raise ValueError(f"unknown window attention backend {backend!r}: use one of {', '.join(BACKENDS)}")
     window, stride, dilation = _pair("window", window), _pair("stride", stride), _pair("dilation", dilation)
-    if any(s > w for s, w in zip(stride, window, strict=True)):
+    if stride[0] > window[0] or stride[1] > window[1]:
         raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     grid = tuple(query.shape[1:3])
     if query.numel() == 0:
         return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
-    window = tuple(min(w, n) for w, n in zip(window, grid, strict=True))
-    stride = tuple(min(s, w) for s, w in zip(stride, window, strict=True))
+    window = min(window[0], grid[0]), min(window[1], grid[1])
+    stride = min(stride[0], window[0]), min(stride[1], window[1])
     if backend == "auto":
         backend = _choose(query, grid, window, stride, dilation)
     if backend == "natten":
@@ -75,6 +75,8 @@ def neighborhood_attention(
 
 
 def _pair(name, size):
+    if type(size) is int and size >= 1:
+        return size, size
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair):
         raise ValueError(f"{name} must be an int of at least 1 or two of them (rows, columns), got {size!r}")
@@ -87,22 +89,24 @@ def _cast_and_check(query, key, value, text_key, text_value):
     image, text = (query, key, value), () if text_key is None else (text_key, text_value)
     if query.ndim != 5 or not query.shape == key.shape == value.shape:
         raise ValueError(f"query, key and value must share one shape [B, H, W, heads, D], got {_shapes(*image)}")
-    batch, heads, head_dim = query.shape[0], *query.shape[3:]
-    if text and (
-        text_key.ndim != 4
-        or text_key.shape != text_value.shape
-        or (text_key.shape[0], *text_key.shape[2:]) != (batch, heads, head_dim)
-    ):
-        raise ValueError(
-            f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {_shapes(*text)}"
-        )
-    if len({x.device for x in image + text}) > 1:
+    if text:
+        batch, _, _, heads, head_dim = query.shape
+        if (
+            text_key.ndim != 4
+            or text_key.shape != text_value.shape
+            or (text_key.shape[0], *text_key.shape[2:]) != (batch, heads, head_dim)
+        ):
+            raise ValueError(
+                f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {_shapes(*text)}"
+            )
+    # plain loops: on a small grid these checks are a measurable part of the call
+    if any(x.device != query.device for x in image + text):
         raise ValueError(f"attention inputs are on several devices ({', '.join(str(x.device) for x in image + text)})")
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         image, text = (tuple(x.to(dtype) for x in tensors) for tensors in (image, text))
-    if len({x.dtype for x in image + text}) > 1 or not image[0].is_floating_point():
+    if any(x.dtype != image[0].dtype for x in image + text) or not image[0].is_floating_point():
         raise ValueError(
             "attention takes floating-point tensors of one dtype, got " + ", ".join(str(x.dtype) for x in image + text)
         )
@@ -134,7 +138,7 @@ def _tiles_pay(shape, window, stride, dilation) -> bool:
 
 
 def _covers(grid, window, dilation) -> bool:
-    return all(w == n and (d == 1 or n == 1) for n, w, d in zip(grid, window, dilation, strict=True))
+    return window == grid and all(d == 1 or n == 1 for n, d in zip(grid, dilation, strict=True))
 
 
 def _dense(query, key, value, text_key, text_value, window, stride, dilation, scale):
