@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..files import replacing
+from ..files import read_tensors, replacing, write_tensors
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class LatentData:
     """A set of latents and prompt embeddings.
 
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, tokens, C] for FLUX,
-        [N, C, h, w] else) and the prompt's tensors under the pipeline's names ("prompt_embeds", ...). A table's values
-        are tensors, or safetensors slices that are read when asked for.
+        [N, C, h, w] else) and the prompt's tensors under the pipeline's names ("prompt_embeds", ...). In memory a table
+        is a dict of tensors, on disk a `TableFile`.
     empty: the empty prompt's tensors, one row each; what prompt dropout puts in the prompt's place.
     """
 
     def __init__(self, shards: Sequence[Mapping], empty: dict[str, torch.Tensor], info: LatentInfo):
         self.shards, self.empty, self.info = shards, empty, info
-        self._rows = [(shard, row) for shard in shards for row in range(_length(shard["latents"]))]
+        self._rows = [(shard, row) for shard in shards for row in range(_length(shard))]
         if not self._rows:
             raise ValueError("a latent set needs at least one image")
 
@@ -60,24 +59,48 @@ class LatentData:
         return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in picked[0][0]}
 
 
-def _length(values) -> int:
-    return values.shape[0] if isinstance(values, torch.Tensor) else values.get_shape()[0]
+def _length(shard: Mapping) -> int:
+    return len(shard["latents"]) if isinstance(shard, dict) else shard.shape("latents")[0]
+
+
+class TableFile(Mapping):
+    """A safetensors file of tensors, as slices that are read when indexed.
+
+    The whole file is held against its checksum before anything of it is read for the first time, not when it is
+    opened: a large set then starts at once. Both raise ValueError where the file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._intact = path, False
+        try:
+            self._file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again to remake it") from None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def __getitem__(self, key: str):
+        if not self._intact:
+            try:
+                read_tensors(self.path)
+            except ValueError as error:
+                raise ValueError(f"{error}: delete it and run again to remake it") from None
+            self._intact = True
+        return self._file.get_slice(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
 
 
 def save_table(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file so that it is whole or absent, whatever happens meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial)
-
-
-def open_table(path: Path) -> dict:
-    """The keys of a safetensors file as slices that are read when indexed. ValueError where the file is damaged."""
-    try:
-        file = safe_open(path, framework="pt")
-        return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run again to remake it") from None
+        write_tensors(partial, tensors)
 
 
 def claim_folder(folder: Path, making: dict) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models import dense_mode, is_hybrid
-from .latents import LatentData, LatentInfo, claim_folder, open_table, save_table
+from .latents import LatentData, LatentInfo, TableFile, claim_folder, save_table
 
 
 def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
@@ -77,12 +77,12 @@ def teacher_images(
         teacher["dtype"] = str(pipeline.transformer.dtype)
         claim_folder(folder, {**teacher, **asdict(info), "images": images, "batch_size": batch_size, "prompts": used})
 
-    def table(name: str, make) -> dict:
+    def table(name: str, make) -> Mapping:
         if folder is None:
             return make()
         if not (folder / name).exists():
             save_table(folder / name, make())
-        return open_table(folder / name)
+        return TableFile(folder / name)
 
     def make_batch() -> dict[str, torch.Tensor]:
         text = encode_prompts(pipeline, [prompts[i % len(prompts)] for i in rows], max_sequence_length)

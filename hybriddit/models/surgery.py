@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
-from ..files import replacing
+from ..files import read_tensors, replacing, write_tensors
 from .families import Family, family_of, is_hybrid
 from .processing import LowRankDelta, projections
 
@@ -105,7 +103,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if getattr(model, "_parallel_config", None) is not None:
         raise ValueError("the model runs in parallel, with its tokens split over devices: convert it before that")
     layers = [name for name in attentions if family.converts(name)]
-    if hasattr(model, "_hf_hook") or any(hasattr(attentions[name].to_q, "_hf_hook") for name in layers):
+    if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     hybrids = {name: _hybrid_attention(attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
@@ -124,6 +122,15 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
             attn.set_processor(processor)
     model.register_forward_pre_hook(inject_token_layout, with_kwargs=True)
     model.register_to_config(hybrid_config=config.to_dict())
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers move the weights: they would not know of those that are added."""
+    return any(
+        hasattr(module, "_hf_hook")
+        or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook("group_offloading") is not None)
+        for module in model.modules()
+    )
 
 
 def _hybrid_attention(attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype) -> HybridAttention:
@@ -160,17 +167,11 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     """
     if model._dense_mode:
         return None
+    check_processors(model)
+    if getattr(model, "_parallel_config", None) is not None:
+        # each device would attend within its own share of the image, as if that were all of it
+        raise ValueError("hybrid models do not run in parallel over devices: restore_dense(model) before that")
     family = family_of(model)
-    for name in model._dense_processors:
-        attn = model.get_submodule(name)
-        expected = family.hybrid_processor if hasattr(attn, "hybrid") else family.dense_processor
-        if type(attn.processor) is not expected:
-            raise ValueError(
-                f"{name} runs {type(attn.processor).__name__} in place of {expected.__name__}: hybrid models do not "
-                "work with what replaces attention processors (IP-Adapter, PAG, fuse_qkv_projections, "
-                "set_attn_processor); use it on the dense model, restore_dense(model)"
-            )
-        _check_not_fused(name, attn)
     inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
     inputs.pop("self")
     attention_kwargs = dict(inputs.get(family.attention_kwargs) or {})
@@ -179,6 +180,35 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if attention_kwargs.get("token_layout") is None:
         attention_kwargs["token_layout"] = family.token_layout(model, inputs)
     return (), {**inputs, family.attention_kwargs: attention_kwargs}
+
+
+def check_processors(model: nn.Module) -> None:
+    """Raise ValueError where a layer of a hybrid model runs another processor than conversion gave it."""
+    family = family_of(model)
+    for name in model._dense_processors:
+        attn = model.get_submodule(name)
+        expected = _own_processor(family, attn)
+        if type(attn.processor) is not expected:
+            raise ValueError(
+                f"{name} runs {type(attn.processor).__name__} in place of {expected.__name__}: hybrid models do not "
+                "work with what replaces attention processors (IP-Adapter, PAG, set_attn_processor): go back with "
+                "model.set_default_attn_processor(), or use it on the dense model, restore_dense(model)"
+            )
+        _check_not_fused(name, attn)
+
+
+def reset_processors(model: nn.Module) -> None:
+    """Give every layer of a hybrid model the kind of processor that conversion gave it, where it has lost that."""
+    family = family_of(model)
+    for name in model._dense_processors:
+        attn = model.get_submodule(name)
+        expected = _own_processor(family, attn)
+        if type(attn.processor) is not expected:
+            attn.set_processor(expected())
+
+
+def _own_processor(family: Family, attn: nn.Module) -> type:
+    return family.hybrid_processor if hasattr(attn, "hybrid") else family.dense_processor
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
@@ -201,9 +231,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     family = _hybrid_family(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in _hybrid_state(model).items()}
     with replacing(folder / WEIGHTS_NAME) as path:
-        save_file(weights, path, metadata={"format": "pt"})
+        write_tensors(path, _hybrid_state(model))
     values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
     with replacing(folder / CONFIG_NAME) as path:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -224,11 +253,9 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
         raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
     weights_path = _adapter_file(source, WEIGHTS_NAME)
     try:
-        weights = load_file(weights_path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights_path} is damaged or no safetensors file ({error}): save or fetch it anew"
-        ) from error
+        weights = read_tensors(weights_path)
+    except ValueError as error:
+        raise ValueError(f"{error}: save or fetch it anew") from error
 
     was_hybrid = is_hybrid(model)
     if was_hybrid and any(tensor.is_meta for tensor in _hybrid_state(model).values()):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from ..files import flush, read_tensors, write_tensors
 
 
 def save_checkpoint(
@@ -36,20 +35,20 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial / "state.safetensors"
-        )
+        write_tensors(partial / "state.safetensors", tensors)
         (partial / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
         for path in (*partial.iterdir(), partial):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        flush(folder)
+    except OSError as error:
+        raise OSError(f"{error}; no checkpoint of step {step}, earlier ones are kept: make room and --resume") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        old.rename(partial)  # half removed, it must not look complete
+        shutil.rmtree(partial)
     return final
 
 
@@ -71,8 +70,8 @@ def load_checkpoint(
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = read_tensors(path / "state.safetensors")
+    except (OSError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to go on from an older one") from None
     other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
     if other:

@@ -175,11 +175,11 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(tensors, path, metadata=None):
+    def fail(path, tensors):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(surgery, "save_file", fail)
+    monkeypatch.setattr(surgery, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(perturb_hybrid(model), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

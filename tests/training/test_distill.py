@@ -354,7 +354,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch
                 os.kill(os.getpid(), signal.SIGKILL)
 
             if moment == "in the state file":
-                checkpoint_module.save_file = killed
+                checkpoint_module.write_tensors = killed
             else:
                 type(tmp_path).rename = killed
             save(2)
