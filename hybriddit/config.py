@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,6 +13,7 @@ from typing import Any
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
 MAX_BLOCKS = 128  # of one stack, for every_nth_dense: the longest today has 38
+BLOCK = "*blocks.{}.*"  # one block of every stack: module names carry its index
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,27 @@ class HybridConfig:
             return "window"
         return kind
 
+    def check_layers(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a pattern of `layers` matches none of a model's attention layers.
+
+        A pattern of the form that `every_nth_dense` writes (`*blocks.40.*`) may point past the last block: it is
+        written without knowing the model.
+        """
+        names = list(names)
+        written = {BLOCK.format(index) for index in range(MAX_BLOCKS)}
+        for pattern in self.layers:
+            if pattern not in written and not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"hybrid.layers: {pattern!r} matches no attention layer of this model; they are named like "
+                    f"{names[0]!r} or {names[-1]!r}"
+                )
+
     @classmethod
     def every_nth_dense(cls, n: int, **kwargs: Any) -> HybridConfig:
         """Keep the teacher's attention in every n-th block (blocks 0, n, 2n, … of each stack); kwargs are fields."""
         if not _is_count(n) or n < 2:
             raise ValueError(f"every_nth_dense needs an n of 2 or more, not {n!r}")
-        # one pattern per block: module names carry the index as `blocks.<i>.`
-        dense = {f"*blocks.{index}.*": "dense" for index in range(0, MAX_BLOCKS, n)}
+        dense = {BLOCK.format(index): "dense" for index in range(0, MAX_BLOCKS, n)}
         return cls(**{**kwargs, "layers": {**dense, **kwargs.get("layers", {})}})
 
     @classmethod

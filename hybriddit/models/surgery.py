@@ -35,7 +35,8 @@ def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
     token's attention masked to its window and the text.
 
     Returns the model. Raises ValueError, and leaves the model as it was, for an unsupported class, a model that is
-    hybrid already, one whose attention processors have been replaced, and a config that converts no layer.
+    hybrid already, one whose attention processors have been replaced, and a config that converts no layer or has a
+    pattern that matches none.
     """
     family = family_of(model)
     if is_hybrid(model):
@@ -105,6 +106,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     layers = [name for name in attentions if family.converts(name)]
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
+    config.check_layers(layers)
     hybrids = {name: _hybrid_attention(attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:

@@ -1,6 +1,7 @@
 """One clear line for what cannot work, and the model as it was."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_a_config_that_converts_nothing_leaves_the_model(kind):
     before, attributes = run(model, inputs), set(vars(model))
     refused(ValueError, "no attention layer", hybridize, model, HybridConfig(layers={"*": "dense"}))
     assert set(vars(model)) == attributes and torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("kind, pattern", [("pixart", "*.attn2"), ("flux-dev", "transformer_blocks.7.*")])
+def test_a_pattern_that_matches_no_layer_is_named_beside_real_names(kind, pattern):
+    model = make(kind)
+    attributes = set(vars(model))
+    config = HybridConfig(layers={"*blocks.0.*": "dense", pattern: "dense"})
+    refused(
+        ValueError,
+        rf"{re.escape(repr(pattern))} matches no .* like 'transformer_blocks\.0\.attn",
+        hybridize,
+        model,
+        config,
+    )
+    assert set(vars(model)) == attributes
+    hybridize(make(kind, layers=2), HybridConfig.every_nth_dense(2))  # its patterns count on past the model
 
 
 def set_default(model):

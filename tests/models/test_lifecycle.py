@@ -14,7 +14,7 @@ from tiny_models import DENSE_CLASS, KINDS, make, make_inputs, perturb_hybrid, r
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 
-CONFIG = HybridConfig(window=(3, 2), stride=(2, 1), gate="token", delta_rank=2, layers={"*.7.*": "dense"})
+CONFIG = HybridConfig(window=(3, 2), stride=(2, 1), gate="token", delta_rank=2, layers={"*blocks.7.*": "dense"})
 GRID = (4, 5)
 
 
