@@ -24,6 +24,34 @@ class HybridModelMixin:
         """The diffusers class's arguments, as @register_to_config has just stored them."""
         return {k: v for k, v in self.config.items() if not k.startswith("_") and k != "hybrid_config"}
 
+    def set_attn_processor(self, processor) -> None:
+        """As diffusers', for hybrid processors. Raises ValueError, and changes none, for what would replace them."""
+        from .surgery import check_processors
+
+        before = self.attn_processors
+        super().set_attn_processor(processor)
+        if self._dense_mode:
+            return
+        try:
+            check_processors(self)
+        except ValueError:
+            super().set_attn_processor(before)
+            raise
+
+    def set_default_attn_processor(self) -> None:
+        """Go back to hybrid attention, after a feature (PAG, say) has left its own processors behind."""
+        from .surgery import reset_processors
+
+        reset_processors(self)
+
+    def fuse_qkv_projections(self) -> None:
+        raise ValueError("hybrid models use the separate projections: leave fuse_qkv_projections out")
+
+    def _load_ip_adapter_weights(self, *args, **kwargs) -> None:
+        raise ValueError(
+            "hybrid models do not take IP-Adapters: restore_dense(model), and load it into the dense model"
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As diffusers', from safetensors only. Raises ValueError where the folder has no hybrid weights."""

@@ -25,9 +25,11 @@ class LowRankDelta(nn.Module):
 
 
 def projections(attn: nn.Module) -> dict[str, nn.Module]:
-    """The projections this attention layer has, by name."""
+    """The projections that this attention layer has and whose output matters, by name."""
     found = {}
     for name in PROJECTIONS:
+        if name == "add_q_proj" and attn.context_pre_only:
+            continue  # SD3's last block drops what its text queries find
         owner, _, index = name.partition(".")
         module = getattr(attn, owner, None)
         if module is not None:
@@ -35,11 +37,16 @@ def projections(attn: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def delta_name(projection: str) -> str:
+    """The key of a projection's delta: not that projection's name, by which peft would put LoRA on the delta too."""
+    return projection.replace(".", "_") + "_delta"
+
+
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """One projection of the layer, called as a module so that LoRA works, plus its delta where there is one."""
     out = (attn.to_out[0] if name == "to_out.0" else getattr(attn, name))(hidden_states)
     deltas = attn.hybrid.deltas
-    key = name.replace(".", "_")
+    key = delta_name(name)
     return out + deltas[key](hidden_states) if key in deltas else out
 
 

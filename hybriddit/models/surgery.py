@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_tensors
 from .families import Family, family_of, is_hybrid
-from .processing import LowRankDelta, projections
+from .processing import LowRankDelta, delta_name, projections
 
 CONFIG_NAME = "hybrid_config.json"
 WEIGHTS_NAME = "hybrid_adapter.safetensors"
@@ -152,8 +153,8 @@ def _hybrid_attention(attn: nn.Module, config: HybridConfig, kind: str, dtype: t
     hybrid.deltas = nn.ModuleDict()
     if config.delta_rank is not None:
         for name, module in projections(attn).items():
-            key = name.replace(".", "_")
-            hybrid.deltas[key] = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
+            delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
+            hybrid.deltas[delta_name(name)] = delta
     hybrid.to(attn.to_q.weight.device).train(attn.training)
     for name, parameter in hybrid.named_parameters():
         if not name.startswith("gate"):
@@ -214,8 +215,9 @@ def _own_processor(family: Family, attn: nn.Module) -> type:
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
-    # FLUX keeps its processor when fused: it would go on with the separate projections, which nothing updates
-    if getattr(attn, "fused_projections", False):
+    # FLUX keeps its processor when fused: it would go on with the separate projections, which nothing updates. The
+    # others' processors tell; their flag stays up when unfused.
+    if isinstance(attn, AttentionModuleMixin) and attn.fused_projections:
         raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() first")
 
 

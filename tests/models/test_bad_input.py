@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
 
@@ -69,14 +70,6 @@ def test_a_pattern_that_matches_no_layer_is_named_beside_real_names(kind, patter
     hybridize(make(kind, layers=2), HybridConfig.every_nth_dense(2))  # its patterns count on past the model
 
 
-def set_default(model):
-    model.set_default_attn_processor()
-
-
-def fuse(model):
-    model.fuse_qkv_projections()
-
-
 def pag(model):
     from diffusers.models.attention_processor import PAGJointAttnProcessor2_0
 
@@ -89,35 +82,56 @@ def ip_adapter(model):
     model.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(32, 16))
 
 
-REPLACEMENTS = [("pixart", set_default), ("pixart", fuse), ("sd3", fuse), ("sd3", pag), ("flux-dev", ip_adapter)]
+def plain(model):
+    model.transformer_blocks[1].attn2.set_processor(AttnProcessor())
 
 
-@pytest.mark.parametrize(("kind", "replace"), REPLACEMENTS)
+@pytest.mark.parametrize(("kind", "replace"), [("pixart", plain), ("sd3", pag), ("flux-dev", ip_adapter)])
 def test_replaced_processors_are_refused_not_run(kind, replace):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, GRID)
-    run(model, inputs)
+    before = run(model, inputs)
     replace(model)
-    refused(ValueError, "in place of.*restore_dense", run, model, inputs)
+    refused(ValueError, "in place of.*set_default_attn_processor.*restore_dense", run, model, inputs)
+    model.set_default_attn_processor()
+    assert torch.equal(run(model, inputs), before)
     # before conversion too
     model = make(kind)
     replace(model)
     refused(ValueError, "undo that", hybridize, model, HybridConfig(window=3))
 
 
-def test_fused_flux_projections():
-    model = make("flux-dev")
+@pytest.mark.parametrize("kind", KINDS)
+def test_setting_processors_changes_nothing_when_refused(kind):
+    model = make(kind)
+    dense = dict(model.attn_processors)
+    hybridize(model, HybridConfig(window=3, layers={"transformer_blocks.0.*": "dense"}))
+    inputs = make_inputs(model, GRID)
+    before, own = run(model, inputs), model.attn_processors
+    refused(ValueError, "in place of", model.set_attn_processor, AttnProcessor())
+    refused(ValueError, "in place of", model.set_attn_processor, dense)
+    assert model.attn_processors == own and torch.equal(run(model, inputs), before)
+    model.set_attn_processor(dict(own))  # as PAG's pipelines do when they are done
+    assert model.attn_processors == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_projections(kind):
+    model = make(kind)
     with torch.no_grad():
         model.fuse_qkv_projections()
-    refused(ValueError, "unfuse_qkv_projections", hybridize, model, HybridConfig(window=3))
+    refused(ValueError, "undo that|unfuse_qkv_projections", hybridize, model, HybridConfig(window=3))
     model.unfuse_qkv_projections()
     hybridize(model, HybridConfig(window=3))
     inputs = make_inputs(model, GRID)
-    with torch.no_grad():
-        model.fuse_qkv_projections()
-    refused(ValueError, "unfuse_qkv_projections", run, model, inputs)
-    model.unfuse_qkv_projections()
-    run(model, inputs)
+    before = run(model, inputs)
+    refused(ValueError, "leave fuse_qkv_projections out", model.fuse_qkv_projections)
+    assert torch.equal(run(model, inputs), before)
+    if "flux" in kind:  # layer by layer, whose processor stays
+        model.transformer_blocks[0].attn.fuse_projections()
+        refused(ValueError, "unfuse_qkv_projections", run, model, inputs)
+        model.unfuse_qkv_projections()
+        assert torch.equal(run(model, inputs), before)
 
 
 def test_forward_arguments():
