@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,31 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A place inside `folder`, absent or empty so far, to write to; all moves up into it when the block ends well.
+
+    When it does not, the folder is as it was. Raises FileExistsError, at the start, for a folder that holds something
+    or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give a folder that is new or empty")
+    was_there = folder.is_dir()
+    held = next(folder.iterdir(), None) if was_there else None
+    if held is not None:
+        raise FileExistsError(f"{folder} holds {held.name} already: give a folder that is new or empty")
+    partial = folder / f".{os.getpid()}.tmp"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(partial.iterdir(), key=Path.is_file):  # files last: they say what the folders are
+            path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not was_there and next(folder.iterdir(), None) is None:
+            folder.rmdir()
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -44,7 +70,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(tensors)})
+        save_file(tensors, path, metadata={CHECKSUM: checksum(tensors)})  # one key: their order is not fixed
     except SafetensorError as error:  # a full disk comes as one
         raise OSError(f"could not write {path}: {error}") from error
 

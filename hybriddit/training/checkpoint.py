@@ -43,7 +43,9 @@ def save_checkpoint(
         partial.rename(final)
         flush(folder)
     except OSError as error:
-        raise OSError(f"{error}; no checkpoint of step {step}, earlier ones are kept: make room and --resume") from error
+        raise OSError(
+            f"{error}; no checkpoint of step {step}, earlier ones are kept: make room and --resume"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -23,31 +26,49 @@ from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
 from .losses import captured_outputs, converted_layers, layer_loss
 from .recipes import Recipe, add_noise, draw_times, model_inputs, prediction, recipe_of
+from .record import log, plot_log, record_start, start_log
 
 METRICS = ("loss", "task", "output", "layer", "grad_norm")
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
-    if not config.model.path:
-        raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
-    if not config.output.folder:
-        raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    # what can be told before the model is loaded and the images are made
-    read_prompts(config.data.prompts)
+    check_settings(config)
     claim_run(Path(config.output.folder), resume)
     accelerator = make_accelerator(config)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
+    check_processes(config, accelerator.num_processes)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
-    recipe_of(pipeline, config.model.recipe)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
+    # what can be told before the images are made, which may take days
+    loss_settings(recipe_of(pipeline, config.model.recipe), config)
+    planned_grid(config, pipeline.transformer, pipeline.vae_scale_factor)
+    make_student(pipeline.transformer, config)
     with accelerator.main_process_first():
         data = make_data(pipeline, config, progress=config.train.progress and accelerator.is_main_process)
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
         if name.startswith("text_encoder"):
             setattr(pipeline, name, None)
     return distill(pipeline, data, config, resume=resume)
+
+
+def check_settings(config: DistillConfig) -> None:
+    """Raise ValueError or FileNotFoundError for what is missing from a run's settings, told without the model."""
+    if not config.model.path:
+        raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
+    if not config.output.folder:
+        raise ValueError("output.folder is empty: the distilled adapter would be lost")
+    read_prompts(config.data.prompts)
+
+
+def check_processes(config: DistillConfig, processes: int) -> None:
+    """Raise ValueError where a step's samples cannot be shared out evenly."""
+    count, accumulation = config.train.batch_size, config.train.accumulation
+    if count % (processes * accumulation):
+        raise ValueError(
+            f"train.batch_size {count} does not divide into {processes} processes x {accumulation} accumulation steps"
+        )
 
 
 def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> LatentData:
@@ -75,36 +96,30 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     The transformer is converted in place with `config.hybrid` unless it is converted already; its dense weights are
     never touched. `config.model.path` and `config.data` are not used here: `data` is what it is trained on.
 
-    With `config.output.folder` set, the folder receives config.yaml, checkpoints/, samples/, TensorBoard events and
-    at the end adapter/. `resume` goes on from its newest checkpoint, and gives what an unbroken run gives.
+    With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
+    start), log.jsonl, loss.png, checkpoints/, samples/, TensorBoard events and at the end adapter/. `resume` goes on
+    from its newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
+    checkpoint and raise KeyboardInterrupt; a second one stops at once.
 
     Returns the transformer, holding the averaged weights. Raises ValueError on settings that cannot work, and
     FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
     """
     recipe = recipe_of(pipeline, config.model.recipe)
-    weights, dropout = loss_settings(recipe, data, config)
+    weights, dropout = loss_settings(recipe, config, data.info.teacher_made)
     grid = token_grid(pipeline, data)
     accelerator = make_accelerator(config)
+    check_processes(config, accelerator.num_processes)
     folder = Path(config.output.folder) if config.output.folder else None
     if folder is not None:
         claim_run(folder, resume)
 
-    # the student is the teacher plus what hybridize adds; only that is trained, in fp32
     base = pipeline.transformer
-    if not is_hybrid(base):
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)
-            hybridize(base, config.hybrid)
+    trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
         raise ValueError(f"the transformer's weights are {dtype}: set train.precision=bf16, or load it in float32")
     pipeline.to(accelerator.device)  # whole: it draws the samples too
     base.requires_grad_(False).eval()
-    trained = {name: p for name, p in base.named_parameters() if ".hybrid." in name}
-    if not trained:
-        raise ValueError(
-            "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
-        )
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
@@ -125,6 +140,10 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         average.optimization_step = first
     elif folder is not None and accelerator.is_main_process:
         OmegaConf.save(OmegaConf.create(to_dict(config)), folder / "config.yaml")
+    writes = folder is not None and accelerator.is_main_process
+    if writes:
+        record_start(folder, first, accelerator.num_processes, accelerator.device)
+        start_log(folder, first)
     if folder is not None:
         accelerator.init_trackers("tensorboard")
 
@@ -138,83 +157,87 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         unit="step",
         disable=not (config.train.progress and accelerator.is_main_process),
     )
-    for step in range(first, config.train.steps):
-        for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
-            group["lr"] = rate
+    draw = {"data": data, "recipe": recipe, "config": config, "dropout": dropout, "grid": grid}
+    draw |= {"scheduler": pipeline.scheduler, "rank": accelerator.process_index, "processes": accelerator.num_processes}
+    # with several processes the launcher stops them all: one alone would leave the others waiting
+    with stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([]) as stopped, bar:
+        for step in range(first, config.train.steps):
+            for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
+                group["lr"] = rate
+            metrics = torch.zeros(len(METRICS), device=accelerator.device)
+            for index, (latents, noise, times, text) in enumerate(draw_batches(step=step, **draw)):
+                latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, dtype)
+                noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
+                inputs = model_inputs(recipe, noisy.to(dtype), times, text, grid, guidance)
 
-        metrics = torch.zeros(len(METRICS), device=accelerator.device)
-        batches = draw_batches(
-            data,
-            recipe,
-            config,
-            step,
-            dropout,
-            grid,
-            pipeline.scheduler,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        for index, (latents, noise, times, text) in enumerate(batches):
-            latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, dtype)
-            noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
-            inputs = model_inputs(recipe, noisy.to(dtype), times, text, grid, guidance)
+                with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
+                    teacher = prediction(recipe, base(**inputs, return_dict=False)[0], latents).float()
+                last = index == config.train.accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(model):
+                    with captured_outputs(layers) as student_layers:
+                        student = prediction(recipe, model(**inputs, return_dict=False)[0], latents).float()
+                    losses = torch.stack(
+                        [
+                            F.mse_loss(student, target),
+                            F.mse_loss(student, teacher),
+                            layer_loss(student_layers, teacher_layers),
+                        ]
+                    )
+                    loss = (losses * weights.to(losses)).sum()
+                    accelerator.backward(loss / config.train.accumulation)
+                metrics[:4] += torch.stack((loss, *losses)).detach() / config.train.accumulation
+            metrics[4] = nn.utils.clip_grad_norm_(parameters, config.optim.clip, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.step(parameters)
+            pending.append(metrics)
+            bar.update()
 
-            with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
-                teacher = prediction(recipe, base(**inputs, return_dict=False)[0], latents).float()
-            last = index == config.train.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                with captured_outputs(layers) as student_layers:
-                    student = prediction(recipe, model(**inputs, return_dict=False)[0], latents).float()
-                losses = torch.stack(
-                    [
-                        F.mse_loss(student, target),
-                        F.mse_loss(student, teacher),
-                        layer_loss(student_layers, teacher_layers),
-                    ]
+            done = step + 1
+            every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+            due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+            due["checkpoint"] |= bool(stopped)
+            if any(due.values()):
+                values = _check(accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
+                pending.clear()
+                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+                values |= {"lr": optimizer.param_groups[0]["lr"], "gate_lr": optimizer.param_groups[1]["lr"]}
+                if folder is not None:
+                    accelerator.log(values, step=done)
+                if writes:
+                    log(folder, {"step": done, **values})
+            if not writes:
+                continue
+            if due["checkpoint"]:
+                save_checkpoint(
+                    folder / "checkpoints",
+                    done,
+                    trained,
+                    average.shadow_params,
+                    optimizer,
+                    settings,
+                    config.output.keep,
                 )
-                loss = (losses * weights.to(losses)).sum()
-                accelerator.backward(loss / config.train.accumulation)
-            metrics[:4] += torch.stack((loss, *losses)).detach() / config.train.accumulation
-        metrics[4] = nn.utils.clip_grad_norm_(parameters, config.optim.clip, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(parameters)
-        pending.append(metrics)
-        bar.update()
-
-        done = step + 1
-        every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
-        due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
-        if any(due.values()):
-            values = _check(pending, done)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-            if folder is not None:
-                rates = {"lr": optimizer.param_groups[0]["lr"], "gate_lr": optimizer.param_groups[1]["lr"]}
-                accelerator.log(values | rates, step=done)
-            pending.clear()
-        if folder is None or not accelerator.is_main_process:
-            continue
-        if due["checkpoint"]:
-            save_checkpoint(
-                folder / "checkpoints", done, trained, average.shadow_params, optimizer, settings, config.output.keep
-            )
-        if due["sample"] and getattr(pipeline, "vae", None) is not None:
-            if teacher_samples is None:
-                with dense_mode(base):
-                    teacher_samples = draw_samples(pipeline, data, config)
-            average.store(parameters)
-            average.copy_to(parameters)
-            samples = draw_samples(pipeline, data, config)
-            average.restore(parameters)
-            save_grid(folder / "samples" / f"step-{done:08d}.png", [teacher_samples, samples])
-    bar.close()
+            if stopped:
+                raise KeyboardInterrupt
+            if due["sample"] and getattr(pipeline, "vae", None) is not None:
+                if teacher_samples is None:
+                    with dense_mode(base):
+                        teacher_samples = draw_samples(pipeline, data, config)
+                average.store(parameters)
+                average.copy_to(parameters)
+                samples = draw_samples(pipeline, data, config)
+                average.restore(parameters)
+                save_grid(folder / "samples" / f"step-{done:08d}.png", [teacher_samples, samples])
+                plot_log(folder, METRICS)
 
     average.copy_to(parameters)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if folder is not None:
-        if accelerator.is_main_process:
+        if writes:
             save_adapter(base, folder / "adapter")
+            plot_log(folder, METRICS)
         accelerator.end_training()
     if config.train.gradient_checkpointing:
         base.disable_gradient_checkpointing()
@@ -223,6 +246,52 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         if not is_gate(name):  # which stay fp32, as hybridize makes them
             parameter.data = parameter.data.to(dtype)
     return base
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that holds SIGINT or SIGTERM once it has come; the next one does what it always does.
+
+    Signals can be caught in the main thread alone: elsewhere the list stays empty.
+    """
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame) -> None:
+        stopped.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stopped
+    finally:
+        restore()
+
+
+def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
+    """Convert the transformer, in place, unless it is hybrid already; returns what is to be trained, by full name.
+
+    The student is the teacher plus what hybridize adds, and only that is trained. Raises ValueError where that is
+    nothing.
+    """
+    if not is_hybrid(transformer):
+        with torch.random.fork_rng():
+            torch.manual_seed(config.train.seed)
+            hybridize(transformer, config.hybrid)
+    trained = {name: p for name, p in transformer.named_parameters() if ".hybrid." in name}
+    if not trained:
+        raise ValueError(
+            "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
+        )
+    return trained
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:
@@ -236,22 +305,35 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     )
 
 
-def loss_settings(recipe: Recipe, data: LatentData, config: DistillConfig) -> tuple[torch.Tensor, float]:
-    """The weights of (task, output, layer) and the prompt dropout: the config's, else the recipe's."""
+def loss_settings(recipe: Recipe, config: DistillConfig, teacher_made: bool = True) -> tuple[torch.Tensor, float]:
+    """The weights of (task, output, layer) and the prompt dropout: the config's, else the recipe's.
+
+    teacher_made: whether the images are the teacher's own. Raises ValueError for weights that train nothing.
+    """
     chosen = config.loss
     task = recipe.task if chosen.task is None else chosen.task
-    if recipe.task_needs_teacher_images and task and not data.info.teacher_made:
+    if recipe.task_needs_teacher_images and task and not teacher_made:
         if chosen.task is not None:
             raise ValueError("loss.task: a guidance-distilled teacher's task loss needs images the teacher made itself")
         task = 0.0
     output = recipe.output if chosen.output is None else chosen.output
     layer = recipe.layer if chosen.layer is None else chosen.layer
     dropout = recipe.prompt_dropout if chosen.prompt_dropout is None else chosen.prompt_dropout
-    if min(task, output, layer) < 0 or max(task, output, layer) == 0:
-        raise ValueError(f"loss weights must be 0 or more and not all 0, got {task}, {output}, {layer}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"loss.prompt_dropout must be in [0, 1], got {dropout}")
+    if max(task, output, layer) == 0:
+        raise ValueError("the weights loss.task, loss.output and loss.layer may not all be 0")
     return torch.tensor([task, output, layer]), dropout
+
+
+def planned_grid(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> tuple[int, int]:
+    """(height, width) in tokens of the images that `config.data` asks for. ValueError for parts of a token."""
+    # FLUX's pipeline packs 2 x 2 latents into a token, the others' models cut patches themselves
+    patch = 2 if "Flux" in type(transformer).__name__ else transformer.config.patch_size
+    side = vae_scale_factor * patch
+    for name in ("height", "width"):
+        pixels = getattr(config.data, name)
+        if pixels % side:
+            raise ValueError(f"data.{name} must be a multiple of {side}, the pixels of one token's side, got {pixels}")
+    return config.data.height // side, config.data.width // side
 
 
 def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
@@ -297,10 +379,6 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
     processes, sees the same samples.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
-    if count % parts:
-        raise ValueError(
-            f"train.batch_size {count} does not divide into {processes} processes x {parts // processes} steps"
-        )
     generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
     indices = epoch_order(len(data), config.train.seed, step * count, count)
     times = draw_times(recipe, count, grid[0] * grid[1], scheduler, generator)
@@ -371,18 +449,16 @@ def resume_settings(config: DistillConfig) -> dict:
     values["data"].pop("cache")
     names = ("batch_size", "accumulation", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
-    kept["model.recipe"] = values["model"]["recipe"]
-    for section in ("hybrid", "data", "loss"):
+    for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
-def _check(pending: list[torch.Tensor], done: int) -> dict[str, float]:
-    """Mean metrics of the last steps; FloatingPointError if one was not finite. The only wait for the device."""
-    values = torch.stack(pending).cpu()
+def _check(values: torch.Tensor, done: int) -> dict[str, float]:
+    """Mean over the last steps of their metrics [steps, metrics]; FloatingPointError if one was not finite."""
     bad = (~values.isfinite()).any(dim=1).nonzero()
     if len(bad):
-        step = done - len(pending) + int(bad[0]) + 1
+        step = done - len(values) + int(bad[0]) + 1
         shown = ", ".join(
             f"{name} {value:.4g}" for name, value in zip(METRICS, values[int(bad[0])].tolist(), strict=True)
         )

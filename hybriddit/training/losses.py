@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -42,9 +41,10 @@ def captured_outputs(layers: dict[str, nn.Module]):
 def layer_loss(
     student: dict[str, tuple[torch.Tensor, ...]], teacher: dict[str, tuple[torch.Tensor, ...]]
 ) -> torch.Tensor:
-    """Mean over layers of the squared error of the attention output, over the teacher's variance there.
+    """Mean over samples and layers of the squared error of the attention output, over the teacher's variance there.
 
-    A layer that returns image and text counts as the mean of the two, each over its own variance.
+    Outputs are [B, tokens, width]; the variance is each sample's own, so that the loss of a batch does not depend on
+    how it is divided. A layer that returns image and text counts as the mean of the two, each over its own variance.
     """
     if student.keys() != teacher.keys() or not teacher:
         raise RuntimeError(f"student and teacher ran different layers: {sorted(student)} and {sorted(teacher)}")
@@ -57,5 +57,6 @@ def layer_loss(
 
 
 def _relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    teacher = teacher.float()
-    return F.mse_loss(student.float(), teacher) / teacher.var(correction=0).clamp_min(1e-8)
+    teacher = teacher.float().flatten(1)
+    error = (student.float().flatten(1) - teacher).square().mean(1)
+    return (error / teacher.var(1, correction=0).clamp_min(1e-8)).mean()

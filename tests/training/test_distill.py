@@ -18,7 +18,7 @@ from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
 from hybriddit.training import checkpoint as checkpoint_module
 from hybriddit.training import distill as distill_module
-from hybriddit.training.config import DistillConfig
+from hybriddit.training.config import DistillConfig, load_config
 from hybriddit.training.distill import distill, draw_batches, epoch_order, learning_rates
 from hybriddit.training.recipes import recipe_of
 
@@ -96,7 +96,11 @@ def independent_losses(family, dense, student, scheduler, latents, noise, times,
     predicted, student_layers = attention_outputs(family, student, noisy, times, text, guidance)
     assert len(teacher_layers) == {"pixart_sigma": 2, "sd3": 3, "sd35": 5}.get(family, 3)
     errors = [
-        sum(((s - t) ** 2).mean() / t.var(correction=0) for s, t in zip(ss, ts, strict=True)) / len(ts)
+        sum(
+            (((s - t) ** 2).flatten(1).mean(1) / t.flatten(1).var(1, correction=0)).mean()
+            for s, t in zip(ss, ts, strict=True)
+        )
+        / len(ts)
         for ss, ts in zip(student_layers, teacher_layers, strict=True)
     ]
     return ((predicted - target) ** 2).mean(), ((predicted - teacher) ** 2).mean(), sum(errors) / len(errors)
@@ -198,7 +202,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(prepared):
     results = []
     for parts in (1, 4):
         pipeline, data = prepared("flux_dev")
-        config = tiny_config(train__accumulation=parts, train__steps=2, loss__layer=0.0)  # whose variance is a batch's
+        config = tiny_config(train__accumulation=parts, train__steps=2)
         model = distill(pipeline, data, config)
         results.append([p for name, p in model.named_parameters() if ".hybrid." in name])
     for one, other in zip(*results, strict=True):
@@ -296,10 +300,10 @@ def test_resume_gives_what_an_unbroken_run_gives(prepared, tmp_path, monkeypatch
     pipeline, data = prepared("sd35")
     distill(pipeline, data, settings(tmp_path / "unbroken"))
 
-    def interrupted(data, recipe, config, step, *rest, draw=distill_module.draw_batches):
-        if step == 4:
+    def interrupted(draw=distill_module.draw_batches, **arguments):
+        if arguments["step"] == 4:
             raise KeyboardInterrupt
-        return draw(data, recipe, config, step, *rest)
+        return draw(**arguments)
 
     pipeline, data = prepared("sd35")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -324,6 +328,9 @@ def test_what_cannot_be_resumed_is_said(prepared, tmp_path):
         distill(pipeline, data, tiny_config(tmp_path))
     with pytest.raises(ValueError, match=r"other values of hybrid.window: resume with"):
         distill(pipeline, data, tiny_config(tmp_path, HybridConfig(window=4, map_rank=4)), resume=True)
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match=r"other values of model.path: resume with"):
+        distill(pipeline, data, tiny_config(tmp_path, model__path="another/teacher"), resume=True)
     (state,) = tmp_path.glob("checkpoints/*/state.safetensors")
     state.write_bytes(state.read_bytes()[:-10])
     pipeline, data = prepared("flux_dev")
@@ -450,10 +457,36 @@ def test_settings_that_cannot_work(prepared):
     with pytest.raises(ValueError, match="nothing to train"):
         distill(pipeline, data, tiny_config(hybrid=HybridConfig(window=3, linear=False)))
     pipeline, data = prepared("flux_dev")
-    with pytest.raises(ValueError, match="not all 0"):
+    with pytest.raises(ValueError, match="not all be 0"):
         distill(pipeline, data, tiny_config(loss__task=0.0, loss__output=0.0, loss__layer=0.0))
     with pytest.raises(ValueError, match="are no 4 x 8 grid"):
         distill(pipeline, LatentData(data.shards, data.empty, _info(data, height=32)), tiny_config())
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["loss.task=0", "loss.output=0", "loss.layer=0"], "may not all be 0"),
+        (["data.height=100"], "data.height must be a multiple of 8, .* got 100"),
+        (["hybrid.layers={'*.attn9': dense}"], r"'\*.attn9' matches no attention layer"),
+        (["hybrid.linear=false"], "nothing to train"),
+        (["train.batch_size=3"], "3 does not divide into 2 processes x 1"),
+        (["data.cache=null"], "several processes need data.cache"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_image_is_made(overrides, message, tmp_path, monkeypatch):
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+model: {{path: {tmp_path / "teacher"}}}
+data: {{prompts: [a shoe], height: 64, width: 64, cache: {tmp_path / "cache"}}}
+output: {{folder: {tmp_path / "run"}}}
+""")
+    monkeypatch.setattr(distill_module, "make_data", lambda *args, **kwargs: pytest.fail("images were made"))
+    if "processes" in message:
+        monkeypatch.setattr(distill_module.Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match=message):
+        distill_module.run(load_config(path, overrides))
 
 
 def _info(data, **changes):
@@ -463,9 +496,9 @@ def _info(data, **changes):
 def test_a_guidance_distilled_teacher_has_no_task_loss_on_others_images(prepared):
     pipeline, data = prepared("flux_dev")
     foreign = LatentData(data.shards, data.empty, _info(data, teacher_made=False))
-    weights, _ = distill_module.loss_settings(recipe_of(pipeline), foreign, tiny_config())
+    weights, _ = distill_module.loss_settings(recipe_of(pipeline), tiny_config(), teacher_made=False)
     assert weights.tolist() == [0.0, 0.5, 0.5]
     with pytest.raises(ValueError, match="images the teacher made itself"):
-        distill_module.loss_settings(recipe_of(pipeline), foreign, tiny_config(loss__task=1.0))
-    weights, _ = distill_module.loss_settings(recipe_of(prepared("sd3")[0]), foreign, tiny_config())
+        distill(pipeline, foreign, tiny_config(loss__task=1.0))
+    weights, _ = distill_module.loss_settings(recipe_of(prepared("sd3")[0]), tiny_config(), teacher_made=False)
     assert weights.tolist() == [1.0, 0.5, 0.5]

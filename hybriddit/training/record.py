@@ -1,0 +1,107 @@
+"""What a run's folder tells of the run: how it was started, its metrics step by step, and their plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ..files import replacing
+
+PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "safetensors", "natten", "triton")
+
+
+def record_start(folder: Path, first: int, processes: int, device: torch.device) -> None:
+    """Add one entry to `folder/run.json`: a list, one entry for every time the run was started or resumed."""
+    path = folder / "run.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    starts.append(
+        {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_step": first,
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "versions": versions(),
+            "git": git_state(Path(__file__).parent),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> installed version, None where it is not."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> dict | None:
+    """The commit that `folder` is at, and the files that differ from it; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def start_log(folder: Path, first: int) -> None:
+    """Make `folder/log.jsonl` end at step `first`: what a stopped run logged beyond its checkpoint is done again."""
+    kept = [line for line in read_log(folder) if line["step"] <= first]
+    with replacing(folder / "log.jsonl") as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def log(folder: Path, values: dict[str, float]) -> None:
+    """Append one line to `folder/log.jsonl`."""
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The lines of `folder/log.jsonl`; one that a killed run left half written is no line."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot_log(folder: Path, names: tuple[str, ...]) -> None:
+    """Draw the metrics `names` of `folder/log.jsonl` over the steps, one panel each, into `folder/loss.png`."""
+    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
+
+    lines = read_log(folder)
+    shown = [name for name in names if any(line.get(name, 0) > 0 for line in lines)]
+    if not shown:
+        return
+    figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1)
+        axis.set(title=name, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    with replacing(folder / "loss.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)

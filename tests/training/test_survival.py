@@ -1,0 +1,193 @@
+"""Runs that are killed, interrupted, short of disk, or spread over processes, against one that nothing happened to."""
+
+import functools
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import finish, start, wait_for
+from safetensors.torch import load_file
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_pipeline("sd3").save_pretrained(folder)
+    return folder
+
+
+def write_config(teacher, folder):
+    path = folder / "run.yaml"
+    path.write_text(f"""
+model: {{path: {teacher}}}
+hybrid: {{window: 3, map_rank: 4, delta_rank: 2}}
+data:
+  prompts: [a red shoe, a blue bag]
+  images: 6
+  height: 64
+  width: 64
+  steps: 2
+  max_sequence_length: {TEXT_LENGTH}
+  batch_size: 2
+optim: {{lr: 1e-2, schedule: cosine, warmup_steps: 3}}
+train: {{steps: {STEPS}, batch_size: 4, progress: false}}
+output: {{checkpoint_every: 1, log_every: 1, keep: 2}}
+""")
+    return path
+
+
+@pytest.fixture
+def config(teacher, tmp_path):
+    return write_config(teacher, tmp_path)
+
+
+def options(folder, *more):
+    return [f"output.folder={folder}", f"data.cache={folder}-cache", *more]
+
+
+@pytest.fixture(scope="module")
+def unbroken(teacher, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    path = write_config(teacher, folder)
+    assert finish("distill", path, *options(folder / "run"), output=folder / "out.txt") == 0
+    return folder / "run"
+
+
+def steps_done(folder):
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder, other):
+    """To the last bit: the adapter, the last checkpoint with the optimizer's state, and every step's losses."""
+    for name in ("adapter/hybrid_adapter.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert log_of(folder) == log_of(other)
+    assert [line["step"] for line in log_of(folder)] == list(range(1, STEPS + 1))
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken, tmp_path):
+    run, cache, chance = tmp_path / "run", tmp_path / "run-cache", random.Random(0)
+
+    def progress():
+        return len(list(cache.glob("latents-*"))) + steps_done(run)
+
+    # the first while the images are made, the others anywhere in a step or in a save
+    for kill in range(5):
+        resume = ["--resume"] if steps_done(run) else []
+        process = start("distill", config, *options(run), *resume, output=tmp_path / "out.txt")
+        goal = progress() + 1 + (kill > 0)
+        wait_for(lambda process=process, goal=goal: progress() >= goal or not process.is_alive())
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "out.txt").read_text()
+    assert 0 < steps_done(run) < STEPS
+    assert finish("distill", config, *options(run), "--resume", output=tmp_path / "out.txt") == 0
+    assert_same_run(run, unbroken)
+    assert len(json.loads((run / "run.json").read_text())) >= 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(number, config, unbroken, tmp_path):
+    run, seldom = tmp_path / "run", "output.checkpoint_every=1000"
+    process = start("distill", config, *options(run, seldom), output=tmp_path / "out.txt")
+    wait_for(lambda: (run / "log.jsonl").exists() and len(log_of(run)) >= 2)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130
+    assert 2 <= steps_done(run) < STEPS, "a checkpoint of the step it was in, though none was due"
+    assert "--resume" in (tmp_path / "out.txt").read_text()
+    assert finish("distill", config, *options(run, seldom), "--resume", output=tmp_path / "out.txt") == 0
+    assert_same_run(run, unbroken)
+
+
+def limit_files(megabytes):
+    """Writing beyond this fails as on a full disk, with another number."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    assert finish("distill", config, *options(run, "train.steps=3"), output=tmp_path / "out.txt") == 0
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
+    size = max(len(data) for data in before.values())
+    limit = functools.partial(limit_files, size / 2 / 2**20)
+    more = options(run, "optim.schedule=constant")  # changes nothing that must not change
+    assert finish("distill", config, *more, "--resume", output=tmp_path / "out.txt", before=limit) == 1
+    said = (tmp_path / "out.txt").read_text().splitlines()[-1]
+    assert said.startswith("hybriddit: could not write") and "--resume" in said
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_is_one_line_and_a_run_to_resume(config, unbroken, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
+    try:
+        run = disk / "run"
+        arguments = [f"output.folder={run}", f"data.cache={tmp_path / 'cache'}", "output.keep=100"]
+        assert finish("distill", config, *arguments, output=tmp_path / "out.txt") == 1
+        said = (tmp_path / "out.txt").read_text().splitlines()[-1]
+        assert said.startswith("hybriddit: ") and "No space left" in said
+        done = steps_done(run)
+        assert 0 < done < STEPS
+        assert subprocess.run(["mount", "-o", "remount,size=64m", disk]).returncode == 0
+        assert finish("distill", config, *arguments, "--resume", output=tmp_path / "out.txt") == 0
+        assert_same_run(run, unbroken)
+    finally:
+        subprocess.run(["umount", "-l", disk])
+
+
+def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    script = Path(__file__).parents[2] / "train" / "distill.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, script, config, *options(run, "train.accumulation=2")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "run.json").read_text())[0]["processes"] == 2
+    one, other = (load_file(path / "adapter" / "hybrid_adapter.safetensors") for path in (unbroken, run))
+    assert one.keys() == other.keys()
+    for name in one:  # sums of gradients in another order
+        torch.testing.assert_close(
+            one[name], other[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text
+        )
+    for line, expected in zip(log_of(run), log_of(unbroken), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_run_folder_tells_how_it_was_made(unbroken):
+    run = unbroken
+    (begun,) = json.loads((run / "run.json").read_text())
+    assert begun["versions"]["torch"] and begun["command"][1] == "distill" and begun["from_step"] == 0
+    assert begun["git"] is None or len(begun["git"]["commit"]) == 40
+    assert (run / "config.yaml").is_file() and list(run.rglob("events.out*"))
+    with Image.open(run / "loss.png") as plot:
+        assert plot.width > 4 * plot.height, "a panel for each of five metrics"
+    assert set(log_of(run)[0]) == {"step", "loss", "task", "output", "layer", "grad_norm", "lr", "gate_lr"}
