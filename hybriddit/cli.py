@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
+import warnings
 from collections.abc import Sequence
-from importlib import import_module, metadata
 from pathlib import Path
+
+from . import __version__
+
+EPILOG = """exit codes:
+  0    done
+  1    something is wrong that you can put right: one line on stderr says what
+  2    a wrong call
+  130  Ctrl-C
+
+shell completion:
+  hybriddit --print-completion bash > ~/.local/share/bash-completion/completions/hybriddit
+  hybriddit --print-completion zsh > ~/.zfunc/_hybriddit    (a folder of your $fpath)
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hybriddit", description="Pretrained diffusion transformers, made linear in the number of image tokens."
+        prog="hybriddit",
+        description="Pretrained diffusion transformers, made linear in the number of image tokens.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hybriddit {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=PrintCompletion,
+        help="the completion script, to stdout",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -60,10 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--model base/ --adapter run/adapter --out hybrid/",
     )
     sub.add_argument("--model", required=True, help="repository id or folder of a dense diffusers pipeline")
-    sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline")
+    sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline, new or empty")
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter; without one the hybrid is fresh")
     sub.add_argument("--window", type=int, help="of a fresh hybrid, in tokens (default 16)")
+    sub.add_argument("--plan", type=Path, help="of a fresh hybrid: a YAML or JSON file of HybridConfig's fields")
     _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
 
     sub = add(
         "distill",
@@ -78,23 +105,61 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add(
         "generate",
         generate,
-        "make an image",
+        "make images from a prompt, or from a prompt and an image",
         '--model base/ --adapter run/adapter --prompt "a red shoe" --seed 1 --out shoe.png',
     )
     sub.add_argument("--model", required=True, help="repository id or folder of a diffusers pipeline, dense or hybrid")
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
     sub.add_argument("--prompt", required=True)
-    sub.add_argument("--height", type=int, help="in pixels (default: the pipeline's)")
-    sub.add_argument("--width", type=int, help="in pixels (default: the pipeline's)")
+    sub.add_argument("--negative-prompt", help="what to guide away from (FLUX: with --true-cfg)")
+    sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX)")
+    sub.add_argument("--mask", type=Path, help="of the image's size: white is painted anew, black is kept (SD3, FLUX)")
+    sub.add_argument("--strength", type=float, help="how far from --image, above 0 to 1 (default: the pipeline's)")
+    sub.add_argument("--height", type=int, help="in pixels (default: the image's, else the pipeline's)")
+    sub.add_argument("--width", type=int, help="in pixels (default: the image's, else the pipeline's)")
     sub.add_argument("--steps", type=int, help="of the sampler (default: the pipeline's)")
     sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    sub.add_argument(
+        "--true-cfg", type=float, help="FLUX: guidance away from --negative-prompt, above 1; twice the time"
+    )
     sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", type=Path, default=Path("image.png"), help="PNG file (default: image.png)")
+    sub.add_argument("--seed", type=int, default=0, help="of the first image; each further one adds 1 (default: 0)")
+    sub.add_argument("--num-images", type=int, default=1, help="made one by one (default: 1)")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("image.png"),
+        help="PNG file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was made "
+        'is in its text chunk "hybriddit", which `hybriddit info image.png` shows',
+    )
     _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
-    add("info", info, "versions, device, and which attention backends are there", "")
+    sub = add(
+        "info",
+        info,
+        "versions, device and attention backends; or what a folder or an image holds",
+        "outputs/demo/pipeline",
+    )
+    sub.add_argument("path", nargs="?", type=Path, help="folder of a pipeline, model or adapter, or a PNG file")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+class PrintCompletion(argparse.Action):
+    """Prints a shell's completion script for the parser, and exits."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        import shtab
+
+        subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        for sub in subparsers.choices.values():
+            for action in sub._actions:
+                if action.type is Path or action.dest in ("model", "adapter"):
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -114,21 +179,30 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    if options.adapter and options.window is not None:
-        raise ValueError("--window is for a fresh hybrid: an adapter brings its own")
-    from . import HybridConfig, hybridize, load_adapter
+    from .config import HybridConfig
+    from .files import filling
 
-    pipeline = _load_pipeline(options)
-    if getattr(pipeline, "transformer", None) is None:
-        raise ValueError(
-            f"{options.model} is a {type(pipeline).__name__}, which has no diffusion transformer to convert"
-        )
-    if options.adapter:
-        load_adapter(pipeline, options.adapter)
+    if sum(option is not None for option in (options.adapter, options.window, options.plan)) > 1:
+        raise ValueError("give one of --window and --plan, for a fresh hybrid, or --adapter, which brings its own")
+    if options.plan:
+        config = HybridConfig.from_plan(options.plan)
     else:
-        hybridize(pipeline.transformer, HybridConfig(**({} if options.window is None else {"window": options.window})))
-    pipeline.save_pretrained(options.out)
-    print(f"hybrid pipeline saved to {options.out}")
+        config = HybridConfig() if options.window is None else HybridConfig(window=options.window)
+    with filling(options.out) as folder:
+        pipeline = _load_pipeline(options)
+        if getattr(pipeline, "transformer", None) is None:
+            raise ValueError(
+                f"{options.model} is a {type(pipeline).__name__}, which has no diffusion transformer to convert"
+            )
+        from .models import hybridize, load_adapter
+
+        if options.adapter:
+            load_adapter(pipeline, options.adapter)
+        else:
+            hybridize(pipeline.transformer, config)
+        pipeline.save_pretrained(folder)
+    if not options.quiet:
+        print(f"hybrid pipeline saved to {options.out}")
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -149,51 +223,54 @@ def distill(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    import torch
+    from .generate import NoEffectWarning, check_settings, generate, open_image, output_paths, save_png
 
-    from . import load_adapter
+    paths = output_paths(options.out, options.num_images)
+    names = ("seed", "num_images", "negative_prompt", "height", "width", "steps", "guidance", "true_cfg")
+    settings = {name: getattr(options, name) for name in (*names, "max_sequence_length", "strength")}
+    settings["image"] = open_image(options.image) if options.image else None
+    settings["mask"] = open_image(options.mask, "L") if options.mask else None
+    check_settings(**settings)  # before the model, which may take minutes
 
     pipeline = _load_pipeline(options)
     if options.adapter:
+        from .models import load_adapter
+
         load_adapter(pipeline, options.adapter)
-    chosen = {
-        "height": options.height,
-        "width": options.width,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "max_sequence_length": options.max_sequence_length,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if "PixArt" in type(pipeline).__name__ and ("height" in chosen or "width" in chosen):
-        chosen["use_resolution_binning"] = False  # the size asked for, not the nearest of a list
-    generator = torch.Generator("cpu").manual_seed(options.seed)
-    image = pipeline(options.prompt, generator=generator, **chosen).images[0]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(options.out)
-    print(f"{image.width} x {image.height} image saved to {options.out}")
+    pipeline.set_progress_bar_config(disable=options.quiet)
+    source = {"model": options.model, "adapter": options.adapter}
+    source |= {name: str(getattr(options, name)) if getattr(options, name) else None for name in ("image", "mask")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        images = generate(pipeline, options.prompt, **settings)
+    notes = [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    if not options.quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    started, seeds = time.monotonic(), []
+    for path, (image, record) in zip(paths, images, strict=True):
+        save_png(image, path, {**source, **record})
+        seeds.append(record["seed"])
+        if not (options.quiet or options.json):
+            print(f"{image.width} x {image.height} image saved to {path}")
+    if options.json:
+        seconds = round(time.monotonic() - started, 3)
+        print(json.dumps({"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}))
 
 
 def info(options: argparse.Namespace) -> None:
-    import torch
+    from .info import describe, description_text, environment, environment_text
 
-    from . import __version__
-
-    print(f"hybriddit     {__version__}")
-    for package in ("torch", "diffusers", "transformers", "accelerate", "natten", "triton"):
-        try:
-            print(f"{package:13} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package:13} not installed")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device        {device}")
-    try:
-        kernels = import_module("natten").HAS_LIBNATTEN
-    except ImportError:
-        kernels = False
-    print(f"natten        {'with kernels' if kernels else 'no kernels: window attention runs in plain torch'}")
+    if options.path is None:
+        found, text = environment(), environment_text
+    else:
+        found, text = describe(options.path), description_text
+    print(json.dumps(found, indent=2) if options.json else text(found))
 
 
 def _load_pipeline(options: argparse.Namespace):
+    if options.quiet:
+        _silence()
     import torch
 
     from .data.teacher_images import load_pipeline
@@ -201,3 +278,15 @@ def _load_pipeline(options: argparse.Namespace):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = "bfloat16" if device == "cuda" else "float32"
     return load_pipeline(options.model, getattr(torch, options.dtype or default)).to(device)
+
+
+def _silence() -> None:
+    """No progress bars and no log lines, but errors, of the libraries that load models."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    disable_progress_bars()

@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
+import hybriddit
 from hybriddit.cli import main
+from hybriddit.info import describe
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,13 +135,100 @@ def test_convert_takes_a_window_at_its_word(teacher, tmp_path, capsys, arguments
     assert not (tmp_path / "out").exists()
 
 
+def test_convert_follows_a_plan_and_says_nothing_when_quiet(teacher, tmp_path, capfd):
+    (tmp_path / "plan.yaml").write_text("window: 3\nlayers: {'single_*': dense}\n")
+    arguments = ["--model", str(teacher), "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    assert main(["convert", *arguments, "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+    layers = describe(tmp_path / "out")["components"]["transformer"]["hybrid"]["layers"]
+    assert layers == {"hybrid": 1, "dense": 2}
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_convert_leaves_what_it_finds_and_nothing_half_done(teacher, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, message in (("mine", "mine holds notes.txt already"), ("file", "file is a file")):
+        # before the model is looked at
+        assert main(["convert", "--model", "/nowhere", "--out", str(tmp_path / out)]) == 1
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+    def interrupted(self, folder, **kwargs):
+        (folder / "model_index.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.save_pretrained", interrupted)
+    (tmp_path / "empty").mkdir()
+    for out in ("new", "empty"):
+        assert main(["convert", "--model", str(teacher), "--out", str(tmp_path / out)]) == 130
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())
+
+
+def test_an_interrupted_generate_keeps_the_images_it_finished(teacher, tmp_path, capsys, monkeypatch):
+    from diffusers import FluxPipeline
+
+    call, made = FluxPipeline.__call__, []
+
+    def second_is_interrupted(self, *arguments, **kwargs):
+        made.append(1)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return call(self, *arguments, **kwargs)
+
+    second_is_interrupted.__signature__ = inspect.signature(call)
+    monkeypatch.setattr(FluxPipeline, "__call__", second_is_interrupted)
+    size = ["--height", "64", "--width", "64", "--steps", "1", "--max-sequence-length", str(TEXT_LENGTH)]
+    out = ["--num-images", "3", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "--model", str(teacher), "--prompt", "a", *size, *out]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0001.png"]
+    assert describe(tmp_path / "a-0001.png")["record"]["seed"] == 0
+
+
+def test_the_demo_says_that_it_needs_a_text_length(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert main(["demo", "data.max_sequence_length=null", "--out", str(tmp_path / "demo")]) == 1
+    assert "the demo needs data.max_sequence_length" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_help_and_info(capsys):
-    for command in ("convert", "distill", "generate", "info"):
+    for command in ("demo", "convert", "distill", "generate", "info"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0 and f"example: hybriddit {command}" in capsys.readouterr().out
     assert main(["info"]) == 0
     assert f"torch         {torch.__version__.split('+')[0]}" in capsys.readouterr().out
+
+
+def python(*arguments, **kwargs):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, **kwargs)
+
+
+def test_help_is_there_at_once():
+    """Neither `import hybriddit` nor --help waits for torch."""
+    code = "import sys, hybriddit.cli\ntry: hybriddit.cli.main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "exit codes:" in done.stdout and "hybriddit.cli" in modules
+    assert not {"torch", "diffusers", "transformers", "numpy"} & set(modules)
+    times = python("-X", "importtime", "-c", "import hybriddit").stderr.splitlines()
+    [microseconds] = [line.split("|")[1] for line in times if line.split("|")[-1].strip() == "hybriddit"]
+    assert int(microseconds) < 500_000
+
+
+def test_version_and_completion(tmp_path):
+    assert python("-m", "hybriddit", "--version").stdout == f"hybriddit {hybriddit.__version__}\n"
+    script = python("-m", "hybriddit", "--print-completion", "bash").stdout
+    (tmp_path / "completion").write_text(script)
+    line = "source $0; COMP_WORDS=(hybriddit generate --neg); COMP_CWORD=2; _shtab_hybriddit; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", line, tmp_path / "completion"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "--negative-prompt"
+    for shell in ("zsh", "tcsh"):
+        assert "generate" in python("-m", "hybriddit", "--print-completion", shell).stdout
 
 
 def test_the_module_and_the_training_script_are_the_same_command(config, tmp_path):

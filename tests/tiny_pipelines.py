@@ -30,15 +30,15 @@ PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6
 
 
-def tiny_pipeline(family: str, seed: int = 0):
-    """A pipeline of 64 x 64 pixels: 8 x 8 tokens."""
+def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
+    """A pipeline of 64 x 64 pixels: 8 x 8 tokens. (diffusers' SD3 inpaints with 16 latent channels alone.)"""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 4, 4),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         scaling_factor=0.5,
         shift_factor=0.1,
@@ -48,8 +48,8 @@ def tiny_pipeline(family: str, seed: int = 0):
         transformer = PixArtTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
+            in_channels=latent_channels,
+            out_channels=2 * latent_channels,
             num_layers=2,
             cross_attention_dim=16,
             caption_channels=16,
@@ -63,8 +63,8 @@ def tiny_pipeline(family: str, seed: int = 0):
         transformer = SD3Transformer2DModel(
             sample_size=16,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
             num_layers=3,
             attention_head_dim=8,
             num_attention_heads=2,
@@ -89,7 +89,7 @@ def tiny_pipeline(family: str, seed: int = 0):
         )
     else:
         transformer = FluxTransformer2DModel(
-            in_channels=16,
+            in_channels=4 * latent_channels,
             num_layers=1,
             num_single_layers=2,
             attention_head_dim=8,

@@ -111,6 +111,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     started, out = time.monotonic(), Path(out)
     config = load_config(config_path, overrides)
     config.output.folder = None  # nothing but what is listed above
+    if config.data.max_sequence_length is None:
+        raise ValueError("the demo needs data.max_sequence_length, the text tokens that it counts FLOPs for: 24, say")
     folder = Path(config.model.path)
     judge_path = folder.parent / "demo-judge.safetensors"
     if not folder.is_dir() or not judge_path.is_file():

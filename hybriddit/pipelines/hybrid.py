@@ -11,7 +11,11 @@ from ..models import load_adapter
 
 
 class _AdapterPipelineMixin:
-    """Goes before the diffusers class."""
+    """Goes before the diffusers class.
+
+    For image-to-image and inpainting hand the components on: `FluxImg2ImgPipeline(**pipeline.components)`. diffusers'
+    `from_pipe` looks for its own classes, and drops the hybrid transformer.
+    """
 
     @classmethod
     def from_pretrained(cls, base: str | os.PathLike, adapter: str | os.PathLike | None = None, **kwargs):

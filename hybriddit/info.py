@@ -1,0 +1,291 @@
+"""What this machine has for hybriddit, and what a pipeline, a model, an adapter or an image holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import HybridConfig
+from .generate import read_record
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
+FAMILIES = {"PixArt": "PixArt-Sigma", "SD3": "Stable Diffusion 3", "Flux": "FLUX"}  # by the start of the class's name
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the device, and the attention backends: {name: {"available": bool, "note": str}}."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = {"type": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
+    else:
+        device = {"type": "cpu", "name": platform.processor() or platform.machine()}
+    return {
+        "hybriddit": __version__,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "device": {**device, "threads": torch.get_num_threads()},
+        "window_attention": {
+            name: {"available": available, "note": note} for name, available, note in _window_backends(device["type"])
+        },
+        "linear_attention": {
+            "triton": {"available": False, "note": "no kernels in this version of hybriddit"},
+            "torch": {"available": True, "note": ""},
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
+    """Name, whether it runs here, and what is missing or worth knowing; fastest first."""
+    missing = ["an NVIDIA GPU"] if device == "cpu" else []
+    if not _natten_has_kernels():
+        missing.append("natten with its compiled kernels (the NATTEN project's wheel for your torch and CUDA)")
+    yield "natten", not missing, f"needs {' and '.join(missing)}" if missing else ""
+    if device == "cpu":
+        yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
+    else:
+        missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
+        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+            missing.append("a C compiler (gcc or clang), which triton calls")
+        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else 'only by backend="flex"'
+    yield "tiled", True, ""
+    yield "dense", True, "where the window covers most of the grid"
+
+
+def _natten_has_kernels() -> bool:
+    try:
+        return bool(importlib.import_module("natten").HAS_LIBNATTEN)
+    except (ImportError, OSError):  # built for another torch
+        return False
+
+
+def environment_text(found: dict[str, Any]) -> str:
+    """`environment()` for a terminal."""
+    device = found["device"]
+    where = f"CPU, {device['threads']} threads" if device["type"] == "cpu" else f"{device['count']} x {device['name']}"
+    lines = [f"{'hybriddit':13} {found['hybriddit']}", f"{'python':13} {found['python']}"]
+    for package, version in found["packages"].items():
+        hint = ": pip install peft, to load LoRA files" if package == "peft" else ""
+        lines.append(f"{package:13} {version or 'not installed' + hint}")
+    lines.append(f"{'device':13} {where}")
+    for kind in ("window_attention", "linear_attention"):
+        lines.append(kind.replace("_", " "))
+        for name, backend in found[kind].items():
+            note = f": {backend['note']}" if backend["note"] else ""
+            lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
+    return "\n".join(lines)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a pipeline folder, a model folder, an adapter folder or a PNG file holds; `kind` names which.
+
+    Of an adapter all bytes are read and checked; of models the headers of the weight files and their lengths. Raises
+    FileNotFoundError where there is nothing and ValueError for what is damaged or none of these.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".png":
+        return {"kind": "image", **_image(path)}
+    if path.is_file():
+        raise ValueError(f"{path} is no PNG: give that, or a folder with a pipeline, a model or an adapter")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder {path}")
+    for name, kind, read in (
+        ("model_index.json", "pipeline", _pipeline),
+        ("hybrid_config.json", "adapter", _adapter),
+        ("config.json", "model", _model),
+    ):
+        if (path / name).is_file():
+            return {"kind": kind, **read(path)}
+    raise ValueError(
+        f"{path} has no model_index.json, config.json or hybrid_config.json: no pipeline, model or adapter"
+    )
+
+
+def _image(path: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    record = read_record(path)
+    with Image.open(path) as image:
+        return {"width": image.width, "height": image.height, "record": record}
+
+
+def _pipeline(folder: Path) -> dict[str, Any]:
+    index = _json(folder / "model_index.json")
+    components = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise ValueError(f"{folder} lacks the folder of its {name}")
+        # a tokenizer or a scheduler has no config.json
+        components[name] = _model(part) if (part / "config.json").is_file() else {"class": entry[-1]}
+    return {"class": index.get("_class_name"), "components": components}
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    values = _json(folder / "config.json")
+    name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
+    files = _weight_files(folder)
+    sizes = {key: size for file in files for key, size in _tensor_sizes(file).items()}
+    model = {
+        "class": name,
+        "family": _family(name),
+        "parameters": sum(sizes.values()),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    if "hybrid_config" in values:
+        config = _hybrid_config(folder / "config.json", values["hybrid_config"] or {})
+        layers = _converted_layers(name, sizes)
+        bare = [layer for layer in layers if config.kind(layer) in ("hybrid", "linear")
+                and not any(key.startswith(f"{layer}.hybrid.") for key in sizes)]  # fmt: skip
+        if bare:
+            raise ValueError(f"{folder} lacks the hybrid weights of {len(bare)} layers ({bare[0]}, …)")
+        model["hybrid"] = _hybrid(config, sizes, layers)
+    return model
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from .files import read_tensors
+
+    values = _json(folder / "hybrid_config.json")
+    config = _hybrid_config(folder / "hybrid_config.json", values)
+    weights = folder / "hybrid_adapter.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has no {weights.name}")
+    sizes = {key: tensor.numel() for key, tensor in read_tensors(weights).items()}
+    layers = sorted({key.partition(".hybrid.")[0] for key in sizes})
+    base = values.get("_base_class")
+    return {
+        "base_class": base,
+        "family": _family(base),
+        "bytes": weights.stat().st_size,
+        "hybrid": _hybrid(config, sizes, layers),
+    }
+
+
+def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "added_parameters": sum(size for key, size in sizes.items() if ".hybrid." in key),
+        "layers": dict(Counter(config.kind(layer) for layer in layers)),
+    }
+
+
+def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
+    """The attention layers that conversion is about, those that stay dense included."""
+    from .models import FAMILIES  # diffusers' classes: only here, for it takes seconds
+
+    family = next((family for family in FAMILIES if family.hybrid_class.__name__ == model_class), None)
+    if family is None:
+        raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
+    layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))
+    return sorted(layer for layer in layers if family.converts(layer))
+
+
+def _family(model_class: str | None) -> str | None:
+    name = (model_class or "").removeprefix("Hybrid")
+    return next((family for start, family in FAMILIES.items() if name.startswith(start)), None)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return values
+
+
+def _hybrid_config(path: Path, values: Any) -> HybridConfig:
+    try:
+        return HybridConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no hybrid config: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading the folder would read."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            files = sorted({folder / name for name in _json(index).get("weight_map", {}).values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")
+            return files
+        if whole.is_file():
+            return [whole]
+    raise ValueError(f"{folder} has no weights in safetensors")
+
+
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    """Numbers in each tensor of a safetensors file, from its header, which has to account for the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def description_text(found: dict[str, Any]) -> str:
+    """`describe()` for a terminal."""
+    if found["kind"] == "image":
+        lines = [f"image, {found['width']} x {found['height']}"]
+        if found["record"] is None:
+            return f"{lines[0]}, with no record of how it was made"
+        return "\n".join(lines + [f"  {key:20} {_value(value)}" for key, value in found["record"].items()])
+    if found["kind"] == "adapter":
+        lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
+        return "\n".join(lines + _hybrid_lines(found["hybrid"]))
+    if found["kind"] == "model":
+        return "\n".join([_model_line(found), *_hybrid_lines(found.get("hybrid"))])
+    lines = [f"pipeline, {found['class']}"]
+    for name, component in found["components"].items():
+        lines.append(f"  {name:16} {_model_line(component) if 'parameters' in component else component['class']}")
+        lines += ["  " + line for line in _hybrid_lines(component.get("hybrid"))]
+    return "\n".join(lines)
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    family = f" ({model['family']})" if model["family"] else ""
+    return f"{model['class']}{family}, {model['parameters']:,} parameters, {_megabytes(model['bytes'])}"
+
+
+def _hybrid_lines(hybrid: dict[str, Any] | None) -> list[str]:
+    if hybrid is None:
+        return []
+    config = ", ".join(f"{key} {_value(value)}" for key, value in hybrid["config"].items())
+    layers = ", ".join(f"{count} {kind}" for kind, count in hybrid["layers"].items())
+    return [
+        f"  config  {config}",
+        f"  layers  {layers or 'none with weights'}; {hybrid['added_parameters']:,} parameters added",
+    ]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,242 @@
+"""Images from the command line and from Python: the same ones, with a record; from an image, and under a mask."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+
+import hybriddit
+from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit.cli import main
+from hybriddit.generate import NoEffectWarning, generate, output_paths, read_record, save_png
+
+FAMILIES = {
+    "flux_dev": hybriddit.HybridFluxPipeline,
+    "sd3": hybriddit.HybridStableDiffusion3Pipeline,
+    "pixart_sigma": hybriddit.HybridPixArtSigmaPipeline,
+}
+SIZE = {"height": 64, "width": 96, "max_sequence_length": TEXT_LENGTH}
+SETTINGS = {**SIZE, "steps": 2, "guidance": 3.0}
+
+
+def flags(**settings):
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def opened(pipeline, window=3):
+    """Hybrid, with gates that let the far branch in."""
+    hybridize(pipeline.transformer, HybridConfig(window=window))
+    with torch.no_grad():
+        for name, parameter in pipeline.transformer.named_parameters():
+            if ".hybrid." in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return pipeline
+
+
+def one(pipeline, prompt="a red shoe", **settings):
+    [(image, record)] = generate(pipeline, prompt, **{**SETTINGS, **settings})
+    return np.asarray(image, int), record
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """family -> (base pipeline, adapter, by which the base becomes an open hybrid): folders."""
+    folders = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        pipeline = tiny_pipeline(family)
+        pipeline.save_pretrained(folder / "base")
+        save_adapter(opened(pipeline).transformer, folder / "adapter")
+        folders[family] = folder / "base", folder / "adapter"
+    return folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_seed_gives_the_same_image_from_both(family, saved, tmp_path, capsys):
+    base, adapter = saved[family]
+    source = flags(model=base, adapter=adapter, prompt="a red shoe")
+    out = tmp_path / "new" / "shoe.png"
+    assert main(["generate", *source, *flags(**SETTINGS, seed=3, num_images=2, out=out), "--json", "--quiet"]) == 0
+    printed, files = capsys.readouterr(), [str(out.with_name(f"shoe-000{i}.png")) for i in (1, 2)]
+    report = json.loads(printed.out)
+    assert (report["files"], report["seeds"], report["notes"]) == (files, [3, 4], [])
+    assert report["seconds"] > 0
+    assert printed.err == "", "quiet"
+
+    pipeline = FAMILIES[family].from_pretrained(base, adapter=adapter)
+    pipeline.set_progress_bar_config(disable=True)
+    extra = {"use_resolution_binning": False} if family == "pixart_sigma" else {}
+    for file, seed in zip(files, (3, 4), strict=True):
+        expected = pipeline(
+            "a red shoe",
+            **SIZE,
+            num_inference_steps=2,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(seed),
+            **extra,
+        ).images[0]
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+        record = read_record(file)
+        assert record | {"seed": seed, "prompt": "a red shoe", "steps": 2, "guidance": 3.0, **SIZE} == record
+        assert (record["model"], record["adapter"]) == (str(base), str(adapter))
+        assert record["hybrid_config"]["window"] == 3
+        assert record["versions"]["torch"] == torch.__version__
+    first, second = (np.asarray(Image.open(file), int) for file in files)
+    assert abs(first - second).max() > 8, "another seed, another image"
+    np.testing.assert_array_equal(one(pipeline, seed=4)[0], second)
+
+
+def test_the_record_holds_the_defaults_and_survives_any_prompt(tmp_path):
+    pipeline = tiny_pipeline("sd3")
+    prompt = 'a "red"\nshoe, 赤い靴'
+    [(image, record)] = generate(pipeline, prompt, height=64, width=64, steps=1)
+    assert (record["guidance"], record["max_sequence_length"], record["strength"]) == (7.0, 256, None)
+    assert (record["width"], record["height"], record["seed"], record["hybrid_config"]) == (64, 64, 0, None)
+    save_png(image, tmp_path / "a.png", record)
+    assert read_record(tmp_path / "a.png") == record and record["prompt"] == prompt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_negative_prompts():
+    for family in ("sd3", "pixart_sigma"):
+        pipeline = tiny_pipeline(family)
+        plain, _ = one(pipeline)
+        away, record = one(pipeline, negative_prompt="a blue bag")
+        assert abs(away - plain).max() > 2, family
+        assert record["negative_prompt"] == "a blue bag"
+    with pytest.warns(NoEffectWarning, match="negative_prompt has no effect: guidance works only above 1"):
+        assert one(pipeline, negative_prompt="a blue bag", guidance=1.0)[1]["negative_prompt"] is None
+
+
+def test_flux_heeds_a_negative_prompt_under_true_guidance_alone():
+    pipeline = tiny_pipeline("flux_dev")
+    plain, record = one(pipeline)
+    assert record["true_cfg"] is None
+    with pytest.warns(NoEffectWarning, match="heeds it only with a true_cfg above 1"):
+        image, record = one(pipeline, negative_prompt="a blue bag")
+    np.testing.assert_array_equal(image, plain)
+    assert record["negative_prompt"] is None
+    image, record = one(pipeline, negative_prompt="a blue bag", true_cfg=4.0)
+    assert abs(image - plain).max() > 2
+    assert (record["negative_prompt"], record["true_cfg"]) == ("a blue bag", 4.0)
+    with pytest.warns(NoEffectWarning, match="true_cfg has no effect"):
+        one(pipeline, true_cfg=4.0)
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline takes no true_cfg_scale"):
+        one(tiny_pipeline("sd3"), true_cfg=4.0)
+
+
+def test_the_command_says_what_has_no_effect(tmp_path, capsys):
+    tiny_pipeline("flux_schnell").save_pretrained(tmp_path / "base")
+    arguments = ["generate", *flags(model=tmp_path / "base", prompt="a", **SETTINGS, out=tmp_path / "a.png")]
+    assert main(arguments) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: guidance has no effect: this model was distilled to need none"]
+    assert read_record(tmp_path / "a.png")["guidance"] is None
+
+
+def picture(seed, size=(96, 64)):
+    grey = np.random.default_rng(seed).integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    return Image.fromarray(grey).resize(size, Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("family", ["flux_dev", "sd3"])
+def test_image_to_image_and_inpainting(family):
+    """Of a hybrid pipeline: what diffusers' own class makes of its components, and each argument matters."""
+    pipeline = FAMILIES[family](**opened(tiny_pipeline(family, latent_channels=16)).components)
+    pipeline.set_progress_bar_config(disable=True)
+    start, settings = picture(0), {"steps": 4, "height": None, "width": None}
+    image, record = one(pipeline, image=start, strength=0.5, **settings)
+    task = type(pipeline).__mro__[2].__name__.replace("Pipeline", "Img2ImgPipeline")
+    assert (record["pipeline"], record["strength"], record["width"], record["height"]) == (task, 0.5, 96, 64)
+    theirs = getattr(diffusers, task)(**pipeline.components)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        "a red shoe",
+        image=start,
+        strength=0.5,
+        **SIZE,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    np.testing.assert_array_equal(image, np.asarray(expected))
+    others = {
+        "another image": one(pipeline, image=picture(1), strength=0.5, **settings)[0],
+        "another strength": one(pipeline, image=start, strength=0.75, **settings)[0],
+        "another prompt": one(pipeline, "a blue bag", image=start, strength=0.5, **settings)[0],
+    }
+    hybriddit.restore_dense(pipeline.transformer)
+    others["dense"] = one(pipeline, image=start, strength=0.5, **settings)[0]
+    for what, other in others.items():
+        assert abs(other - image).max() > 2, what
+    opened(pipeline)
+
+    left = Image.new("L", start.size)
+    left.paste(255, (0, 0, 48, 64))
+    one_prompt, other_prompt = (
+        one(pipeline, prompt, image=start, mask=left, strength=1.0, **settings)
+        for prompt in ("a red shoe", "a blue bag")
+    )
+    assert one_prompt[1]["pipeline"] == task.replace("Img2Img", "Inpaint")
+    change = abs(one_prompt[0] - other_prompt[0]).mean(axis=(0, 2))
+    # the kept half comes from the image; the decoder mixes a few pixels at the border, and its norms a little
+    assert change[:48].mean() > 10 * change[64:].mean()
+    # an image that is no multiple of a token is cut to the next smaller size
+    assert one(pipeline, image=picture(0, (100, 70)), **settings)[1]["width"] == 96
+
+
+def test_tasks_that_diffusers_lacks_and_sizes_that_do_not_fit():
+    pixart = tiny_pipeline("pixart_sigma")
+    for mask, task in ((None, "image-to-image"), (Image.new("L", (96, 64)), "inpainting")):
+        with pytest.raises(ValueError, match=f"diffusers has no {task} for a PixArtSigmaPipeline"):
+            generate(pixart, "a", image=picture(0), mask=mask)
+    for family in ("pixart_sigma", "sd3", "flux_dev"):
+        pipeline = pixart if family == "pixart_sigma" else tiny_pipeline(family)
+        with pytest.raises(ValueError, match="height 68 is no multiple of 8, which this model needs"):
+            generate(pipeline, "a", height=68)
+    with pytest.raises(ValueError, match="the image is 96 x 4: this model needs 8 pixels or more"):
+        generate(pipeline, "a", image=picture(0).crop((0, 0, 96, 4)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"num_images": 0}, "num_images must be 1 or more, not 0"),
+        ({"height": -8}, "height must be 1 or more, not -8"),
+        ({"guidance": -1}, "guidance must be 0 or more, not -1.0"),
+        ({"guidance": "nan"}, "guidance must be 0 or more, not nan"),
+        ({"seed": -1}, "seeds go from 0 to 2**63 - 1"),
+        ({"seed": 2**63 - 1, "num_images": 2}, "seeds go from 0 to 2**63 - 1"),
+        ({"strength": 0.5}, "a strength needs an image"),
+        ({"mask": "image.png"}, "a mask needs an image"),
+        ({"image": "image.png", "strength": 0}, "strength must be above 0"),
+        ({"image": "image.png", "strength": 1.5}, "strength must be above 0"),
+        ({"image": "none.png"}, "no image file none.png"),
+        ({"image": "text"}, "is damaged or no image"),
+        ({"image": "cut.png"}, "is damaged or no image"),
+        ({"image": "image.png", "mask": "small.png"}, "must be of one size: they are 32 x 32 and 96 x 64"),
+        ({"out": "text/a.png"}, "text is a file"),
+        ({"out": "folder.png"}, "folder.png is a folder"),
+        ({"out": "a.jpg"}, "a.jpg must end in .png"),
+    ],
+)
+def test_what_is_wrong_by_itself_is_told_before_a_model_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(0).save(tmp_path / "image.png")
+    picture(0, (32, 32)).save(tmp_path / "small.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:200])
+    (tmp_path / "text").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    assert main(["generate", *flags(model="/nowhere", prompt="a", **arguments)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_several_images_are_numbered(tmp_path):
+    assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
+    assert output_paths(tmp_path / "a.b.png", 2) == [tmp_path / "a.b-0001.png", tmp_path / "a.b-0002.png"]

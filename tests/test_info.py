@@ -1,0 +1,162 @@
+"""What `info` says of this machine and of what lies on its disk."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import tiny_pipeline
+
+from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit.cli import main
+from hybriddit.generate import save_png
+from hybriddit.info import describe, environment, environment_text
+
+# of the three blocks one is dense, one is a window alone, which adds no weights
+LAYERS = {"transformer_blocks.0.*": "dense", "single_transformer_blocks.0.*": "window"}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """A hybrid pipeline's folder, its adapter's, and the number of weights that were added."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    pipeline = tiny_pipeline("flux_dev")
+    hybridize(pipeline.transformer, HybridConfig(window=3, map_rank=4, layers=LAYERS))
+    pipeline.save_pretrained(folder / "pipeline")
+    save_adapter(pipeline.transformer, folder / "adapter")
+    added = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if ".hybrid." in name)
+    return folder / "pipeline", folder / "adapter", added, sum(p.numel() for p in pipeline.transformer.parameters())
+
+
+def test_pipeline_and_model_folders(hybrid, capsys):
+    folder, _, added, parameters = hybrid
+    found = describe(folder)
+    assert (found["kind"], found["class"]) == ("pipeline", "FluxPipeline")
+    assert found["components"]["scheduler"] == {"class": "FlowMatchEulerDiscreteScheduler"}
+    model = found["components"]["transformer"]
+    assert (model["class"], model["family"]) == ("HybridFluxTransformer2DModel", "FLUX")
+    assert model["parameters"] == parameters
+    assert model["hybrid"]["config"] == HybridConfig(window=3, map_rank=4, layers=LAYERS).to_dict()
+    assert model["hybrid"]["added_parameters"] == added
+    assert model["hybrid"]["layers"] == {"dense": 1, "window": 1, "hybrid": 1}
+    assert {"kind": "model", **model} == describe(folder / "transformer")
+    assert "hybrid" not in found["components"]["vae"]
+    assert main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "pipeline, FluxPipeline",
+        "HybridFluxTransformer2DModel (FLUX)",
+        "window 3",
+        "1 hybrid",
+        f"{added:,} ",
+    ):
+        assert part in text
+
+
+def test_adapter_folder(hybrid, capsys):
+    _, folder, added, _ = hybrid
+    assert main(["info", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["base_class"], found["family"]) == ("adapter", "FluxTransformer2DModel", "FLUX")
+    assert found["hybrid"]["added_parameters"] == added
+    assert found["hybrid"]["layers"] == {"hybrid": 1}
+    assert main(["info", str(folder)]) == 0
+    assert "adapter for FluxTransformer2DModel (FLUX)" in capsys.readouterr().out
+
+
+def test_image(tmp_path, capsys):
+    save_png(Image.new("RGB", (8, 6)), tmp_path / "a.png", {"prompt": "赤い靴", "seed": 3})
+    assert describe(tmp_path / "a.png") == {
+        "kind": "image",
+        "width": 8,
+        "height": 6,
+        "record": {"prompt": "赤い靴", "seed": 3},
+    }
+    assert main(["info", str(tmp_path / "a.png")]) == 0
+    assert "赤い靴" in capsys.readouterr().out
+    Image.new("RGB", (8, 6)).save(tmp_path / "b.png")
+    assert main(["info", str(tmp_path / "b.png")]) == 0
+    assert "8 x 6, with no record" in capsys.readouterr().out
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "model_index.json": (cut, "model_index.json is damaged"),
+    "transformer/config.json": (cut, "config.json is damaged"),
+    "transformer/diffusion_pytorch_model.safetensors": (cut, "diffusion_pytorch_model.safetensors is damaged"),
+    "vae/diffusion_pytorch_model.safetensors": (lambda path: path.unlink(), "vae has no weights in safetensors"),
+    "adapter/hybrid_adapter.safetensors": (flip, "is damaged (its checksum does not match)"),
+    "adapter/hybrid_config.json": (lambda path: path.write_text('{"windo": 3}'), "unknown field 'windo'"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_one_line(name, hybrid, tmp_path, capsys):
+    shutil.copytree(hybrid[0], tmp_path / "copy")
+    shutil.copytree(hybrid[1], tmp_path / "copy" / "adapter")
+    damage, message = DAMAGE[name]
+    damage(tmp_path / "copy" / name)
+    folder = tmp_path / "copy" / "adapter" if name.startswith("adapter") else tmp_path / "copy"
+    assert main(["info", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_hybrid_without_its_weights_and_a_lost_shard(tmp_path):
+    model = tiny_pipeline("flux_dev").transformer
+    model.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    config |= {"_class_name": "HybridFluxTransformer2DModel", "hybrid_config": {"window": 3}}
+    (tmp_path / "dense/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lacks the hybrid weights of 3 layers"):
+        describe(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert describe(tmp_path / "shards")["parameters"] == parameters
+    next((tmp_path / "shards").glob("*00002-of*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="lacks 1 of its"):
+        describe(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name, message", [("nowhere", "no file or folder"), (".", "no pipeline, model or adapter")])
+def test_what_is_none_of_these(name, message, tmp_path, capsys):
+    assert main(["info", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_this_machine(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert found["device"]["type"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert all(found["window_attention"][name]["available"] for name in ("tiled", "dense"))
+    assert not found["linear_attention"]["triton"]["available"]
+
+
+@pytest.mark.parametrize("gpu, kernels, triton, compiler", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1), (0, 0, 0, 0)])
+def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("hybriddit.info._natten_has_kernels", lambda: bool(kernels))
+    monkeypatch.setattr("hybriddit.info.importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("hybriddit.info.shutil.which", lambda name: "/bin/cc" if compiler else None)
+    monkeypatch.delenv("CC", raising=False)
+    found = environment()
+    natten, flex = (found["window_attention"][name] for name in ("natten", "flex"))
+    assert natten["available"] == bool(gpu and kernels)
+    assert ("GPU" in natten["note"], "kernels" in natten["note"]) == (not gpu, not kernels)
+    assert flex["available"] == (not gpu or bool(triton and compiler))
+    if gpu:
+        assert ("triton" in flex["note"], "C compiler" in flex["note"]) == (not triton, not compiler)
+    assert f"natten      {'yes' if natten['available'] else 'no: needs'}" in environment_text(found)
