@@ -19,6 +19,7 @@ class LatentInfo:
 
     height, width: in pixels. steps, guidance_scale, max_sequence_length, seed: as the teacher's pipeline was called.
     teacher_made: the images are the teacher's own, made with `guidance_scale`.
+    states: how many of each image's sampling are kept; 0: the images alone.
     """
 
     height: int
@@ -28,14 +29,16 @@ class LatentInfo:
     max_sequence_length: int | None = None
     seed: int = 0
     teacher_made: bool = True
+    states: int = 0
 
 
 class LatentData:
     """A set of latents and prompt embeddings.
 
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, tokens, C] for FLUX,
-        [N, C, h, w] else) and the prompt's tensors under the pipeline's names ("prompt_embeds", ...). In memory a table
-        is a dict of tensors, on disk a `TableFile`.
+        [N, C, h, w] else) and the prompt's tensors under the pipeline's names ("prompt_embeds", ...). A set of
+        trajectories also has "states" [N, states, ...] and "times" [N, states]. In memory a table is a dict of tensors,
+        on disk a `TableFile`.
     empty: the empty prompt's tensors, one row each; what prompt dropout puts in the prompt's place.
     """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,7 @@ def teacher_images(
     max_sequence_length: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
+    states: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> LatentData:
@@ -66,42 +68,103 @@ def teacher_images(
     Image i is of prompt i modulo their number, from a generator seeded seed + i, so that it does not depend on
     batch_size. A transformer that is converted already runs as the dense teacher.
 
-    cache: a folder of safetensors shards, one per batch, each whole or absent; an interrupted run continues where it
-        stopped, and a finished cache is only opened. Raises ValueError if it was made with other settings.
+    states: of every image's sampling, keep so many inputs of the transformer, evenly spaced from the first step on,
+        with their times; the set is then one of trajectories, from noise to the teacher's image.
+    cache: see `make_set`.
     """
-    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed)
+    if not 0 <= states <= steps:
+        raise ValueError(f"data.states must be in [1, data.steps = {steps}], got {states}")
+    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed, states=states)
+
+    def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        text = encode_prompts(pipeline, [prompts[i % len(prompts)] for i in rows], max_sequence_length)
+        with captured_inputs(pipeline, len(rows)) if states else nullcontext() as inputs:
+            latents = sample(pipeline, text, empty, info, [seed + i for i in rows], output_type="latent")
+        kept = {}
+        if states:
+            chosen = [inputs[round(k * (len(inputs) - 1) / max(states - 1, 1))] for k in range(states)]
+            kept = {"states": torch.stack([x for x, _ in chosen], 1), "times": torch.stack([t for _, t in chosen], 1)}
+        return {"latents": latents, **kept, **text}
+
+    return make_set(
+        pipeline,
+        info,
+        make_batch,
+        count=images,
+        batch_size=batch_size,
+        making={"images": images, "prompts": list(prompts[:images])},
+        cache=cache,
+        desc="teacher images",
+        progress=progress,
+    )
+
+
+def make_set(
+    pipeline,
+    info: LatentInfo,
+    make_batch: Callable[[range, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    *,
+    count: int,
+    batch_size: int,
+    making: dict,
+    cache: str | Path | None,
+    desc: str,
+    progress: bool,
+) -> LatentData:
+    """A set of `count` rows, `make_batch(rows, the empty prompt's tensors)` by `make_batch(...)`.
+
+    cache: a folder of safetensors shards, one per batch, each whole or absent; an interrupted run continues where it
+        stopped, and a finished cache is only opened. Raises ValueError if it was made with other settings, which
+        `making` tells as far as info and the pipeline do not.
+    """
     folder = Path(cache) if cache is not None else None
     if folder is not None:
-        used = list(prompts[:images])
         teacher = {"pipeline": type(pipeline).__name__, "model": str(pipeline.config.get("_name_or_path"))}
         teacher["dtype"] = str(pipeline.transformer.dtype)
-        claim_folder(folder, {**teacher, **asdict(info), "images": images, "batch_size": batch_size, "prompts": used})
+        claim_folder(folder, {**teacher, **asdict(info), **making, "batch_size": batch_size})
 
-    def table(name: str, make) -> Mapping:
+    def table(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Mapping:
         if folder is None:
-            return make()
+            return {key: value.cpu() for key, value in make().items()}
         if not (folder / name).exists():
             save_table(folder / name, make())
         return TableFile(folder / name)
 
-    def make_batch() -> dict[str, torch.Tensor]:
-        text = encode_prompts(pipeline, [prompts[i % len(prompts)] for i in rows], max_sequence_length)
-        latents = sample(pipeline, text, empty, info, [seed + i for i in rows], output_type="latent")
-        return {"latents": latents.cpu(), **{key: value.cpu() for key, value in text.items()}}
-
-    empty = table("empty.safetensors", lambda: encode_prompts(pipeline, [""], max_sequence_length))
-    empty = {key: values[:].cpu() for key, values in empty.items()}
+    empty = table("empty.safetensors", lambda: encode_prompts(pipeline, [""], info.max_sequence_length))
+    empty = {key: values[:] for key, values in empty.items()}
     shards = []
     with (
         dense_mode(pipeline.transformer) if is_hybrid(pipeline.transformer) else nullcontext(),
         quiet(pipeline),
-        tqdm(total=images, desc="teacher images", unit="image", disable=not progress) as bar,
+        tqdm(total=count, desc=desc, unit="image", disable=not progress) as bar,
     ):
-        for number, start in enumerate(range(0, images, batch_size)):
-            rows = range(start, min(start + batch_size, images))
-            shards.append(table(f"latents-{number:05d}.safetensors", make_batch))
+        for number, start in enumerate(range(0, count, batch_size)):
+            rows = range(start, min(start + batch_size, count))
+            shards.append(table(f"latents-{number:05d}.safetensors", lambda rows=rows: make_batch(rows, empty)))
             bar.update(len(rows))
     return LatentData(shards, empty, info)
+
+
+@contextmanager
+def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Within it, what the transformer is called with: (hidden_states, times), of the last `count` of a batch.
+
+    Those are the conditional ones under classifier-free guidance. Times are as `training.recipes.draw_times` gives
+    them: in [0, 1] for FLUX and Stable Diffusion 3, steps of the noise schedule for PixArt-Sigma.
+    """
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    scale = 1000 if "StableDiffusion3" in type(pipeline).__name__ else 1
+
+    def keep(module, arguments, kwargs):
+        named = inspect.signature(module.forward).bind(*arguments, **kwargs).arguments
+        hidden_states, times = named["hidden_states"][-count:], named["timestep"][-count:]
+        inputs.append((hidden_states.cpu(), (times / scale if scale != 1 else times).cpu()))
+
+    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

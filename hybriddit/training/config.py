@@ -28,8 +28,12 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Images that the teacher makes.
+    """What is learned from.
 
+    source: "teacher" (images that the teacher makes of the prompts), "folder" (images of your own with captions) or
+        "trajectories" (the teacher's way from noise to its images of the prompts, which needs no VAE).
+    folder: of images, for "folder"; captions in <image>.txt or in metadata.jsonl.
+    states: for "trajectories", how many inputs of the transformer are kept of each.
     prompts: a text file with one prompt a line, or the prompts themselves; repeated with new seeds up to `images`.
     cache: folder to keep the latents and prompt embeddings in, reused if it holds them already; None keeps them in
         memory.
@@ -38,6 +42,9 @@ class DataConfig:
     batch_size: images the teacher makes at a time. seed: image i is made from seed + i.
     """
 
+    source: str = "teacher"
+    folder: str | None = None
+    states: int = 4
     prompts: str | list[str] = ""
     images: int = 1024
     cache: str | None = None
@@ -124,9 +131,17 @@ class DistillConfig:
         train, optim, data, output = self.train, self.optim, self.data, self.output
         _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
         _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
+        sources = ("teacher", "folder", "trajectories")
+        _require(data.source in sources, "data.source", data.source, f"one of {', '.join(sources)}")
+        _require(
+            (data.folder is not None) == (data.source == "folder"),
+            "data.folder",
+            data.folder,
+            'a folder of images with data.source "folder", and left out with another',
+        )
         for section, names in (
             (train, "train.steps train.batch_size train.accumulation"),
-            (data, "data.images data.height data.width data.steps data.batch_size"),
+            (data, "data.images data.states data.height data.width data.steps data.batch_size"),
             (output, "output.log_every output.keep output.samples"),
         ):
             for name in names.split():
@@ -134,6 +149,11 @@ class DistillConfig:
                 _require(value >= 1, name, value, "at least 1")
         for name in ("checkpoint_every", "sample_every"):
             _require(getattr(output, name) >= 0, f"output.{name}", getattr(output, name), "0 (never) or more")
+        for name in ("task", "output", "layer"):
+            weight = getattr(self.loss, name)
+            _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
+        dropout = self.loss.prompt_dropout
+        _require(dropout is None or 0 <= dropout <= 1, "loss.prompt_dropout", dropout, "in [0, 1]")
         _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
         _require(optim.clip > 0, "optim.clip", optim.clip, "above 0")
         _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")

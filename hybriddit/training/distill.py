@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from ..data.image_folder import captioned_images, image_folder
 from ..data.latents import LatentData
 from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
@@ -59,7 +60,10 @@ def check_settings(config: DistillConfig) -> None:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    read_prompts(config.data.prompts)
+    if config.data.source == "folder":
+        captioned_images(config.data.folder)
+    else:
+        read_prompts(config.data.prompts)
 
 
 def check_processes(config: DistillConfig, processes: int) -> None:
@@ -72,21 +76,21 @@ def check_processes(config: DistillConfig, processes: int) -> None:
 
 
 def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> LatentData:
-    """The images that `config.data` asks for, made by the pipeline itself."""
+    """The set that `config.data` asks for, made by the pipeline itself."""
     data = config.data
+    names = ("height", "width", "guidance_scale", "max_sequence_length", "batch_size", "cache")
+    common = {name: getattr(data, name) for name in names} | {"progress": progress}
+    if data.source == "folder":
+        return image_folder(pipeline, data.folder, **common)
+    states = data.states if data.source == "trajectories" else 0
     return teacher_images(
         pipeline,
         read_prompts(data.prompts),
         images=data.images,
-        height=data.height,
-        width=data.width,
         steps=data.steps,
-        guidance_scale=data.guidance_scale,
-        max_sequence_length=data.max_sequence_length,
-        batch_size=data.batch_size,
         seed=data.seed,
-        cache=data.cache,
-        progress=progress,
+        states=states,
+        **common,
     )
 
 
@@ -105,7 +109,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
     """
     recipe = recipe_of(pipeline, config.model.recipe)
-    weights, dropout = loss_settings(recipe, config, data.info.teacher_made)
+    weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
     grid = token_grid(pipeline, data)
     accelerator = make_accelerator(config)
     check_processes(config, accelerator.num_processes)
@@ -167,7 +171,10 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
             metrics = torch.zeros(len(METRICS), device=accelerator.device)
             for index, (latents, noise, times, text) in enumerate(draw_batches(step=step, **draw)):
                 latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, dtype)
-                noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
+                if data.info.states:
+                    noisy, target = latents, None
+                else:
+                    noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
                 inputs = model_inputs(recipe, noisy.to(dtype), times, text, grid, guidance)
 
                 with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
@@ -178,7 +185,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
                         student = prediction(recipe, model(**inputs, return_dict=False)[0], latents).float()
                     losses = torch.stack(
                         [
-                            F.mse_loss(student, target),
+                            student.new_zeros(()) if target is None else F.mse_loss(student, target),
                             F.mse_loss(student, teacher),
                             layer_loss(student_layers, teacher_layers),
                         ]
@@ -305,13 +312,20 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     )
 
 
-def loss_settings(recipe: Recipe, config: DistillConfig, teacher_made: bool = True) -> tuple[torch.Tensor, float]:
+def loss_settings(
+    recipe: Recipe, config: DistillConfig, teacher_made: bool = True, trajectories: bool = False
+) -> tuple[torch.Tensor, float]:
     """The weights of (task, output, layer) and the prompt dropout: the config's, else the recipe's.
 
-    teacher_made: whether the images are the teacher's own. Raises ValueError for weights that train nothing.
+    teacher_made: whether the images are the teacher's own; trajectories: whether they are its states on the way there,
+    which have no target of the task's. Raises ValueError for weights that train nothing.
     """
     chosen = config.loss
     task = recipe.task if chosen.task is None else chosen.task
+    if trajectories:
+        if chosen.task:
+            raise ValueError("loss.task: the states of a trajectory have no task target: leave it out, or set it to 0")
+        task = 0.0
     if recipe.task_needs_teacher_images and task and not teacher_made:
         if chosen.task is not None:
             raise ValueError("loss.task: a guidance-distilled teacher's task loss needs images the teacher made itself")
@@ -375,7 +389,7 @@ def learning_rates(step: int, config: DistillConfig) -> tuple[float, float]:
 def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
     """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
 
-    Everything random is drawn for the whole batch from (seed, step) alone: a resumed run, and one on another number of
+    Of trajectories, latents and times are those of a state of each. Everything random is drawn for the whole batch from (seed, step) alone: a resumed run, and one on another number of
     processes, sees the same samples.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
@@ -384,16 +398,20 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
     times = draw_times(recipe, count, grid[0] * grid[1], scheduler, generator)
     dropped = torch.rand(count, generator=generator) < dropout
     noise = torch.randn((count, *data.shape), generator=generator)
+    chosen = torch.randint(data.info.states, (count,), generator=generator) if data.info.states else None
     size = count // parts
     for part in range(rank, parts, processes):
         own = slice(part * size, (part + 1) * size)
         rows = data.rows(indices[own])
-        latents = rows.pop("latents")
+        latents, part_times = rows.pop("latents"), times[own]
+        if chosen is not None:
+            picked = torch.arange(size), chosen[own]
+            latents, part_times = rows.pop("states")[picked], rows.pop("times")[picked]
         text = {
             key: torch.where(dropped[own].view(-1, *[1] * (value.ndim - 1)), data.empty[key].to(value), value)
             for key, value in rows.items()
         }
-        yield latents, noise[own], times[own], text
+        yield latents, noise[own], part_times, text
 
 
 def epoch_order(count: int, seed: int, start: int, length: int) -> list[int]:

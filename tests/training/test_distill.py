@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from family_calls import call
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,35 +34,6 @@ def tiny_config(folder=None, hybrid=None, **overrides):
         section, name = key.split("__")
         setattr(getattr(config, section), name, value)
     return config
-
-
-def call(family, transformer, noisy, times, text, guidance):
-    """The transformer as the family's own pipeline calls it; the output's predicting part."""
-    embeds = text["prompt_embeds"]
-    if family == "pixart_sigma":
-        out = transformer(
-            noisy,
-            encoder_hidden_states=embeds,
-            encoder_attention_mask=text["prompt_attention_mask"],
-            timestep=times,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-        return out.chunk(2, dim=1)[0]
-    if family in ("sd3", "sd35"):
-        return transformer(
-            noisy, encoder_hidden_states=embeds, pooled_projections=text["pooled_prompt_embeds"], timestep=times * 1000
-        ).sample
-    ids = torch.zeros(64, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
-    return transformer(
-        noisy,
-        encoder_hidden_states=embeds,
-        pooled_projections=text["pooled_prompt_embeds"],
-        timestep=times,
-        img_ids=ids,
-        txt_ids=torch.zeros(embeds.shape[1], 3),
-        guidance=torch.full((len(noisy),), guidance) if family == "flux_dev" else None,
-    ).sample
 
 
 def attention_outputs(family, transformer, *arguments):

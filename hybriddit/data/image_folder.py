@@ -1,0 +1,131 @@
+"""Training images from a folder of files, with captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ..files import replacing
+from .latents import LatentData, LatentInfo
+from .teacher_images import encode_prompts, make_set
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def image_folder(
+    pipeline,
+    folder: str | Path,
+    *,
+    height: int,
+    width: int,
+    guidance_scale: float,
+    max_sequence_length: int | None = None,
+    batch_size: int = 4,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> LatentData:
+    """Latents and prompt embeddings of the images under `folder`, scaled and centre-cropped to height x width pixels.
+
+    Captions: see `captioned_images`. Images that cannot be read, and images without a caption, are left out: how many
+    is printed, and which and why stands in `skipped.json` in the cache. cache: see `make_set`.
+
+    Raises FileNotFoundError for a folder that is not there and ValueError where no image of it can be used.
+    """
+    captions = captioned_images(folder)
+    good, skipped = usable(captions, progress)
+    if skipped:
+        first = next(iter(skipped.items()))
+        print(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {first[0]} ({first[1]}), ...")
+    if cache is not None:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(cache) / "skipped.json") as partial:
+            partial.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+    if not good:
+        raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
+    info = LatentInfo(height, width, 0, guidance_scale, max_sequence_length, teacher_made=False)
+
+    def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        text = encode_prompts(pipeline, [captions[good[i]] for i in rows], max_sequence_length)
+        images = [read_image(good[i], height, width) for i in rows]
+        return {"latents": encode_images(pipeline, images), **text}
+
+    stats = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
+    return make_set(
+        pipeline,
+        info,
+        make_batch,
+        count=len(good),
+        batch_size=batch_size,
+        making={"files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()},
+        cache=cache,
+        desc="encoding images",
+        progress=progress,
+    )
+
+
+def captioned_images(folder: str | Path) -> dict[Path, str | None]:
+    """Every image file under `folder`, in the order of their names, with its caption or None.
+
+    A caption is the text of `<image>.txt` beside the image, or the "text" of the image's line in
+    `folder/metadata.jsonl`, whose "file_name" is relative to `folder`: the two layouts of public data sets.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no image folder at {str(folder)!r} (data.folder)")
+    listed: dict[Path, str] = {}
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                values = json.loads(line)
+                listed[folder / values["file_name"]] = str(values["text"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{table}, line {number}: not of the form {{"file_name": ..., "text": ...}}') from None
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    if not images:
+        raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
+    return {path: listed.get(path, _caption_beside(path)) for path in images}
+
+
+def _caption_beside(path: Path) -> str | None:
+    text = path.with_suffix(".txt")
+    return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else None
+
+
+def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[list[Path], dict[str, str]]:
+    """The images that have a caption and can be decoded to the end, and for the others why not, by path."""
+    good, skipped = [], {}
+    for path, caption in tqdm(captions.items(), desc="reading images", unit="image", disable=not progress):
+        try:
+            if not caption:
+                raise ValueError("it has no caption")
+            with Image.open(path) as image:
+                image.load()
+            good.append(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            skipped[str(path)] = " ".join(str(error).split()) or type(error).__name__
+    return good, skipped
+
+
+def read_image(path: Path, height: int, width: int) -> Image.Image:
+    """An RGB image of that size: turned upright, scaled to cover it, and cut at the centre."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+
+
+@torch.no_grad()
+def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted and scaled; packed for FLUX."""
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
+    latents = vae.encode(pixels).latent_dist.mode()
+    latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return FluxPipeline._pack_latents(latents, *latents.shape) if isinstance(pipeline, FluxPipeline) else latents

@@ -1,0 +1,196 @@
+"""Sets that are not the teacher's images: folders of images, and the teacher's way to its images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from family_calls import call
+from PIL import Image
+from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
+
+from hybriddit import HybridConfig
+from hybriddit.data.image_folder import captioned_images, image_folder, read_image
+from hybriddit.training.config import DistillConfig
+from hybriddit.training.distill import distill, draw_batches, make_data
+from hybriddit.training.recipes import recipe_of
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    made = {}
+    return lambda family: made.setdefault(family, tiny_pipeline(family))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five good images with captions in both layouts, and four that cannot be used."""
+    folder, generator = tmp_path / "images", np.random.default_rng(0)
+    (folder / "more").mkdir(parents=True)
+
+    def save(name, size=(80, 64)):
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / name)
+
+    for number in range(3):
+        save(f"{number}.png")
+        (folder / f"{number}.txt").write_text(f" {PROMPTS[number]}\n")
+    save("more/3.jpg", (64, 200))
+    save("4.webp")
+    (folder / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": name, "text": text}) + "\n"
+            for name, text in (("more/3.jpg", "a blue shoe"), ("4.webp", "a red bag"))
+        )
+    )
+    save("uncaptioned.png")
+    for name in ("truncated.png", "text.jpg", "empty.png"):
+        (folder / name).with_suffix(".txt").write_text("a shoe")
+    save("truncated.png")
+    whole = (folder / "truncated.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "empty.png").touch()
+    return folder
+
+
+def encode(pipeline, folder, **kwargs):
+    size = {"height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    return image_folder(pipeline, folder, batch_size=2, progress=False, **{**size, **kwargs})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_of_a_folder_decode_to_its_images(family, pipelines, folder, capsys):
+    pipeline = pipelines(family)
+    data = encode(pipeline, folder)
+    assert len(data) == 5 and not data.info.teacher_made
+    assert "4 of 9 images" in capsys.readouterr().out
+
+    # in the order of the names: 0.png, 1.png, 2.png, 4.webp, more/3.jpg
+    pixels = read_image(folder / "more" / "3.jpg", 64, 64)
+    pixels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = pipeline.vae.encode(pixels).latent_dist.mean
+    shift = 0.0 if family == "pixart_sigma" and pipeline.vae.config.shift_factor is None else 0.1
+    latents = (latents - shift) * 0.5
+    found = data.rows([4])["latents"]
+    if "flux" in family:  # 2 x 2 latents a token, channels slowest
+        latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(found.shape)
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    embeds = data.rows([3, 4])["prompt_embeds"]
+    expected = tiny_data(pipeline, images=4, steps=1).rows([2, 3])["prompt_embeds"]  # "a red bag", "a blue shoe"
+    torch.testing.assert_close(embeds, expected)
+
+
+def test_images_are_cut_at_the_centre_and_turned_upright(tmp_path):
+    picture = np.zeros((64, 192, 3), np.uint8)
+    picture[:, 64:128] = (255, 0, 0)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    assert np.array_equal(np.array(read_image(tmp_path / "wide.png", 64, 64)), picture[:, 64:128])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png", 192, 64).size == (64, 192)
+    assert np.array(read_image(tmp_path / "turned.png", 192, 64))[96, 32].tolist() == [255, 0, 0]
+
+
+def test_a_folders_cache_lists_what_was_left_out_and_knows_its_files(pipelines, folder, tmp_path):
+    cache = tmp_path / "cache"
+    first = encode(pipelines("sd3"), folder, cache=cache)
+    skipped = json.loads((cache / "skipped.json").read_text())
+    names = {path.rsplit("/", 1)[1] for path in skipped}
+    assert names == {"uncaptioned.png", "truncated.png", "text.jpg", "empty.png"}
+    assert skipped[str(folder / "uncaptioned.png")] == "it has no caption"
+    again = encode(pipelines("sd3"), folder, cache=cache)
+    for one, other in zip(first.rows(range(5)).values(), again.rows(range(5)).values(), strict=True):
+        assert torch.equal(one, other)
+    (folder / "0.txt").write_text("a red shoe and a bag")
+    with pytest.raises(ValueError, match="made with other values of files"):
+        encode(pipelines("sd3"), folder, cache=cache)
+
+
+def test_what_a_folder_cannot_be(pipelines, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        captioned_images(tmp_path / "none")
+    with pytest.raises(ValueError, match="no images in"):
+        captioned_images(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        encode(pipelines("sd3"), tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"}\n')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
+        captioned_images(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_what_the_sampler_passes_through(family, pipelines, tmp_path):
+    pipeline = pipelines(family)
+    data = tiny_data(pipeline, images=3, steps=5, states=3, cache=tmp_path)
+    rows = data.rows([2])
+    assert rows["states"].shape[1] == 3 and rows["times"].shape == (1, 3)
+
+    seen = []
+
+    def note(pipeline, step, timestep, tensors):
+        seen.append((tensors["latents"].clone(), float(timestep)))
+        return {}
+
+    called = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 3.5}
+    if family == "pixart_sigma":  # which has the older kind of callback
+        called |= {"use_resolution_binning": False}
+        called |= {"callback": lambda step, timestep, latents: seen.append((latents.clone(), float(timestep)))}
+    else:
+        called |= {"callback_on_step_end": note}
+    result = pipeline(
+        PROMPTS[2],
+        generator=torch.Generator().manual_seed(2),
+        max_sequence_length=TEXT_LENGTH,
+        output_type="latent",
+        **called,
+    )
+    torch.testing.assert_close(rows["latents"], result.images, rtol=1e-3, atol=1e-3)
+    # inputs of steps 0, 2 and 4: noise, and what steps 1 and 3 left
+    for state, (latents, _) in zip(rows["states"][0, 1:], (seen[1], seen[3]), strict=True):
+        torch.testing.assert_close(state, latents[0], rtol=1e-4, atol=1e-4)
+    unit = 1 if family == "pixart_sigma" else 1000
+    expected = torch.tensor([seen[step][1] / unit for step in (0, 2, 4)])
+    torch.testing.assert_close(rows["times"][0].float(), expected)
+
+
+@pytest.mark.parametrize("family", ("pixart_sigma", "sd35", "flux_dev"))
+def test_distilling_on_trajectories(family):
+    pipeline = tiny_pipeline(family)
+    config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
+    config.data.prompts, config.data.images, config.data.steps, config.data.source = PROMPTS, 8, 4, "trajectories"
+    config.data.height = config.data.width = 64
+    config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
+    config.train.steps, config.train.batch_size, config.optim.lr = 30, 8, 1e-2
+    config.optim.warmup_steps, config.optim.gate_lr_factor, config.optim.ema_decay = 3, 5.0, 0.8
+    data = make_data(pipeline, config, progress=False)
+    recipe = recipe_of(pipeline)
+    (batch,) = draw_batches(data, recipe, config, 0, 0.0, (8, 8), pipeline.scheduler)
+    rows = data.rows(range(8))
+    for state, time in zip(batch[0], batch[2], strict=True):
+        match = (rows["states"] == state).flatten(2).all(2) & (rows["times"] == time)
+        assert match.any(), "a state goes with its own time"
+    losses = []
+    for steps in (1, 30):
+        fresh = tiny_pipeline(family)
+        config.train.steps = steps
+        student = distill(fresh, data, config)
+        losses.append(distance(family, student, batch, pipeline.transformer))
+    assert losses[1] < 0.8 * losses[0]
+
+
+def distance(family, student, batch, teacher):
+    states, _, times, text = batch
+    with torch.no_grad():
+        one, other = (call(family, model, states, times, text, 3.5) for model in (student, teacher))
+    return (one - other).square().mean().item()
+
+
+def test_a_trajectory_has_no_task_loss(pipelines):
+    config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
+    config.train.progress, config.loss.task = False, 1.0
+    with pytest.raises(ValueError, match="loss.task: the states of a trajectory"):
+        distill(tiny_pipeline("sd3"), tiny_data(pipelines("sd3"), states=2), config)
+    with pytest.raises(ValueError, match=r"data.states must be in \[1, data.steps = 2\]"):
+        tiny_data(pipelines("sd3"), states=3)
