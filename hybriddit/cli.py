@@ -230,7 +230,7 @@ def generate(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in (*names, "max_sequence_length", "strength")}
     settings["image"] = open_image(options.image) if options.image else None
     settings["mask"] = open_image(options.mask, "L") if options.mask else None
-    check_settings(**settings)  # before the model, which may take minutes
+    check_settings(**settings)
 
     pipeline = _load_pipeline(options)
     if options.adapter:
@@ -274,7 +274,10 @@ def _load_pipeline(options: argparse.Namespace):
     import torch
 
     from .data.teacher_images import load_pipeline
+    from .models import read_adapter_config
 
+    if options.adapter:
+        read_adapter_config(options.adapter)  # before the model, which may take minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = "bfloat16" if device == "cuda" else "float32"
     return load_pipeline(options.model, getattr(torch, options.dtype or default)).to(device)

@@ -84,6 +84,8 @@ def test_convert_makes_a_fresh_hybrid(teacher, tmp_path):
         (["distill", "CONFIG", "model.recipe=sd3"], "recipe 'sd3' is for a StableDiffusion3Pipeline"),
         (["distill", "CONFIG", "--resume"], "nothing to resume"),
         (["generate", "--model", "MODEL", "--prompt", "a", "--adapter", "/nowhere"], "no adapter folder /nowhere"),
+        (["generate", "--model", "/none", "--prompt", "a", "--adapter", "nowhere"], "no adapter folder nowhere"),
+        (["convert", "--model", "/none", "--adapter", "MODEL", "--out", "x"], "has no hybrid_config.json"),
         (["convert", "--model", "/nowhere", "--out", "x"], "no diffusers pipeline at '/nowhere'"),
     ],
 )

@@ -5,7 +5,7 @@ from .hybrid_flux import HybridFluxTransformer2DModel
 from .hybrid_pixart import HybridPixArtTransformer2DModel
 from .hybrid_sd3 import HybridSD3Transformer2DModel
 from .processing import LowRankDelta
-from .surgery import dense_mode, hybridize, load_adapter, restore_dense, save_adapter
+from .surgery import dense_mode, hybridize, load_adapter, read_adapter_config, restore_dense, save_adapter
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +18,7 @@ __all__ = [
     "hybridize",
     "is_hybrid",
     "load_adapter",
+    "read_adapter_config",
     "restore_dense",
     "save_adapter",
 ]

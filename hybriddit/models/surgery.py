@@ -252,7 +252,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
     model = getattr(model_or_pipeline, "transformer", model_or_pipeline)
     family = family_of(model)
     source = str(folder_or_repo_id)
-    config, base_class = _read_config(_adapter_file(source, CONFIG_NAME))
+    config, base_class = read_adapter_config(source)
     if base_class != family.dense_class.__name__:
         raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
     weights_path = _adapter_file(source, WEIGHTS_NAME)
@@ -304,7 +304,9 @@ def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
             )
 
 
-def _read_config(path: str | os.PathLike) -> tuple[HybridConfig, str | None]:
+def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridConfig, str | None]:
+    """An adapter's config and the name of the class it is for, without its weights. Raises as load_adapter does."""
+    path = _adapter_file(str(folder_or_repo_id), CONFIG_NAME)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         return HybridConfig.from_dict(values), values.get("_base_class")
