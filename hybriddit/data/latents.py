@@ -115,7 +115,10 @@ def claim_folder(folder: Path, making: dict) -> None:
         with replacing(path) as partial:
             partial.write_text(json.dumps(making, indent=1))
         return
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): use another data.cache, or delete {folder}") from None
     other = [key for key in making if found.get(key) != making[key]]
     if other:
         raise ValueError(
