@@ -432,8 +432,14 @@ def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
     text = {
         key: value.to(pipeline.transformer.dtype) if value.is_floating_point() else value for key, value in rows.items()
     }
-    with quiet(pipeline):
-        return sample(pipeline, text, data.empty, data.info, [config.train.seed + i for i in range(count)])
+    # accelerate hands outputs back in fp32, which would reach the pipeline's bf16 decoder
+    dtype = pipeline.transformer.dtype
+    cast = pipeline.transformer.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
+    try:
+        with quiet(pipeline):
+            return sample(pipeline, text, data.empty, data.info, [config.train.seed + i for i in range(count)])
+    finally:
+        cast.remove()
 
 
 def save_grid(path: Path, columns: list[list]) -> None:
