@@ -100,7 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/distill/flux_dev.yaml")
     _add_overrides(sub)
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
+    how.add_argument("--dry-run", action="store_true", help="only say what the run would need; loads no weights")
+    sub.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
 
     sub = add(
         "generate",
@@ -208,7 +211,15 @@ def convert(options: argparse.Namespace) -> None:
 def distill(options: argparse.Namespace) -> None:
     from .training.config import load_config
 
+    if options.json and not options.dry_run:
+        raise ValueError("--json is for --dry-run")
     config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from .training.dry_run import dry_run, report
+
+        figures = dry_run(config)
+        print(json.dumps(figures, indent=2) if options.json else report(figures))
+        return
     from .training.distill import run  # torch and diffusers, once the config is known to be right
 
     try:

@@ -1,11 +1,18 @@
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
 from hybriddit.data.teacher_images import read_prompts
 from hybriddit.training.config import DistillConfig, load_config, to_dict
+from hybriddit.training.distill import make_student, run
+from hybriddit.training.dry_run import plan_model
 from hybriddit.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +30,53 @@ def test_every_shipped_config_loads(path, monkeypatch):
 
 
 def test_every_family_has_a_config():
-    assert {"flux_dev", "flux_schnell", "sd3_medium", "sd35_medium", "sd35_large", "pixart_sigma_1024", "demo"} <= {
-        path.stem for path in SHIPPED
-    }
+    assert {
+        "flux_dev",
+        "flux_schnell",
+        "sd3_medium",
+        "sd35_medium",
+        "sd35_large",
+        "pixart_sigma_512",
+        "pixart_sigma_1024",
+        "demo",
+    } <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_stated_number_of_trained_parameters_is_the_dry_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    (stated,) = re.findall(r"# - parameters trained: ([\d,]+) ", path.read_text())
+    _, model, _, _ = plan_model(config.model.path)
+    with torch.device("meta"):
+        trained = make_student(model, config)
+    assert int(stated.replace(",", "")) == sum(parameter.numel() for parameter in trained.values())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    family = {"sd3_medium": "sd3", "sd35_medium": "sd35", "sd35_large": "sd35", "demo": "flux_schnell"}.get(path.stem)
+    family = family or path.stem.removesuffix("_512").removesuffix("_1024")
+    pipeline = tiny_pipeline(family)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    sizes = f"""
+        model.path={tmp_path / "teacher"} hybrid.window=3 data.prompts=[a_red_shoe] data.images=2 data.batch_size=2
+        data.height=64 data.width=64 data.steps=2 data.max_sequence_length={TEXT_LENGTH} data.cache={tmp_path / "cache"}
+        train.steps=2 train.batch_size=2 train.accumulation=1 train.progress=false output.folder={tmp_path / "run"}
+    """.split()
+    config = load_config(path, sizes)
+    student = run(config)
+    assert type(student).__name__ == f"Hybrid{type(pipeline.transformer).__name__}"
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    adapter = load_file(tmp_path / "run" / "adapter" / "hybrid_adapter.safetensors")
+    assert any(gate.any() for name, gate in adapter.items() if ".gate" in name), "the gates start at zero"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -73,6 +124,8 @@ def test_a_config_survives_writing(file, tmp_path):
         ("train.precision=fp8", "train.precision must be 'no' or 'bf16', got 'fp8'"),
         ("optim.schedule=step", "optim.schedule must be 'constant' or 'cosine'"),
         ("optim.lr=-1", "optim.lr must be above 0"),
+        ("loss.task=-1", "loss.task must be 0 or more, got -1"),
+        ("loss.prompt_dropout=1.5", "loss.prompt_dropout must be in [0, 1], got 1.5"),
         ("hybrid.window=0", "window must be a positive integer"),
         ("hybrid.window=big", "hybrid.window must be int"),
         ("train=5", "train must be a mapping of keys, got 5"),

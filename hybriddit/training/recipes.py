@@ -39,25 +39,31 @@ RECIPES = {
 
 
 def recipe_of(pipeline, name: str | None = None) -> Recipe:
-    """The row called `name`, or the one that fits the pipeline's transformer.
+    """`choose_recipe` for a loaded pipeline."""
+    return choose_recipe(type(pipeline).__name__, pipeline.transformer, name)
+
+
+def choose_recipe(pipeline: str, transformer, name: str | None = None) -> Recipe:
+    """The row called `name`, or the one that fits the transformer; `pipeline` is the name of its pipeline's class.
 
     A FLUX model without a guidance embedding is taken for a few-step one (schnell): give "flux_dev" where it is none.
+    Raises ValueError for an unknown name, a recipe of another pipeline, and a transformer that has none.
     """
     if name is None:
-        kind = type(pipeline.transformer).__name__
+        kind = type(transformer).__name__
         if "PixArt" in kind:
             name = "pixart_sigma"
         elif "SD3" in kind:
             name = "sd3"
         elif "Flux" in kind:
-            name = "flux_dev" if pipeline.transformer.config.guidance_embeds else "flux_schnell"
+            name = "flux_dev" if transformer.config.guidance_embeds else "flux_schnell"
         else:
             raise ValueError(f"no distillation recipe for a {kind}; there are recipes for {', '.join(RECIPES)}")
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    if recipe.pipeline.removesuffix("Pipeline") not in type(pipeline).__name__:
-        raise ValueError(f"recipe {name!r} is for a {recipe.pipeline}, not for a {type(pipeline).__name__}")
+    if recipe.pipeline.removesuffix("Pipeline") not in pipeline:
+        raise ValueError(f"recipe {name!r} is for a {recipe.pipeline}, not for a {pipeline}")
     return recipe
 
 

@@ -1,0 +1,183 @@
+"""What a dry run tells, against the run itself and against published sizes; that it needs no weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_pipelines import FAMILIES, TEXT_LENGTH, tiny_data, tiny_pipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybriddit.attention import TokenLayout
+from hybriddit.cli import main
+from hybriddit.models.flops import attention_flops
+from hybriddit.training.config import load_config
+from hybriddit.training.distill import distill
+from hybriddit.training.dry_run import REPOSITORIES, dry_run, plan_model, report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """family -> the config of a run on a tiny pipeline, saved beside it."""
+
+    def write(family):
+        pipeline = tiny_pipeline(family)
+        pipeline.save_pretrained(tmp_path / "teacher")
+        path = tmp_path / "run.yaml"
+        path.write_text(f"""
+model: {{path: {tmp_path / "teacher"}}}
+hybrid: {{window: 3, map_rank: 4, delta_rank: 2}}
+data: {{prompts: [a shoe], images: 3, height: 64, width: 64, steps: 5, max_sequence_length: {TEXT_LENGTH}}}
+train: {{steps: 1, batch_size: 4, accumulation: 2, progress: false}}
+output: {{folder: {tmp_path / "run"}, checkpoint_every: 0}}
+""")
+        return path, pipeline
+
+    return write
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_figures_are_those_of_the_run(family, checkpointing, config_of):
+    path, pipeline = config_of(family)
+    for weights in path.parent.rglob("*.safetensors"):
+        weights.unlink()
+    config = load_config(path, [f"train.gradient_checkpointing={checkpointing}"])
+    figures = dry_run(config)
+
+    data = tiny_data(pipeline, images=4)
+    parameters = sum(p.numel() for p in pipeline.transformer.parameters())
+    weights = sum(tensor.numel() for tensor in pipeline.transformer.state_dict().values())
+    with FlopCounterMode(display=False) as counter:
+        student = distill(pipeline, data, config)
+    # recomputing a block stops at the last tensor that its gradients ask for
+    spared = 0.02 if checkpointing else 0
+    assert (1 - spared) * figures["step_flops"] <= counter.get_total_flops() <= figures["step_flops"]
+    added = sum(p.numel() for name, p in student.named_parameters() if ".hybrid." in name)
+    assert (figures["parameters"], figures["trained_parameters"]) == (parameters, added)
+    text = {"pixart_sigma": 0, "sd3": TEXT_LENGTH + 16, "sd35": TEXT_LENGTH + 16}.get(family, TEXT_LENGTH)
+    layout = TokenLayout(text, ((8, 8),), "flux" in family)
+    assert figures["attention_flops"] == attention_flops(student, layout)
+    assert figures["tokens"] == {"grid": [8, 8], "image": 64, "text": text or TEXT_LENGTH}
+    guided = 1 if "flux" in family else 2
+    assert figures["data_flops"] == 3 * 5 * guided * figures["forward_flops"]["teacher"]
+    memory = figures["memory_bytes"]
+    assert (memory["frozen"], memory["trained"]) == (4 * weights, 20 * added)
+    assert memory["total"] == memory["frozen"] + memory["trained"] + memory["activations"]
+    kept = figures["activation_bytes"]
+    assert memory["activations"] == kept["with_checkpointing" if checkpointing else "without_checkpointing"]
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd35", "flux_dev"])
+def test_activations_grow_with_what_is_kept(family, config_of):
+    path, _ = config_of(family)
+
+    def activations(*overrides):
+        kept = dry_run(load_config(path, overrides))["activation_bytes"]
+        return kept["with_checkpointing"], kept["without_checkpointing"]
+
+    few, many = activations(), activations("train.batch_size=8")
+    # but for what does not depend on the batch, such as the weights' bf16 copies
+    assert all(1.6 * a < b <= 2 * a for a, b in zip(few, many, strict=True))
+    assert activations("train.batch_size=8", "train.accumulation=4") == few
+    assert few[0] < 0.8 * few[1]
+    assert all(0.4 * a < b < 0.8 * a for a, b in zip(few, activations("train.precision=bf16"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("repository", "billions", "with_positions"),
+    [
+        ("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", 0.611, None),
+        ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 0.611, None),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2.028, None),
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243, 2.47),  # published with its table of positions
+        ("stabilityai/stable-diffusion-3.5-large", 8.057, None),
+        ("black-forest-labs/FLUX.1-dev", 11.90, None),
+        ("black-forest-labs/FLUX.1-schnell", 11.89, None),
+    ],
+)
+def test_the_known_models_have_their_published_size(repository, billions, with_positions):
+    _, model, _, _ = plan_model(repository)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    if with_positions:
+        assert sum(t.numel() for t in model.state_dict().values()) / 1e9 == pytest.approx(with_positions, rel=1e-3)
+
+
+def test_every_known_repository_is_a_shipped_config():
+    shipped = {load_config(path).model.path for path in ROOT.glob("configs/distill/*.yaml")}
+    assert set(REPOSITORIES) <= shipped
+
+
+def test_a_full_size_model_takes_little_memory_and_no_network():
+    code = """
+import resource, socket, sys
+from hybriddit.training.config import load_config
+from hybriddit.training.dry_run import dry_run
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was used")
+socket.socket.connect = refuse
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+figures = dry_run(load_config("configs/distill/pixart_sigma_512.yaml"))
+print(figures["parameters"], (peak() - before) / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    parameters, gigabytes = done.stdout.split()
+    assert int(parameters) == 610_856_096 and float(gigabytes) < 0.5, "its weights would take 2.4 GB"
+
+
+def test_the_command_prints_words_or_json(config_of, capsys):
+    path, _ = config_of("sd3")
+    assert main(["distill", str(path), "--dry-run", "train.steps=7"]) == 0
+    words = capsys.readouterr().out
+    assert "Estimates" in words and "gradient checkpointing" in words and "40% of an H100's" in words
+    assert main(["distill", str(path), "train.steps=7", "--dry-run", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["estimate"] is True and figures["steps"] == 7 and report(figures) == words.strip("\n")
+    assert f"{figures['trained_parameters']:,} parameters" in words
+    assert not (path.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.path=someone/else"], "a dry run needs a local pipeline folder, or one of PixArt-alpha/"),
+        (["model.path=''"], "model.path is empty"),
+        (["data.prompts=none.txt"], "no prompt file at 'none.txt'"),
+        (["loss.layer=-1"], "loss.layer must be 0 or more, got -1"),
+        (["loss.prompt_dropout=2"], "loss.prompt_dropout must be in [0, 1]"),
+        (["loss.task=0", "loss.output=0", "loss.layer=0"], "may not all be 0"),
+        (["train.accumulation=3"], "train.batch_size must be a multiple of train.accumulation"),
+        (["data.width=60"], "data.width must be a multiple of 8"),
+        (["hybrid.layers={'*.attn1': dense}"], "'*.attn1' matches no attention layer of this model"),
+        (["model.recipe=flux_dev"], "recipe 'flux_dev' is for a FluxPipeline"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_in_one_line(arguments, message, config_of, capsys):
+    path, _ = config_of("sd3")
+    assert main(["distill", str(path), "--dry-run", *arguments]) == 1
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hybriddit: "))
+    assert message in error
+
+
+def test_a_folder_that_is_not_whole_is_named(config_of, capsys):
+    path, _ = config_of("sd3")
+    (path.parent / "teacher" / "transformer" / "config.json").write_text("{")
+    assert main(["distill", str(path), "--dry-run"]) == 1
+    assert "config.json is damaged" in capsys.readouterr().err
+    (path.parent / "teacher" / "transformer" / "config.json").unlink()
+    assert main(["distill", str(path), "--dry-run"]) == 1
+    assert "the pipeline folder is not whole" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together(config_of, capsys):
+    path, _ = config_of("sd3")
+    assert main(["distill", str(path), "--json"]) == 1
+    assert "--json is for --dry-run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main(["distill", str(path), "--dry-run", "--resume"])
+    assert exit.value.code == 2
