@@ -25,6 +25,7 @@ def image_folder(
     *,
     height: int,
     width: int,
+    steps: int,
     guidance_scale: float,
     max_sequence_length: int | None = None,
     batch_size: int = 4,
@@ -34,7 +35,8 @@ def image_folder(
     """Latents and prompt embeddings of the images under `folder`, scaled and centre-cropped to height x width pixels.
 
     Captions: see `captioned_images`. Images that cannot be read, and images without a caption, are left out: how many
-    is printed, and which and why stands in `skipped.json` in the cache. cache: see `make_set`.
+    is printed, and which and why stands in `skipped.json` in the cache. steps, guidance_scale: of the samples drawn
+    while training, and the value of a guidance embedding. cache: see `make_set`.
 
     Raises FileNotFoundError for a folder that is not there and ValueError where no image of it can be used.
     """
@@ -49,7 +51,7 @@ def image_folder(
             partial.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
-    info = LatentInfo(height, width, 0, guidance_scale, max_sequence_length, teacher_made=False)
+    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
 
     def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         text = encode_prompts(pipeline, [captions[good[i]] for i in rows], max_sequence_length)

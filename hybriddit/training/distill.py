@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..data.image_folder import captioned_images, image_folder
 from ..data.latents import LatentData
 from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
+from ..files import replacing
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
@@ -81,7 +82,7 @@ def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> Late
     names = ("height", "width", "guidance_scale", "max_sequence_length", "batch_size", "cache")
     common = {name: getattr(data, name) for name in names} | {"progress": progress}
     if data.source == "folder":
-        return image_folder(pipeline, data.folder, **common)
+        return image_folder(pipeline, data.folder, steps=data.steps, **common)
     states = data.states if data.source == "trajectories" else 0
     return teacher_images(
         pipeline,
@@ -122,7 +123,9 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
         raise ValueError(f"the transformer's weights are {dtype}: set train.precision=bf16, or load it in float32")
-    pipeline.to(accelerator.device)  # whole: it draws the samples too
+    pipeline.to(accelerator.device)
+    if getattr(pipeline, "vae", None) is not None:
+        pipeline.vae.to("cpu")  # where it waits until samples are drawn
     base.requires_grad_(False).eval()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
@@ -143,7 +146,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         )
         average.optimization_step = first
     elif folder is not None and accelerator.is_main_process:
-        OmegaConf.save(OmegaConf.create(to_dict(config)), folder / "config.yaml")
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
     writes = folder is not None and accelerator.is_main_process
     if writes:
         record_start(folder, first, accelerator.num_processes, accelerator.device)
@@ -252,6 +256,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.requires_grad_(False)
         if not is_gate(name):  # which stay fp32, as hybridize makes them
             parameter.data = parameter.data.to(dtype)
+    pipeline.to(accelerator.device)
     return base
 
 
@@ -428,18 +433,20 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
     """One PIL image for each of the first prompts of the set; always from the same seeds."""
     rows = data.rows(range(min(config.output.samples, len(data))))
-    count = len(rows.pop("latents"))
+    count, dtype = len(rows["latents"]), pipeline.transformer.dtype
     text = {
-        key: value.to(pipeline.transformer.dtype) if value.is_floating_point() else value for key, value in rows.items()
+        key: rows[key].to(dtype) if rows[key].is_floating_point() else rows[key]
+        for key in data.empty  # the prompts' tensors alone
     }
+    pipeline.vae.to(pipeline.transformer.device)
     # accelerate hands outputs back in fp32, which would reach the pipeline's bf16 decoder
-    dtype = pipeline.transformer.dtype
     cast = pipeline.transformer.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
     try:
         with quiet(pipeline):
             return sample(pipeline, text, data.empty, data.info, [config.train.seed + i for i in range(count)])
     finally:
         cast.remove()
+        pipeline.vae.to("cpu")
 
 
 def save_grid(path: Path, columns: list[list]) -> None:
@@ -464,6 +471,8 @@ def claim_run(folder: Path, resume: bool) -> None:
         raise ValueError(
             f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"
         )
+    if not found and (folder / "adapter").exists():
+        raise ValueError(f"{folder} holds a run's adapter already, and no checkpoint: give another output.folder")
     folder.mkdir(parents=True, exist_ok=True)
 
 

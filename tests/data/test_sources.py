@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 
 def encode(pipeline, folder, **kwargs):
-    size = {"height": 64, "width": 64, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
     return image_folder(pipeline, folder, batch_size=2, progress=False, **{**size, **kwargs})
 
 
@@ -194,3 +194,18 @@ def test_a_trajectory_has_no_task_loss(pipelines):
         distill(tiny_pipeline("sd3"), tiny_data(pipelines("sd3"), states=2), config)
     with pytest.raises(ValueError, match=r"data.states must be in \[1, data.steps = 2\]"):
         tiny_data(pipelines("sd3"), states=3)
+
+
+@pytest.mark.parametrize("source", ["folder", "trajectories"])
+def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
+    pipeline = tiny_pipeline("sd3")
+    config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
+    config.data.source, config.data.folder = source, str(folder)
+    config.data.prompts, config.data.images, config.data.steps, config.data.states = PROMPTS, 2, 2, 2
+    config.data.height = config.data.width = 64
+    config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
+    config.train.steps, config.train.batch_size = 1, 2
+    config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path / "run"), 1, 2
+    distill(pipeline, make_data(pipeline, config, progress=False), config)
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
+        assert grid.size == (128, 128) and np.asarray(grid).std() > 1
