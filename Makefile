@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo demo-full test lint clean
+.PHONY: install demo demo-full test lint docs dist clean
 
 install: $(VENV)/.installed
 
@@ -29,5 +29,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: install
+	$(BIN)/python scripts/make_api_docs.py
+
+# PYTHONS="3.11 3.12 3.13" tries the wheel on each
+PYTHONS ?= $(BIN)/python
+dist: install
+	scripts/smoke_wheel.sh $(PYTHONS)
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs dist build

@@ -1,0 +1,111 @@
+"""Write docs/api.md from the docstrings: python scripts/make_api_docs.py (which is `make docs`)."""
+
+import importlib
+import inspect
+from dataclasses import is_dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+
+# what is public, by the module it is imported from
+NAMES = {
+    "hybriddit": (
+        "HybridConfig hybridize restore_dense dense_mode save_adapter load_adapter load_config "
+        "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
+        "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
+    ),
+    "hybriddit.attention": "linear_attention neighborhood_attention TokenLayout HybridAttention",
+    "hybriddit.models.families": "Family family_of is_hybrid",
+    "hybriddit.models.flops": "attention_flops",
+    "hybriddit.generate": "generate check_settings read_record save_png",
+    "hybriddit.info": "environment describe",
+    "hybriddit.training.config": (
+        "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig"
+    ),
+    "hybriddit.training.recipes": "Recipe recipe_of",
+    "hybriddit.training.distill": "run distill",
+    "hybriddit.training.dry_run": "dry_run",
+    "hybriddit.data.teacher_images": "teacher_images load_pipeline",
+    "hybriddit.data.image_folder": "image_folder captioned_images",
+}
+HEAD = """# API reference
+
+Made from the docstrings by `make docs`; a test keeps it up to date. The names of `hybriddit` and `hybriddit.attention`
+are meant to last; the others may move before 1.0.
+"""
+
+
+def render() -> str:
+    parts = [HEAD]
+    for module, names in NAMES.items():
+        parts.append(f"## {module}\n")
+        home = importlib.import_module(module)
+        for name in names.split():
+            parts.append(entry(name, getattr(home, name)))
+            for method, function in methods(getattr(home, name)):
+                parts.append(entry(f"{name}.{method}", function))
+    return "\n".join(parts)
+
+
+def methods(thing) -> list[tuple[str, object]]:
+    """The public methods that a class of ours documents, itself or by a mixin."""
+    found = {}
+    for base in reversed(thing.__mro__ if inspect.isclass(thing) else ()):
+        if base.__module__.startswith("hybriddit."):
+            public = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+            found |= {
+                name: getattr(thing, name)
+                for name, value in public.items()
+                if (inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod))) and own_doc(value)
+            }
+    return list(found.items())
+
+
+def own_doc(function) -> str | None:
+    return getattr(function, "__func__", function).__doc__
+
+
+def entry(name: str, thing) -> str:
+    # models and pipelines take diffusers' arguments, which are documented there
+    diffusers = inspect.isclass(thing) and any(base.__module__.startswith("diffusers.") for base in thing.__mro__)
+    call = name if diffusers else f"{name}{signature(thing, len(name))}"
+    doc = inspect.cleandoc(thing.__doc__) if thing.__doc__ else ""
+    return f"### {name}\n\n```text\n{call}\n\n{doc}\n```\n"
+
+
+def signature(thing, indent: int) -> str:
+    found = inspect.signature(thing)
+    parts, starred = [], False
+    for parameter in found.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("*")
+        starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = stars + parameter.name
+        if parameter.annotation is not parameter.empty:
+            text += f": {annotation(parameter.annotation)}"
+        if parameter.default is not parameter.empty:
+            text += f" = {'…' if is_factory(parameter.default) else repr(parameter.default)}"
+        parts.append(text)
+    returns = "" if found.return_annotation is found.empty or inspect.isclass(thing) else (
+        f" -> {annotation(found.return_annotation)}"
+    )  # fmt: skip
+    line = f"({', '.join(parts)}){returns}"
+    if indent + len(line) <= 100:
+        return line
+    return "(\n" + "".join(f"    {part},\n" for part in parts) + f"){returns}"
+
+
+def is_factory(default) -> bool:
+    """A dataclass field's made default, which has no readable form."""
+    return type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS" or is_dataclass(default)
+
+
+def annotation(value) -> str:
+    return value if isinstance(value, str) else inspect.formatannotation(value)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
