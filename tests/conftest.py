@@ -1,4 +1,19 @@
 import os
+import sys
+
+import pytest
+import torch
 
 # a hub miss then fails at once instead of after half a minute of retries
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """One thread (the models are tiny), and a fresh accelerate, whose precision is fixed once a process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

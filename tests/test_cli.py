@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -36,12 +35,6 @@ train: {{steps: 2, batch_size: 2, progress: false}}
 output: {{folder: {tmp_path / "run"}, checkpoint_every: 1}}
 """)
     return path
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_distill_then_generate_then_convert(teacher, config, tmp_path, capsys):
