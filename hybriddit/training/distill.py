@@ -44,7 +44,8 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     # what can be told before the images are made, which may take days
-    loss_settings(recipe_of(pipeline, config.model.recipe), config)
+    source = config.data.source
+    loss_settings(recipe_of(pipeline, config.model.recipe), config, source != "folder", source == "trajectories")
     planned_grid(config, pipeline.transformer, pipeline.vae_scale_factor)
     make_student(pipeline.transformer, config)
     with accelerator.main_process_first():

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models
+from ..data.image_folder import captioned_images
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
 from .config import DistillConfig
@@ -99,7 +100,8 @@ def dry_run(config: DistillConfig) -> dict:
     check_settings(config)
     pipeline, model, vae_scale_factor, clip_length = plan_model(config.model.path)
     recipe = choose_recipe(pipeline, model, config.model.recipe)
-    loss_settings(recipe, config)
+    own_images = config.data.source == "folder"
+    loss_settings(recipe, config, not own_images, config.data.source == "trajectories")
     grid = planned_grid(config, model, vae_scale_factor)
     with torch.device("meta"):
         trained = make_student(model, config)
@@ -116,7 +118,8 @@ def dry_run(config: DistillConfig) -> dict:
     recomputed = step["student"] if train.gradient_checkpointing else 0
     step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
     guided = recipe.pipeline != "FluxPipeline" and data.guidance_scale > 1  # two passes a step of the sampler
-    image_flops = data.images * data.steps * (2 if guided else 1) * step["teacher"] // count
+    images = len(captioned_images(data.folder)) if own_images else data.images
+    image_flops = 0 if own_images else images * data.steps * (2 if guided else 1) * step["teacher"] // count
 
     element = 2 if train.precision == "bf16" else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
@@ -150,7 +153,7 @@ def dry_run(config: DistillConfig) -> dict:
             "training": train.steps * step_flops / throughput / 3600,
         },
         "steps": train.steps,
-        "images": data.images,
+        "images": images,
         "batch_size": train.batch_size,
     }
 
@@ -187,7 +190,7 @@ def report(figures: dict) -> str:
         ("", f"{figures['images_per_pass']} images at a time, {how} ({other})"),
         ("", "not in it: VAE, text encoders (while images are made), layer norms that a GPU's autocast keeps in fp32,"),
         ("", "gradients in flight, the kernels' workspaces, what the allocator wastes"),
-        ("time", f"{_duration(hours['data'])} to make {figures['images']:,} images"),
+        ("time", f"{_duration(hours['data'])} of the transformer for {figures['images']:,} images"),
         ("", f"{_duration(hours['training'])} for {figures['steps']:,} steps"),
         (
             "",
