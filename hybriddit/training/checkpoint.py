@@ -59,6 +59,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def read_state(path: Path, settings: dict) -> dict:
+    """The checkpoint's step and settings. Raises ValueError where it is damaged, or was made with other settings."""
+    try:
+        state = dict(json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+    other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
+    if other:
+        raise ValueError(
+            f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
+            "anew in another output.folder"
+        )
+    return state
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"the checkpoint {path} is damaged ({error}): delete it to go on from an older one")
+
+
 def load_checkpoint(
     path: Path,
     parameters: dict[str, torch.nn.Parameter],
@@ -70,17 +89,11 @@ def load_checkpoint(
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """
+    state = read_state(path, settings)
     try:
-        state = json.loads((path / "state.json").read_text())
         tensors = read_tensors(path / "state.safetensors")
     except (OSError, ValueError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to go on from an older one") from None
-    other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
-    if other:
-        raise ValueError(
-            f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
-            "anew in another output.folder"
-        )
+        raise _damaged(path, error) from None
     found = {key.removeprefix("weight/"): value.shape for key, value in tensors.items() if key.startswith("weight/")}
     if found != {name: parameter.shape for name, parameter in parameters.items()}:
         raise ValueError(f"{path} was made with another model: its trained weights have other names or shapes")

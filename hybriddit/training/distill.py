@@ -24,7 +24,7 @@ from ..data.latents import LatentData
 from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
 from ..files import replacing
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from .config import DistillConfig, to_dict
 from .losses import captured_outputs, converted_layers, layer_loss
 from .recipes import Recipe, add_noise, draw_times, model_inputs, prediction, recipe_of
@@ -36,7 +36,7 @@ METRICS = ("loss", "task", "output", "layer", "grad_norm")
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
-    claim_run(Path(config.output.folder), resume)
+    claim_run(Path(config.output.folder), config, resume)
     accelerator = make_accelerator(config)
     check_processes(config, accelerator.num_processes)
     if accelerator.num_processes > 1 and not config.data.cache:
@@ -117,7 +117,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     check_processes(config, accelerator.num_processes)
     folder = Path(config.output.folder) if config.output.folder else None
     if folder is not None:
-        claim_run(folder, resume)
+        claim_run(folder, config, resume)
 
     base = pipeline.transformer
     trained = make_student(base, config)
@@ -463,11 +463,13 @@ def save_grid(path: Path, columns: list[list]) -> None:
     grid.save(path)
 
 
-def claim_run(folder: Path, resume: bool) -> None:
-    """ValueError where there is nothing to resume, or something that a new run would write over."""
+def claim_run(folder: Path, config: DistillConfig, resume: bool) -> None:
+    """ValueError where there is nothing to resume with this config, or something that a new run would write over."""
     found = checkpoints(folder / "checkpoints")
     if resume and not found:
         raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
+    if resume:
+        read_state(found[-1], resume_settings(config))
     if found and not resume:
         raise ValueError(
             f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"
