@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/hybriddit demo
 
 demo-full: install
-	$(BIN)/python scripts/demo_full.py
+	$(BIN)/python scripts/demo_full.py train.steps=800 data.images=576 data.cache=outputs/cache/demo-full
 
 test: install
 	$(BIN)/python -m pytest
