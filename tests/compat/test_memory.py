@@ -94,7 +94,10 @@ def test_layerwise_casting(kind):
 
 def quantization(package):
     if package == "torchao":
-        pytest.importorskip("torchao", reason="torchao is not installed: it warns on every import of diffusers, so the dev extra leaves it out")
+        pytest.importorskip(
+            "torchao",
+            reason="torchao is not installed: it warns on every import of diffusers, so the dev extra leaves it out",
+        )
         from diffusers import TorchAoConfig
         from torchao.quantization import Int8WeightOnlyConfig
 
