@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil  # accelerate's own
 import pytest
 import torch
 from PIL import Image
@@ -171,19 +172,19 @@ def test_a_full_disk_is_one_line_and_a_run_to_resume(config, unbroken, tmp_path)
         subprocess.run(["umount", "-l", disk])
 
 
+def launch(*arguments):
+    """Two processes of train/distill.py, over gloo."""
+    script = Path(__file__).parents[2] / "train" / "distill.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def test_two_processes_give_the_result_of_one(config, tmp_path):
     run, alone, few = tmp_path / "run", tmp_path / "alone", "train.steps=12"  # rounding grows with the steps
-    script = Path(__file__).parents[2] / "train" / "distill.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, script, config, *options(run, "train.accumulation=2", few)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch(config, *options(run, "train.accumulation=2", few))
+    output, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, output
     assert json.loads((run / "run.json").read_text())[0]["processes"] == 2
     assert finish("distill", config, *options(alone, few), output=tmp_path / "out.txt") == 0
     one, other = (load_file(path / "adapter" / "hybrid_adapter.safetensors") for path in (alone, run))
@@ -194,6 +195,22 @@ def test_two_processes_give_the_result_of_one(config, tmp_path):
         )
     for line, expected in zip(log_of(run), log_of(alone), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_killed_worker_ends_the_run_and_leaves_it_to_resume(config, tmp_path):
+    run = tmp_path / "run"
+    process = launch(config, *options(run, "train.steps=100000", "output.log_every=1"))
+    try:
+        wait_for(lambda: steps_done(run) >= 2, seconds=200)
+        psutil.Process(process.pid).children()[-1].kill()
+        output, _ = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode != 0 and "exitcode  : -9" in output, output
+    done = steps_done(run)
+    more = options(run, f"train.steps={done + 2}", "optim.schedule=constant")
+    assert finish("distill", config, *more, "--resume", output=tmp_path / "out.txt") == 0
+    assert [line["step"] for line in log_of(run)] == list(range(1, done + 3))
 
 
 def test_the_run_folder_tells_how_it_was_made(unbroken):
