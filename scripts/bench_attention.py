@@ -64,12 +64,12 @@ def main():
             count = repeats if tokens > 1024 else 5 * repeats
             compare(f"linear, 16 heads x 64, {tokens} tokens", linear_attention, inputs, backward, count)
     cases = [(16, 3, 0), (16, 9, 0), (16, 15, 0), (16, 9, 77), (16, 9, 512), (32, 9, 0), (32, 15, 77), (32, 31, 0)]
-    for size, window, text in [*cases, (64, 9, 0), (64, 9, 77), (64, 9, 512)]:
+    for size, window, text in [*cases, (64, 9, 0), (64, 9, 77), (64, 9, 512), (128, 9, 0)]:
         for backward in (False, True):
             inputs = [torch.randn(1, size, size, 4, 64) for _ in range(3)]
             inputs += [torch.randn(1, text, 4, 64) for _ in range(2 if text else 0)]
             name = f"window {window}, 4 heads x 64, {size} x {size}, text {text}"
-            compare(name, window_attention(window), inputs, backward, repeats if size > 32 else 5 * repeats)
+            compare(name, window_attention(window), inputs, backward, 5 * repeats if size <= 32 else repeats if size < 128 else 3)
 
 
 if __name__ == "__main__":
