@@ -69,7 +69,13 @@ def main():
             inputs = [torch.randn(1, size, size, 4, 64) for _ in range(3)]
             inputs += [torch.randn(1, text, 4, 64) for _ in range(2 if text else 0)]
             name = f"window {window}, 4 heads x 64, {size} x {size}, text {text}"
-            compare(name, window_attention(window), inputs, backward, 5 * repeats if size <= 32 else repeats if size < 128 else 3)
+            compare(
+                name,
+                window_attention(window),
+                inputs,
+                backward,
+                5 * repeats if size <= 32 else repeats if size < 128 else 3,
+            )
 
 
 if __name__ == "__main__":
