@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
     return {
         "hybriddit": __version__,
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: version(package) for package in PACKAGES},
         "device": {**device, "threads": torch.get_num_threads()},
         "window_attention": {
             name: {"available": available, "note": note} for name, available, note in _window_backends(device["type"])
@@ -45,7 +45,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -127,7 +128,7 @@ def _image(path: Path) -> dict[str, Any]:
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     components = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
@@ -141,7 +142,7 @@ def _pipeline(folder: Path) -> dict[str, Any]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
     files = _weight_files(folder)
     sizes = {key: size for file in files for key, size in _tensor_sizes(file).items()}
@@ -165,7 +166,7 @@ def _model(folder: Path) -> dict[str, Any]:
 def _adapter(folder: Path) -> dict[str, Any]:
     from .files import read_tensors
 
-    values = _json(folder / "hybrid_config.json")
+    values = read_json(folder / "hybrid_config.json")
     config = _hybrid_config(folder / "hybrid_config.json", values)
     weights = folder / "hybrid_adapter.safetensors"
     if not weights.is_file():
@@ -205,7 +206,8 @@ def _family(model_class: str | None) -> str | None:
     return next((family for start, family in FAMILIES.items() if name.startswith(start)), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object. ValueError, naming the file, where it does not."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -227,7 +229,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
-            files = sorted({folder / name for name in _json(index).get("weight_map", {}).values()})
+            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")

@@ -429,6 +429,12 @@ def a_prompt_file_of_blank_lines(w):
     return w.distill()
 
 
+@bad(r"prompts.txt is no UTF-8 text.*save it as UTF-8")
+def a_prompt_file_in_another_encoding(w):
+    (w.folder / "prompts.txt").write_bytes("un sac bleu cassé".encode("latin-1"))
+    return w.distill()
+
+
 @bad(r"may not all be 0")
 def weights_that_train_nothing(w):
     return w.distill("loss.task=0", "loss.output=0", "loss.layer=0")

@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..files import replacing
+from ..generate import open_image
 from .latents import LatentData, LatentInfo
-from .teacher_images import encode_prompts, make_set
+from .teacher_images import encode_prompts, make_set, read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -45,10 +46,6 @@ def image_folder(
     if skipped:
         first = next(iter(skipped.items()))
         print(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {first[0]} ({first[1]}), ...")
-    if cache is not None:
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(cache) / "skipped.json") as partial:
-            partial.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
@@ -59,7 +56,7 @@ def image_folder(
         return {"latents": encode_images(pipeline, images), **text}
 
     stats = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
-    return make_set(
+    data = make_set(
         pipeline,
         info,
         make_batch,
@@ -70,6 +67,10 @@ def image_folder(
         desc="encoding images",
         progress=progress,
     )
+    if cache is not None:  # which is known by now to be this folder's
+        with replacing(Path(cache) / "skipped.json") as partial:
+            partial.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+    return data
 
 
 def captioned_images(folder: str | Path) -> dict[Path, str | None]:
@@ -84,7 +85,7 @@ def captioned_images(folder: str | Path) -> dict[Path, str | None]:
     listed: dict[Path, str] = {}
     table = folder / "metadata.jsonl"
     if table.is_file():
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(table).splitlines(), 1):
             try:
                 values = json.loads(line)
                 listed[folder / values["file_name"]] = str(values["text"])
@@ -118,9 +119,7 @@ def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[lis
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:
     """An RGB image of that size: turned upright, scaled to cover it, and cut at the centre."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    return ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(open_image(path), (width, height), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()

@@ -23,11 +23,19 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
         path = Path(prompts)
         if not path.is_file():
             raise FileNotFoundError(f"no prompt file at {str(prompts)!r} (data.prompts): one prompt a line")
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        prompts = read_text(path).splitlines()
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("data.prompts holds no prompt")
     return prompts
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text. ValueError, naming the file, where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
 
 
 def load_pipeline(path: str, dtype: torch.dtype):

@@ -395,8 +395,8 @@ def learning_rates(step: int, config: DistillConfig) -> tuple[float, float]:
 def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
     """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
 
-    Of trajectories, latents and times are those of a state of each. Everything random is drawn for the whole batch from (seed, step) alone: a resumed run, and one on another number of
-    processes, sees the same samples.
+    Of trajectories, latents and times are those of a state of each. Everything random is drawn for the whole batch from
+    (seed, step) alone: a resumed run, and one on another number of processes, sees the same samples.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
     generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models
 from ..data.image_folder import captioned_images
+from ..info import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
 from .config import DistillConfig
@@ -246,11 +246,9 @@ def plan_model(path: str) -> tuple[str, nn.Module, int, int]:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: the pipeline folder is not whole") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _fake_step(

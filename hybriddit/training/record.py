@@ -7,12 +7,12 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from ..files import replacing
+from ..info import version
 
 PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "safetensors", "natten", "triton")
 
@@ -27,7 +27,7 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device)
             "from_step": first,
             "command": sys.argv,
             "python": platform.python_version(),
-            "versions": versions(),
+            "versions": {package: version(package) for package in PACKAGES},
             "git": git_state(Path(__file__).parent),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "processes": processes,
@@ -36,17 +36,6 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device)
     )
     with replacing(path) as partial:
         partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str | None]:
-    """Package -> installed version, None where it is not."""
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state(folder: Path) -> dict | None:

@@ -103,8 +103,10 @@ def test_a_folders_cache_lists_what_was_left_out_and_knows_its_files(pipelines, 
     for one, other in zip(first.rows(range(5)).values(), again.rows(range(5)).values(), strict=True):
         assert torch.equal(one, other)
     (folder / "0.txt").write_text("a red shoe and a bag")
+    (folder / "uncaptioned.png").unlink()
     with pytest.raises(ValueError, match="made with other values of files"):
         encode(pipelines("sd3"), folder, cache=cache)
+    assert json.loads((cache / "skipped.json").read_text()) == skipped, "a refused set leaves the cache's own list"
 
 
 def test_what_a_folder_cannot_be(pipelines, tmp_path):
