@@ -110,9 +110,8 @@ class HybridAttention(nn.Module):
         else:
             image = self._near(image_query, image_key, image_value, text_key, text_value, token_layout, scale)
             if self.far:
-                far = linear_attention(far_query, far_key, image_value)
                 gate = self.gate if gate is None else gate
-                image = image + gate.to(image.dtype) * (far - image)
+                image = linear_attention(far_query, far_key, image_value, near=image, gate=gate)
         if token_layout.text_length == 0:
             return image
         text = F.scaled_dot_product_attention(

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hybriddit.attention import linear_attention
-from hybriddit.attention.linear import _linear_attention, _linear_attention_backward
+from hybriddit.attention import linear as linear_module
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 # batch, query tokens, key tokens, heads, width, value width
@@ -59,7 +59,13 @@ def test_gradcheck():
 
 def test_operator_registration():
     inputs, _ = random_inputs((2, 5, 4, 2, 3, 4))
-    torch.library.opcheck(torch.ops.hybriddit.linear_attention, (*inputs, 1e-4))
+    query, key, value = inputs
+    torch.library.opcheck(torch.ops.hybriddit.linear_state, (key, value, False))
+    state, mean = (x.detach().requires_grad_() for x in torch.ops.hybriddit.linear_state(key, value, False))
+    torch.library.opcheck(torch.ops.hybriddit.linear_output, (query, state, mean, None, None, 1e-4, False))
+    near, gate = torch.randn(2, 5, 2, 4, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
+    joined = (query, state, mean, near.requires_grad_(), gate.requires_grad_(), 1e-4, False)
+    torch.library.opcheck(torch.ops.hybriddit.linear_output, joined)
 
 
 def test_non_contiguous_input():
@@ -120,21 +126,66 @@ def test_cost_is_linear():
 
 
 def test_flop_formulas_count_what_runs():
-    inputs, weight = random_inputs((2, 30, 20, 3, 8, 12), torch.float32)
-    inputs = [x.detach() for x in inputs]
-    saved = torch.ops.hybriddit.linear_attention(*inputs, 1e-4)
-    for operator, function, args in (
-        (torch.ops.hybriddit.linear_attention, _linear_attention, (*inputs, 1e-4)),
-        (torch.ops.hybriddit.linear_attention_backward, _linear_attention_backward, (weight, *inputs, *saved, 1e-4)),
+    (query, key, value), weight = random_inputs((2, 30, 20, 3, 8, 12), torch.float32)
+    query, key, value = query.detach(), key.detach(), value.detach()
+    operators = torch.ops.hybriddit
+    state = operators.linear_state(key, value, False)
+    grad_state = [torch.randn_like(x) for x in state]
+    for operator, function, args, options in (
+        (operators.linear_state, linear_module._state, (key, value), (False,)),
+        (operators.linear_state_backward, linear_module._state_backward, (*grad_state, key, value), (False,)),
+        (operators.linear_output, linear_module._output, (query, *state, None, None, 1e-4), (False,)),
+        (operators.linear_output_backward, linear_module._output_backward, (weight, query, *state, 1e-4), (False,)),
     ):
         with FlopCounterMode(display=False) as declared:
-            operator(*args)
+            operator(*args, *options)
         in_place = {
             torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm].__wrapped__
         }  # unknown to the counter
         with FlopCounterMode(display=False, custom_mapping=in_place) as run:
-            function._init_fn(*args)
+            function(*args)
         assert declared.get_total_flops() == run.get_total_flops() > 0
+
+
+# of the result [2, 50, 3, 16]: per head, per channel, per token, one for all
+GATES = [(3, 1), (3, 16), (2, 50, 3, 1), (1,)]
+
+
+@pytest.mark.parametrize("gate_shape", GATES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_join_with_another_branch(gate_shape, dtype):
+    inputs, weight = random_inputs((2, 50, 40, 3, 24, 16), dtype)
+    near = torch.randn(weight.shape).to(dtype).requires_grad_()
+    gate = torch.randn(gate_shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_()
+    out = linear_attention(*inputs, near=near, gate=gate)
+    expected = near.double() + gate * (oracles.linear(*inputs) - near.double())
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    leaves = (*inputs, near, gate)
+    grads = torch.autograd.grad(out, leaves, weight)
+    for leaf, grad, reference in zip(
+        leaves, grads, torch.autograd.grad(expected, leaves, weight.double()), strict=True
+    ):
+        assert grad.dtype == leaf.dtype
+        assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
+
+
+def test_a_closed_gate_leaves_the_other_branch_as_it_is():
+    inputs, _ = random_inputs(SHAPES[0], torch.bfloat16)
+    near = torch.randn(2, 37, 3, 24).bfloat16()
+    assert linear_attention(*inputs, near=near, gate=torch.zeros(3, 1)).equal(near)
+
+
+def test_nan_stays_nan():
+    for tensor in range(3):
+        inputs = [x.detach() for x in random_inputs((1, 40, 40, 2, 8, 8), torch.float32)[0]]
+        inputs[tensor][0, 3, 1, 5] = float("nan")
+        out = linear_attention(*inputs).isnan()
+        assert not out[:, :, 0].any()
+        if tensor == 0:  # one query
+            assert out[0, 3, 1].all() and out.sum() == 8
+        else:  # a key spoils its head's denominators, a value its channel
+            assert out[:, :, 1].all() if tensor == 1 else out[:, :, 1, 5].all()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +197,9 @@ def test_flop_formulas_count_what_runs():
         (dict(value=torch.zeros(1, 3, 2, 4, dtype=torch.float64)), "one dtype"),
         (dict(value=torch.zeros(1, 3, 2, 4, device="meta")), "use one device"),
         (dict(backend="cuda"), "unknown linear attention backend 'cuda'"),
+        (dict(near=torch.zeros(1, 3, 2, 4)), "near and gate come together"),
+        (dict(near=torch.zeros(1, 3, 2, 5), gate=torch.zeros(2, 1)), "near must have the result's shape"),
+        (dict(near=torch.zeros(1, 3, 2, 4), gate=torch.zeros(3, 1)), "gate must broadcast"),
     ],
 )
 def test_bad_input(change, message):
@@ -157,5 +211,5 @@ def test_bad_input(change, message):
 
 def test_triton_is_refused_in_one_line():
     x = torch.zeros(1, 3, 2, 4)
-    with pytest.raises(NotImplementedError, match="not available yet"):
+    with pytest.raises(ValueError, match='"triton" cannot run this: .* use backend "auto"'):
         linear_attention(x, x, x, backend="triton")
