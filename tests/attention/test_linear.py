@@ -4,8 +4,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from hybriddit.attention import linear_attention
 from hybriddit.attention import linear as linear_module
+from hybriddit.attention import linear_attention
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 # batch, query tokens, key tokens, heads, width, value width
