@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import operator
+import os
+import shutil
+import warnings
+from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .window_flex import BLOCK, TILES, best_layout, flex_window_attention, visited_blocks
 from .window_tiled import axis_mask, best_tile, tiled_attention, tiled_cost
 
-BACKENDS = ("auto", "natten", "flex", "tiled", "dense")
-NATTEN_WIDTHS = (32, 64, 128, 256)
-# Tiles pay below this share of the pairs of dense attention (measured on a CPU).
-TILED_SHARE = 0.65
+# A backend is taken where its work is below this share of the query-key pairs of dense attention; above it, dense
+# attention under a mask is. The CPU's is measured; those of GPUs are estimated from the pairs computed, unmeasured.
+BREAK_EVEN = {
+    "cpu": {"tiled": 0.65},
+    "gpu": {"natten": 0.8, "flex": 0.8, "tiled": 0.5},
+}
+# A mask of more elements than this is not made on account of speed alone.
+MASK_ELEMENTS = 2**26
 # Dense masks up to this size are kept: building one costs as much as attention with it on a small grid.
 CACHED_MASK_ELEMENTS = 2**21
+# What a backend's first result on a GPU may differ by from that of the tiles, in float32.
+TRIAL_TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
 
 
 def neighborhood_attention(
@@ -43,35 +57,91 @@ def neighborhood_attention(
         window, stride, dilation: int or (rows, columns), in tokens.
         scale: of the scores; None is D ** -0.5.
         text_key, text_value: [B, S, heads, D], both or neither.
-        backend: "tiled" and "dense" run on any device; "natten" wants its compiled kernels and a GPU, and takes no
-            window of 1 and none that has to be clamped; "flex" is torch's FlexAttention, compiled on a GPU and
-            without gradients on a CPU. "auto" takes the fastest that can do the case.
+        backend: "tiled" and "dense" run on any device; "natten" wants its compiled kernels and an NVIDIA GPU, and takes
+            no window of 1 and none that has to be clamped; "flex" is torch's FlexAttention, compiled on a GPU (it wants
+            Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should be
+            fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
+            it warns and takes another.
 
     Returns [B, H, W, heads, D]. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
     stride below 1 or above the window, and a backend that is unknown or cannot do the case.
+
+    Neighborhood attention, and windows with a stride: arXiv 2204.07143, 2504.16922. FlexAttention: arXiv 2412.05496.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown window attention backend {backend!r}: use one of {', '.join(BACKENDS)}")
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown window attention backend {backend!r}: use one of auto, {', '.join(BACKENDS)}")
     window, stride, dilation = _pair("window", window), _pair("stride", stride), _pair("dilation", dilation)
     if stride[0] > window[0] or stride[1] > window[1]:
         raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    grid = tuple(query.shape[1:3])
     if query.numel() == 0:
         return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
-    window = min(window[0], grid[0]), min(window[1], grid[1])
-    stride = min(stride[0], window[0]), min(stride[1], window[1])
-    if backend == "auto":
-        backend = _choose(query, grid, window, stride, dilation)
-    if backend == "natten":
-        return _natten(query, key, value, text_key, text_value, window, stride, dilation, scale)
-    if backend == "flex":
-        return _flex(query, key, value, text_key, text_value, window, stride, dilation, scale)
-    if backend == "dense":
-        return _dense(query, key, value, text_key, text_value, window, stride, dilation, scale)
-    settings = (list(x) for x in (window, stride, dilation))
-    return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
+    # plain ints: torch.compile may hold sizes as symbols, and what runs is chosen for one grid
+    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
+    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
+    case = (
+        query.device,
+        query.dtype,
+        grid,
+        heads,
+        operator.index(query.shape[4]),
+        (min(window[0], grid[0]), min(window[1], grid[1])),
+        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
+        dilation,
+        0 if text_key is None else operator.index(text_key.shape[1]),
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+    )
+    attend = BACKENDS[_take(backend, *case)].attend
+    return attend(query, key, value, text_key, text_value, *case[5:8], scale)
+
+
+def aligned_window(
+    grid: tuple[int, int], cost: float, *, tile: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A window and stride whose borders are those of tiles: blocks of keys are seen wholly or not at all, none masked.
+
+    With a tile of t positions along an axis of n = c t, the window is b t and the stride a t, a = 1 where b is odd and
+    2 where it is even: windows then start at multiples of t (generalized neighborhood attention, arXiv 2504.16922).
+    Every query sees (b1 t1) (b2 t2) keys, the share b1 b2 / (c1 c2) of dense attention's; the window returned is the
+    one nearest to a square of `cost` times all keys that is not larger.
+
+    Args:
+        grid: (rows, columns) in tokens.
+        cost: the share of dense attention's query-key pairs to stay within, above 0, at most 1; text apart.
+        tile: (rows, columns); None takes the best of the tiles of 128 tokens that the "flex" backend uses.
+
+    Returns (window, stride), each (rows, columns). Raises ValueError where no tile divides the grid, and where one tile
+    is more than `cost`.
+    """
+    grid = _pair("grid", grid)
+    if not 0 < cost <= 1:
+        raise ValueError(f"cost must be above 0 and at most 1, got {cost!r}")
+    tiles = TILES if tile is None else (_pair("tile", tile),)
+    tiles = [tile for tile in tiles if all(n % t == 0 for n, t in zip(grid, tile, strict=True))]
+    if not tiles:
+        wanted = f"{tile} tokens" if tile else f"{BLOCK} tokens (as 8 x 16)"
+        raise ValueError(f"no tile of {wanted} divides the grid {grid}")
+    budget = cost * math.prod(grid) * (1 + 1e-9)  # a share such as 9 / 64 is meant exactly
+    side = math.sqrt(budget)
+    # a square cut by one axis of the grid may be longer on the other
+    wanted = [min(n, max(side, budget / other)) for n, other in zip(grid, reversed(grid), strict=True)]
+    windows = [
+        ((b1 * t1, b2 * t2), (t1, t2))
+        for t1, t2 in tiles
+        for b1 in range(1, grid[0] // t1 + 1)
+        for b2 in range(1, grid[1] // t2 + 1)
+        if b1 * t1 * b2 * t2 <= budget
+    ]
+    if not windows:
+        least = min(map(math.prod, tiles)) / math.prod(grid)
+        raise ValueError(f"cost {cost:g} is below that of one tile, {least:.4g}")
+
+    def distance(window):
+        return sum(abs(math.log(size / goal)) for size, goal in zip(window[0], wanted, strict=True))
+
+    window, tile = min(windows, key=distance)
+    return window, tuple(t if w // t % 2 else 2 * t for w, t in zip(window, tile, strict=True))
 
 
 def _pair(name, size):
@@ -119,22 +189,126 @@ def _shapes(*tensors) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
-def _choose(query, grid, window, stride, dilation) -> str:
-    if _covers(grid, window, dilation):
-        return "dense"
-    if query.is_cuda:
-        return "natten" if _natten_refusal(query, grid, window, dilation) is None else "tiled"
-    if torch.compiler.is_compiling():
-        return "tiled"  # the estimate would be traced, and one graph may serve several sizes
-    return "tiled" if _tiles_pay(tuple(query.shape), window, stride, dilation) else "dense"
+class WindowCase(NamedTuple):
+    """What decides which backend runs: sizes in tokens, pairs as (rows, columns), window and stride within the grid."""
+
+    device: torch.device
+    dtype: torch.dtype
+    grid: tuple[int, int]
+    heads: int
+    head_dim: int
+    window: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    text_length: int = 0
+    gradients: bool = False
 
 
-@lru_cache(maxsize=256)
-def _tiles_pay(shape, window, stride, dilation) -> bool:
-    batch, height, width, heads, head_dim = shape
-    dense_cost = batch * heads * head_dim / 64 * (height * width) ** 2
-    tile = best_tile(shape, window, stride, dilation)
-    return tiled_cost(shape, window, stride, dilation, tile) < TILED_SHARE * dense_cost
+class Choice(NamedTuple):
+    """The backend that runs, why, and (name, reason) of those before it in BACKENDS that do not."""
+
+    backend: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+class Backend(NamedTuple):
+    """attend(query, key, value, text_key, text_value, window, stride, dilation, scale), why it cannot do a case or None,
+    why another is faster or None, and whether its first use is tried on a small case."""
+
+    attend: Callable[..., Tensor]
+    refusal: Callable[[WindowCase], str | None]
+    slower: Callable[[WindowCase], str | None]
+    tried: bool = False
+
+
+def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
+    """What `neighborhood_attention` takes for a case with backend "auto"; `tried` also runs a backend's small case."""
+    if _covers(case.grid, case.window, case.dilation):
+        return Choice("dense", "the window covers the grid", ())
+    passed_over = []
+    for name, backend in BACKENDS.items():
+        reason = backend.refusal(case) or backend.slower(case)
+        if reason is None and tried and backend.tried and _on_gpu(case):
+            reason = _trouble(name, case.device, case.dtype, case.head_dim, case.gradients)
+            if reason:
+                _warn_once(f"window attention does not use {name}: {reason}")
+        if reason is None:
+            break
+        passed_over.append((name, reason))
+    return Choice(name, _why(name, case), tuple(passed_over))
+
+
+def _why(name: str, case: WindowCase) -> str:
+    if name == "dense":
+        return "no other backend would be faster on so small a grid or so large a window"
+    return "the fastest that can run here" if _on_gpu(case) else "the fastest on a CPU"
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+@torch.compiler.assume_constant_result  # of what the traced graph holds constant
+def _take(backend: str, *case) -> str:
+    """The name of the backend to run. ValueError where a named one cannot."""
+    return _taken(backend, WindowCase(*case))
+
+
+@lru_cache(maxsize=512)
+def _taken(backend: str, case: WindowCase) -> str:
+    if backend == "auto":
+        return choose_backend(case, tried=True).backend
+    row = BACKENDS[backend]
+    reason = row.refusal(case)
+    if reason is None and row.tried and _on_gpu(case):
+        reason = _trouble(backend, case.device, case.dtype, case.head_dim, case.gradients)
+    if reason:
+        raise ValueError(f'backend "{backend}" cannot run this: {reason}; use backend "auto"')
+    return backend
+
+
+@lru_cache(maxsize=64)
+def _trouble(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
+    """What is wrong with a small case of a backend, its output and gradients compared with the tiles'; None if nothing."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 20, 36, 2, head_dim)] * 4 + [(1, 5, 2, head_dim)] * 2
+
+    def run(attend, dtype):
+        with torch.enable_grad() if gradients else torch.no_grad():
+            weight, *inputs = (x.to(device, dtype, copy=True).requires_grad_(gradients) for x in data)
+            out = attend(*inputs, (7, 9), (1, 1), (1, 1), head_dim**-0.5)
+            return [out, *torch.autograd.grad(out, inputs, weight.detach())] if gradients else [out]
+
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        data = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
+        try:
+            found = run(BACKENDS[name].attend, dtype)
+        except Exception as error:  # of compilers and drivers, whatever they raise
+            return f"it failed with {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        for i, (x, reference) in enumerate(zip(found, run(_tiled, torch.float32), strict=True)):
+            # `not` catches NaN too
+            if not (x.float() - reference).norm() <= TRIAL_TOLERANCE[dtype] * reference.norm():
+                return f"its {'gradient' if i else 'output'} is wrong on this device"
+    return None
+
+
+def _on_gpu(case: WindowCase) -> bool:
+    return case.device.type != "cpu"
+
+
+def _too_much_work(name: str, case: WindowCase, share: float) -> str | None:
+    """Why dense attention is faster, for a backend with this share of dense attention's work."""
+    limit = BREAK_EVEN["gpu" if _on_gpu(case) else "cpu"][name]
+    if share < limit or math.prod(case.grid) ** 2 > MASK_ELEMENTS:
+        return None
+    return f"it would do {share:.2f} of dense attention's work, and pays below {limit}"
+
+
+def _dense_pairs(case: WindowCase) -> int:
+    tokens = math.prod(case.grid)
+    return tokens * (tokens + case.text_length)
 
 
 def _covers(grid, window, dilation) -> bool:
@@ -177,36 +351,47 @@ def _kept_mask(*case) -> Tensor:
         return _dense_mask(*case)
 
 
-def _natten_refusal(query, grid, window, dilation) -> str | None:
-    """Why natten cannot do this case, or None."""
+def _natten_refusal(case: WindowCase) -> str | None:
+    if case.device.type != "cuda" or torch.version.hip:
+        return f"it needs an NVIDIA GPU, and the tensors are on {case.device}"
     try:
         import natten
-    except ImportError:
-        return "it is not installed"
+    except (ImportError, OSError) as error:  # OSError: built for another torch
+        return "it is not installed" if isinstance(error, ModuleNotFoundError) else f"it cannot be imported ({error})"
     if not natten.HAS_LIBNATTEN:
         return "it is installed without its compiled kernels"
-    if not query.is_cuda:
-        return f"it needs a GPU, and the tensors are on {query.device}"
-    if query.dtype == torch.float64:
-        return "it has no float64 kernels"
-    if query.shape[-1] > NATTEN_WIDTHS[-1]:
-        return f"it has no kernels for head width {query.shape[-1]}"
-    if min(window) == 1:
+    if case.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it has no {case.dtype} kernels"
+    if min(case.window) == 1:
         return "it takes no window of 1"
-    if any(w * d > n for w, d, n in zip(window, dilation, grid, strict=True)):
-        return f"window {window} times dilation {dilation} exceeds the grid {grid}"
+    if any(w * d > n for w, d, n in zip(case.window, case.dilation, case.grid, strict=True)):
+        return f"window {case.window} times dilation {case.dilation} exceeds the grid {case.grid}"
     return None
 
 
+def _natten_slower(case: WindowCase) -> str | None:
+    pairs = math.prod(case.grid) * (math.prod(case.window) + case.text_length)
+    return _too_much_work("natten", case, pairs / _dense_pairs(case))
+
+
+def _natten_width(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, gradients: bool) -> int:
+    """The head width to pad to: that of Hopper's kernels where there is one, else the next multiple of 8."""
+    if capability == (9, 0) and dtype != torch.float32:
+        # estimated, unmeasured: they are worth the padding of 72 to 128
+        for width in (32, 64, 128) if gradients else (32, 64, 128, 256):
+            if head_dim <= width <= 2 * head_dim:
+                return width
+    return -(-head_dim // 8) * 8
+
+
 def _natten(query, key, value, text_key, text_value, window, stride, dilation, scale):
-    refusal = _natten_refusal(query, tuple(query.shape[1:3]), window, dilation)
-    if refusal:
-        raise ValueError(f'backend "natten" cannot run this: {refusal}; use backend "auto"')
     import natten
 
     head_dim = query.shape[-1]
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value))
+    capability = torch.cuda.get_device_capability(query.device)
     # zero channels change neither scores nor outputs, and the scale is the true width's
-    padding = next(width for width in NATTEN_WIDTHS if width >= head_dim) - head_dim
+    padding = _natten_width(capability, query.dtype, head_dim, gradients) - head_dim
     query, key, value, text_key, text_value = (
         None if x is None else F.pad(x, (0, padding)).contiguous() for x in (query, key, value, text_key, text_value)
     )
@@ -224,39 +409,60 @@ def _natten(query, key, value, text_key, text_value, window, stride, dilation, s
     return out[..., :head_dim]
 
 
-def _flex(query, key, value, text_key, text_value, window, stride, dilation, scale):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    grid, text_length = tuple(query.shape[1:3]), 0 if text_key is None else text_key.shape[1]
-    inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
-    if not query.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ValueError('backend "flex" has no gradients on a CPU: use backend "auto"')
-    query, key, value = _join_text(query, key, value, text_key, text_value)
-    if not query.is_cuda:
-        query, key, value = query.detach(), key.detach(), value.detach()  # refused even where no gradient is recorded
-    mask = _flex_mask(grid, window, stride, dilation, text_length, query.device)
-    attend = _compiled_flex() if query.is_cuda else flex_attention
-    out = attend(query, key, value, block_mask=mask, scale=scale)
-    return out.transpose(1, 2).unflatten(1, grid)
+def _flex_refusal(case: WindowCase) -> str | None:
+    if case.device.type == "cpu":
+        return "it has no gradients on a CPU" if case.gradients else None
+    if case.device.type not in ("cuda", "xpu"):
+        return f"it does not run on {case.device.type}"
+    if case.dtype not in TRIAL_TOLERANCE:
+        return f"it has no {case.dtype} kernels"
+    if case.head_dim > 256:
+        return f"it has no kernels for head width {case.head_dim}"
+    missing = flex_requirements()
+    return f"it needs {' and '.join(missing)}" if missing else None
 
 
-@lru_cache(maxsize=1)
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
+def flex_requirements() -> list[str]:
+    """What FlexAttention's compilation on a GPU lacks on this machine."""
+    missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        missing.append("a C compiler (gcc or clang), which triton calls")
+    return missing
 
-    return torch.compile(flex_attention)
+
+def _flex_slower(case: WindowCase) -> str | None:
+    if not _on_gpu(case):
+        return "on a CPU it is not compiled"
+    layout = best_layout(case.grid, case.window, case.stride, case.dilation, case.text_length)
+    return _too_much_work("flex", case, visited_blocks(layout)[0] * BLOCK**2 / _dense_pairs(case))
 
 
-@lru_cache(maxsize=16)
-def _flex_mask(grid, window, stride, dilation, text_length, device):
-    from torch.nn.attention.flex_attention import create_block_mask
+def _tiled_slower(case: WindowCase) -> str | None:
+    shape = 1, *case.grid, case.heads, case.head_dim
+    return _too_much_work("tiled", case, _tiled_share(shape, case.window, case.stride, case.dilation))
 
-    width, tokens = grid[1], grid[0] * grid[1]
-    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation, strict=True))
 
-    def seen(batch, head, q, k):
-        image = k.clamp(max=tokens - 1)
-        near = rows[q // width, image // width] & columns[q % width, image % width]
-        return near | (k >= tokens)
+@lru_cache(maxsize=256)
+def _tiled_share(shape, window, stride, dilation) -> float:
+    """Of the cost of dense attention, by the cost model of a CPU."""
+    _, height, width, heads, head_dim = shape
+    tile = best_tile(shape, window, stride, dilation)
+    return tiled_cost(shape, window, stride, dilation, tile) / (heads * head_dim / 64 * (height * width) ** 2)
 
-    return create_block_mask(seen, None, None, tokens, tokens + text_length, device=device)
+
+def _tiled(query, key, value, text_key, text_value, window, stride, dilation, scale):
+    settings = (list(x) for x in (window, stride, dilation))
+    return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
+
+
+def _none(case: WindowCase) -> None:
+    return None
+
+
+# Fastest first.
+BACKENDS = {
+    "natten": Backend(_natten, _natten_refusal, _natten_slower, tried=True),
+    "flex": Backend(flex_window_attention, _flex_refusal, _flex_slower, tried=True),
+    "tiled": Backend(_tiled, _none, _tiled_slower),
+    "dense": Backend(_dense, _none, _none),
+}
