@@ -92,7 +92,13 @@ def neighborhood_attention(
         0 if text_key is None else operator.index(text_key.shape[1]),
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
     )
-    attend = BACKENDS[_take(backend, *case)].attend
+    if torch.compiler.is_compiling():
+        from .tracing import constant
+
+        backend = constant(_take, backend, *case)
+    else:
+        backend = _take(backend, *case)
+    attend = BACKENDS[backend].attend
     return attend(query, key, value, text_key, text_value, *case[5:8], scale)
 
 
@@ -250,7 +256,6 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-@torch.compiler.assume_constant_result  # of what the traced graph holds constant
 def _take(backend: str, *case) -> str:
     """The name of the backend to run. ValueError where a named one cannot."""
     return _taken(backend, WindowCase(*case))

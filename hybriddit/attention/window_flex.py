@@ -11,13 +11,15 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # takes seconds to import: only where it is used
 
 BLOCK = 128
 # Rows x columns of a tile, squarest first: the first of equally good ones is taken.
@@ -174,6 +176,10 @@ def visited_blocks(layout: Layout) -> tuple[int, int]:
 def best_layout(grid, window, stride, dilation, text_length: int) -> Layout:
     """The layout with the least work. Takes ints and pairs of ints, the window and stride clamped to the grid."""
     case = grid, window, stride, dilation, text_length
+    if torch.compiler.is_compiling():
+        from .tracing import constant
+
+        return _layout(*case, constant(best_tile, *case))
     return _layout(*case, best_tile(*case))
 
 
@@ -183,7 +189,6 @@ def _layout(grid, window, stride, dilation, text_length, tile) -> Layout:
     return Layout(rows, columns, text_length)
 
 
-@torch.compiler.assume_constant_result  # of plain numbers: there is nothing to trace
 def best_tile(*case) -> tuple[int, int]:
     """Of TILES, for the arguments of `best_layout`."""
     return _kept_best_tile(*case)
@@ -288,6 +293,8 @@ def _(rows, columns, text_length, gradients, device):
 
 
 def _block_mask(layout: Layout, blocks: list[Tensor]) -> BlockMask:
+    from torch.nn.attention.flex_attention import BlockMask
+
     # built by its constructor: `from_kv_blocks` makes a dense matrix of blocks to transpose the lists
     kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, *transposed = blocks
     q_num_blocks, q_indices, full_q_num_blocks, full_q_indices = transposed or (None,) * 4
@@ -327,6 +334,8 @@ def flex_window_attention(query, key, value, text_key, text_value, window, strid
 
 
 def _attend(query, key, value, text_key, text_value, blocks, layout: Layout, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     head_dim = query.shape[-1]
     query, key, value = (layout.to_tiles(x) for x in (query, key, value))
     if text_key is not None:
