@@ -277,7 +277,7 @@ def _kept_blocks(layout: Layout, gradients: bool, device: torch.device) -> list[
 
 
 # Within torch.compile: an opaque operator, so that a graph holds neither the lists nor how they are made. The compiler
-# may write into what an operator returns, hence the copies; equal calls of a graph are merged into one.
+# may write into what an operator returns, hence the copies.
 @torch.library.custom_op("hybriddit::window_blocks", mutates_args=())
 def _window_blocks(
     rows: Sequence[int], columns: Sequence[int], text_length: int, gradients: bool, device: torch.device
