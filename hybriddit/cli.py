@@ -1,9 +1,11 @@
-"""The command line: hybriddit demo | convert | distill | generate | info."""
+"""The command line: hybriddit demo | convert | distill | generate | benchmark | info."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
 import time
 import warnings
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .benchmark.shapes import PARTS, SHAPES, VARIANTS
 
 EPILOG = """exit codes:
   0    done
@@ -138,6 +141,38 @@ def build_parser() -> argparse.ArgumentParser:
     _add_dtype(sub)
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
+
+    sub = add(
+        "benchmark",
+        benchmark,
+        "time attention and transformers on this machine: hybrid against dense and circular windows",
+        "--part attention --shapes flux --sizes 512 1024 --out outputs/benchmark",
+    )
+    sub.add_argument("--part", nargs="+", choices=PARTS, help="(default: all; generation on a GPU only)")
+    sub.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="(default: all; two of them on a CPU)")
+    sub.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        metavar="PX",
+        help="sides of square images (default: 256 to 16384; CPU: to 2048)",
+    )
+    sub.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="(default: all that the device has)")
+    sub.add_argument("--window", type=int, default=16, help="of hybrid and window, in tokens (default: %(default)s)")
+    sub.add_argument("--radius", type=int, default=8, help="of circular, in tokens (default: %(default)s)")
+    sub.add_argument("--backward", action="store_true", help="forward + backward of the transformer too")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks")
+    sub.add_argument("--layers", type=int, help="blocks of the transformers (default: all; 2 on a CPU)")
+    sub.add_argument(
+        "--repeats", type=int, help="samples of each case, fewer where they take long (default: 20; CPU: 7)"
+    )
+    sub.add_argument(
+        "--max-seconds", type=float, help="for one case; longer ones are not measured (default: 10; CPU: 5)"
+    )
+    sub.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
+    _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print the results as one JSON object")
 
     sub = add(
         "info",
@@ -269,6 +304,22 @@ def generate(options: argparse.Namespace) -> None:
         print(json.dumps({"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}))
 
 
+def benchmark(options: argparse.Namespace) -> None:
+    # before torch starts: its profiler's and compiler's remarks about a missing GPU are nobody's concern
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from .benchmark.measure import device_of_this_machine
+    from .benchmark.run import run, settings
+
+    names = ("shapes", "sizes", "variants", "window", "radius", "dtype", "layers", "backward", "compile", "repeats")
+    given = {name: getattr(options, name) for name in (*names, "max_seconds")}
+    report = run(settings(device_of_this_machine(), parts=options.part, **given), options.out, options.quiet)
+    if options.json:
+        print(json.dumps(report))
+    elif not options.quiet:
+        print(f"results saved to {options.out}")
+
+
 def info(options: argparse.Namespace) -> None:
     from .info import describe, description_text, environment, environment_text
 
@@ -300,7 +351,7 @@ def _silence() -> None:
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     disable_progress_bars()

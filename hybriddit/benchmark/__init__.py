@@ -1,0 +1,1 @@
+"""`hybriddit benchmark`: how fast this machine computes hybrid attention, against dense and circular-window attention."""

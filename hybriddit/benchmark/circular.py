@@ -1,0 +1,86 @@
+"""The competitor's layer: softmax attention in a circular window plus text, by FlexAttention (CLEAR, arXiv 2412.16112).
+
+Tokens lie row by row, as in the published model; an image token sees the image tokens at a Euclidean distance below the
+radius, and everything sees and is seen by text.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 128  # FlexAttention's own
+
+
+def circular_block_mask(grid: tuple[int, int], text_length: int, text_first: bool, radius: int, device, block=BLOCK):
+    """FlexAttention's BlockMask of [S, S], S = text_length + height * width tokens.
+
+    Made from the blocks' bounding boxes, so that memory grows with the blocks squared, not with the tokens squared.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    width, image = grid[1], grid[0] * grid[1]
+    start, total = text_length if text_first else 0, text_length + image
+
+    def seen(batch, head, q, k):
+        q, k = q - start, k - start
+        rows, columns = q // width - k // width, q % width - k % width
+        text = (q < 0) | (q >= image) | (k < 0) | (k >= image)
+        return text | (rows * rows + columns * columns < radius * radius)
+
+    first = torch.arange(0, total, block, device=device)
+    last = (first + block).clamp(max=total) - 1
+    low, high = (first - start).clamp(0, image - 1), (last - start).clamp(0, image - 1)
+    has_image = (last >= start) & (first < start + image)
+    has_text = (first < start) | (last >= start + image)
+    whole = last - first + 1 == block
+    top, bottom = low // width, high // width
+    one_row = top == bottom
+    left, right = torch.where(one_row, low % width, 0), torch.where(one_row, high % width, width - 1)
+
+    def nearest(low, high):
+        return torch.maximum(low[None] - high[:, None], low[:, None] - high[None]).clamp(min=0)
+
+    def farthest(low, high):
+        return torch.maximum(high[None] - low[:, None], high[:, None] - low[None])
+
+    def pair(combine, flags):
+        return combine(flags[:, None], flags[None])
+
+    both = pair(torch.logical_and, has_image)
+    text = pair(torch.logical_or, has_text)
+    touched = text | (both & (nearest(top, bottom) ** 2 + nearest(left, right) ** 2 < radius**2))
+    inside = ~text & (farthest(top, bottom) ** 2 + farthest(left, right) ** 2 < radius**2)
+    all_text = pair(torch.logical_or, has_text & ~has_image)
+    full = (inside | all_text) & pair(torch.logical_and, whole)
+    lists = [_indices(blocks) for blocks in (touched & ~full, full)]
+    return BlockMask.from_kv_blocks(*lists[0], *lists[1], BLOCK_SIZE=block, mask_mod=seen, seq_lengths=(total, total))
+
+
+def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[Q, K] of bool -> the number of key blocks of each row, and their indices first; int32, [1, 1, Q(, K)]."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def circular_pairs(grid: tuple[int, int], radius: int) -> int:
+    """Pairs of image tokens at a distance below the radius."""
+    height, width = grid
+    reach = range(1 - radius, radius)
+    return sum(
+        max(height - abs(y), 0) * max(width - abs(x), 0)
+        for y in reach
+        for x in reach
+        if x * x + y * y < radius * radius
+    )
+
+
+def compiled_flex():
+    """FlexAttention, compiled for the sizes it meets: uncompiled it makes all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def circular_attention(query, key, value, mask, attend) -> torch.Tensor:
+    """[B, S, heads, D] -> the same, under a `circular_block_mask`; attend: `compiled_flex()`, or flex_attention."""
+    return attend(*(x.transpose(1, 2) for x in (query, key, value)), block_mask=mask).transpose(1, 2)

@@ -1,0 +1,149 @@
+"""The attention layer of a shape, as every variant computes it. Imports torch and our attention, never diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
+from .circular import circular_attention, circular_block_mask, circular_pairs, compiled_flex
+from .measure import Side, Work
+from .shapes import PIXELS_PER_TOKEN, Shape
+
+SDPA = {
+    "dense-flash": SDPBackend.FLASH_ATTENTION,
+    "dense-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "dense-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def device_variants(device: torch.device) -> tuple[str, ...]:
+    """The variants that this device may run, in the order of the tables."""
+    dense = tuple(SDPA) if device.type == "cuda" else ("dense",)
+    return ("hybrid", "window", "linear", *dense, "circular")
+
+
+def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> int:
+    """Of the tensors that a layer's variants share, and of their gradients; one output is among them."""
+    image = (px // PIXELS_PER_TOKEN) ** 2
+    elements = shape.heads * shape.head_dim * (4 * (image + shape.text) + 2 * image)
+    return elements * dtype.itemsize * (2 if backward else 1)
+
+
+def layer_sides(
+    shape: Shape,
+    px: int,
+    variants: Sequence[str],
+    window: int,
+    radius: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+) -> list[Side]:
+    """One side per variant, on random inputs of batch 1 that they share.
+
+    Projections and the query and key maps are apart: every side starts from q, k, v, and the hybrid from the far
+    branch's q and k too. backward: the inputs need gradients.
+    """
+    side_length = px // PIXELS_PER_TOKEN
+    grid, image = (side_length, side_length), side_length**2
+    layout = TokenLayout(shape.text, (grid,), shape.text_first)
+
+    def random(length: int) -> Tensor:
+        heads = torch.randn(1, length, shape.heads, shape.head_dim, device=device, dtype=dtype)
+        return heads.requires_grad_(backward)
+
+    query, key, value = (random(image + shape.text) for _ in range(3))
+    far_query, far_key = random(image), random(image)
+    (_, image_query), (text_key, image_key), (text_value, image_value) = (layout.split(x) for x in (query, key, value))
+    text = {"text_key": text_key, "text_value": text_value} if shape.text else {}
+    gradients: dict[torch.Size, Tensor] = {}
+
+    def hybrid() -> Side:
+        layer = HybridAttention(1, shape.heads, shape.head_dim, map_rank=1, window=(window, window)).to(device)
+        layer.gate.data.uniform_()
+        inputs = [query, key, value, far_query, far_key, layer.gate]
+        return side(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
+
+    def near() -> Side:
+        def forward() -> Tensor:
+            heads = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
+            return neighborhood_attention(*heads, window=window, **text)
+
+        return side(forward, [query, key, value])
+
+    def linear() -> Side:
+        values = value if not shape.text else image_value
+        return side(lambda: linear_attention(far_query, far_key, values), [far_query, far_key, value])
+
+    def dense(backend: SDPBackend | None = None) -> Side:
+        def forward() -> Tensor:
+            heads = (x.transpose(1, 2) for x in (query, key, value))
+            if backend is None:
+                return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+            with sdpa_kernel([backend]):
+                return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+        return side(forward, [query, key, value])
+
+    def circular() -> Side:
+        attend, mask = compiled_flex(), None
+
+        def forward() -> Tensor:
+            nonlocal mask
+            if mask is None:  # made once, at the first call, which is not timed
+                mask = circular_block_mask(grid, shape.text, shape.text_first, radius, device)
+            return circular_attention(query, key, value, mask, attend)
+
+        refusal = "FlexAttention has no backward pass on a CPU" if device.type == "cpu" else None
+        return side(forward, [query, key, value], no_backward=refusal)
+
+    def side(forward, inputs: list[Tensor], **kwargs) -> Side:
+        return Side("", forward, inputs, gradients=gradients, **kwargs)
+
+    makers = {"hybrid": hybrid, "window": near, "linear": linear, "dense": dense, "circular": circular}
+    makers |= {name: lambda backend=backend: dense(backend) for name, backend in SDPA.items()}
+    sides = []
+    for name in variants:
+        made = makers[name]()
+        made.name = name
+        sides.append(made)
+    return sides
+
+
+def layer_work(
+    variant: str, shape: Shape, grid: tuple[int, int], window: int, radius: int, element: int
+) -> dict[str, Work]:
+    """The least that each direction has to move and compute; `element` is the size of a number in bytes.
+
+    Every input is read once and every output written once; a backward pass also reads what softmax's derivative needs
+    (its own output). FLOPs are those of the matrix products, nothing computed twice, masked pairs left out.
+    """
+    width, text = shape.heads * shape.head_dim, shape.text
+    image = grid[0] * grid[1]
+    whole = image + text
+    near = image * (min(window, grid[0]) * min(window, grid[1]) + text)
+    softmax, linear = 4 * width, 4 * width * shape.head_dim  # FLOPs of a pair, of a token
+    # tokens moved forward, tokens moved backward, FLOPs forward
+    if variant == "linear":
+        forward, backward, flops = 4 * image, 7 * image, linear * image
+    elif variant == "window":
+        forward, backward, flops = 4 * image + 2 * text, 8 * image + 4 * text, softmax * near
+    elif variant == "hybrid":
+        forward, backward = 4 * whole + 2 * image, 8 * whole + 4 * image
+        flops = softmax * (near + text * whole) + linear * image
+    elif variant == "circular":
+        pairs = circular_pairs(grid, radius) + image * text + text * whole
+        forward, backward, flops = 4 * whole, 8 * whole, softmax * pairs
+    else:
+        forward, backward, flops = 4 * whole, 8 * whole, softmax * whole**2
+    bytes_per_token = width * element
+    return {
+        "forward": Work(forward * bytes_per_token, flops),
+        "backward": Work(backward * bytes_per_token, 2 * flops),
+        "forward + backward": Work((forward + backward) * bytes_per_token, 3 * flops),
+    }

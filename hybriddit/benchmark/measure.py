@@ -1,0 +1,279 @@
+"""Times and memory of calls on one device: taken in turns, in one process, and nothing that was not taken."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
+MIN_REPEATS = 3
+# a sample lasts about this long: a GPU's clock and queue need more than one short kernel
+SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
+MAX_CALLS = 200
+
+
+class Work(NamedTuple):
+    """The least that a call has to do: bytes to and from memory, and FLOPs (two per multiply-add)."""
+
+    bytes: int
+    flops: int
+
+
+class Rates(NamedTuple):
+    """What this device reaches: copying (bytes read and written per second), and matrix products in the dtype."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which memory and arithmetic units of this speed cannot do the work."""
+        return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
+
+
+@dataclass
+class Side:
+    """One of the things that are compared.
+
+    forward: makes the output. inputs: what the backward pass gives gradients to. steps: a call is so many steps, and
+    times are of one. no_backward: why it has no backward pass.
+    """
+
+    name: str
+    forward: Callable[[], Tensor]
+    inputs: list[Tensor]
+    steps: int = 1
+    no_backward: str | None = None
+    # of the outputs, by their shape: shared by the sides that take turns
+    gradients: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False)
+
+
+class Outcome(NamedTuple):
+    """Samples, seconds per call, by direction; calls behind each sample; bytes allocated beyond the inputs."""
+
+    samples: dict[str, list[float]]
+    calls: int
+    peak_bytes: int
+
+
+class Limits(NamedTuple):
+    repeats: int
+    max_seconds: float  # for all calls of one side, compiling apart
+
+
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What results depend on and have to name."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found = {
+            "type": "cuda",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    else:
+        name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+        found = {"type": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "device": found,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    # not by `info`, which wants packages that a GPU machine of only torch and triton lacks
+    if package == "hybriddit":
+        from .. import __version__
+
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a call may still take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # a container's own limit
+        used, limit = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("current", "max"))
+        return min(free, limit - used)
+    except (OSError, ValueError):  # none, or "max"
+        return free
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
+    """The fastest of 30 copies of `copy_bytes`, and of 30 products of square matrices of that side."""
+    one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
+    copy = _fastest(partial(one.copy_, other), device)
+    one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
+    product = _fastest(partial(torch.matmul, one, other), device)
+    return Rates(2 * copy_bytes / copy, 2 * matrix**3 / product)
+
+
+def _fastest(call: Callable[[], Any], device: torch.device) -> float:
+    side = Side("", call, [])
+    for _ in range(3):
+        sample(side, False, 1, device)
+    return min(sample(side, False, 1, device)["forward"] for _ in range(30))
+
+
+def sample(side: Side, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
+    """Seconds per call, by direction: forward alone, or backward and forward + backward of the same calls."""
+    stamp, seconds_between, wait = _clock(device)
+    wait()
+    begin, backward_spans = stamp(), []
+    for _ in range(calls):
+        if backward:
+            out = side.forward()
+            before = stamp()
+            _gradients(side, out)
+            backward_spans.append((before, stamp()))
+            del out
+        else:
+            with torch.no_grad():
+                side.forward()
+    end = stamp()
+    wait()
+    whole = seconds_between(begin, end) / calls / side.steps
+    if not backward:
+        return {"step" if side.steps > 1 else "forward": whole}
+    alone = sum(seconds_between(*span) for span in backward_spans) / calls
+    return {"backward": alone, "forward + backward": whole}
+
+
+def _gradients(side: Side, out: Tensor) -> None:
+    if out.shape not in side.gradients:
+        side.gradients[out.shape] = torch.randn_like(out)
+    torch.autograd.grad(out, side.inputs, side.gradients[out.shape], allow_unused=True)
+
+
+def _clock(device: torch.device):
+    """A function that marks a moment, one for the seconds between two marks, and one that waits for the device."""
+    if device.type == "cpu":
+        return time.perf_counter, lambda start, end: end - start, lambda: None
+
+    def stamp():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    return stamp, lambda start, end: start.elapsed_time(end) / 1e3, torch.cuda.synchronize
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call holds at once beyond what was held before it, by torch's allocator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        call()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = top = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        top = max(top, held)
+    return top
+
+
+def measure(
+    sides: Iterable[Side],
+    backward: bool,
+    device: torch.device,
+    limits: Limits,
+) -> dict[str, Outcome | str]:
+    """Every side's times, taken in turns, or why there are none.
+
+    A side is called once unmeasured (it may compile), once for its memory and a first idea of its time, and then
+    `limits.repeats` times, fewer where that would take longer than `limits.max_seconds`.
+    """
+    outcomes: dict[str, Outcome | str] = {}
+    running: list[tuple[Side, int, int]] = []
+    for side in sides:
+        if backward and side.no_backward:
+            outcomes[side.name] = side.no_backward
+            continue
+        try:
+            _call(side, backward)
+            seconds = []
+
+            def timed(side=side, seconds=seconds):
+                seconds.extend(sample(side, backward, 1, device).values())
+
+            peak = peak_bytes(timed, device)
+        except torch.OutOfMemoryError:
+            outcomes[side.name] = "out of memory"
+        except Exception as error:  # one kernel that a machine cannot run must not cost the others' figures
+            outcomes[side.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+        else:
+            one = max(seconds) * side.steps
+            affordable = int(limits.max_seconds / one) - 2
+            if affordable < min(MIN_REPEATS, limits.repeats):
+                outcomes[side.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
+            else:
+                calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS[device.type] / one)))
+                repeats = min(limits.repeats, max(affordable // calls, MIN_REPEATS))
+                outcomes[side.name] = Outcome({}, calls, peak)
+                running.append((side, calls, repeats))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for turn in range(max((repeats for _, _, repeats in running), default=0)):
+        for side, calls, repeats in running:
+            if turn < repeats:
+                for direction, seconds in sample(side, backward, calls, device).items():
+                    outcomes[side.name].samples.setdefault(direction, []).append(seconds)
+    return outcomes
+
+
+def _call(side: Side, backward: bool) -> None:
+    if backward:
+        _gradients(side, side.forward())
+    else:
+        with torch.no_grad():
+            side.forward()
+
+
+def _first_line(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return words if len(words) <= 160 else f"{words[:159]}…"
