@@ -8,9 +8,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybriddit.attention import neighborhood_attention, window_tiled
+from hybriddit.attention import neighborhood_attention, window, window_tiled
 
-BACKENDS = ["auto", "tiled", "dense"]
+BACKENDS = ["auto", "tiled", "dense"]  # those that have gradients everywhere
+EVERY_BACKEND = ["auto", *window.BACKENDS]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 GRIDS = [(1, 1), (1, 19), (23, 1), (5, 7), (16, 16), (9, 26), (20, 13), (33, 10)]
 
@@ -118,20 +120,70 @@ def test_scale(backend):
     assert_equal_to_oracle(inputs, weight, (3, 3), (1, 1), (1, 1), 1e-11, backend=backend, scale=0.7)
 
 
-def test_flex_values_and_refused_gradients():
-    inputs, _ = random_inputs((6, 9), 5, 2, 32, 1, torch.float32)
-    case = (4, 3), (2, 1), (1, 2)
-    with torch.no_grad():
-        out = attend(inputs, *case, backend="flex")
-        assert (out - oracles.neighborhood(*inputs, *case)).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="no gradients on a CPU"):
-        attend(inputs, *case, backend="flex")
+def case_of(inputs, window_size, stride, dilation, gradients):
+    """The WindowCase of a call."""
+    query, text = inputs[0], inputs[3]
+    grid = tuple(query.shape[1:3])
+    window_size = tuple(map(min, window_size, grid))
+    return window.WindowCase(
+        query.device,
+        query.dtype,
+        grid,
+        *query.shape[3:],
+        window_size,
+        tuple(map(min, stride, window_size)),
+        dilation,
+        0 if text is None else text.shape[1],
+        gradients,
+    )
 
 
-def test_natten_runs_or_says_why_not():
-    inputs, weight = random_inputs((9, 9), 0, 1, 32, 1, torch.float32)
-    with pytest.raises(ValueError, match='backend "natten" cannot run this: it .*; use backend "auto"'):
-        attend(inputs, 3, backend="natten")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("seed", range(10))
+def test_every_backend_and_device(seed, backend, device):
+    *geometry, text, heads, width, batch = draw_case(seed)
+    inputs, weight = random_inputs(geometry[0], text, heads, width, batch, torch.float32, seed)
+    inputs = [x if x is None else x.detach().to(device).requires_grad_() for x in inputs]
+    cases = [case_of(inputs, *geometry[1:], gradients) for gradients in (True, False)]
+    refusals = [None if backend == "auto" else window.BACKENDS[backend].refusal(case) for case in cases]
+    tolerance = TOLERANCE[torch.float32] if device == "cpu" else 2e-3  # on a GPU there is TF32
+    for refusal, gradients in zip(refusals, (True, False), strict=True):
+        with torch.set_grad_enabled(gradients):
+            if refusal:
+                with pytest.raises(ValueError, match=f'backend "{backend}" cannot run this: .*use backend "auto"$'):
+                    attend(inputs, *geometry[1:], backend=backend)
+            elif gradients:
+                assert_equal_to_oracle(inputs, weight.to(device), *geometry[1:], tolerance, backend=backend)
+            else:
+                out, expected = (
+                    attend(inputs, *geometry[1:], backend=backend),
+                    oracles.neighborhood(*inputs, *geometry[1:]),
+                )
+                assert (out.double() - expected).norm() <= tolerance * expected.norm()
+    if all(refusals):
+        pytest.skip(f"{backend}: {refusals[1]}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_nan_stays_nan(backend, device):
+    inputs, _ = random_inputs((20, 22), 3, 1, 32, 1, torch.float32)
+    inputs = [x.detach().to(device) for x in inputs]
+    refusal = backend != "auto" and window.BACKENDS[backend].refusal(case_of(inputs, (5, 4), (1, 1), (1, 1), False))
+    if refusal:
+        pytest.skip(f"{backend}: {refusal}")
+    seen = oracles.window_mask((20, 22), (5, 4))[:, 10 * 22 + 7].view(20, 22)
+    for tensor in (1, 2):
+        broken = [x.clone() for x in inputs]
+        broken[tensor][0, 10, 7, 0, 5] = torch.nan
+        assert attend(broken, (5, 4), backend=backend)[0].cpu().isnan().any(-1)[..., 0][seen].all()
+        broken = [x.clone() for x in inputs]
+        broken[tensor + 2][0, 1, 0, 5] = torch.nan
+        assert attend(broken, (5, 4), backend=backend).isnan().any(-1).all()
+    broken = [x.clone() for x in inputs]
+    broken[0][0, 3, 4, 0, 1] = torch.nan
+    assert attend(broken, (5, 4), backend=backend)[0, 3, 4].isnan().all()
 
 
 @pytest.mark.parametrize("case", [((7, 9), (3, 4), (2, 3), (1, 1)), ((8, 12), (3, 2), (1, 1), (2, 3))])
