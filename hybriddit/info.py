@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import os
 import platform
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -20,16 +18,23 @@ from .generate import read_record
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
 FAMILIES = {"PixArt": "PixArt-Sigma", "SD3": "Stable Diffusion 3", "Flux": "FLUX"}  # by the start of the class's name
+# Heads, head width, and text tokens in window attention (PixArt's text has an attention of its own).
+SHAPES = {"PixArt-Sigma": (16, 72, 0), "Stable Diffusion 3": (24, 64, 333), "FLUX": (24, 128, 512)}
+SIZES, PIXELS_PER_TOKEN, WINDOW = (512, 1024, 4096), 16, 16
 
 
 def environment() -> dict[str, Any]:
-    """Versions, the device, and the attention backends: {name: {"available": bool, "note": str}}."""
+    """Versions, the device, the attention backends, {name: {"available": bool, "note": str}}, and which of those of
+    window attention is taken for the families' shapes, and why."""
     import torch
+
+    from .attention.linear import triton_refusal
 
     if torch.cuda.is_available():
         device = {"type": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
     else:
         device = {"type": "cpu", "name": platform.processor() or platform.machine()}
+    triton = triton_refusal(device["type"], torch.bfloat16, 128)
     return {
         "hybriddit": __version__,
         "python": platform.python_version(),
@@ -38,8 +43,9 @@ def environment() -> dict[str, Any]:
         "window_attention": {
             name: {"available": available, "note": note} for name, available, note in _window_backends(device["type"])
         },
+        "window_choices": list(_window_choices(device["type"])),
         "linear_attention": {
-            "triton": {"available": False, "note": "no kernels in this version of hybriddit"},
+            "triton": {"available": triton is None, "note": triton or ""},
             "torch": {"available": True, "note": ""},
         },
     }
@@ -62,12 +68,38 @@ def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
     if device == "cpu":
         yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
     else:
-        missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
-        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
-            missing.append("a C compiler (gcc or clang), which triton calls")
-        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else 'only by backend="flex"'
+        from .attention.window import flex_requirements
+
+        missing = flex_requirements()
+        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else "compiled and tried on first use"
     yield "tiled", True, ""
     yield "dense", True, "where the window covers most of the grid"
+
+
+def _window_choices(device: str) -> Iterator[dict[str, Any]]:
+    """What `neighborhood_attention` takes in generation for each family and image size. Nothing is run to find out."""
+    import torch
+
+    from .attention.window import WindowCase, choose_backend
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for family, (heads, head_dim, text_length) in SHAPES.items():
+        for size in SIZES:
+            side = size // PIXELS_PER_TOKEN
+            settings = (heads, head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), text_length)
+            choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
+            yield {
+                "family": family,
+                "pixels": size,
+                "grid": [side, side],
+                "window": WINDOW,
+                "heads": heads,
+                "head_dim": head_dim,
+                "text_length": text_length,
+                "backend": choice.backend,
+                "reason": choice.reason,
+                "passed_over": dict(choice.passed_over),
+            }
 
 
 def _natten_has_kernels() -> bool:
@@ -91,7 +123,19 @@ def environment_text(found: dict[str, Any]) -> str:
         for name, backend in found[kind].items():
             note = f": {backend['note']}" if backend["note"] else ""
             lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
+        if kind == "window_attention":
+            lines += _choice_lines(found["window_choices"])
     return "\n".join(lines)
+
+
+def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """One line for each family, and why: a reason that several backends or sizes share is given once."""
+    lines = [f"  taken for a window of {WINDOW} when generating, by size in pixels:"]
+    for family in SHAPES:
+        sizes = (f"{c['pixels']} {c['backend']}" for c in choices if c["family"] == family)
+        lines.append(f"    {family:20} {', '.join(sizes)}")
+    reasons = dict.fromkeys((choice["backend"], choice["reason"]) for choice in choices)
+    return lines + [f"    {backend}: {reason}" for backend, reason in reasons]
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit.attention.window import WindowCase, choose_backend
 from hybriddit.cli import main
 from hybriddit.generate import save_png
 from hybriddit.info import describe, environment, environment_text
@@ -140,7 +142,51 @@ def test_this_machine(capsys):
     assert found["packages"]["torch"] == torch.__version__.split("+")[0]
     assert found["device"]["type"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert all(found["window_attention"][name]["available"] for name in ("tiled", "dense"))
-    assert not found["linear_attention"]["triton"]["available"]
+    triton = found["linear_attention"]["triton"]
+    assert triton["available"] == (triton["note"] == "") and (triton["available"] or "GPU" in triton["note"])
+
+
+def test_choices_are_those_of_the_dispatch(capsys):
+    assert main(["info", "--json"]) == 0
+    choices = json.loads(capsys.readouterr().out)["window_choices"]
+    assert [(c["family"], c["pixels"]) for c in choices] == [
+        (family, size) for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX") for size in (512, 1024, 4096)
+    ]
+    flux = choices[-1]
+    assert flux["grid"] == [256, 256] and (flux["heads"], flux["head_dim"], flux["text_length"]) == (24, 128, 512)
+    for choice in choices:
+        case = WindowCase(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            tuple(choice["grid"]),
+            choice["heads"],
+            choice["head_dim"],
+            (choice["window"],) * 2,
+            text_length=choice["text_length"],
+        )
+        expected = choose_backend(case)
+        assert (choice["backend"], choice["reason"]) == expected[:2]
+        assert choice["passed_over"] == dict(expected.passed_over)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        f"FLUX                 512 {choices[6]['backend']}, 1024 {choices[7]['backend']}, 4096 {flux['backend']}"
+        in text
+    )
+    assert f"    {flux['backend']}: {flux['reason']}" in text
+
+
+def test_a_gpu_without_natten_s_kernels_takes_flex(monkeypatch):
+    """What a GPU machine is told, made up on this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "natten", None)
+    monkeypatch.setattr("hybriddit.attention.window.flex_requirements", lambda: [])
+    found = environment()
+    assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
+    assert found["window_choices"][-1]["passed_over"] == {"natten": "it is not installed"}
+    assert "FLUX                 512 flex, 1024 flex, 4096 flex" in environment_text(found)
 
 
 @pytest.mark.parametrize("gpu, kernels, triton, compiler", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1), (0, 0, 0, 0)])
@@ -149,8 +195,10 @@ def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("hybriddit.info._natten_has_kernels", lambda: bool(kernels))
-    monkeypatch.setattr("hybriddit.info.importlib.util.find_spec", lambda name: object() if triton else None)
-    monkeypatch.setattr("hybriddit.info.shutil.which", lambda name: "/bin/cc" if compiler else None)
+    monkeypatch.setattr(
+        "hybriddit.attention.window.importlib.util.find_spec", lambda name: object() if triton else None
+    )
+    monkeypatch.setattr("hybriddit.attention.window.shutil.which", lambda name: "/bin/cc" if compiler else None)
     monkeypatch.delenv("CC", raising=False)
     found = environment()
     natten, flex = (found["window_attention"][name] for name in ("natten", "flex"))
