@@ -90,11 +90,20 @@ def _sum_kernel(
     weights = tl.full((BLOCK_N, 16), 1 / 16, dtype=DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, length), BLOCK_N):
+    for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
+        start = first + step * BLOCK_N
         valid = n[:, None] < length - start
-        x_rows = _load(x + start * x_row * UNIT + n[:, None] * (x_row * UNIT) + d[None, :], valid, WIDTH != BLOCK_D, d[None, :] < WIDTH)
+        x_rows = _load(
+            x + start * x_row * UNIT + n[:, None] * (x_row * UNIT) + d[None, :],
+            valid,
+            WIDTH != BLOCK_D,
+            d[None, :] < WIDTH,
+        )
         y_rows = _load(
-            y + start * y_row * UNIT + n[:, None] * (y_row * UNIT) + e[None, :], valid, OUT_WIDTH % BLOCK_E != 0, e[None, :] < OUT_WIDTH
+            y + start * y_row * UNIT + n[:, None] * (y_row * UNIT) + e[None, :],
+            valid,
+            OUT_WIDTH % BLOCK_E != 0,
+            e[None, :] < OUT_WIDTH,
         )
         features = _phi(x_rows.to(tl.float32))
         if SCALED:
@@ -165,15 +174,23 @@ def _output_kernel(
     means = _columns(tl.load(mean + pair * WIDTH + d, mask=d < WIDTH, other=0.0), DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, length), BLOCK_N):
+    for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
+        start = first + step * BLOCK_N
         valid = n[:, None] < length - start
-        q = _load(query + start * q_row * UNIT + n[:, None] * (q_row * UNIT) + d[None, :], valid, WIDTH != BLOCK_D, d[None, :] < WIDTH)
+        q = _load(
+            query + start * q_row * UNIT + n[:, None] * (q_row * UNIT) + d[None, :],
+            valid,
+            WIDTH != BLOCK_D,
+            d[None, :] < WIDTH,
+        )
         features = _phi(q.to(tl.float32)).to(DOT)
         denominator = tl.sum(tl.dot(features, means, input_precision=PRECISION), axis=1) + eps
         result = tl.dot(features, sums, input_precision=PRECISION) / denominator[:, None]
         if JOIN:
             beside = tl.load(
-                near + start * near_row * UNIT + n[:, None] * (near_row * UNIT) + e[None, :], mask=valid & inside, other=0.0
+                near + start * near_row * UNIT + n[:, None] * (near_row * UNIT) + e[None, :],
+                mask=valid & inside,
+                other=0.0,
             ).to(tl.float32)
             opening = gate + start * gate_row + n[:, None] * gate_row
             if GATE_PER_ROW:
@@ -230,7 +247,8 @@ def _output_backward_kernel(
         sums = tl.load(state, mask=(d[None, :] < WIDTH) & (e[:, None] < OUT_WIDTH), other=0.0).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, length), BLOCK_N):
+    for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
+        start = first + step * BLOCK_N
         valid = n[:, None] < length - start
         grad_features = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         for block in range(blocks):
@@ -247,7 +265,12 @@ def _output_backward_kernel(
                 block * BLOCK_E + e[None, :] < OUT_WIDTH,
             )
             grad_features = tl.dot(g.to(DOT), sums, grad_features, input_precision=PRECISION)
-        q = _load(query + start * q_row * UNIT + n[:, None] * (q_row * UNIT) + d[None, :], valid, WIDTH != BLOCK_D, d[None, :] < WIDTH)
+        q = _load(
+            query + start * q_row * UNIT + n[:, None] * (q_row * UNIT) + d[None, :],
+            valid,
+            WIDTH != BLOCK_D,
+            d[None, :] < WIDTH,
+        )
         q = q.to(tl.float32)
         features = _phi(q)
         scale = 1 / (tl.sum(tl.dot(features.to(DOT), means, input_precision=PRECISION), axis=1) + eps)
@@ -308,9 +331,15 @@ def _state_backward_kernel(
         sums = (sums * factor).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
-    for start in range(first, tl.minimum(first + rows_per_split, length), BLOCK_N):
+    for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
+        start = first + step * BLOCK_N
         valid = n[:, None] < length - start
-        k = _load(key + start * k_row * UNIT + n[:, None] * (k_row * UNIT) + d[None, :], valid, WIDTH != BLOCK_D, d[None, :] < WIDTH)
+        k = _load(
+            key + start * k_row * UNIT + n[:, None] * (k_row * UNIT) + d[None, :],
+            valid,
+            WIDTH != BLOCK_D,
+            d[None, :] < WIDTH,
+        )
         features = _phi(k.to(tl.float32)).to(DOT)
         grad = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32) + means[None, :]
         for block in range(blocks):
@@ -326,7 +355,10 @@ def _state_backward_kernel(
                 mask=valid & (columns < OUT_WIDTH),
             )
             v = _load(
-                value + start * v_row * UNIT + n[:, None] * (v_row * UNIT) + columns, valid, OUT_WIDTH % BLOCK_E != 0, columns < OUT_WIDTH
+                value + start * v_row * UNIT + n[:, None] * (v_row * UNIT) + columns,
+                valid,
+                OUT_WIDTH % BLOCK_E != 0,
+                columns < OUT_WIDTH,
             )
             grad = tl.dot(v.to(DOT), tl.trans(sums), grad, input_precision=PRECISION)
         # phi' is 1 above zero and phi below; at zero both
@@ -352,7 +384,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     # wgmma takes 64 rows at a time; elsewhere and backward that many do not fit beside the state
     rows = 64 if target in (90, 100, 103) and not precise and kernel in ("sum", "output") else 32
     if block_d > 128:
-        rows, block_e = 16, min(block_e, 16 if precise else 32)
+        rows, block_e = 16, 16
     elif precise and block_d > 64 and (dtype == torch.float32 or target == "hip"):
         rows, block_e = 16, min(block_e, 64)
     options = {"BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_N": rows}
@@ -364,8 +396,10 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
         options |= {"DOT": tl.float32, "PRECISION": "ieee" if target == "hip" else precision}
     else:
         options |= {"DOT": tl.bfloat16, "PRECISION": "ieee"}
+    warps = 4 if target == "hip" else 8
     # a state that is read again for every block of rows is too large to be read ahead
-    return options | {"num_warps": 4 if target == "hip" else 8, "num_stages": 1 if block_d > 128 or block_e < out_width else 2}
+    stages = 1 if block_e < out_width else 2
+    return options | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,9 +407,7 @@ def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return _sums(key, value, None, None, 1 / max(key.shape[1], 1))
 
 
-def output(
-    query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate: Tensor | None, eps: float
-) -> Tensor:
+def output(query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
     batch, length, heads, width = query.shape
     out = query.new_empty(batch, length, heads, state.shape[3])
     if out.numel() == 0:

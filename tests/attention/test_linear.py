@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import oracles
 import pytest
 import torch
@@ -213,3 +218,12 @@ def test_triton_is_refused_in_one_line():
     x = torch.zeros(1, 3, 2, 4)
     with pytest.raises(ValueError, match='"triton" cannot run this: .* use backend "auto"'):
         linear_attention(x, x, x, backend="triton")
+
+
+def test_the_kernels_in_triton_s_interpreter():
+    """test_linear_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_linear_triton.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
