@@ -1,13 +1,20 @@
-"""Times this machine's attention against dense `scaled_dot_product_attention`, in one process, interleaved.
+"""Times this machine's attention in one process, the sides of a row interleaved, and measures its memory.
 
-    python scripts/bench_attention.py [repeats]
+    python scripts/bench_attention.py [--only linear window bfloat16 join memory] [--repeats 7] [--threads 2]
 
-Prints a table of median wall times and the ratio dense / ours; the window's dense side sees the text too.
+Prints tables of median wall times and their ratio: linear and window attention against dense
+`scaled_dot_product_attention` (which sees the text too), ours in bfloat16 against ours in float32, a join of two
+branches inside linear attention against one after it; and the peak memory of linear attention over 65536 tokens.
 """
 
+import argparse
+import concurrent.futures
+import multiprocessing
+import resource
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +30,26 @@ def dense_attention(query, key, value, text_key=None, text_value=None):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
 
-def window_attention(window):
-    def attend(query, key, value, text_key=None, text_value=None):
-        return neighborhood_attention(query, key, value, window=window, text_key=text_key, text_value=text_value)
+def window_attention(query, key, value, text_key=None, text_value=None, *, window):
+    return neighborhood_attention(query, key, value, window=window, text_key=text_key, text_value=text_value)
 
-    return attend
+
+def joined(query, key, value, near, gate):
+    return linear_attention(query, key, value, near=near, gate=gate)
+
+
+def joined_after(query, key, value, near, gate):
+    return near + gate * (linear_attention(query, key, value) - near)
+
+
+def linear_inputs(tokens):
+    return [torch.randn(1, tokens, 16, 64) for _ in range(3)]
+
+
+def window_inputs(size, text):
+    return [torch.randn(1, size, size, 4, 64) for _ in range(3)] + [
+        torch.randn(1, text, 4, 64) for _ in range(2 if text else 0)
+    ]
 
 
 def call(function, inputs, backward):
@@ -41,41 +63,101 @@ def call(function, inputs, backward):
     return time.perf_counter() - start
 
 
-def compare(name, function, inputs, backward, repeats):
-    inputs = [x.requires_grad_(backward) for x in inputs]
-    for side in (dense_attention, function):
-        call(side, inputs, backward)
-    pairs = [[call(side, inputs, backward) for side in (dense_attention, function)] for _ in range(repeats)]
-    dense, ours = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
-    direction = "forward + backward" if backward else "forward"
-    print(f"| {name} | {direction} | {dense:.2f} | {ours:.2f} | {dense / ours:.2f} |", flush=True)
+def compare(name, sides, repeats):
+    """One row per direction: the first of two (function, inputs) against the second."""
+    for backward in (False, True):
+        ready = [(function, [x.requires_grad_(backward) for x in inputs]) for function, inputs in sides]
+        for function, inputs in ready:
+            call(function, inputs, backward)
+        rounds = [[call(function, inputs, backward) for function, inputs in ready] for _ in range(repeats)]
+        first, second = (1e3 * statistics.median(times) for times in zip(*rounds, strict=True))
+        direction = "forward + backward" if backward else "forward"
+        print(f"| {name} | {direction} | {first:.2f} | {second:.2f} | {first / second:.2f} |", flush=True)
+
+
+def header(first, second):
+    print(f"\n| case | direction | {first} ms | {second} ms | {first} / {second} |\n| --- | --- | ---: | ---: | ---: |")
+
+
+def time_linear(repeats):
+    header("dense", "ours")
+    for tokens, count in ((256, 5 * repeats), (1024, 5 * repeats), (4096, repeats), (16384, 3)):
+        inputs = linear_inputs(tokens)
+        name = f"linear, 16 heads x 64, {tokens} tokens"
+        compare(name, [(dense_attention, inputs), (linear_attention, inputs)], count)
+
+
+def time_window(repeats):
+    header("dense", "ours")
+    small = [(16, 3, 0), (16, 9, 0), (16, 15, 0), (16, 9, 77), (16, 9, 512), (32, 9, 0), (32, 15, 77), (32, 31, 0)]
+    for size, window, text in [*small, (64, 9, 0), (64, 9, 77), (64, 9, 512), (64, 21, 0), (128, 9, 0)]:
+        inputs = window_inputs(size, text)
+        count = 5 * repeats if size <= 32 else repeats if size < 128 else 3
+        name = f"window {window}, 4 heads x 64, {size} x {size}, text {text}"
+        compare(name, [(dense_attention, inputs), (partial(window_attention, window=window), inputs)], count)
+
+
+def time_bfloat16(repeats):
+    header("float32", "bfloat16")
+    cases = [(f"linear, 16 heads x 64, {n} tokens", linear_attention, linear_inputs(n)) for n in (1024, 4096, 16384)]
+    for size, text in ((64, 0), (64, 77), (64, 512), (128, 0)):
+        name = f"window 9, 4 heads x 64, {size} x {size}, text {text}"
+        cases.append((name, partial(window_attention, window=9), window_inputs(size, text)))
+    for name, function, inputs in cases:
+        compare(name, [(function, inputs), (function, [x.bfloat16() for x in inputs])], 2 * repeats)
+
+
+def time_join(repeats):
+    header("after", "inside")
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1024, 4096):
+            inputs = [x.to(dtype) for x in (*linear_inputs(tokens), torch.randn(1, tokens, 16, 64))]
+            inputs.append(torch.rand(16, 1))
+            name = f"linear and join, 16 heads x 64, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+            compare(name, [(joined_after, inputs), (joined, inputs)], 2 * repeats)
+
+
+def peak_growth(dtype, threads, tokens=65536):
+    """How far the process's peak memory grows in a forward, over the size of the output."""
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        linear_attention(*(x.to(dtype) for x in linear_inputs(64)))  # what libraries load and set up once
+        inputs = [torch.empty(1, tokens, 16, 64, dtype=dtype).uniform_(-2, 2) for _ in range(3)]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        out = linear_attention(*inputs)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (after - before) * (1 if sys.platform == "darwin" else 1024) / (out.numel() * out.element_size())
+
+
+def measure_memory(threads):
+    print("\n| case | peak memory growth / output |\n| --- | ---: |")
+    for dtype in (torch.float32, torch.bfloat16):
+        # a process of its own: the peak is the process's, and never falls
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            growth = pool.submit(peak_growth, dtype, threads).result()
+        name = f"linear, 16 heads x 64, 65536 tokens, {str(dtype).removeprefix('torch.')}, forward"
+        print(f"| {name} | {growth:.3f} |", flush=True)
 
 
 def main():
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    print(
-        "| case, fp32, two threads | direction | dense ms | ours ms | dense / ours |\n| --- | --- | ---: | ---: | ---: |"
+    parts = {"linear": time_linear, "window": time_window, "bfloat16": time_bfloat16, "join": time_join}
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    for tokens in (256, 1024, 4096):
-        for backward in (False, True):
-            inputs = [torch.randn(1, tokens, 16, 64) for _ in range(3)]
-            count = repeats if tokens > 1024 else 5 * repeats
-            compare(f"linear, 16 heads x 64, {tokens} tokens", linear_attention, inputs, backward, count)
-    cases = [(16, 3, 0), (16, 9, 0), (16, 15, 0), (16, 9, 77), (16, 9, 512), (32, 9, 0), (32, 15, 77), (32, 31, 0)]
-    for size, window, text in [*cases, (64, 9, 0), (64, 9, 77), (64, 9, 512), (128, 9, 0)]:
-        for backward in (False, True):
-            inputs = [torch.randn(1, size, size, 4, 64) for _ in range(3)]
-            inputs += [torch.randn(1, text, 4, 64) for _ in range(2 if text else 0)]
-            name = f"window {window}, 4 heads x 64, {size} x {size}, text {text}"
-            compare(
-                name,
-                window_attention(window),
-                inputs,
-                backward,
-                5 * repeats if size <= 32 else repeats if size < 128 else 3,
-            )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*parts, "memory"], default=[*parts, "memory"], help="parts to run"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="of a medium-sized case")
+    parser.add_argument("--threads", type=int, default=2, help="torch's")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {args.threads} threads")
+    for name, part in parts.items():
+        if name in args.only:
+            part(args.repeats)
+    if "memory" in args.only:
+        measure_memory(args.threads)
 
 
 if __name__ == "__main__":
