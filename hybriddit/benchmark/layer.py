@@ -72,7 +72,7 @@ def layer_sides(
     def near() -> Side:
         def forward() -> Tensor:
             heads = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
-            return neighborhood_attention(*heads, window=window, **text)
+            return neighborhood_attention(*heads, window=window, **text).flatten(1, 2)
 
         return side(forward, [query, key, value])
 

@@ -87,7 +87,12 @@ def _panel(axis, shape: str, part: str, direction: str, cases: list[dict[str, An
     axis.set_xticks([count for count, _ in sizes], [f"{count:,}\n{px} px" for count, px in sizes], fontsize=8)
     axis.minorticks_off()
     bottom, top = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,)))
+    if top < 4 * bottom:  # a difference of a few per cent is not to look like a gulf
+        middle = math.sqrt(bottom * top)
+        bottom, top = middle / 2, middle * 2
+        axis.set_ylim(bottom, top)
+    subs = range(1, 10) if top < 6 * bottom else (1, 2, 5) if top < 100 * bottom else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(_time)
     axis.tick_params(colors=INK, labelsize=8)
     kind = {"attention": "attention layer", "transformer": "transformer", "generation": "generation"}[part]

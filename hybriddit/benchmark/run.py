@@ -371,7 +371,8 @@ def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 def _tidy(device: torch.device) -> None:
     gc.collect()
-    torch.compiler.reset()  # a limit on recompilations would send later sizes to uncompiled kernels
+    if "torch._dynamo" in sys.modules:  # a limit on recompilations would send later sizes to uncompiled kernels
+        torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
