@@ -1,11 +1,14 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -84,6 +87,36 @@ def test_non_contiguous_input():
         assert relative_error(grad, reference) < 1e-11
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_first_input_of_several_ragged_blocks(dtype, monkeypatch):
+    """Views of [B, heads, N, D], in blocks of 64 rows of two of the three heads."""
+    monkeypatch.setattr(linear_module, "CPU_ROWS", 64)
+    monkeypatch.setattr(linear_module, "CPU_ELEMENTS", 2 * 64 * 24)
+    inputs = [torch.randn(2, 3, 150, 24).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    weight = torch.randn(2, 150, 3, 24).to(dtype)
+    out, expected = linear_attention(*inputs), oracles.linear(*inputs)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    grads = torch.autograd.grad(expected, inputs, weight.double())
+    for grad, reference in zip(torch.autograd.grad(out, inputs, weight), grads, strict=True):
+        assert relative_error(grad, reference.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("instructions", [(), ("sse2", "neon")], ids=["without", "with"])
+def test_bfloat16_with_and_without_its_instructions(instructions, monkeypatch):
+    monkeypatch.setattr(linear_module, "BFLOAT16_INSTRUCTIONS", instructions)
+    product = linear_module._product_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    assert product == (torch.bfloat16 if instructions else torch.float32)
+    test_values_and_gradients(SHAPES[2], torch.bfloat16, "torch")
+    test_join_with_another_branch((3, 1), torch.bfloat16)
+
+
+def test_phi():
+    x = torch.tensor([-1e4, -200, -80, -3, -1e-3, 0, 1e-3, 2, 1e4], dtype=torch.float64)
+    expected = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    torch.testing.assert_close(linear_module._phi(x, torch.float64), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(linear_module._phi(x.float(), torch.float32), expected.float(), rtol=1e-6, atol=1e-38)
+
+
 def test_extreme_inputs_stay_finite():
     inputs = [x.detach() * 200 for x in random_inputs(SHAPES[0], torch.float32)[0]]
     assert linear_attention(*inputs).isfinite().all()
@@ -128,6 +161,33 @@ def test_cost_is_linear():
         return counter.get_total_flops()
 
     assert flops(4096) == 4 * flops(1024) > 0
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made under it hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.bytes = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        others = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in others:
+                self.made.append(weakref.ref(x))
+        self.made = [x for x in self.made if x() is not None]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (y() for y in self.made)}
+        self.bytes = max(self.bytes, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_beside_the_output_does_not_grow(dtype):
+    key, query = (torch.randn(1, 65536, 1, 64).to(dtype).expand(1, 65536, 16, 64) for _ in range(2))
+    with torch.no_grad(), PeakMemory() as peak:
+        out = linear_module._output(query, *linear_module._state(key, key), None, None, 1e-4)
+    assert out.nbytes <= peak.bytes <= 1.1 * out.nbytes
 
 
 def test_flop_formulas_count_what_runs():
