@@ -67,7 +67,8 @@ def axis_windows(axis: Axis, position):
         size = (length - residue + dilation - 1) // dilation
         window = size.clip(max=window)
         stride = window.clip(max=stride)
-    leader = (index // stride * stride + stride // 2).clip(max=size - 1)
+    leader = index if axis.stride == 1 else index // stride * stride + stride // 2
+    leader = leader.clip(max=size - 1)
     start = (leader - window // 2).clip(min=0).clip(max=size - window)
     return first + start, window
 
@@ -98,9 +99,10 @@ class Layout(NamedTuple):
         image = self.lengths[0]
 
         def place(token):
-            tile, inside = token // BLOCK, token % BLOCK
-            row = tile // columns.tiles * rows.tile + inside // columns.tile
-            return row, tile % columns.tiles * columns.tile + inside % columns.tile
+            # shifts: torch generates a dozen instructions for a division that rounds down
+            tile, inside = token >> BLOCK.bit_length() - 1, token & BLOCK - 1
+            row = tile // columns.tiles * rows.tile + (inside >> columns.tile.bit_length() - 1)
+            return row, tile % columns.tiles * columns.tile + (inside & columns.tile - 1)
 
         def seen(batch, head, query, key):
             (query_row, query_column), (row, column) = place(query), place(key)
