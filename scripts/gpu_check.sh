@@ -2,7 +2,7 @@
 # All that a GPU has to show, under 25 minutes on an H100: environment, tests, benchmark, and the targets of both.
 #     scripts/gpu_check.sh [folder of wheels]
 # Needs a GPU, and Python with torch and triton ($PYTHON, default python3). No network: what the machine lacks (pytest,
-# matplotlib, pillow, diffusers and what it needs, natten) comes from the folder of wheels, if one is given; what is
+# matplotlib, diffusers and what it needs, natten) comes from the folder of wheels, if one is given; what is
 # still missing is said and left out. Results go to benchmarks/results/<device>/, and are copied to $OUT if that is set.
 # Exits with 1 where there is no GPU, a test fails or a measurement breaks; a missed target is told, and no error.
 set -euo pipefail
@@ -60,13 +60,7 @@ echo "== environment"
 
 echo "== tests"
 if has pytest; then
-    tests=(tests/attention)
-    if has PIL; then
-        tests+=(tests/test_benchmark.py)
-    else
-        echo "left out: tests/test_benchmark.py needs pillow"
-    fi
-    timeout 480 "$python" -m pytest "${tests[@]}" 2>&1 | tee "$work/tests" || failed=1
+    timeout 480 "$python" -m pytest tests/attention tests/test_benchmark.py 2>&1 | tee "$work/tests" || failed=1
     tail -n 1 "$work/tests" > "$results/tests.txt"
 else
     echo "left out: the tests need pytest"
