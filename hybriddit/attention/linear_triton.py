@@ -385,12 +385,11 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     rows = 64 if target in (90, 100, 103) and not precise and kernel in ("sum", "output") else 32
     if block_d > 128:
         rows, block_e = 16, 16
-    elif block_d > 64 and dtype == torch.float32:
-        rows, block_e = 16, min(block_e, 64)
-    elif block_d > 64 and target == "hip" and (precise or kernel == "output_backward"):
-        rows, block_e = 16, min(block_e, 64)
-    elif block_d > 64 and precise and kernel.endswith("backward"):
-        rows = 16
+    elif block_d == 128:
+        if dtype == torch.float32 or (target == "hip" and (precise or kernel == "output_backward")):
+            rows, block_e = 16, min(block_e, 64)
+        elif precise and kernel.endswith("backward"):
+            rows = 16
     options = {"BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_N": rows}
     if target == "interpreter":  # whose bfloat16 products are wrong
         return options | {"DOT": tl.float32, "PRECISION": "ieee"}

@@ -12,6 +12,9 @@ linear_triton = pytest.importorskip("hybriddit.attention.linear_triton", reason=
 if not (torch.cuda.is_available() or linear_triton.INTERPRETED):
     pytest.skip("no GPU; test_linear.py runs this file in Triton's interpreter", allow_module_level=True)
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 DEVICE = "cpu" if linear_triton.INTERPRETED else "cuda"
 # the interpreter truncates where chips round, and tf32x3 has less than float32's bits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -120,11 +123,13 @@ def test_results_do_not_change_from_run_to_run():
         assert a.equal(b)
 
 
-@linear_triton.triton.jit
-def _columns_kernel(x, out, COUNT: linear_triton.tl.constexpr):
-    tl = linear_triton.tl
+split_columns = linear_triton._columns
+
+
+@triton.jit
+def _columns_kernel(x, out, COUNT: tl.constexpr):
     n = tl.arange(0, COUNT)
-    columns = linear_triton._columns(tl.load(x + n), tl.bfloat16)
+    columns = split_columns(tl.load(x + n), tl.bfloat16)
     tl.store(out + n, tl.sum(columns.to(tl.float32), axis=1))
 
 
