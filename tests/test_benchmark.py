@@ -234,9 +234,30 @@ def test_without_samples_there_is_no_summary():
 # What stands between the clock and the figures.
 
 
-def sleeper(name, seconds, log=None, **kwargs):
+class Clock:
+    """Stands in for the time module: it moves when a side says that it took time, and a little at every look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1e-9
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measuring, "time", clock)
+    return clock
+
+
+def sleeper(clock, name, seconds, log=None, **kwargs):
     def forward():
-        time.sleep(seconds)
+        clock.sleep(seconds)
         if log is not None:
             log.append(name)
         return torch.ones(2, requires_grad=torch.is_grad_enabled())
@@ -244,54 +265,67 @@ def sleeper(name, seconds, log=None, **kwargs):
     return Side(name, forward, [], **kwargs)
 
 
-def test_times_are_those_of_the_call():
+def test_times_are_those_of_the_call(clock):
     log = []
-    sides = [sleeper("one", 0.004, log), sleeper("two", 0.008, log)]
+    sides = [sleeper(clock, "one", 0.004, log), sleeper(clock, "two", 0.008, log)]
     outcomes = measure(sides, False, CPU, Limits(4, 10.0))
-    for name, seconds in (("one", 0.004), ("two", 0.008)):
-        samples = outcomes[name].samples["forward"]
-        assert len(samples) == 4 and seconds <= reports.quantile(samples, 0.5) < 1.8 * seconds
+    assert outcomes["one"].samples == {"forward": pytest.approx([0.004] * 4, rel=1e-3)}
+    assert outcomes["two"].samples == {"forward": pytest.approx([0.008] * 4, rel=1e-3)}
     # to compile, for memory, and a first idea of the time; then in turns
     assert log == ["one"] * 3 + ["two"] * 3 + ["one", "two"] * 4
 
 
-def test_short_calls_are_repeated_within_a_sample():
-    outcome = measure([sleeper("short", 0.0001)], False, CPU, Limits(1, 10.0))["short"]
-    assert 2 < outcome.calls <= measuring.MAX_CALLS
-    assert 0.0001 <= outcome.samples["forward"][0] < 0.001
+def test_the_clock_is_the_machines():
+    begin = time.perf_counter()
+    [seconds] = sample(sleeper(time, "real", 0.02), False, 1, CPU).values()
+    assert 0.02 <= seconds <= time.perf_counter() - begin
 
 
-def test_steps_of_a_sampler_share_its_time():
-    [(direction, seconds)] = sample(sleeper("sampler", 0.02, steps=4), False, 1, CPU).items()
-    assert direction == "step" and 0.005 <= seconds < 0.009
+def test_short_calls_are_repeated_within_a_sample(clock):
+    log = []
+    outcome = measure([sleeper(clock, "short", 0.0001, log)], False, CPU, Limits(2, 10.0))["short"]
+    assert outcome.calls == 20 and len(log) == 3 + 2 * 20
+    assert outcome.samples["forward"] == pytest.approx([0.0001] * 2, rel=1e-3)
+    tiny = measure([sleeper(clock, "tiny", 1e-7)], False, CPU, Limits(1, 10.0))["tiny"]
+    assert tiny.calls == measuring.MAX_CALLS
 
 
-def test_the_backward_pass_is_timed_apart():
+def test_slow_calls_are_repeated_less_often(clock):
+    outcomes = measure([sleeper(clock, "a", 0.99), sleeper(clock, "b", 2.5)], False, CPU, Limits(20, 10.0))
+    assert len(outcomes["a"].samples["forward"]) == 8
+    assert outcomes["b"] == "3 calls take longer than --max-seconds 10"
+
+
+def test_steps_of_a_sampler_share_its_time(clock):
+    assert sample(sleeper(clock, "sampler", 0.02, steps=4), False, 3, CPU) == {"step": pytest.approx(0.005, rel=1e-3)}
+
+
+def test_the_backward_pass_is_timed_apart(clock):
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            time.sleep(0.005)
+            clock.sleep(0.005)
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            time.sleep(0.01)
+            clock.sleep(0.01)
             return grad
 
     x = torch.ones(3, requires_grad=True)
     times = sample(Side("slow", lambda: Slow.apply(x), [x]), True, 2, CPU)
-    assert 0.01 <= times["backward"] < 0.015 <= times["forward + backward"] < 0.022
+    assert times == {"backward": pytest.approx(0.01, rel=1e-3), "forward + backward": pytest.approx(0.015, rel=1e-3)}
 
 
-def test_a_side_that_cannot_run_says_why_and_leaves_the_others():
+def test_a_side_that_cannot_run_says_why_and_leaves_the_others(clock):
     def broken():
         raise RuntimeError("no kernel\nfor this")
 
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    sides = [Side("broken", broken, []), Side("full", full, []), sleeper("fine", 0.001)]
-    sides.append(sleeper("slow", 0.05))
+    sides = [Side("broken", broken, []), Side("full", full, []), sleeper(clock, "fine", 0.001)]
+    sides.append(sleeper(clock, "slow", 0.05))
     sides.append(Side("one-way", broken, [], no_backward="no backward pass"))
     outcomes = measure(sides[:4], False, CPU, Limits(3, 0.2))
     assert outcomes["broken"] == "failed: RuntimeError: no kernel for this"

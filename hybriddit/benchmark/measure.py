@@ -23,6 +23,7 @@ MIN_REPEATS = 3
 SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
 MAX_CALLS = 200
 SHORT_SECONDS = 0.1
+RATE_SECONDS = 2.0
 
 
 class Work(NamedTuple):
@@ -138,7 +139,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """The fastest of 30 copies of `copy_bytes`, and of 30 products of square matrices of that side."""
+    """The fastest of up to 30 copies of `copy_bytes`, and of as many products of square matrices of that side."""
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
     copy = _fastest(partial(one.copy_, other), device)
     one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
@@ -148,9 +149,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, mat
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
     side = Side("", call, [])
-    for _ in range(3):
-        sample(side, False, 1, device)
-    return min(sample(side, False, 1, device)["forward"] for _ in range(30))
+    samples, begin = [], time.perf_counter()
+    while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
+        samples.append(sample(side, False, 1, device)["forward"])
+    return min(samples)
 
 
 def sample(side: Side, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
