@@ -164,10 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks")
     sub.add_argument("--layers", type=int, help="blocks of the transformers (default: all; 2 on a CPU)")
     sub.add_argument(
-        "--repeats", type=int, help="samples of each case, fewer where they take long (default: 20; CPU: 7)"
+        "--repeats", type=int, help="samples of each case, fewer where they take long (default: 20; CPU: 5)"
     )
     sub.add_argument(
-        "--max-seconds", type=float, help="for one case; longer ones are not measured (default: 10; CPU: 5)"
+        "--max-seconds", type=float, help="for one case; longer ones are not measured (default: 10; CPU: 15)"
     )
     sub.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
     _add_dtype(sub)

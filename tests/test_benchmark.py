@@ -367,8 +367,8 @@ def before(**kwargs):
 def test_what_would_take_too_long_or_too_much_is_not_tried():
     limits = Limits(10, 100.0)
     assert running._too_much(None, 1024, 19.9, 1, 0, 1e9, limits) is None
-    assert "at its floor" in running._too_much(None, 1024, 20.1, 1, 0, 1e9, limits)
-    assert "at its floor" in running._too_much(None, 1024, 6.0, 4, 0, 1e9, limits), "four steps a call"
+    assert "by its floor" in running._too_much(None, 1024, 20.1, 1, 0, 1e9, limits)
+    assert "by its floor" in running._too_much(None, 1024, 6.0, 4, 0, 1e9, limits), "four steps a call"
     # 1 s at a floor of 0.1 s: five calls of 20 s are the limit
     assert running._too_much(before(), 1024, 1.99, 1, 0, 1e9, limits) is None
     assert "going by 512 px it would take longer" in running._too_much(before(), 1024, 2.01, 1, 0, 1e9, limits)

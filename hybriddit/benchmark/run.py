@@ -66,8 +66,8 @@ def settings(device: torch.device, **given: Any) -> Settings:
         "variants": device_variants(device),
         "dtype": "bfloat16" if gpu else "float32",
         "layers": None if gpu else 2,
-        "repeats": 20 if gpu else 7,
-        "max_seconds": 10.0 if gpu else 5.0,
+        "repeats": 20 if gpu else 5,
+        "max_seconds": 10.0 if gpu else 15.0,
     }
     every_part = given["parts"] is None
     given = {name: defaults.get(name) if value is None else value for name, value in given.items()}
@@ -346,7 +346,7 @@ def _too_much(before, px: int, floor: float, steps: int, needed: int, free: floa
     least = steps * (2 + min(MIN_REPEATS, limits.repeats))  # the two calls before the samples, and those
     limit = f"--max-seconds {limits.max_seconds:g}"
     if least * floor > limits.max_seconds:
-        return f"even at its floor it would take longer than {limit}"
+        return f"by its floor alone it would take longer than {limit}"
     if before is None:
         return None
     if "not_measured" in before:
@@ -391,6 +391,11 @@ class Progress:
 
     def __init__(self, chosen: Settings, quiet: bool):
         self.groups, self.quiet, self.taken = list(groups(chosen)), quiet, {}
+        directions = {part: 1 + ("backward" in _directions(chosen, part)) for part in chosen.parts}
+        self.most = {
+            part: chosen.max_seconds * count * len(part_variants(part, chosen.variants))
+            for part, count in directions.items()
+        }
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -425,7 +430,7 @@ class Progress:
         if at == 0:
             return sum(self.taken.values()) / len(self.taken) if self.taken else None
         before = self.expected((part, name, sizes[at - 1]))
-        return None if before is None else 2 * before
+        return None if before is None else min(2 * before, self.most[part])
 
 
 def _duration(seconds: float) -> str:
