@@ -401,7 +401,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
         options |= {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     warps = 4 if target == "hip" else 8
     # a state that is read again for every block of rows is too large to be read ahead
-    stages = 1 if block_e < out_width else 2
+    stages = 1 if block_e < out_width else 3 if rows == 64 and kernel == "sum" else 2
     if kernel == "sum" and target in (100, 103) and triton.__version__.startswith(("3.6", "3.7", "3.8")):
         stages = 1  # Triton 3.6 fails to overlap loads with two products there, 3.9 does not
     return options | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
