@@ -354,6 +354,21 @@ def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     assert rates.floor(Work(200, 1)) == 2.0 and rates.floor(Work(1, 3000)) == 3.0
 
 
+def test_memory_that_runs_out_between_samples_ends_one_side(clock):
+    log = []
+
+    def full():
+        log.append("full")
+        if len(log) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        clock.sleep(0.5)
+        return torch.ones(1)
+
+    outcomes = measure([Side("full", full, []), sleeper(clock, "fine", 0.5)], False, CPU, Limits(4, 10.0))
+    assert outcomes["full"] == "out of memory" and len(log) == 5
+    assert len(outcomes["fine"].samples["forward"]) == 4
+
+
 def test_rates_are_of_this_device():
     rates = measuring.measure_rates(CPU, torch.float32, copy_bytes=2**24, matrix=256)
     assert 1e8 < rates.bytes_per_second < 1e13 and 1e8 < rates.flops_per_second < 1e14
@@ -615,11 +630,13 @@ def tiny(monkeypatch):
     return model
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux"])
-def test_transformers_and_samplers_are_timed(tiny, name, tmp_path):
+@pytest.mark.parametrize(
+    "name, dtype", [("pixart-sigma", "bfloat16"), ("sd3.5-medium", "float32"), ("flux", "bfloat16")]
+)
+def test_transformers_and_samplers_are_timed(tiny, name, dtype, tmp_path):
     arguments = ["--part", "transformer", "generation", "--shapes", name, "--sizes", "64", "--window", "3"]
     arguments += ["--layers", "2", "--backward", "--repeats", "1", "--quiet", "--out", str(tmp_path)]
-    assert main(["benchmark", *arguments]) == 0
+    assert main(["benchmark", *arguments, "--dtype", dtype]) == 0
     report = reports.read(tmp_path / "benchmark.json")
     assert {case.get("not_measured") for case in report["cases"]} == {None}
     assert {(case["variant"], case["part"]) for case in report["cases"]} == {

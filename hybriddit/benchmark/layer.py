@@ -69,16 +69,19 @@ def layer_sides(
         inputs = [query, key, value, far_query, far_key, layer.gate]
         return side(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
 
+    # the branches' gradients end at the image's part: what takes it out of the sequence is not theirs
     def near() -> Side:
+        inputs = [image_query, image_key, image_value, *text.values()]
+
         def forward() -> Tensor:
-            heads = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
+            heads = (x.unflatten(1, grid) for x in inputs[:3])
             return neighborhood_attention(*heads, window=window, **text).flatten(1, 2)
 
-        return side(forward, [query, key, value])
+        return side(forward, inputs)
 
     def linear() -> Side:
-        values = value if not shape.text else image_value
-        return side(lambda: linear_attention(far_query, far_key, values), [far_query, far_key, value])
+        inputs = [far_query, far_key, image_value]
+        return side(lambda: linear_attention(*inputs), inputs)
 
     def dense(backend: SDPBackend | None = None) -> Side:
         def forward() -> Tensor:

@@ -24,6 +24,7 @@ SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
 MAX_CALLS = 200
 SHORT_SECONDS = 0.1
 RATE_SECONDS = 2.0
+OUT_OF_MEMORY = "out of memory"
 
 
 class Work(NamedTuple):
@@ -246,7 +247,7 @@ def measure(
 
             peak = peak_bytes(timed, device)
         except torch.OutOfMemoryError:
-            outcomes[side.name] = "out of memory"
+            outcomes[side.name] = OUT_OF_MEMORY
         except Exception as error:  # one kernel that a machine cannot run must not cost the others' figures
             outcomes[side.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
         else:
@@ -265,8 +266,13 @@ def measure(
             torch.cuda.empty_cache()
     for turn in range(max((repeats for _, _, repeats in running), default=0)):
         for side, calls, repeats in running:
-            if turn < repeats:
-                for direction, seconds in sample(side, backward, calls, device).items():
+            if turn < repeats and isinstance(outcomes[side.name], Outcome):
+                try:
+                    taken = sample(side, backward, calls, device)
+                except torch.OutOfMemoryError:  # the memory lies in pieces by now
+                    outcomes[side.name] = OUT_OF_MEMORY
+                    continue
+                for direction, seconds in taken.items():
                     outcomes[side.name].samples.setdefault(direction, []).append(seconds)
     return outcomes
 

@@ -18,7 +18,17 @@ import torch
 
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_sides, layer_work
-from .measure import MIN_REPEATS, Limits, Rates, device_of_this_machine, free_bytes, machine, measure, measure_rates
+from .measure import (
+    MIN_REPEATS,
+    OUT_OF_MEMORY,
+    Limits,
+    Rates,
+    device_of_this_machine,
+    free_bytes,
+    machine,
+    measure,
+    measure_rates,
+)
 from .shapes import MODEL_VARIANTS, PARTS, PIXELS_PER_TOKEN, SHAPES, SIZES, tokens
 
 # share of the free memory that a case may be expected to take
@@ -321,7 +331,7 @@ def _outcomes(chosen, part, name, px, backward, direction, rates, device, known)
                 part, shape, px, left, chosen.window, chosen.layers, chosen.compile, dtype, device, backward
             )
     except torch.OutOfMemoryError:
-        return outcomes | dict.fromkeys(left, "out of memory"), works
+        return outcomes | dict.fromkeys(left, OUT_OF_MEMORY), works
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that torch leaves out: their reason is in the table
         return outcomes | measure(sides, backward, device, limits), works
