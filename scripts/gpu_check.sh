@@ -79,7 +79,7 @@ bench() {
 }
 
 echo "== attention layer"
-bench 720 --part attention --shapes flux pixart-sigma sd3 --sizes 512 1024 2048 4096 8192 16384 --max-seconds 12 \
+bench 660 --part attention --shapes flux pixart-sigma sd3 --sizes 512 1024 2048 4096 8192 16384 --max-seconds 12 \
     --out "$results"
 
 echo "== transformer"

@@ -317,6 +317,36 @@ def test_the_backward_pass_is_timed_apart(clock):
     assert times == {"backward": pytest.approx(0.01, rel=1e-3), "forward + backward": pytest.approx(0.015, rel=1e-3)}
 
 
+def test_on_a_gpu_the_times_are_those_of_its_events(clock, monkeypatch):
+    """The CUDA calls are stood in for: an event is reached when the device is waited for."""
+    waited = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+
+        def elapsed_time(self, end):
+            assert waited[-1] >= end.at, "read before the device was there"
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(clock.now))
+    gpu = torch.device("cuda")
+    assert sample(sleeper(clock, "a", 0.02), False, 3, gpu) == {"forward": pytest.approx(0.02)}
+    x = torch.ones(2, requires_grad=True)
+    times = sample(Side("b", lambda: (clock.sleep(0.01), x * 2)[1], [x]), True, 3, gpu)
+    assert times == {"backward": pytest.approx(0.0), "forward + backward": pytest.approx(0.01)}
+
+    held = iter([100, 175])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    assert peak_bytes(lambda: None, gpu) == 75
+
+
 def test_a_side_that_cannot_run_says_why_and_leaves_the_others(clock):
     def broken():
         raise RuntimeError("no kernel\nfor this")
@@ -461,6 +491,12 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
         [error] = capsys.readouterr().err.splitlines()
         assert error.startswith("hybriddit: ") and message in error
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["benchmark", "--help"])
+    assert exit.value.code == 0 and "example: hybriddit benchmark" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--shapes", "--part", "--variants", "--dtype"])
