@@ -6,9 +6,14 @@ query, and can join the result to another branch on the way out.
 
 from __future__ import annotations
 
+import operator
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .trial import triton_requirements, trouble, warn_once
 
 # One work item is up to 2048 rows of as many heads as keep it near 2 MB: it stays in cache between the passes over it.
 CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
@@ -41,7 +46,8 @@ def linear_attention(
             [B, M, heads, E], gate of any dtype and broadcastable to that; both or neither.
         eps: added to the denominator.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
-            "auto" takes Triton's kernels where they run on a GPU.
+            "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns and
+            takes torch.
 
     Returns [B, M, heads, E] in the value's dtype. Raises ValueError for inputs that do not fit together, and for a
     backend that is unknown or cannot do the case.
@@ -61,12 +67,47 @@ def linear_attention(
         )
     triton = False
     if backend == "triton" or (backend == "auto" and device_type == "cuda"):
-        refusal = triton_refusal(device_type, query.dtype, max(query.shape[-1], value.shape[-1]))
-        if refusal and backend == "triton":
-            raise ValueError(f'backend "triton" cannot run this: {refusal}; use backend "auto"')
-        triton = refusal is None
+        tensors = [x for x in (query, key, value, near, gate) if x is not None]
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        # plain ints: torch.compile may hold sizes as symbols
+        widths = operator.index(query.shape[3]), operator.index(value.shape[3])
+        case = (backend, query.device, query.dtype, *widths, gradients)
+        if torch.compiler.is_compiling():
+            from .tracing import constant
+
+            triton = constant(_takes_triton, *case)
+        else:
+            triton = _takes_triton(*case)
     state, mean = _linear_state(key, value, triton)
     return _linear_output(query, state, mean, near, gate, eps, triton)
+
+
+def _takes_triton(*case) -> bool:
+    """Whether the Triton kernels run. ValueError where they are named and cannot."""
+    return _kept_takes_triton(*case)
+
+
+@lru_cache(maxsize=64)
+def _kept_takes_triton(
+    backend: str, device: torch.device, dtype: torch.dtype, width: int, value_width: int, gradients: bool
+) -> bool:
+    reason = triton_refusal(device.type, dtype, max(width, value_width))
+    if reason is None and device.type == "cuda":
+        shapes = [(1, 70, 2, width), (1, 90, 2, width), (1, 90, 2, value_width)]
+        reason = trouble(_in_triton, _in_torch, shapes, device, dtype, gradients)
+        if reason and backend == "auto":
+            warn_once(f"linear attention does not use triton: {reason}")
+    if reason and backend == "triton":
+        raise ValueError(f'backend "triton" cannot run this: {reason}; use backend "auto"')
+    return reason is None
+
+
+def _in_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _linear_output(query, *_linear_state(key, value, True), None, None, 1e-4, True)
+
+
+def _in_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _linear_output(query, *_linear_state(key, value, False), None, None, 1e-4, False)
 
 
 def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | None:
@@ -78,10 +119,13 @@ def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | No
     try:
         from . import linear_triton
     except ImportError:
-        return "triton is not installed"
-    if device_type != "cuda" and not linear_triton.INTERPRETED:
+        return "it is not installed"
+    if linear_triton.INTERPRETED:
+        return None
+    if device_type != "cuda":
         return f"it needs a GPU (or TRITON_INTERPRET=1, to try it), and the tensors are on {device_type}"
-    return None
+    missing = triton_requirements()
+    return f"it needs {' and '.join(missing)}" if missing else None
 
 
 def _check(query, key, value, near, gate):

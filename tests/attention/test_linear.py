@@ -287,3 +287,22 @@ def test_the_kernels_in_triton_s_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+
+
+def test_kernels_that_fail_their_trial_are_left_aside_with_a_warning(monkeypatch):
+    """A GPU's first use of the kernels; the GPU is pretended."""
+    case = torch.device("cuda"), torch.bfloat16, 64, 40, True
+    tried = []
+    monkeypatch.setattr(linear_module, "triton_refusal", lambda *case: None)
+    monkeypatch.setattr(linear_module, "trouble", lambda *case: tried.append(case[2:]))
+    linear_module._kept_takes_triton.cache_clear()
+    assert [linear_module._takes_triton("auto", *case) for _ in range(2)] == [True, True]
+    assert tried == [([(1, 70, 2, 64), (1, 90, 2, 64), (1, 90, 2, 40)], *case[:2], True)]  # once
+
+    monkeypatch.setattr(linear_module, "trouble", lambda *case: "its output is wrong on this device")
+    linear_module._kept_takes_triton.cache_clear()
+    with pytest.warns(UserWarning, match="does not use triton: its output is wrong"):
+        assert linear_module._takes_triton("auto", *case) is False
+    with pytest.raises(ValueError, match='"triton" cannot run this: its output is wrong on this device; use'):
+        linear_module._takes_triton("triton", *case)
+    linear_module._kept_takes_triton.cache_clear()

@@ -1,6 +1,8 @@
 """The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, where test_linear.py runs
 this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a kernel)."""
 
+import importlib
+
 import oracles
 import pytest
 import torch
@@ -281,3 +283,25 @@ def test_what_the_kernels_cannot_take_is_refused_by_name_and_left_to_torch_other
             linear_attention(x, x, x, backend="triton")
         expected = oracles.linear(x, x, x)
         assert (linear_attention(x, x, x) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_trial_of_a_first_use(dtype, monkeypatch):
+    linear = importlib.import_module("hybriddit.attention.linear")
+    shapes = [(1, 70, 2, 72), (1, 90, 2, 72), (1, 90, 2, 40)]
+
+    def tried():
+        return linear.trouble(linear._in_triton, linear._in_torch, shapes, torch.device(DEVICE), dtype, True)
+
+    assert tried() is None
+    backward = linear_triton.state_backward
+    monkeypatch.setattr(linear_triton, "state_backward", lambda *args: [1.1 * x for x in backward(*args)])
+    assert tried() == "its gradient is wrong on this device"
+    monkeypatch.setattr(linear_triton, "output", lambda query, *args: torch.full_like(query, float("nan"))[..., :40])
+    assert tried() == "its output is wrong on this device"
+
+    def fails(*args):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    monkeypatch.setattr(linear_triton, "output", fails)
+    assert tried() == "it failed with RuntimeError: out of resource: shared memory"

@@ -1,0 +1,65 @@
+"""The first use of compiled kernels, tried on a small case: what a compiler or driver does is not known beforehand."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# What a backend's result on a small case may differ by from plain torch's in float32.
+TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
+
+
+def trouble(
+    run: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool,
+) -> str | None:
+    """What is wrong with run(*inputs) of random tensors of these shapes on this device, or None.
+
+    Its result and, with `gradients`, those of all inputs are compared with reference(*inputs) in float32.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def results(function, dtype):
+        with torch.enable_grad() if gradients else torch.no_grad():
+            inputs = [x.to(device, dtype, copy=True).requires_grad_(gradients) for x in data]
+            out = function(*inputs)
+            if not gradients:
+                return [out]
+            weight = torch.linspace(-1, 1, out.numel(), device=device).to(dtype).view(out.shape)
+            return [out, *torch.autograd.grad(out, inputs, weight)]
+
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        data = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
+        try:
+            found = results(run, dtype)
+        except Exception as error:  # of compilers and drivers, whatever they raise
+            return f"it failed with {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        for i, (x, expected) in enumerate(zip(found, results(reference, torch.float32), strict=True)):
+            # `not` catches NaN too
+            if not (x.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm():
+                return f"its {'gradient' if i else 'output'} is wrong on this device"
+    return None
+
+
+def triton_requirements() -> list[str]:
+    """What compiling with Triton lacks on this machine."""
+    missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        missing.append("a C compiler (gcc or clang), which triton calls")
+    return missing
+
+
+@lru_cache(maxsize=64)
+def warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
