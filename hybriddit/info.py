@@ -68,9 +68,9 @@ def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
     if device == "cpu":
         yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
     else:
-        from .attention.window import flex_requirements
+        from .attention.trial import triton_requirements
 
-        missing = flex_requirements()
+        missing = triton_requirements()
         yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else "compiled and tried on first use"
     yield "tiled", True, ""
     yield "dense", True, "where the window covers most of the grid"

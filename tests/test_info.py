@@ -182,7 +182,7 @@ def test_a_gpu_without_natten_s_kernels_takes_flex(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "natten", None)
-    monkeypatch.setattr("hybriddit.attention.window.flex_requirements", lambda: [])
+    monkeypatch.setattr("hybriddit.attention.window.triton_requirements", lambda: [])
     found = environment()
     assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
     assert found["window_choices"][-1]["passed_over"] == {"natten": "it is not installed"}
@@ -195,10 +195,8 @@ def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("hybriddit.info._natten_has_kernels", lambda: bool(kernels))
-    monkeypatch.setattr(
-        "hybriddit.attention.window.importlib.util.find_spec", lambda name: object() if triton else None
-    )
-    monkeypatch.setattr("hybriddit.attention.window.shutil.which", lambda name: "/bin/cc" if compiler else None)
+    monkeypatch.setattr("hybriddit.attention.trial.importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("hybriddit.attention.trial.shutil.which", lambda name: "/bin/cc" if compiler else None)
     monkeypatch.delenv("CC", raising=False)
     found = environment()
     natten, flex = (found["window_attention"][name] for name in ("natten", "flex"))

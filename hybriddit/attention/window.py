@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import operator
-import os
-import shutil
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .trial import TOLERANCE, triton_requirements, trouble, warn_once
 from .window_flex import BLOCK, TILES, best_layout, flex_window_attention, visited_blocks
 from .window_tiled import axis_mask, best_tile, tiled_attention, tiled_cost
 
@@ -29,8 +26,6 @@ BREAK_EVEN = {
 MASK_ELEMENTS = 2**26
 # Dense masks up to this size are kept: building one costs as much as attention with it on a small grid.
 CACHED_MASK_ELEMENTS = 2**21
-# What a backend's first result on a GPU may differ by from that of the tiles, in float32.
-TRIAL_TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
 
 
 def neighborhood_attention(
@@ -238,7 +233,7 @@ def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
         if reason is None and tried and backend.tried and _on_gpu(case):
             reason = _trouble(name, case.device, case.dtype, case.head_dim, case.gradients)
             if reason:
-                _warn_once(f"window attention does not use {name}: {reason}")
+                warn_once(f"window attention does not use {name}: {reason}")
         if reason is None:
             break
         passed_over.append((name, reason))
@@ -249,11 +244,6 @@ def _why(name: str, case: WindowCase) -> str:
     if name == "dense":
         return "no other backend would be faster on so small a grid or so large a window"
     return "the fastest that can run here" if _on_gpu(case) else "the fastest on a CPU"
-
-
-@lru_cache(maxsize=64)
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
 
 
 def _take(backend: str, *case) -> str:
@@ -276,27 +266,17 @@ def _taken(backend: str, case: WindowCase) -> str:
 
 @lru_cache(maxsize=64)
 def _trouble(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
-    """What is wrong with a small case of a backend, its output and gradients compared with the tiles'; None if nothing."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 20, 36, 2, head_dim)] * 4 + [(1, 5, 2, head_dim)] * 2
-
-    def run(attend, dtype):
-        with torch.enable_grad() if gradients else torch.no_grad():
-            weight, *inputs = (x.to(device, dtype, copy=True).requires_grad_(gradients) for x in data)
-            out = attend(*inputs, (7, 9), (1, 1), (1, 1), head_dim**-0.5)
-            return [out, *torch.autograd.grad(out, inputs, weight.detach())] if gradients else [out]
-
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        data = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
-        try:
-            found = run(BACKENDS[name].attend, dtype)
-        except Exception as error:  # of compilers and drivers, whatever they raise
-            return f"it failed with {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-        for i, (x, reference) in enumerate(zip(found, run(_tiled, torch.float32), strict=True)):
-            # `not` catches NaN too
-            if not (x.float() - reference).norm() <= TRIAL_TOLERANCE[dtype] * reference.norm():
-                return f"its {'gradient' if i else 'output'} is wrong on this device"
-    return None
+    """What is wrong with a small case of a backend, compared with the tiles; None if nothing."""
+    settings = (7, 9), (1, 1), (1, 1), head_dim**-0.5
+    shapes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
+    return trouble(
+        lambda *inputs: BACKENDS[name].attend(*inputs, *settings),
+        lambda *inputs: _tiled(*inputs, *settings),
+        shapes,
+        device,
+        dtype,
+        gradients,
+    )
 
 
 def _on_gpu(case: WindowCase) -> bool:
@@ -379,9 +359,9 @@ def _natten_slower(case: WindowCase) -> str | None:
     return _too_much_work("natten", case, pairs / _dense_pairs(case))
 
 
-def _natten_width(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, gradients: bool) -> int:
+def _natten_width(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> int:
     """The head width to pad to: that of Hopper's kernels where there is one, else the next multiple of 8."""
-    if capability == (9, 0) and dtype != torch.float32:
+    if torch.cuda.get_device_capability(device) == (9, 0) and dtype != torch.float32:
         # estimated, unmeasured: they are worth the padding of 72 to 128
         for width in (32, 64, 128) if gradients else (32, 64, 128, 256):
             if head_dim <= width <= 2 * head_dim:
@@ -392,11 +372,17 @@ def _natten_width(capability: tuple[int, int], dtype: torch.dtype, head_dim: int
 def _natten(query, key, value, text_key, text_value, window, stride, dilation, scale):
     import natten
 
-    head_dim = query.shape[-1]
-    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value))
-    capability = torch.cuda.get_device_capability(query.device)
+    inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    head_dim = operator.index(query.shape[-1])
+    case = query.device, query.dtype, head_dim, gradients
+    if torch.compiler.is_compiling():
+        from .tracing import constant
+
+        padding = constant(_natten_width, *case) - head_dim
+    else:
+        padding = _natten_width(*case) - head_dim
     # zero channels change neither scores nor outputs, and the scale is the true width's
-    padding = _natten_width(capability, query.dtype, head_dim, gradients) - head_dim
     query, key, value, text_key, text_value = (
         None if x is None else F.pad(x, (0, padding)).contiguous() for x in (query, key, value, text_key, text_value)
     )
@@ -419,20 +405,12 @@ def _flex_refusal(case: WindowCase) -> str | None:
         return "it has no gradients on a CPU" if case.gradients else None
     if case.device.type not in ("cuda", "xpu"):
         return f"it does not run on {case.device.type}"
-    if case.dtype not in TRIAL_TOLERANCE:
+    if case.dtype not in TOLERANCE:
         return f"it has no {case.dtype} kernels"
     if case.head_dim > 256:
         return f"it has no kernels for head width {case.head_dim}"
-    missing = flex_requirements()
+    missing = triton_requirements()
     return f"it needs {' and '.join(missing)}" if missing else None
-
-
-def flex_requirements() -> list[str]:
-    """What FlexAttention's compilation on a GPU lacks on this machine."""
-    missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
-    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
-        missing.append("a C compiler (gcc or clang), which triton calls")
-    return missing
 
 
 def _flex_slower(case: WindowCase) -> str | None:

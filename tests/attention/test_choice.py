@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_window import attend, random_inputs
 
-from hybriddit.attention import aligned_window, window
+from hybriddit.attention import aligned_window, trial, window
 from hybriddit.attention.window import WindowCase, choose_backend
-from hybriddit.attention.window_flex import best_layout, visited_blocks
+from hybriddit.attention.window_flex import best_layout, flex_window_attention, visited_blocks
 
 GPU = torch.device("cuda", 0)
 
@@ -24,10 +24,10 @@ def case(**changes):
 @pytest.fixture(autouse=True)
 def fresh():
     """No choice of another test is remembered."""
-    for kept in (window._taken, window._trouble, window._warn_once):
+    for kept in (window._taken, window._trouble, trial.warn_once):
         kept.cache_clear()
     yield
-    for kept in (window._taken, window._trouble, window._warn_once):
+    for kept in (window._taken, window._trouble, trial.warn_once):
         kept.cache_clear()
 
 
@@ -37,8 +37,8 @@ def machine(monkeypatch):
 
     def make(natten=True, triton=True, compiler=True):
         monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(HAS_LIBNATTEN=True) if natten else None)
-        monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr(window.shutil, "which", lambda name: "/bin/cc" if compiler else None)
+        monkeypatch.setattr(trial.importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(trial.shutil, "which", lambda name: "/bin/cc" if compiler else None)
         monkeypatch.delenv("CC", raising=False)
 
     return make
@@ -167,6 +167,18 @@ def test_the_trial_runs_while_a_model_is_compiled(monkeypatch):
     assert (out - oracles.neighborhood(*inputs, (5, 5), (1, 1), (1, 1))).abs().max() < 0.05
 
 
+def test_flex_is_tried_and_taken_while_a_model_is_compiled(monkeypatch):
+    """One compilation within another's tracing; without gradients, which FlexAttention lacks on a CPU."""
+    pretend_gpu(monkeypatch, flex_window_attention)
+    inputs, _ = random_inputs((24, 24), 3, 1, 32, 1, torch.float32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="window attention does not use flex")
+        out = torch.compile(lambda *x: attend(x, 5), backend="aot_eager", fullgraph=True)(*inputs)
+    expected = oracles.neighborhood(*inputs, (5, 5), (1, 1), (1, 1))
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+    assert window._trouble.cache_info().currsize == 1
+
+
 def test_flex_passes_its_trial_without_gradients():
     assert window._trouble("flex", torch.device("cpu"), torch.float32, 24, False) is None
     assert "no gradients" in str(window._flex_refusal(case(device=torch.device("cpu"), gradients=True)))
@@ -185,8 +197,9 @@ def test_flex_passes_its_trial_without_gradients():
         ((10, 0), torch.bfloat16, 70, True, 72),
     ],
 )
-def test_head_widths_for_natten(capability, dtype, width, gradients, padded):
-    assert window._natten_width(capability, dtype, width, gradients) == padded
+def test_head_widths_for_natten(capability, dtype, width, gradients, padded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert window._natten_width(GPU, dtype, width, gradients) == padded
 
 
 def test_what_natten_is_given(monkeypatch):
