@@ -231,6 +231,15 @@ def test_without_samples_there_is_no_summary():
     assert times["p10"] == pytest.approx(1.4) and times["p90"] == pytest.approx(4.6)
 
 
+def test_a_busy_machine_is_told(report):
+    for load, said in ((0.1, False), (3.0, True)):
+        report["load_average"] = load
+        reports.check(report)
+        assert ("busy with other programs" in reports.table(report)) == (
+            said and report["machine"]["device"]["type"] == "cpu"
+        )
+
+
 # What stands between the clock and the figures.
 
 

@@ -47,7 +47,7 @@ def check(report: dict[str, Any]) -> None:
     if report.get("format") != FORMAT:
         raise ValueError(f"no benchmark result of format {FORMAT}")
     needed = {"format", "machine", "settings", "command", "started", "git", "rates", "elapsed_seconds", "complete"}
-    _keys("the report", report, needed | {"cases"}, set())
+    _keys("the report", report, needed | {"cases", "load_average"}, set())
     total, seen = 0.0, set()
     for case in report["cases"]:
         name = case_name(case)
@@ -104,6 +104,11 @@ def _check_times(name: str, seconds: dict[str, Any]) -> float:
     if seconds != summary(samples, calls):
         raise ValueError(f"{name}: the median or the spread is not that of its samples")
     return sum(samples) * calls
+
+
+def busy(machine: dict[str, Any], load: float) -> bool:
+    """Whether other programs take a share of the processor that is measured."""
+    return machine["device"]["type"] == "cpu" and load > 0.5
 
 
 def case_name(case: dict[str, Any]) -> str:
@@ -209,6 +214,12 @@ def table(report: dict[str, Any]) -> str:
         f"and weights, by {memory}. What was not measured says why; nothing is extrapolated.",
         "",
     ]
+    if busy(machine, report["load_average"]):
+        lines += [
+            f"**The machine was busy with other programs when this began (load average {report['load_average']:.1f}): "
+            "times and rates are worse than its own, and scatter.**",
+            "",
+        ]
     if not report["complete"]:
         lines += ["**Not complete: the run was stopped, or is still going.**", ""]
     lines += [f"Left out: {note}." for note in settings["left_out"]] + [""] * bool(settings["left_out"])

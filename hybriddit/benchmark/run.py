@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import shlex
 import sys
 import time
@@ -172,6 +173,9 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     for note in chosen.left_out:
         progress.say(f"left out: {note}")
+    load = os.getloadavg()[0]
+    if reports.busy(here, load):
+        progress.say(f"note: other programs keep this machine busy (load {load:.1f}): times will scatter")
     progress.say(f"measuring this device: {here['device']['name']}")
     rates = _rates(device, getattr(torch, chosen.dtype))
     report = {
@@ -181,6 +185,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
         | {"compile": chosen.compile, "left_out": list(chosen.left_out)},
         "command": chosen.command(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average": load,
         "git": _git(),
         "rates": rates._asdict(),
         "elapsed_seconds": 0.0,
