@@ -14,7 +14,7 @@ NAMES = {
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
     ),
-    "hybriddit.attention": "linear_attention neighborhood_attention TokenLayout HybridAttention",
+    "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.models.families": "Family family_of is_hybrid",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.generate": "generate check_settings read_record save_png",
