@@ -1,0 +1,173 @@
+"""Interpolants between noise and data in SiT's convention (arXiv 2401.08740): time 0 is noise, time 1 is data.
+
+x_t = alpha_t data + sigma_t noise. A path is a function from times to its coefficients; what a model predicts (velocity,
+score, noise or data) is converted by them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PREDICTIONS = ("velocity", "score", "noise", "data")
+
+
+class Coefficients(NamedTuple):
+    """alpha and sigma of a path and their derivatives in time, each shaped like the times."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+def linear(t: Tensor) -> Coefficients:
+    """alpha = t, sigma = 1 - t."""
+    one = torch.ones_like(t)
+    return Coefficients(_positive(t), _positive(1 - t), one, -one)
+
+
+def gvp(t: Tensor) -> Coefficients:
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
+    half = math.pi / 2
+    # the cosine as the sine of the rest: exact near time 1, where cos(pi / 2) rounds to either side of zero
+    alpha, sigma = torch.sin(half * t), torch.sin(half * (1 - t))
+    return Coefficients(_positive(alpha), _positive(sigma), half * sigma, -half * alpha)
+
+
+def vp(t: Tensor) -> Coefficients:
+    """SiT's variance preserving path: alpha = exp(-(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2), sigma^2 = 1 - alpha^2.
+
+    alpha is 0.0066 at time 0, not zero, and sigma's derivative grows without bound towards time 1.
+    """
+    rest = 1 - t
+    beta = 0.1 + (20 - 0.1) * rest
+    log_alpha = -(rest**2) * (20 - 0.1) / 4 - rest * 0.1 / 2
+    alpha = log_alpha.exp()
+    sigma = _positive(torch.expm1(2 * log_alpha).neg().sqrt())
+    return Coefficients(alpha, sigma, alpha * beta / 2, -(alpha**2) * beta / (2 * sigma))
+
+
+PATHS = {"linear": linear, "gvp": gvp, "vp": vp}
+
+
+def coefficients(path: str, t: Tensor) -> Coefficients:
+    """The path's alpha, sigma and their derivatives at times t of any shape, in [0, 1].
+
+    In the times' dtype, float32 at the least. Exact to rounding; only, alpha and sigma never fall below the root of the
+    dtype's smallest normal number (1e-19 in float32), so that quotients by them stay finite at the ends of time.
+    Raises ValueError for an unknown path and for times outside [0, 1] (looked at where that waits for no GPU).
+    """
+    check_name("path", path, PATHS)
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"times are within [0, 1] (0 noise, 1 data), got {t.min().item():g} to {t.max().item():g}")
+    return PATHS[path](t.to(torch.promote_types(t.dtype, torch.float32)))
+
+
+def interpolate(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> Tensor:
+    """x_t = alpha_t data + sigma_t noise: [B, ...] each, t [B]."""
+    at = coefficients(path, times_like(t, data))
+    return at.alpha * data + at.sigma * noise
+
+
+def target(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear", prediction: str = "velocity") -> Tensor:
+    """What a model of this prediction is trained to return on average at x_t: [B, ...], t [B].
+
+    velocity: alpha' data + sigma' noise; score: -noise / sigma; noise and data themselves.
+    """
+    check_name("prediction", prediction, PREDICTIONS)
+    return _from_pair(data, noise, coefficients(path, times_like(t, data)), prediction)
+
+
+def convert(output: Tensor, x: Tensor, t: Tensor, path: str, source: str, target: str) -> Tensor:
+    """A prediction at (x, t) as the prediction of another kind; an identity of the field, for any model.
+
+    Args:
+        output: [B, ...], what the model returned. x: [B, ...]. t: [B], or one time.
+        source, target: "velocity", "score", "noise" or "data".
+
+    At an end of time some kinds leave another open: noise and score say nothing of the data where alpha is zero (time
+    0; not on the VP path), velocity and data nothing of the score where sigma is zero (time 1). The result is finite
+    there, and wrong where output is off by more than rounding; `sampling_interval` keeps away from such ends.
+    """
+    check_name("prediction", source, PREDICTIONS)
+    check_name("prediction", target, PREDICTIONS)
+    if output.shape != x.shape:
+        raise ValueError(f"the model returned {list(output.shape)} for x of shape {list(x.shape)}")
+    at = coefficients(path, times_like(t, x))
+    if source == target:
+        return output
+    return _from_pair(*_to_pair(output, x, at, source), at, target)
+
+
+def _to_pair(output: Tensor, x: Tensor, at: Coefficients, source: str) -> tuple[Tensor, Tensor]:
+    """(data, noise), from x = alpha data + sigma noise and one more equation."""
+    if source == "velocity":
+        determinant = at.alpha * at.d_sigma - at.sigma * at.d_alpha
+        return (
+            (at.d_sigma * x - at.sigma * output) / determinant,
+            (at.alpha * output - at.d_alpha * x) / determinant,
+        )
+    if source == "data":
+        return output, (x - at.alpha * output) / at.sigma
+    noise = -at.sigma * output if source == "score" else output
+    return (x - at.sigma * noise) / at.alpha, noise
+
+
+def _from_pair(data: Tensor, noise: Tensor, at: Coefficients, target: str) -> Tensor:
+    if target == "velocity":
+        return at.d_alpha * data + at.d_sigma * noise
+    if target == "score":
+        return -noise / at.sigma
+    return data if target == "data" else noise
+
+
+def score_factor(at: Coefficients) -> Tensor:
+    """g of velocity = (alpha' / alpha) x + g score, which is positive: SiT's equation for the drift."""
+    return at.sigma * (at.d_alpha * at.sigma - at.alpha * at.d_sigma) / at.alpha
+
+
+def velocity_factor(at: Coefficients, prediction: str) -> Tensor:
+    """By how much the velocity at a fixed (x, t) moves with the prediction: d velocity / d prediction."""
+    if prediction == "velocity":
+        return torch.ones_like(at.alpha)
+    factor = score_factor(at)
+    if prediction == "score":
+        return factor
+    return -factor / at.sigma if prediction == "noise" else at.alpha * factor / at.sigma**2
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Times moved towards noise for larger images (shift > 1): t / (t + shift (1 - t)); 0 and 1 stay.
+
+    It is SD3's shift (arXiv 2403.03206), s u / (1 + (s - 1) u), of the noise level u = 1 - t: there 1 is noise.
+    """
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift is a positive number, got {shift}")
+    return t / (t + shift * (1 - t))
+
+
+def check_name(what: str, name: str, known) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(str, known))}")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    start, end = interval
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"a time interval is 0 <= start < end <= 1 (0 noise, 1 data), got ({start:g}, {end:g})")
+
+
+def times_like(t: Tensor, x: Tensor) -> Tensor:
+    """Times shaped to multiply [B, ...]."""
+    if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
+        raise ValueError(f"times are one for each sample: got {list(t.shape)} for a batch of {len(x)}")
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+def _positive(x: Tensor) -> Tensor:
+    """Away from zero by so little that only a quotient can tell; its square and its inverse's are finite."""
+    return x.clamp(min=math.sqrt(torch.finfo(x.dtype).tiny))
