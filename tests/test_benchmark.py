@@ -300,8 +300,9 @@ def test_short_calls_are_repeated_within_a_sample(clock):
 
 
 def test_slow_calls_are_repeated_less_often(clock):
-    outcomes = measure([sleeper(clock, "a", 0.99), sleeper(clock, "b", 2.5)], False, CPU, Limits(20, 10.0))
-    assert len(outcomes["a"].samples["forward"]) == 8
+    sides = [sleeper(clock, "a", 0.99), sleeper(clock, "b", 2.5), sleeper(clock, "c", 0.1)]
+    outcomes = measure(sides, False, CPU, Limits(20, 10.0))
+    assert [len(outcomes[name].samples["forward"]) for name in ("a", "c")] == [8, 20]
     assert outcomes["b"] == "3 calls take longer than --max-seconds 10"
 
 
@@ -610,6 +611,7 @@ CIRCLES = [
     ((12, 32), 32, True, 4, 16),
     ((5, 48), 7, False, 1, 16),
     ((16, 16), 20, False, 40, 32),
+    ((4, 16), 0, True, 15, 16),  # the ends of a row are exactly a radius apart
 ]
 
 
