@@ -14,6 +14,7 @@ _HOMES = {
     "HybridPixArtTransformer2DModel": ".models",
     "HybridSD3Transformer2DModel": ".models",
     "HybridFluxTransformer2DModel": ".models",
+    "SiTTransformer2DModel": ".models",
     "HybridPixArtSigmaPipeline": ".pipelines",
     "HybridStableDiffusion3Pipeline": ".pipelines",
     "HybridFluxPipeline": ".pipelines",

@@ -12,11 +12,17 @@ NAMES = {
     "hybriddit": (
         "HybridConfig hybridize restore_dense dense_mode save_adapter load_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
+        "SiTTransformer2DModel "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.models.families": "Family family_of is_hybrid",
     "hybriddit.models.flops": "attention_flops",
+    "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
+    "hybriddit.metrics": (
+        "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
+        "frechet_distance inception_score precision_recall Moments moments merge"
+    ),
     "hybriddit.generate": "generate check_settings read_record save_png",
     "hybriddit.info": "environment describe",
     "hybriddit.training.config": (

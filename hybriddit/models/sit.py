@@ -1,0 +1,484 @@
+"""SiT, trained from scratch: class-conditional, with softmax, linear, window or hybrid attention in the same model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
+    get_1d_sincos_pos_embed_from_grid,
+    get_timestep_embedding,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+
+from ..attention import linear_attention, neighborhood_attention
+from ..attention.hybrid import QueryKeyMap
+from ..config import HybridConfig
+
+# The published sizes; each exists with patches of 2, 4 and 8.
+SIT_SIZES = {
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+SIT_PATCHES = (2, 4, 8)
+ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
+NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+ACTIVATIONS = ("gelu-approximate", "swiglu")
+TIME_CHANNELS = 256  # of the sinusoid that the time embedding starts from
+EPS = 1e-6
+
+
+class SiTAttention(nn.Module):
+    """One attention layer of any kind; it has the weights that its kind needs, and no others.
+
+        near   = softmax attention of to_q(x), to_k(x), to_v(x): over all tokens, or over a window
+        far    = linear attention of to_q(x + map_q(x)), to_k(x + map_k(x)), to_v(x) over all tokens
+        hybrid = near + gate * (far - near)
+
+    `map` is LinFusion's Linear -> LayerNorm -> LeakyReLU -> Linear (arXiv 2409.02097). Here it stands before the
+    projection, as its authors have it: from scratch there is no teacher's projection to reuse.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        head_dim: int,
+        *,
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        map_rank: int | None,
+        gate: str,
+        qk_norm: bool,
+        value_conv: int | None,
+    ):
+        super().__init__()
+        width = heads * head_dim
+        self.kind, self.heads, self.window, self.stride = kind, heads, window, stride
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2))
+        if kind in ("linear", "hybrid"):
+            self.map_q, self.map_k = (QueryKeyMap(width, width, map_rank or width) for _ in range(2))
+        if kind == "hybrid" and gate == "token":
+            self.gate = nn.Linear(width, heads)
+        elif kind == "hybrid":
+            self.gate = nn.Parameter(torch.empty(heads, head_dim if gate == "channel" else 1))
+        self.value_conv = None
+        if value_conv is not None:
+            self.value_conv = nn.Conv2d(width, width, value_conv, padding=value_conv // 2, groups=width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """[B, N, width] -> [B, N, width]; N is the grid's rows x columns. rope: cosines and sines, [N, D] each."""
+        value = self._split(self.to_v(hidden_states))  # [B, N, heads, D]
+        if self.kind == "linear":
+            out = linear_attention(*self._far(hidden_states), value)
+        else:
+            out = self._near(hidden_states, value, grid, rope)
+        if self.kind == "hybrid":
+            gate = self.gate
+            if isinstance(gate, nn.Linear):
+                # kept in fp32, whatever the layer runs in
+                gate = gate(hidden_states.to(gate.weight.dtype)).unsqueeze(-1)  # [B, N, heads, 1]
+            out = linear_attention(*self._far(hidden_states), value, near=out, gate=gate)
+        out = out.flatten(2)  # [B, N, width]
+        if self.value_conv is not None:
+            image = value.flatten(2).transpose(1, 2).unflatten(2, grid)  # [B, width, rows, columns]
+            out = out + self.value_conv(image).flatten(2).transpose(1, 2)
+        return self.to_out(out)
+
+    def _far(self, x):
+        query = self.norm_q(self._split(self.to_q(x + self.map_q(x))))
+        key = self.norm_k(self._split(self.to_k(x + self.map_k(x))))
+        return query, key
+
+    def _near(self, x, value, grid, rope):
+        query, key = self.norm_q(self._split(self.to_q(x))), self.norm_k(self._split(self.to_k(x)))
+        if rope is not None:
+            query, key = (apply_rotary_emb(tokens, rope, sequence_dim=1) for tokens in (query, key))
+        if self.kind == "softmax":
+            query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        query, key, value = (tokens.unflatten(1, grid) for tokens in (query, key, value))
+        return neighborhood_attention(query, key, value, window=self.window, stride=self.stride).flatten(1, 2)
+
+    def _split(self, x):
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class SiTBlock(nn.Module):
+    """Attention and MLP, each modulated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, attn: SiTAttention, width: int, ff_width: int, norm_type: str, activation_fn: str):
+        super().__init__()
+        self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, elementwise_affine=False) for _ in range(2))
+        self.attn = attn
+        self.ff = FeedForward(width, inner_dim=ff_width, activation_fn=activation_fn)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        grid: tuple[int, int],
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """hidden_states [B, N, width], conditioning [B, width] after its SiLU -> [B, N, width]."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = (
+            self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)  # [B, 1, width] each
+        )
+        attn = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), grid, rope)
+        hidden_states = hidden_states + gate_attn * attn
+        return hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+
+
+class SiTTransformer2DModel(ModelMixin, ConfigMixin):
+    """SiT (arXiv 2401.08740), with the attention of LinFusion (arXiv 2409.02097), of windows, or of both.
+
+    `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")`: preset names are S, B, L and XL
+    with patches of 2, 4 and 8. It is called as diffusers' DiTTransformer2DModel is; time 0 is noise and time 1 the
+    image. Weights are saved and loaded by save_pretrained and from_pretrained, and those of the SiT and DiT authors
+    are read by `hybriddit.models.sit_convert`.
+
+    Args:
+        num_attention_heads, attention_head_dim, num_layers: the model is heads x head_dim wide, a multiple of 4.
+        in_channels, sample_size, patch_size: of the latents it is trained on, [in_channels, sample_size, sample_size];
+            patch_size divides sample_size. Other sizes, square or not, are those positions stretched: the patch centres
+            of any grid lie over the same square, so that the training size has SiT's own positions exactly.
+        mlp_ratio: hidden width of the MLP over the model's.
+        num_classes: labels are 0 to num_classes - 1; num_classes itself is the null class ("no label").
+        class_dropout_prob: share of labels that become the null class while training, for classifier-free guidance.
+        learn_sigma: as in the published checkpoints, the last layer has 2 x in_channels outputs, of which the second
+            half is dropped. False leaves them out.
+        attention: "softmax", "linear", "window" or "hybrid"; or {fnmatch pattern on layer names: kind}, where layers
+            are named transformer_blocks.0.attn and so on and the first match wins; or a list of one kind per layer,
+            which is how a dict is stored.
+        window, stride: int or (rows, columns) in tokens, of window and hybrid layers.
+        map_rank: hidden width of the query and key maps of linear and hybrid layers; None is the model's width, as
+            LinFusion has it (22 % more parameters).
+        gate: "head", "channel" (one value each) or "token" (a value per head, linear in the token), of hybrid layers.
+        gate_init: its value at the start: 0 is near attention alone, 1 far alone. Between them both learn from the
+            first step; a start at 0 would teach the model to do without the far branch.
+        qk_norm: RMSNorm on every head's queries and keys.
+        norm_type: "layer_norm" or "rms_norm", of the blocks; without weights.
+        activation_fn: of the MLP, "gelu-approximate" or "swiglu" (of two thirds the hidden width: as many parameters).
+        rope: rotary positions in both axes, on queries and keys of softmax and window attention; linear attention goes
+            without (its denominator could change sign).
+        value_conv: side, odd, of a depthwise convolution of the values that is added to the attention's output; zero at
+            the start. None: none.
+
+    Raises ValueError, in one line, for fields that do not work together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks: ClassVar[list[str]] = ["SiTBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["SiTBlock"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "gate"]
+    # the gates are few, and move in small steps: bf16 would round those away
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["gate"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        attention: str | dict[str, str] | list[str] = "softmax",
+        window: int | tuple[int, int] = 8,
+        stride: int | tuple[int, int] = 1,
+        map_rank: int | None = None,
+        gate: str = "head",
+        gate_init: float = 0.5,
+        qk_norm: bool = False,
+        norm_type: str = "layer_norm",
+        activation_fn: str = "gelu-approximate",
+        rope: bool = False,
+        value_conv: int | None = None,
+    ):
+        super().__init__()
+        width = num_attention_heads * attention_head_dim
+        _check_fields(self.config)
+        kinds = layer_kinds(attention, num_layers)
+        if rope and set(kinds) == {"linear"}:
+            raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
+        # window, stride, map_rank and gate have one meaning, and one set of checks, in the project
+        settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate)
+        if not isinstance(attention, str):
+            self.register_to_config(attention=kinds)  # a saved config is sorted: a dict's order would be lost
+        ff_width = int(width * mlp_ratio)
+        if activation_fn == "swiglu":
+            ff_width = max(8, 8 * round(ff_width * 2 / 3 / 8))
+        self.grid = (sample_size // patch_size,) * 2
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        # never trained, but a parameter: the published files hold it and the published counts count it
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, self.grid, width), requires_grad=False)
+        self.time_embed = TimestepEmbedding(TIME_CHANNELS, width)
+        self.label_embed = nn.Embedding(num_classes + 1, width)
+        self.transformer_blocks = nn.ModuleList(
+            SiTBlock(
+                SiTAttention(
+                    kind,
+                    num_attention_heads,
+                    attention_head_dim,
+                    window=settings.pair("window"),
+                    stride=settings.pair("stride"),
+                    map_rank=map_rank,
+                    gate=gate,
+                    qk_norm=qk_norm,
+                    value_conv=value_conv,
+                ),
+                width,
+                ff_width,
+                norm_type,
+                activation_fn,
+            )
+            for kind in kinds
+        )
+        self.norm_out = NORMS[norm_type](width, eps=EPS, elementwise_affine=False)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
+        self._init_weights(gate_init)
+
+    def _init_weights(self, gate_init: float) -> None:
+        """SiT's: Xavier, and zeros where a block, and the model, end."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        for table in (self.label_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+            nn.init.normal_(table.weight, std=0.02)
+        for block in self.transformer_blocks:
+            attn = block.attn
+            for projection in (attn.to_q, attn.to_k, attn.to_v):
+                # in SiT they are one layer of three times the outputs, which Xavier makes smaller
+                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(1 / 2))
+            if attn.value_conv is not None:
+                nn.init.zeros_(attn.value_conv.weight)
+                nn.init.zeros_(attn.value_conv.bias)
+            if attn.kind == "hybrid" and isinstance(attn.gate, nn.Linear):
+                nn.init.zeros_(attn.gate.weight)
+                nn.init.constant_(attn.gate.bias, gate_init)
+            elif attn.kind == "hybrid":
+                nn.init.constant_(attn.gate, gate_init)
+        for last in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    @staticmethod
+    def preset(name: str) -> dict[str, int]:
+        """The fields of a published size, "S/2" to "XL/8", to be given to the class with any others."""
+        size, _, patch = name.partition("/")
+        if size not in SIT_SIZES or patch not in map(str, SIT_PATCHES):
+            raise ValueError(
+                f"unknown SiT size {name!r}: use one of {', '.join(SIT_SIZES)} with a patch of "
+                f"{', '.join(map(str, SIT_PATCHES))}, as in 'S/2'"
+            )
+        return {**SIT_SIZES[size], "patch_size": int(patch)}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict what the model was trained for (SiT: the velocity).
+
+        hidden_states: [B, in_channels, H, W]; H and W are multiples of the patch, and need not be the training size.
+        timestep: [B], or one value for all, in [0, 1] (DiT's checkpoints: 0 to 999).
+        class_labels: [B] integers in [0, num_classes]. Their range is checked where that is free: not on a GPU.
+
+        Returns Transformer2DModelOutput(sample), or (sample,): [B, in_channels, H, W]. Raises ValueError for inputs of
+        another shape.
+        """
+        batch, dtype, patch = hidden_states.shape[0], hidden_states.dtype, self.config.patch_size
+        self._check_inputs(hidden_states, timestep, class_labels)
+        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
+
+        # 1. patches and positions: [B, C, H, W] -> [B, N, width]
+        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        pos_embed, rope = self.pos_embed, None
+        if grid != self.grid:
+            width = pos_embed.shape[2]
+            pos_embed = sincos_positions(grid, self.grid, width, hidden_states.device).to(pos_embed.dtype)
+        hidden_states = hidden_states + pos_embed
+        if self.config.rope:
+            rope = rotary_positions(grid, self.grid, self.config.attention_head_dim, hidden_states.device)
+
+        # 2. conditioning: [B, width]
+        if self.training and self.config.class_dropout_prob > 0:
+            dropped = torch.rand(batch, device=class_labels.device) < self.config.class_dropout_prob
+            class_labels = torch.where(dropped, self.config.num_classes, class_labels)
+        waves = get_timestep_embedding(
+            timestep.expand(batch), TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        conditioning = F.silu(self.time_embed(waves.to(dtype)) + self.label_embed(class_labels))
+
+        # 3. blocks
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, grid, rope)
+            else:
+                hidden_states = block(hidden_states, conditioning, grid, rope)
+
+        # 4. [B, N, width] -> [B, rows, columns, patch, patch, C] -> [B, C, H, W]
+        shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
+        hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
+        hidden_states = hidden_states.unflatten(2, (patch, patch, self.out_channels)).unflatten(1, grid)
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        sample = sample[:, : self.config.in_channels]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(self, hidden_states, timestep, class_labels):
+        channels, patch, classes = self.config.in_channels, self.config.patch_size, self.config.num_classes
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != channels:
+            raise ValueError(f"the model takes [B, {channels}, H, W] latents, got {tuple(hidden_states.shape)}")
+        if any(side % patch or side == 0 for side in hidden_states.shape[2:]):
+            raise ValueError(
+                f"height and width must be multiples of the patch of {patch}, got {tuple(hidden_states.shape[2:])}"
+            )
+        batch = hidden_states.shape[0]
+        if timestep.ndim > 1 or timestep.numel() not in (1, batch):
+            raise ValueError(f"timestep must be one value or [{batch}], got {tuple(timestep.shape)}")
+        if class_labels.shape != (batch,) or class_labels.is_floating_point():
+            raise ValueError(
+                f"class_labels must be [{batch}] integers, got {tuple(class_labels.shape)} of {class_labels.dtype}"
+            )
+        # on a GPU looking at the labels would make the host wait; a compiler cannot look at all
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+            low, high = class_labels.min().item(), class_labels.max().item()
+            if low < 0 or high > classes:
+                raise ValueError(
+                    f"class labels must be 0 to {classes - 1}, or {classes} for none; got {low if low < 0 else high}"
+                )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers', from safetensors only. Raises ValueError where the folder's weights are not the model's."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"{cls.__name__} loads safetensors only: leave use_safetensors out")
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for problem, names in (("lacks", info["missing_keys"]), ("holds unknown", info["unexpected_keys"])):
+            if names:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} {problem} weights for these fields: {len(names)}, "
+                    f"{min(names)} the first; it was saved with another depth or attention"
+                )
+        return (model, info) if wants_info else model
+
+
+# saved pipelines name the class by this module: the short name outlives the package's inner layout
+SiTTransformer2DModel.__module__ = "hybriddit"
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+def sincos_positions(
+    grid: tuple[int, int], base: tuple[int, int], width: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """DiT's position embedding, of any grid over the square of the `base` grid. [1, N, width]
+
+    The first half of the channels is of the column, the second of the row.
+    """
+    rows, columns = (
+        get_1d_sincos_pos_embed_from_grid(width // 2, _centres(length, over, device))  # [length, width / 2]
+        for length, over in zip(grid, base, strict=True)
+    )
+    rows, columns = rows.unsqueeze(1).expand(*grid, -1), columns.unsqueeze(0).expand(*grid, -1)
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1).unsqueeze(0).float()
+
+
+def rotary_positions(
+    grid: tuple[int, int], base: tuple[int, int], head_dim: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary positions, at the same places: half of each head for rows, half for columns.
+
+    [N, head_dim] each.
+    """
+    rows, columns = (_centres(length, over, device) for length, over in zip(grid, base, strict=True))
+    places = (rows.repeat_interleave(grid[1]), columns.repeat(grid[0]))  # of every token, row by row
+    axes = [get_1d_rotary_pos_embed(head_dim // 2, place, use_real=True) for place in places]
+    return tuple(torch.cat(parts, dim=-1) for parts in zip(*axes, strict=True))
+
+
+def _centres(length, base, device):
+    """Patch centres along an axis, in patches of the training size: 0, 1, 2, ... for that size itself."""
+    return (torch.arange(length, device=device) + 0.5) * (base / length) - 0.5
+
+
+def layer_kinds(attention: str | Mapping[str, str] | Sequence[str], num_layers: int) -> list[str]:
+    """The kind of every layer, of what SiTTransformer2DModel takes as `attention`. Raises ValueError."""
+    names = [f"transformer_blocks.{index}.attn" for index in range(num_layers)]
+    if isinstance(attention, str):
+        kinds = [attention] * num_layers
+    elif isinstance(attention, Mapping):
+        for pattern in attention:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"attention: {pattern!r} matches no layer; they are named {names[0]!r} to {names[-1]!r}"
+                )
+        kinds = [next((kind for p, kind in attention.items() if fnmatchcase(name, p)), None) for name in names]
+        if None in kinds:
+            raise ValueError(f"attention: no pattern matches {names[kinds.index(None)]!r}; end with '*' for the rest")
+    else:
+        kinds = list(attention)
+        if len(kinds) != num_layers:
+            raise ValueError(f"attention lists {len(kinds)} kinds for {num_layers} layers")
+    for kind in kinds:
+        if kind not in ATTENTION_KINDS:
+            raise ValueError(f"unknown attention {kind!r}: use one of {', '.join(ATTENTION_KINDS)}")
+    return kinds
+
+
+def _check_fields(config):
+    counts = ["num_attention_heads", "attention_head_dim", "in_channels", "num_layers"]
+    for name in [*counts, "sample_size", "patch_size", "num_classes"]:
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
+            raise ValueError(f"{name} must be a positive integer, not {config[name]!r}")
+    width = config.num_attention_heads * config.attention_head_dim
+    if width % 4:
+        raise ValueError(f"heads x head_dim must be a multiple of 4 for the positions, not {width}")
+    if config.sample_size % config.patch_size:
+        raise ValueError(f"sample_size {config.sample_size} is not a multiple of patch_size {config.patch_size}")
+    if config.mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio must be above 0, not {config.mlp_ratio!r}")
+    if not 0 <= config.class_dropout_prob <= 1:
+        raise ValueError(f"class_dropout_prob must be from 0 to 1, not {config.class_dropout_prob!r}")
+    for name, known in (("norm_type", NORMS), ("activation_fn", ACTIVATIONS)):
+        if config[name] not in known:
+            raise ValueError(f"unknown {name} {config[name]!r}: use one of {', '.join(known)}")
+    side = config.value_conv
+    if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % 2 == 0):
+        raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
+    if config.rope and config.attention_head_dim % 4:
+        raise ValueError(f"rope needs an attention_head_dim that is a multiple of 4, not {config.attention_head_dim}")

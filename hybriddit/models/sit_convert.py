@@ -1,0 +1,147 @@
+"""Checkpoints of the SiT and DiT authors (one layout), from and to SiTTransformer2DModel's own names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import read_tensors
+from .sit import SiTTransformer2DModel
+
+# original module -> ours, each with weight and bias unless it is a single tensor
+OUTER = {
+    "x_embedder.proj": "patch_embed",
+    "t_embedder.mlp.0": "time_embed.linear_1",
+    "t_embedder.mlp.2": "time_embed.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "modulation_out",
+}
+SINGLE = {"pos_embed": "pos_embed", "y_embedder.embedding_table.weight": "label_embed.weight"}
+IN_BLOCK = {
+    "attn.proj": "attn.to_out",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "modulation",
+}
+# one layer in the original, its outputs in this order
+QKV, Q_K_V = "attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")
+
+
+def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An original state dict under our names: what a softmax SiTTransformer2DModel of its size loads.
+
+    `to_original` is its exact inverse. Raises ValueError, in one line, for keys that are missing or unknown, and for a
+    layer of queries, keys and values that cannot be cut in three.
+    """
+    names, fused = _layout(_depth(state, "blocks"))
+    _check_keys(state, {*names, *fused}, "the original layout")
+    converted = {ours: state[original] for original, ours in names.items()}
+    for original, parts in fused.items():
+        if state[original].shape[0] % 3:
+            raise ValueError(f"{original} must hold queries, keys and values, got {tuple(state[original].shape)}")
+        converted |= zip(parts, (part.clone() for part in state[original].chunk(3)), strict=True)
+    return converted
+
+
+def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A softmax SiTTransformer2DModel's state dict in the original layout.
+
+    Raises ValueError, in one line, for keys that are missing, and for weights that the original has no place for (of
+    linear attention, say).
+    """
+    names, fused = _layout(_depth(state, "transformer_blocks"))
+    _check_keys(state, {*names.values(), *(part for parts in fused.values() for part in parts)}, "a softmax SiT")
+    converted = {original: state[ours] for original, ours in names.items()}
+    return converted | {original: torch.cat([state[part] for part in parts]) for original, parts in fused.items()}
+
+
+def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file, on the CPU: of the averaged weights where it holds several.
+
+    A file that ends in .safetensors is read as such, any other by torch.load, which is allowed nothing but tensors and
+    plain values. Raises FileNotFoundError, or ValueError where the file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    # the authors' training script keeps its arguments in the file: a plain record
+    with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from error
+    for name in ("ema", "model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return loaded
+
+
+def load_original(model: SiTTransformer2DModel, path: str | os.PathLike) -> SiTTransformer2DModel:
+    """Load a checkpoint file of the SiT or DiT authors into a softmax model of its size; the model is returned too.
+
+    Raises FileNotFoundError, or ValueError, in one line and with the model untouched, where the file is no such
+    checkpoint or of another size.
+    """
+    state = read_original(path)
+    try:
+        state = from_original(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    expected = model.state_dict()
+    theirs, mine = _depth(state, "transformer_blocks"), len(model.transformer_blocks)
+    if theirs != mine:
+        raise ValueError(f"{path} is of another size: {theirs} blocks, where this model has {mine}")
+    extra = sorted(expected.keys() - state.keys())
+    if extra:
+        raise ValueError(
+            f"{path} does not fill this model: it has no {extra[0]}; build a softmax model without optional parts"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{path} is of another size: {name} is {tuple(tensor.shape)}, "
+                f"and {tuple(expected[name].shape)} in this model"
+            )
+    model.load_state_dict(state)
+    return model
+
+
+def _layout(depth: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Original key -> our key, and original key -> our three keys."""
+    modules = dict(OUTER)
+    for index in range(depth):
+        modules |= {
+            f"blocks.{index}.{original}": f"transformer_blocks.{index}.{IN_BLOCK[original]}" for original in IN_BLOCK
+        }
+    names = SINGLE | {f"{o}.{part}": f"{ours}.{part}" for o, ours in modules.items() for part in ("weight", "bias")}
+    fused = {
+        f"blocks.{index}.{QKV}.{part}": [f"transformer_blocks.{index}.{name}.{part}" for name in Q_K_V]
+        for index in range(depth)
+        for part in ("weight", "bias")
+    }
+    return names, fused
+
+
+def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
+    matches = (re.match(rf"{blocks}\.(\d+)\.", name) for name in state)
+    return len({match[1] for match in matches if match})
+
+
+def _check_keys(state: Mapping[str, Tensor], expected: set[str], what: str) -> None:
+    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    problems = [f"lacks {len(missing)} keys of {what} (first: {missing[0]})"] if missing else []
+    problems += [f"has {len(unknown)} keys unknown to {what} (first: {unknown[0]})"] if unknown else []
+    if problems:
+        raise ValueError(f"the state dict {' and '.join(problems)}")
