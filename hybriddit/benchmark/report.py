@@ -192,7 +192,7 @@ def table(report: dict[str, Any]) -> str:
     machine, settings, rates = report["machine"], report["settings"], report["rates"]
     device = machine["device"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    threads = f", {machine['threads']} threads" if device["type"] == "cpu" else ""
+    threads = f", threads: {machine['threads']}" if device["type"] == "cpu" else ""
     driver = f", driver {device['driver']}, CUDA {device['cuda']}" if device["type"] == "cuda" else ""
     memory = "torch's profiler" if device["type"] == "cpu" else "`torch.cuda.max_memory_allocated`"
     lines = [
