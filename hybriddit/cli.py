@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo | convert | distill | generate | benchmark | info."""
+"""The command line: hybriddit demo | convert | distill | generate | evaluate | benchmark | info."""
 
 from __future__ import annotations
 
@@ -141,6 +141,28 @@ def build_parser() -> argparse.ArgumentParser:
     _add_dtype(sub)
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
+
+    sub = add(
+        "evaluate",
+        evaluate,
+        "inception score, FID, sFID, precision and recall of samples, as the ADM suite computes them",
+        "samples.npz VIRTUAL_imagenet256_labeled.npz --out scores.json",
+    )
+    sub.add_argument("samples", type=Path, help="npz file: arr_0, uint8 [N, H, W, 3]")
+    sub.add_argument("reference", type=Path, help="npz file of the same kind; its mu, sigma, mu_s, sigma_s are used")
+    sub.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
+    sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    sub.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="deal the samples into the inception score's splits at random"
+    )
+    sub.add_argument(
+        "--settings",
+        type=Path,
+        help="JSON file that says how the samples were made, kept with the scores (default: SAMPLES.json, if it is there)",
+    )
+    sub.add_argument("--out", type=Path, help="JSON file for scores, settings, files, weights and versions")
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print what --out would hold")
 
     sub = add(
         "benchmark",
@@ -302,6 +324,26 @@ def generate(options: argparse.Namespace) -> None:
     if options.json:
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    for path in (options.samples, options.reference):
+        if not path.is_file():
+            raise FileNotFoundError(f"no npz file at {path}")
+    from .metrics.run import run
+
+    names = ("inception", "batch_size", "shuffle", "settings", "out")
+    given = {name: getattr(options, name) for name in names}
+    report = run(options.samples, options.reference, **given, progress=not options.quiet)
+    if report is None:  # another process's
+        return
+    if options.json:
+        print(json.dumps(report))
+    elif not options.quiet:
+        for name, value in report["metrics"].items():
+            print(f"{name:15}  {value:.4f}")
+        if options.out:
+            print(f"saved to {options.out}")
 
 
 def benchmark(options: argparse.Namespace) -> None:

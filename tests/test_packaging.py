@@ -13,7 +13,13 @@ import hybriddit
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # what the import is called where the package is called otherwise
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "scikit-image": "skimage"}
+IMPORTED_AS = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+    "scikit-image": "skimage",
+    "torch-fidelity": "torch_fidelity",
+}
 # not imported by us, and what needs it
 REASONS = {
     "protobuf": "transformers, to read T5's tokenizer file",

@@ -1,0 +1,286 @@
+"""The ADM evaluation suite (Dhariwal and Nichol, 2105.05233): two sets of images and an extractor in, five scores out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .images import npz_entries, read_entry, read_images
+from .processes import gather, rank_and_size, share, total
+from .statistics import (
+    Moments,
+    frechet_distance,
+    merge,
+    merge_processes,
+    moments,
+    precision_recall,
+    score_of_splits,
+    split_sums,
+)
+
+Source = str | os.PathLike | np.ndarray | torch.Tensor
+Extractor = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+# the names of a reference's mean and covariance, in ADM's files
+PRECOMPUTED = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class Seen(NamedTuple):
+    """What is kept of a set of images."""
+
+    moments: dict[str, Moments]
+    pooled: torch.Tensor | None  # [N, F], all, in order
+    inception_score: float | None
+
+
+class Reference(NamedTuple):
+    images: np.ndarray | None
+    precomputed: dict[str, tuple[torch.Tensor, torch.Tensor]]  # mean and covariance of "pooled", of "spatial"
+
+
+def adm_metrics(
+    samples: Source,
+    reference: Source,
+    extractor: Extractor,
+    *,
+    batch_size: int = 64,
+    split_size: int = 5000,
+    neighbours: int = 3,
+    shuffle: int | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Inception score, FID, sFID, precision and recall, as the ADM suite computes them.
+
+    samples, reference: paths of npz files with uint8 images [N, H, W, 3] as `arr_0`, or such arrays. A reference file
+    may hold `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) beside its images, as ADM's do, or alone: then these
+    are compared with, and the images serve precision and recall only.
+    extractor: uint8 [B, 3, H, W], B up to batch_size, on the CPU -> {"pooled": [B, F], "spatial": [B, S], "logits":
+    [B, C]}, on any device (`load_inception` makes the real one). What it or the reference leaves out leaves out scores.
+
+    Returns {"inception_score", "fid", "sfid", "precision", "recall"}. Inception score: see `inception_score`; its
+    splits follow the order of the samples, which must not be sorted by class: shuffle, a seed, deals them into splits
+    at random. Precision and recall: see `precision_recall`.
+    distributed: every process of torch.distributed calls with the same arguments, takes a share of the images and gets
+    the whole result; one process's result to rounding.
+
+    Raises FileNotFoundError and ValueError for files, arrays and features that are not as above.
+    """
+    if split_size < 1:
+        raise ValueError(f"split size must be at least 1, not {split_size}")
+    samples = read_images(samples)
+    reference = read_reference(reference)
+    options = {"batch_size": batch_size, "distributed": distributed, "progress": progress}
+    of_samples = look(samples, extractor, "samples", split_size=split_size, shuffle=shuffle, **options)
+    needed = {"pooled", *of_samples.moments} if of_samples.pooled is not None else set(of_samples.moments)
+    if reference.images is not None and (of_samples.pooled is not None or needed - set(reference.precomputed)):
+        of_reference = look(reference.images, extractor, "reference", **options)
+    else:
+        of_reference = Seen({}, None, None)
+
+    scores = {}
+    if of_samples.inception_score is not None:
+        scores["inception_score"] = of_samples.inception_score
+    for name, kind in (("fid", "pooled"), ("sfid", "spatial")):
+        if kind not in of_samples.moments:
+            continue
+        own = of_samples.moments[kind]
+        if kind in reference.precomputed:
+            mean, covariance = reference.precomputed[kind]
+            if len(mean) != len(own.mean):
+                raise ValueError(
+                    f"the reference's {' and '.join(PRECOMPUTED[kind])} are {len(mean)} wide, the extractor's "
+                    f"{kind!r} features {len(own.mean)}: they are of another extractor"
+                )
+        elif kind in of_reference.moments:
+            mean, covariance = of_reference.moments[kind].mean, of_reference.moments[kind].covariance
+        else:
+            continue
+        scores[name] = frechet_distance(own.mean, own.covariance, mean, covariance)
+    if of_samples.pooled is not None and of_reference.pooled is not None:
+        scores["precision"], scores["recall"] = precision_recall(
+            of_reference.pooled, of_samples.pooled, neighbours, distributed=distributed
+        )
+    return scores
+
+
+def frechet_distance_of(
+    samples: Source,
+    reference: Source,
+    features: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    batch_size: int = 64,
+    distributed: bool = False,
+    progress: bool = True,
+) -> float:
+    """The Fréchet distance of two sets of images by any features: uint8 [B, 3, H, W] -> [B, F].
+
+    Samples and reference are npz files or arrays as for `adm_metrics`; a reference's precomputed statistics, which are
+    Inception's, are not used. FID only where the features are Inception's: say by which it was measured.
+    """
+    options = {"batch_size": batch_size, "distributed": distributed, "progress": progress, "keep": False}
+    sets = {"samples": read_images(samples), "reference": read_images(reference)}
+    one, other = (
+        look(images, lambda batch: {"pooled": features(batch)}, name, **options).moments["pooled"]
+        for name, images in sets.items()
+    )
+    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+
+
+def evaluate(
+    samples: Source,
+    reference: Source,
+    extractor: Extractor,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    split_size: int = 5000,
+    neighbours: int = 3,
+    shuffle: int | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`adm_metrics` with all that the numbers depend on, as one dictionary for a JSON file.
+
+    settings: how the samples were made (sampler, steps, guidance, label balance, VAE, EMA, ...), kept as they are. Files
+    and weights are recorded by name and SHA-256, the extractor by its `description` if it has one, else by its name.
+    """
+    started = time.monotonic()
+    rules = {"split_size": split_size, "neighbours": neighbours, "shuffle": shuffle}
+    options = {"batch_size": batch_size, "distributed": distributed, "progress": progress}
+    scores = adm_metrics(samples, reference, extractor, **rules, **options)
+    described = getattr(extractor, "description", None)
+    name = getattr(extractor, "__qualname__", None) or type(extractor).__qualname__
+    packages = ("hybriddit", "torch", "numpy", "torch-fidelity")
+    return {
+        "metrics": scores,
+        "settings": dict(settings or {}),
+        "samples": describe_source(samples),
+        "reference": describe_source(reference),
+        "extractor": dict(described) if described else {"name": name},
+        "rules": {
+            **rules,
+            "covariance": "unbiased, float64",
+            "distances": "squared, float64",
+            "precomputed_reference": sorted(read_reference(reference, check=False).precomputed),
+        },
+        "batch_size": batch_size,
+        "processes": rank_and_size(distributed)[1],
+        "versions": {package: version for package in packages if (version := _version(package))},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def read_reference(source: Source, check: bool = True) -> Reference:
+    """A reference's images and precomputed statistics, whichever of both it has."""
+    if not isinstance(source, str | os.PathLike):
+        return Reference(read_images(source), {})
+    path = Path(source)
+    entries = npz_entries(path, check)
+    found = {}
+    for kind, (mean, covariance) in PRECOMPUTED.items():
+        if mean in entries and covariance in entries:
+            pair = [np.array(read_entry(path, name)) for name in (mean, covariance)]
+            shapes = [list(part.shape) for part in pair]
+            if any(part.dtype.kind != "f" or not np.isfinite(part).all() for part in pair):
+                raise ValueError(f"{mean} and {covariance} of {path} are not finite floating-point numbers")
+            if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+                raise ValueError(f"{mean} and {covariance} of {path} must be [F] and [F, F], not {shapes}")
+            found[kind] = tuple(torch.from_numpy(part).double() for part in pair)
+    if "arr_0" not in entries and found:
+        return Reference(None, found)
+    return Reference(read_images(source, check=False), found)  # checked above
+
+
+def look(
+    images: np.ndarray,
+    extractor: Extractor,
+    name: str,
+    *,
+    batch_size: int,
+    distributed: bool,
+    progress: bool,
+    split_size: int | None = None,
+    shuffle: int | None = None,
+    keep: bool = True,
+) -> Seen:
+    """Every image through the extractor, this process's share batch by batch. keep: the pooled features too."""
+    rank, size = rank_and_size(distributed)
+    count = len(images)
+    if count < size:
+        raise ValueError(f"{count} {name} for {size} processes: use fewer processes")
+    found, pooled, sums = {}, [], None
+    positions = torch.arange(count)
+    if shuffle is not None:
+        positions = torch.randperm(count, generator=torch.Generator().manual_seed(shuffle))
+    shown = progress and rank == 0
+    with tqdm(total=len(share(count, distributed)), desc=name, unit="image", disable=not shown) as bar:
+        for rows in batches(share(count, distributed), batch_size):
+            batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2).contiguous()
+            features = checked(extractor(batch), rows)
+            for kind in set(features) & set(PRECOMPUTED):
+                new = moments(features[kind])
+                found[kind] = merge(found[kind], new) if kind in found else new
+            if keep and "pooled" in features:
+                pooled.append(
+                    features["pooled"].to("cpu", torch.promote_types(features["pooled"].dtype, torch.float32))
+                )
+            if split_size and "logits" in features:
+                new = split_sums(features["logits"], positions[rows.start : rows.stop], count, split_size)
+                sums = new if sums is None else sums + new
+            bar.update(len(rows))
+    device = next((part.mean.device for part in found.values()), torch.device("cpu"))
+    return Seen(
+        {kind: merge_processes(found[kind], count, distributed) for kind in PRECOMPUTED if kind in found},
+        gather(torch.cat(pooled), count, distributed).to(device) if pooled else None,
+        score_of_splits(total(sums, distributed), count, split_size) if sums is not None else None,
+    )
+
+
+def batches(rows: range, batch_size: int) -> Iterator[range]:
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, not {batch_size}")
+    return (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+
+
+def checked(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torch.Tensor]:
+    known = {kind: features[kind] for kind in ("pooled", "spatial", "logits") if kind in features}
+    if not known:
+        raise ValueError(f"the extractor gives none of pooled, spatial and logits, only {', '.join(features)}")
+    for kind, part in known.items():
+        if part.ndim != 2 or len(part) != len(rows) or not part.is_floating_point():
+            expected = f"floating-point [{len(rows)}, width]"
+            raise ValueError(f"the extractor's {kind!r} must be {expected}, not {part.dtype} {list(part.shape)}")
+        if not part.isfinite().all():
+            raise ValueError(f"the extractor's {kind!r} of images {rows.start} to {rows.stop - 1} are not finite")
+    return known
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """File name, SHA-256, number and size of images: of the file, or of the array's bytes."""
+    if isinstance(source, str | os.PathLike):
+        with Path(source).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = {"file": Path(source).name, "sha256": digest}
+        source = read_reference(source, check=False).images
+    else:
+        source = np.asarray(source)
+        found = {"file": None, "sha256": hashlib.sha256(np.ascontiguousarray(source)).hexdigest()}
+    if source is not None:
+        found |= {"images": len(source), "size": list(source.shape[1:3])}
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

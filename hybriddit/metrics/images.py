@@ -1,0 +1,103 @@
+"""Images as the ADM suite keeps them: uint8 [N, H, W, 3], in memory or as `arr_0` of an npz file."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Decoded images, floating-point in [-1, 1] of any shape, as uint8: 127.5 x + 128, clamped to [0, 255], truncated.
+
+    That is 127.5 (x + 1) to the nearest level, the rule of DiT's and SiT's sampling scripts; truncating 127.5 (x + 1), or
+    rounding 127.5 x + 128, moves half of all pixels by a level, and the FID with them. Raises TypeError for integers,
+    ValueError for NaN or infinite values.
+    """
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating-point in [-1, 1], not {images.dtype}")
+    if images.element_size() < 4:  # the grey levels themselves are beyond bfloat16's digits
+        images = images.float()
+    if not images.isfinite().all():
+        raise ValueError("images are not finite: the model or the VAE overflowed")
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+
+
+def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bool = True) -> np.ndarray:
+    """uint8 [N, H, W, 3] of an npz file's `arr_0`, or of an array. An uncompressed file's are mapped, not read.
+
+    check=False leaves out the file's checksums, which take a pass over all of it. Raises FileNotFoundError where there is no such file, ValueError where it is damaged, holds pickled objects, no
+    `arr_0`, or anything but at least two uint8 images.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        entries = npz_entries(path, check)
+        if "arr_0" not in entries:
+            raise ValueError(
+                f"{path} has no images (arr_0, uint8 [N, H, W, 3]), only {', '.join(entries) or 'nothing'}"
+            )
+        return check_images(read_entry(path, "arr_0"), f"arr_0 of {path}")
+    return check_images(np.asarray(source), "the array of images")
+
+
+def check_images(images: np.ndarray, name: str) -> np.ndarray:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
+        raise ValueError(f"{name} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
+    if len(images) < 2:
+        raise ValueError(f"{name} has {len(images)} image(s): statistics need at least 2")
+    return images
+
+
+def npz_entries(path: Path, check: bool = True) -> list[str]:
+    """The names of an npz file's arrays. FileNotFoundError, or ValueError where it is damaged (check: by its checksums)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no npz file at {path}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip() if check else None
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or no npz file ({error})") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged (the checksum of {damaged} does not match)")
+    return names
+
+
+def read_entry(path: Path, name: str) -> np.ndarray:
+    """One array of an npz file: mapped where it is stored as it is, read where it is compressed. Nothing is unpickled."""
+    try:
+        mapped = _map_entry(path, name)
+        if mapped is not None:
+            return mapped
+        with np.load(path, allow_pickle=False) as file:
+            return file[name]
+    except (ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"{name} of {path} is no plain array ({error})") from error
+
+
+def _map_entry(path: Path, name: str) -> np.ndarray | None:
+    """50,000 images are 10 GB, too much for every process of several to hold; None where the array cannot be mapped."""
+    with zipfile.ZipFile(path) as file:
+        entry = file.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        name_length, extra_length = struct.unpack("<26x2H", file.read(30))
+        file.seek(name_length + extra_length, os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            return None
+        if dtype.hasobject or 0 in shape:
+            return None
+        order = "F" if fortran else "C"
+        return np.memmap(path, dtype, mode="r", offset=file.tell(), shape=shape, order=order)
