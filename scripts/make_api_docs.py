@@ -16,6 +16,10 @@ NAMES = {
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
+    "hybriddit.flow": (
+        "coefficients interpolate target convert shift_times draw_times flow_loss training_interval "
+        "sample_ode sample_sde sampling_interval guided log_likelihood"
+    ),
     "hybriddit.models.families": "Family family_of is_hybrid",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",

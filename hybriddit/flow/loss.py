@@ -94,9 +94,9 @@ def flow_loss(
     Args:
         output: [B, ...], what the model returned for `interpolate(data, noise, t, path)`. data, noise: [B, ...]. t: [B].
         prediction: "velocity", "score", "noise" or "data". The score is compared as noise: |sigma score + noise|^2.
-        weighting: "none": of the prediction as it is; "velocity": as much as the velocity is off by it; "likelihood":
-            that divided by g of `score_factor`, which bounds the likelihood (arXiv 2401.08740, section 2.3). In the last
-            two a loss is the same number whichever way the same field is predicted.
+        weighting: "none": the prediction's own error; "velocity": the error that it makes in the velocity; "likelihood":
+            that, divided by g of velocity = (alpha' / alpha) x + g score. The last two (arXiv 2401.08740) give a field
+            the same loss whichever way it is predicted.
 
     Raises ValueError for unknown names and for shapes that differ.
     """

@@ -55,7 +55,9 @@ PATHS = {"linear": linear, "gvp": gvp, "vp": vp}
 
 
 def coefficients(path: str, t: Tensor) -> Coefficients:
-    """The path's alpha, sigma and their derivatives at times t of any shape, in [0, 1].
+    """(alpha, sigma, alpha', sigma') of the path at times t of any shape, in [0, 1]; a named tuple.
+
+    path: "linear" (t, 1 - t), "gvp" (sin and cos of pi t / 2) or "vp" (SiT's variance preserving path, beta 0.1 to 20).
 
     In the times' dtype, float32 at the least. Exact to rounding; only, alpha and sigma never fall below the root of the
     dtype's smallest normal number (1e-19 in float32), so that quotients by them stay finite at the ends of time.
@@ -126,7 +128,7 @@ def _from_pair(data: Tensor, noise: Tensor, at: Coefficients, target: str) -> Te
 
 
 def score_factor(at: Coefficients) -> Tensor:
-    """g of velocity = (alpha' / alpha) x + g score, which is positive: SiT's equation for the drift."""
+    """g of velocity = (alpha' / alpha) x + g score, sigma (alpha' sigma - alpha sigma') / alpha; not negative."""
     return at.sigma * (at.d_alpha * at.sigma - at.alpha * at.d_sigma) / at.alpha
 
 

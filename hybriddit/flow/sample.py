@@ -106,9 +106,9 @@ def sample_sde(
         model, noise, prediction, shift, callback: as in `sample_ode`.
         method: "euler" (Euler-Maruyama) or "heun" (SiT's: the step's noise first, then a Heun step; two calls a step).
         steps: all of them, the last one included; `shift` spreads the others.
-        diffusion: g(t): "constant", "sbdm" (g of `score_factor`), "sigma", "linear" (1 - t), "decreasing"
-            ((1 + norm cos pi t)^2 / 4) or "increasing-decreasing" (sin^2 pi t); times `diffusion_norm`, which
-            "decreasing" has inside.
+        diffusion: g(t): "constant", "sbdm" (of velocity = (alpha' / alpha) x + g score, score-based diffusion's own),
+            "sigma", "linear" (1 - t), "decreasing" ((1 + norm cos pi t)^2 / 4) or "increasing-decreasing" (sin^2 pi t);
+            times `diffusion_norm`, which "decreasing" has inside.
         last_step: a last step without noise, of `last_step_size`: "mean" (of the SDE), "euler" (of the ODE) or "tweedie"
             (to the predicted data); None: all steps are alike.
         interval: (start, end) of time, last step included; None takes `sampling_interval`'s.
