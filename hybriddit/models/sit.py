@@ -224,6 +224,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
         # window, stride, map_rank and gate have one meaning, and one set of checks, in the project
         settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate)
+        if window is None and {"window", "hybrid"} & set(kinds):
+            raise ValueError("window and hybrid layers need a window: window is None")
         if not isinstance(attention, str):
             self.register_to_config(attention=kinds)  # a saved config is sorted: a dict's order would be lost
         ff_width = int(width * mlp_ratio)

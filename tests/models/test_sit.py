@@ -26,7 +26,11 @@ GRIDS = [(6, 6), (4, 7), (9, 5)]
 KINDS = ["softmax", "linear", "window", "hybrid"]
 EVERYTHING = {
     "attention": "hybrid",
+    "window": (3, 4),
+    "stride": (1, 2),
+    "map_rank": 5,
     "gate": "token",
+    "gate_init": 0.3,
     "qk_norm": True,
     "norm_type": "rms_norm",
     "activation_fn": "swiglu",
@@ -615,6 +619,7 @@ def test_save_and_load(fields, tmp_path):
     model.save_pretrained(tmp_path)
     again = SiTTransformer2DModel.from_pretrained(tmp_path)
     assert torch.equal(run(again, inputs), run(model, inputs))
+    assert again.num_parameters() == model.num_parameters()
     assert [name for name, p in again.named_parameters() if not p.requires_grad] == ["pos_embed"]
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "SiTTransformer2DModel"
     half = SiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -658,6 +663,7 @@ def test_loading_other_fields_is_refused(tmp_path):
         ({"attention": {"*blocks.0.*": "linear"}}, r"no pattern matches 'transformer_blocks.1.attn'"),
         ({"attention": ["softmax"]}, "lists 1 kinds for 2 layers"),
         ({"window": 0}, "window must be"),
+        ({"window": None, "attention": "hybrid"}, "window and hybrid layers need a window"),
         ({"window": 2, "stride": 3}, "stride 3 is larger than window 2"),
         ({"map_rank": 0}, "map_rank must be"),
         ({"gate": "layer"}, "unknown gate 'layer'"),
