@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .images import npz_entries, read_entry, read_images
+from .images import as_array, npz_entries, read_entry, read_images
 from .processes import gather, rank_and_size, share, total
 from .statistics import (
     Moments,
@@ -252,7 +252,7 @@ def batches(rows: range, batch_size: int) -> Iterator[range]:
 
 
 def checked(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torch.Tensor]:
-    known = {kind: features[kind] for kind in ("pooled", "spatial", "logits") if kind in features}
+    known = {kind: torch.as_tensor(features[kind]) for kind in ("pooled", "spatial", "logits") if kind in features}
     if not known:
         raise ValueError(f"the extractor gives none of pooled, spatial and logits, only {', '.join(features)}")
     for kind, part in known.items():
@@ -272,7 +272,7 @@ def describe_source(source: Source) -> dict[str, Any]:
         found = {"file": Path(source).name, "sha256": digest}
         source = read_reference(source, check=False).images
     else:
-        source = np.asarray(source)
+        source = as_array(source)
         found = {"file": None, "sha256": hashlib.sha256(np.ascontiguousarray(source)).hexdigest()}
     if source is not None:
         found |= {"images": len(source), "size": list(source.shape[1:3])}

@@ -42,7 +42,11 @@ def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bo
                 f"{path} has no images (arr_0, uint8 [N, H, W, 3]), only {', '.join(entries) or 'nothing'}"
             )
         return check_images(read_entry(path, "arr_0"), f"arr_0 of {path}")
-    return check_images(np.asarray(source), "the array of images")
+    return check_images(as_array(source), "the array of images")
+
+
+def as_array(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    return images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
 
 
 def check_images(images: np.ndarray, name: str) -> np.ndarray:

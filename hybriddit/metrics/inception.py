@@ -53,15 +53,21 @@ class Inception(torch.nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        seen = []
+        seen, device = [], self.network.fc.weight.device
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
-            # TensorFloat-32 convolutions would cost the third digit
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                pooled, logits = self.network(images.to(self.network.fc.weight.device))
+            # a trainer's autocast, or TensorFloat-32 convolutions, which are torch's default, would cost digits
+            with torch.autocast(device.type, enabled=False), _float32_convolutions():
+                pooled, logits = self.network(images.to(device))
         finally:
             hook.remove()
         return {"pooled": pooled, "spatial": spatial_features(seen[0]), "logits": logits}
+
+
+def _float32_convolutions():
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    return cudnn.flags(**kept, allow_tf32=False)
 
 
 def load_inception(

@@ -50,8 +50,11 @@ def run(
         return None
     report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if out is not None:
-        with replacing(out) as partial:
-            partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        try:
+            with replacing(out) as partial:
+                partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:  # a full disk must not cost what took minutes
+            raise OSError(f"could not write {out} ({error}); the scores are {json.dumps(report['metrics'])}") from error
     return report
 
 

@@ -356,6 +356,24 @@ def test_what_the_user_can_put_right_is_one_line(change, message, files, tmp_pat
     assert said.startswith("hybriddit: ") and message in said
 
 
+def test_a_full_disk_does_not_cost_the_scores(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybriddit.metrics.run.load_inception", lambda path, device: extractor)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    out = tmp_path / "scores.json"
+    out.write_text("older")
+
+    def full(self, *arguments, **options):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    command = ["evaluate", *map(str, files), "--inception", str(tmp_path / "weights.pth"), "--quiet"]
+    assert main([*command, "--out", str(out)]) == 1
+    [said] = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in said and '"fid": ' in said
+    assert out.read_text() == "older" and not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+
+
 def test_missing_files_are_told_before_torch_is_loaded(tmp_path):
     code = "import sys, hybriddit.cli; print(hybriddit.cli.main(sys.argv[1:]), 'torch' in sys.modules)"
     done = subprocess.run(

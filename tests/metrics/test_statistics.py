@@ -78,6 +78,8 @@ def test_inception_score_by_splits():
     logits = 2 * random(23, 5)
     for split_size in (23, 5000, 10, 7):
         assert inception_score(logits, split_size) == pytest.approx(score(logits.numpy(), split_size), rel=1e-12)
+    rounded = logits.float()
+    assert inception_score(rounded, 7) == pytest.approx(score(rounded.double().numpy(), 7), rel=1e-13)
     # each image certain of its own class: the number of classes; far beyond what float32's softmax can hold
     assert inception_score(1e4 * torch.eye(8)) == pytest.approx(8, rel=1e-12)
     assert inception_score(torch.ones(9, 4)) == pytest.approx(1, rel=1e-12)
