@@ -104,6 +104,7 @@ def test_precision_and_recall_by_brute_force(neighbours, block):
     assert recall == share_inside(reference.numpy(), samples.numpy(), neighbours)
     assert recall < precision < 1, "the example tells the two apart"
     assert precision_recall(reference.float(), samples.float(), neighbours) == (precision, recall)
+    assert precision_recall(reference + 1e7, samples + 1e7, neighbours, block=block) == (precision, recall)
 
 
 def test_precision_and_recall_of_sets_that_are_known():
