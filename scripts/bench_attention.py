@@ -10,11 +10,11 @@ branches inside linear attention against one after it; and the peak memory of li
 import argparse
 import concurrent.futures
 import multiprocessing
-import resource
+import re
 import statistics
-import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -118,15 +118,21 @@ def time_join(repeats):
 
 
 def peak_growth(dtype, threads, tokens=65536):
-    """How far the process's peak memory grows in a forward, over the size of the output."""
+    """The most memory that a process takes beyond what it has before a forward, over the size of the output."""
     torch.set_num_threads(threads)
     with torch.no_grad():
         linear_attention(*(x.to(dtype) for x in linear_inputs(64)))  # what libraries load and set up once
         inputs = [torch.empty(1, tokens, 16, 64, dtype=dtype).uniform_(-2, 2) for _ in range(3)]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports too, is forgotten
+        before = resident("VmRSS")
         out = linear_attention(*inputs)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) * (1 if sys.platform == "darwin" else 1024) / (out.numel() * out.element_size())
+        after = resident("VmHWM")
+    return (after - before) / (out.numel() * out.element_size())
+
+
+def resident(name):
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); Linux only."""
+    return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def measure_memory(threads):
