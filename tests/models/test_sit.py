@@ -22,7 +22,7 @@ TINY = {
     "num_classes": 5,
     "window": 3,
 }
-GRIDS = [(6, 6), (4, 7), (9, 5)]
+GRIDS = [(6, 6), (4, 7), (9, 4)]  # that of training, another, and another of as many tokens
 KINDS = ["softmax", "linear", "window", "hybrid"]
 EVERYTHING = {
     "attention": "hybrid",
@@ -57,6 +57,11 @@ def make_inputs(grid=(6, 6), batch=2, dtype=torch.float64, seed=1, patch=2):
     return latents, times, torch.arange(batch) * 5 % 6  # 0, and the null class
 
 
+def close(actual, expected, tolerance=1e-5):
+    """To what rounding the positions to float32 leaves, where their coordinates are no whole numbers."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def run(model, inputs):
     with torch.no_grad():
         return model(*inputs).sample
@@ -84,7 +89,7 @@ def plain_positions(grid, base, width):
                 table[row * grid[1] + column, [c, quarter + c, 2 * quarter + c, 3 * quarter + c]] = torch.tensor(
                     values, dtype=torch.float64
                 )
-    return table
+    return table.float().double()  # kept in float32
 
 
 def plain_norm(x):
@@ -219,13 +224,13 @@ def test_softmax_is_the_plain_sit(grid, learn_sigma):
     model, inputs = make(learn_sigma=learn_sigma), make_inputs(grid)
     expected = plain_sit(to_original(model.state_dict()), *inputs, depth=2)
     assert expected.abs().mean() > 0.1
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), expected, 1e-8 if grid == (6, 6) else 1e-5)
 
 
 def test_another_patch_is_the_plain_sit():
     model, inputs = make(patch_size=4), make_inputs((2, 3), patch=4)
     expected = plain_sit(to_original(model.state_dict()), *inputs, depth=2, patch=4, base=3)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), expected)
 
 
 def heads_of(x):
@@ -266,7 +271,7 @@ def test_linear_is_the_definition(grid, map_rank):
     def attend(w, name, x, grid):
         return near_and_far(model, name, x, grid)[1].flatten(2)
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -279,7 +284,7 @@ def test_windows_are_a_mask(grid, window, stride):
     def attend(w, name, x, grid):
         return near_and_far(model, name, x, grid, mask)[0].flatten(2)
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
 
 
 @pytest.mark.parametrize("gate", ["head", "channel", "token"])
@@ -298,7 +303,7 @@ def test_hybrid_joins_near_and_far(grid, gate):
             assert share.shape == (HEADS, WIDTH // HEADS if gate == "channel" else 1)
         return (near + share * (far - near)).flatten(2)
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
 
 
 @pytest.mark.parametrize("gate", ["head", "channel", "token"])
@@ -345,7 +350,7 @@ def test_layers_of_several_kinds():
         branches = near_and_far(model, name, x, grid, mask if index == 1 else None)
         return branches[1 if index == 3 else 0].flatten(2)
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
     assert [block.attn.kind for block in make(attention=kinds, num_layers=4).transformer_blocks] == kinds
 
 
@@ -367,7 +372,7 @@ def test_qk_norm(kind):
             return (near + w_gate(model, name) * (far - near)).flatten(2)
         return (far if kind == "linear" else near).flatten(2)
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
 
 
 def w_gate(model, name):
@@ -377,7 +382,7 @@ def w_gate(model, name):
 def test_rms_norm():
     model, inputs = make(norm_type="rms_norm"), make_inputs((4, 7))
     expected = plain_of(model, inputs, norm=lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), expected)
 
 
 def test_swiglu():
@@ -391,7 +396,7 @@ def test_swiglu():
         x = x[..., :hidden] * x[..., hidden:] / (1 + torch.exp(-x[..., hidden:]))
         return x @ w["net.2.weight"].T + w["net.2.bias"]
 
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, mlp=mlp), rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), plain_of(model, inputs, mlp=mlp))
     counts = {
         fn: make(activation_fn=fn, num_attention_heads=8).num_parameters() for fn in ("swiglu", "gelu-approximate")
     }
@@ -421,8 +426,7 @@ def test_rope_turns_near_queries_and_keys(kind, grid):
         near, far, _ = near_and_far(model, name, x, grid, mask, rotate=rotate)
         return (near if kind != "hybrid" else near + w_gate(model, name) * (far - near)).flatten(2)
 
-    # rotated in float32, whatever the model runs in
-    torch.testing.assert_close(run(model, inputs), plain_of(model, inputs, attend=attend), rtol=1e-5, atol=1e-5)
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -451,7 +455,7 @@ def test_value_conv(kind, size):
 
     with torch.no_grad():
         expected = plain_of(model, inputs, attend=attend)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), expected)
 
 
 def test_optional_parts_add_nothing_unless_asked_for():
@@ -749,7 +753,7 @@ def test_an_original_checkpoint_computes_what_the_original_does(tmp_path):
     torch.save(state, tmp_path / "sit.pt")
     model = load_original(SiTTransformer2DModel(**TINY), tmp_path / "sit.pt").double().eval()
     expected = plain_sit({name: tensor.double() for name, tensor in state.items()}, *inputs, depth=2)
-    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-6, atol=1e-6)
+    close(run(model, inputs), expected, 1e-8)
 
 
 def test_conversion_and_its_inverse_are_exact(tmp_path):
