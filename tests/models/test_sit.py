@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from attention import oracles
+from safetensors.torch import save_file
 
 from hybriddit import SiTTransformer2DModel
 from hybriddit.models.sit import SIT_SIZES
@@ -603,6 +604,12 @@ def test_bfloat16(fields):
     assert whole.dtype == torch.bfloat16
 
 
+def test_all_is_made_on_the_device_of_the_latents():
+    latents, times, labels = (x.to("meta") for x in make_inputs((4, 7), dtype=torch.float32))
+    model = SiTTransformer2DModel(**TINY, rope=True).to("meta").train()
+    assert model(latents, times, labels).sample.shape == latents.shape
+
+
 def test_calls():
     model, (latents, times, labels) = make(), make_inputs()
     sample = run(model, (latents, times, labels))
@@ -766,14 +773,13 @@ def test_conversion_and_its_inverse_are_exact(tmp_path):
     ours = make(torch.float32).state_dict()
     again = from_original(to_original(ours))
     assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
+    save_file(converted, tmp_path / "ours.safetensors")  # which refuses tensors that share memory
     # the positions of a checkpoint are those of a model that is built
     torch.testing.assert_close(state["pos_embed"], model.pos_embed.detach(), rtol=0, atol=1e-6)
 
 
 def test_files_of_the_authors_training(tmp_path):
     """Weights, their average, an optimizer and the arguments in one file; and safetensors."""
-    from safetensors.torch import save_file
-
     state, other = original_checkpoint(), original_checkpoint(seed=4)
     torch.save(
         {"model": other, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "run.pt"
