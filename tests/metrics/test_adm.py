@@ -207,7 +207,7 @@ def test_two_processes_are_one(files, tmp_path):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in started]
+    said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     report = json.loads(said[0][0])
     assert said[1] == ("", ""), "the first process speaks for all"
