@@ -46,7 +46,7 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for original, parts in fused.items():
         if state[original].shape[0] % 3:
             raise ValueError(f"{original} must hold queries, keys and values, got {tuple(state[original].shape)}")
-        converted |= zip(parts, (part.clone() for part in state[original].chunk(3)), strict=True)
+        converted |= zip(parts, state[original].chunk(3), strict=True)
     return converted
 
 

@@ -773,7 +773,7 @@ def test_conversion_and_its_inverse_are_exact(tmp_path):
     ours = make(torch.float32).state_dict()
     again = from_original(to_original(ours))
     assert again.keys() == ours.keys() and all(torch.equal(again[name], ours[name]) for name in ours)
-    save_file(converted, tmp_path / "ours.safetensors")  # which refuses tensors that share memory
+    save_file(converted, tmp_path / "ours.safetensors")
     # the positions of a checkpoint are those of a model that is built
     torch.testing.assert_close(state["pos_embed"], model.pos_embed.detach(), rtol=0, atol=1e-6)
 
