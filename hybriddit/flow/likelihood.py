@@ -63,7 +63,7 @@ def log_likelihood(
 
     def with_divergence(state: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            x = state[:, :-1].reshape(data.shape).detach().requires_grad_()
+            x = state[:, :-1].reshape(data.shape).requires_grad_()
             velocity = field(x, t)
             divergence = _divergence(velocity, x, vectors)
         return torch.cat((velocity.detach().flatten(1), divergence[:, None]), dim=1)

@@ -102,6 +102,19 @@ def test_the_loss_of_bfloat16_outputs_is_taken_in_float32():
     torch.testing.assert_close(loss, flow_loss(output.bfloat16().float(), data, noise, t))
 
 
+def test_the_loss_waits_for_no_device_and_compiles_whole():
+    for kind in PREDICTIONS:
+        x, t = (
+            torch.empty(3, 4, 8, 8, device="meta"),
+            draw_times(3, "logit_normal", generator=generator(), device="meta"),
+        )
+        loss = flow_loss(interpolate(x, x, t, "gvp"), x, x, t, "gvp", prediction=kind, weighting="likelihood")
+        assert loss.device.type == "meta" and loss.shape == (3,)
+    compiled = torch.compile(flow_loss, backend="eager", fullgraph=True)
+    inputs = [normal(4, 3, seed=seed) for seed in range(3)] + [torch.linspace(0.1, 0.9, 4, dtype=torch.float64)]
+    torch.testing.assert_close(compiled(*inputs, "vp"), flow_loss(*inputs, "vp"))
+
+
 @pytest.mark.parametrize(
     ("path", "prediction", "weighting", "start", "end"),
     [
