@@ -118,6 +118,9 @@ def test_precision_and_recall_of_sets_that_are_known():
     # a collapsed generator: all samples are one of the reference images, whose balls have no radius
     collapsed = line[4].expand(6, 3) + 1e5
     assert precision_recall(line + 1e5, collapsed) == (1, 0.1)
+    for i in range(8):  # where products round
+        reference = random(40, 33, seed=i)
+        assert precision_recall(reference, reference[4].expand(9, 33), block=5 + i) == (1, 1 / 40)
 
 
 def test_precision_is_not_symmetric():
