@@ -27,7 +27,7 @@ class HybridConfig:
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
-        that matches none is "hybrid".
+        that matches none is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
     """
 
@@ -58,9 +58,12 @@ class HybridConfig:
             raise ValueError(f"linear must be true or false, not {self.linear!r}")
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
-        if not isinstance(self.layers, Mapping):
+        pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
+        if not isinstance(pairs, Iterable) or not all(
+            isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs
+        ):
             raise TypeError(f"layers must map name patterns to layer kinds, not {self.layers!r}")
-        object.__setattr__(self, "layers", dict(self.layers))
+        object.__setattr__(self, "layers", dict(map(tuple, pairs)))
         for pattern, kind in self.layers.items():
             if kind not in LAYER_KINDS:
                 raise ValueError(f"unknown layer kind {kind!r} for {pattern!r}: use one of {', '.join(LAYER_KINDS)}")
@@ -137,8 +140,11 @@ class HybridConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON would give them back (pairs as lists)."""
-        return json.loads(json.dumps(asdict(self)))
+        """The fields as JSON would give them back (pairs as lists).
+
+        `layers` is a list of pairs: diffusers sorts the keys of a saved config, and here their order counts.
+        """
+        return json.loads(json.dumps({**asdict(self), "layers": list(self.layers.items())}))
 
 
 def _is_count(value: Any) -> bool:
