@@ -18,6 +18,7 @@ _HOMES = {
     "HybridPixArtSigmaPipeline": ".pipelines",
     "HybridStableDiffusion3Pipeline": ".pipelines",
     "HybridFluxPipeline": ".pipelines",
+    "SiTPipeline": ".pipelines",
     "load_config": ".training.config",
     # diffusers loads a saved pipeline's component only from a module that exposes the component's base class
     "ModelMixin": "diffusers",

@@ -12,7 +12,7 @@ NAMES = {
     "hybriddit": (
         "HybridConfig hybridize restore_dense dense_mode save_adapter load_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
-        "SiTTransformer2DModel "
+        "SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
