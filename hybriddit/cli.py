@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo | convert | distill | generate | evaluate | benchmark | info."""
+"""The command line: hybriddit demo | convert | distill | train | generate | evaluate | benchmark | info."""
 
 from __future__ import annotations
 
@@ -107,6 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
     how.add_argument("--dry-run", action="store_true", help="only say what the run would need; loads no weights")
     sub.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+
+    sub = add(
+        "train",
+        train,
+        "train a SiT from scratch on the images or latents that a YAML file names",
+        "configs/sit/fashion_mnist_cpu.yaml train.steps=200",
+    )
+    sub.add_argument("config", type=Path, help="a YAML file such as configs/sit/xl_2_linfusion.yaml")
+    _add_overrides(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
 
     sub = add(
         "generate",
@@ -270,7 +280,7 @@ def distill(options: argparse.Namespace) -> None:
 
     if options.json and not options.dry_run:
         raise ValueError("--json is for --dry-run")
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, "distill")
     if options.dry_run:
         from .training.dry_run import dry_run, report
 
@@ -279,15 +289,29 @@ def distill(options: argparse.Namespace) -> None:
         return
     from .training.distill import run  # torch and diffusers, once the config is known to be right
 
+    _run_training(run, config, options.resume)
+    print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
+
+
+def train(options: argparse.Namespace) -> None:
+    from .training.config import load_config
+
+    config = load_config(options.config, options.overrides, "train")
+    from .training.train_sit import run
+
+    _run_training(run, config, options.resume)
+    print(f"model saved to {Path(config.output.folder) / 'model'}")
+
+
+def _run_training(run, config, resume: bool) -> None:
     try:
-        run(config, resume=options.resume)
+        run(config, resume=resume)
     except KeyboardInterrupt:
         if any(Path(config.output.folder, "checkpoints").glob("step-*")):
             print(
                 f"stopped: add --resume to go on from the newest checkpoint in {config.output.folder}", file=sys.stderr
             )
         raise
-    print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
 
 
 def generate(options: argparse.Namespace) -> None:

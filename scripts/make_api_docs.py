@@ -30,13 +30,16 @@ NAMES = {
     "hybriddit.generate": "generate check_settings read_record save_png",
     "hybriddit.info": "environment describe",
     "hybriddit.training.config": (
-        "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig"
+        "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig "
+        "SiTConfig ClassDataConfig FlowConfig SiTOptimConfig SiTTrainConfig SiTOutputConfig"
     ),
     "hybriddit.training.recipes": "Recipe recipe_of",
     "hybriddit.training.distill": "run distill",
+    "hybriddit.training.train_sit": "run train",
     "hybriddit.training.dry_run": "dry_run",
     "hybriddit.data.teacher_images": "teacher_images load_pipeline",
     "hybriddit.data.image_folder": "image_folder captioned_images",
+    "hybriddit.data.class_images": "open_set make_cache ClassData ClassInfo",
 }
 HEAD = """# API reference
 

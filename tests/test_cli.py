@@ -191,7 +191,7 @@ def test_the_demo_says_that_it_needs_a_text_length(capsys, monkeypatch, tmp_path
 
 
 def test_help_and_info(capsys):
-    for command in ("demo", "convert", "distill", "generate", "info"):
+    for command in ("demo", "convert", "distill", "train", "generate", "info"):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0 and f"example: hybriddit {command}" in capsys.readouterr().out

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,7 +34,31 @@ class LatentInfo:
     states: int = 0
 
 
-class LatentData:
+class Shards:
+    """Rows of tensors in tables of equally many rows per key: a dict of tensors in memory, or a `TableFile` on disk."""
+
+    def __init__(self, shards: Sequence[Mapping]):
+        self.shards = shards
+        self._ends = list(accumulate(_length(shard) for shard in shards))
+        if not self._ends or not self._ends[-1]:
+            raise ValueError("a set needs at least one image")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def rows(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The rows `indices` of every key, stacked."""
+        if len(self.shards) == 1 and isinstance(self.shards[0], dict):
+            chosen = torch.tensor(list(indices))
+            return {key: values[chosen] for key, values in self.shards[0].items()}
+        picked = []
+        for index in indices:
+            number = bisect_right(self._ends, index)
+            picked.append((self.shards[number], index - (self._ends[number - 1] if number else 0)))
+        return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in picked[0][0]}
+
+
+class LatentData(Shards):
     """A set of latents and prompt embeddings.
 
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, tokens, C] for FLUX,
@@ -43,27 +69,18 @@ class LatentData:
     """
 
     def __init__(self, shards: Sequence[Mapping], empty: dict[str, torch.Tensor], info: LatentInfo):
-        self.shards, self.empty, self.info = shards, empty, info
-        self._rows = [(shard, row) for shard in shards for row in range(_length(shard))]
-        if not self._rows:
-            raise ValueError("a latent set needs at least one image")
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        super().__init__(shards)
+        self.empty, self.info = empty, info
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one image's latents."""
         return tuple(self.rows([0])["latents"].shape[1:])
 
-    def rows(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows `indices` of every key, stacked."""
-        picked = [self._rows[index] for index in indices]
-        return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in picked[0][0]}
-
 
 def _length(shard: Mapping) -> int:
-    return len(shard["latents"]) if isinstance(shard, dict) else shard.shape("latents")[0]
+    key = next(iter(shard))
+    return len(shard[key]) if isinstance(shard, dict) else shard.shape(key)[0]
 
 
 class TableFile(Mapping):
@@ -106,8 +123,8 @@ def save_table(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         write_tensors(partial, tensors)
 
 
-def claim_folder(folder: Path, making: dict) -> None:
-    """Note in `folder` how its set is made; ValueError if it already holds one made otherwise."""
+def claim_folder(folder: Path, making: dict, key: str = "data.cache") -> None:
+    """Note in `folder`, which the setting `key` names, how its set is made; ValueError if it holds another already."""
     path = folder / "data.json"
     making = json.loads(json.dumps(making))
     if not path.exists():
@@ -118,9 +135,9 @@ def claim_folder(folder: Path, making: dict) -> None:
     try:
         found = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): use another data.cache, or delete {folder}") from None
+        raise ValueError(f"{path} is damaged ({error}): use another {key}, or delete {folder}") from None
     other = [key for key in making if found.get(key) != making[key]]
     if other:
         raise ValueError(
-            f"the cache {folder} was made with other values of {', '.join(other)}: use another data.cache, or delete it"
+            f"the cache {folder} was made with other values of {', '.join(other)}: use another {key}, or delete it"
         )

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..attention import TokenLayout
 from .families import family_of
+from .sit import SiTAttention
 
 
 def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, int]:
@@ -43,3 +44,29 @@ def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, in
             rank = layer.map_q.down.out_features
             hybrid += 2 * 2 * image * rank * (attn.to_q.in_features + width)
     return {"dense": dense, "hybrid": hybrid}
+
+
+def sit_flops(model: nn.Module, grid: tuple[int, int]) -> int:
+    """FLOPs (two per multiply-add) of one forward pass of one image of `grid` tokens through a SiTTransformer2DModel.
+
+    Counted from the formulas; sums, norms and activations are left out. Training takes three times as many.
+    """
+    tokens, flops = grid[0] * grid[1], 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            once = "modulation" in name or "time_embed" in name  # of the conditioning, not of the tokens
+            flops += 2 * module.weight.numel() * (1 if once else tokens)
+        elif isinstance(module, nn.Conv2d):
+            flops += 2 * module.weight.numel() * tokens
+        elif isinstance(module, SiTAttention):
+            width = module.to_q.in_features
+            if module.kind == "softmax":
+                flops += 4 * tokens**2 * width
+            if module.kind in ("window", "hybrid"):
+                seen = min(module.window[0], grid[0]) * min(module.window[1], grid[1])
+                flops += 4 * tokens * seen * width
+            if module.kind in ("linear", "hybrid"):
+                flops += 4 * tokens * width * (width // module.heads + 1)
+            if module.kind == "hybrid":  # queries and keys are projected for both branches
+                flops += 2 * 2 * width**2 * tokens
+    return flops

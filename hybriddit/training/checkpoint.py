@@ -1,4 +1,4 @@
-"""Checkpoints of a distillation run: whole or absent, and nothing that needs unpickling."""
+"""Checkpoints of a training run: whole or absent, and nothing that needs unpickling."""
 
 from __future__ import annotations
 
@@ -101,14 +101,16 @@ def load_checkpoint(
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         by_parameter[name][kind] = value
+    fused = optimizer.defaults.get("fused")
     with torch.no_grad():
         for (name, parameter), mean in zip(parameters.items(), average, strict=True):
             kinds = by_parameter[name]
             parameter.copy_(kinds.pop("weight"))
             mean.copy_(kinds.pop("average"))
             if kinds:
-                # AdamW counts steps on the host, beside moments on the device
+                # AdamW counts steps on the host, beside moments on the device, unless one kernel does it all
                 optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in kinds.items()
+                    key: value if key == "step" and not fused else value.to(parameter.device)
+                    for key, value in kinds.items()
                 }
     return state["step"]

@@ -1,9 +1,10 @@
-"""The configuration of a distillation run: dataclasses; YAML plus dotted overrides; an unknown key is an error."""
+"""The configurations of training runs: dataclasses; YAML plus dotted overrides; an unknown key is an error."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from dataclasses import dataclass, field
@@ -102,9 +103,10 @@ class TrainConfig:
 
 @dataclass
 class OutputConfig:
-    """folder: where checkpoints, samples, TensorBoard events and the adapter go; None writes nothing.
+    """folder: where checkpoints, samples, the tracker's events and the result go; None writes nothing.
 
-    Every `*_every` counts optimizer steps; 0 is never. keep: checkpoints kept. samples: prompts of the sample grid.
+    Every `*_every` counts optimizer steps; 0 is never. keep: checkpoints kept. samples: images of the sample grid.
+    tracker: "tensorboard" or "wandb".
     """
 
     folder: str | None = None
@@ -113,6 +115,7 @@ class OutputConfig:
     keep: int = 2
     sample_every: int = 0
     samples: int = 4
+    tracker: str = "tensorboard"
 
 
 @dataclass
@@ -128,9 +131,8 @@ class DistillConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
-        train, optim, data, output = self.train, self.optim, self.data, self.output
-        _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
-        _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
+        _check_shared(self)
+        data = self.data
         sources = ("teacher", "folder", "trajectories")
         _require(data.source in sources, "data.source", data.source, f"one of {', '.join(sources)}")
         _require(
@@ -139,34 +141,149 @@ class DistillConfig:
             data.folder,
             'a folder of images with data.source "folder", and left out with another',
         )
-        for section, names in (
-            (train, "train.steps train.batch_size train.accumulation"),
-            (data, "data.images data.states data.height data.width data.steps data.batch_size"),
-            (output, "output.log_every output.keep output.samples"),
-        ):
-            for name in names.split():
-                value = getattr(section, name.split(".")[1])
-                _require(value >= 1, name, value, "at least 1")
-        for name in ("checkpoint_every", "sample_every"):
-            _require(getattr(output, name) >= 0, f"output.{name}", getattr(output, name), "0 (never) or more")
+        _require_positive(data, "data", "images states height width steps batch_size")
         for name in ("task", "output", "layer"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
         dropout = self.loss.prompt_dropout
         _require(dropout is None or 0 <= dropout <= 1, "loss.prompt_dropout", dropout, "in [0, 1]")
-        _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
-        _require(optim.clip > 0, "optim.clip", optim.clip, "above 0")
-        _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
-        _require(
-            train.batch_size % train.accumulation == 0,
-            "train.batch_size",
-            train.batch_size,
-            f"a multiple of train.accumulation ({train.accumulation})",
-        )
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> DistillConfig:
+@dataclass
+class ClassDataConfig:
+    """Labelled images that a SiT is trained on.
+
+    path: a cache that scripts/cache_latents.py made; or a folder of images, whose subfolders are the classes; or one
+        of MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
+        are cut as ADM cuts them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
+    flip: mirror every other image, at random.
+    memory: read a cache into memory at the start; else its rows are read when they are needed.
+    vae: folder or repository of the AutoencoderKL that made a cache of latents; decodes the sample grids.
+    """
+
+    path: str = ""
+    flip: bool = True
+    memory: bool = False
+    vae: str | None = None
+
+
+@dataclass
+class FlowConfig:
+    """What the model learns (see `hybriddit.flow`): path, prediction, weighting of the loss, and how times are drawn."""
+
+    path: str = "linear"
+    prediction: str = "velocity"
+    weighting: str = "none"
+    times: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    time_shift: float = 1.0
+
+
+@dataclass
+class SiTOptimConfig(OptimConfig):
+    """AdamW, as OptimConfig, with the defaults of SiT's recipe. clip: None clips nothing."""
+
+    gate_lr_factor: float = 1.0
+    warmup_steps: int = 0
+    clip: float | None = None
+    ema_decay: float = 0.9999
+
+
+@dataclass
+class SiTTrainConfig(TrainConfig):
+    """As TrainConfig. compile: torch.compile the model's blocks.
+
+    peak_tflops: the device's, of which the log's `mfu` is the share in use; None knows those of common GPUs.
+    """
+
+    steps: int = 400_000
+    batch_size: int = 256
+    compile: bool = False
+    peak_tflops: float | None = None
+
+
+@dataclass
+class SiTOutputConfig(OutputConfig):
+    """As OutputConfig; sample grids are made by Heun's ODE sampler in `sample_steps` steps with `guidance`."""
+
+    log_every: int = 100
+    checkpoint_every: int = 5000
+    samples: int = 16
+    sample_steps: int = 50
+    guidance: float = 4.0
+
+
+@dataclass
+class SiTConfig:
+    """Everything about the training of one SiT. `model` takes the arguments of `hybriddit.SiTTransformer2DModel`."""
+
+    job: str = "train"
+    model: dict = field(default_factory=dict)
+    data: ClassDataConfig = field(default_factory=ClassDataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: SiTOptimConfig = field(default_factory=SiTOptimConfig)
+    train: SiTTrainConfig = field(default_factory=SiTTrainConfig)
+    output: SiTOutputConfig = field(default_factory=SiTOutputConfig)
+
+    def __post_init__(self):
+        _check_shared(self)
+        from .. import flow  # torch, which the other config does without
+        from ..models.sit import SiTTransformer2DModel
+
+        known = [name for name in inspect.signature(SiTTransformer2DModel.__init__).parameters if name != "self"]
+        for key in self.model:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                advice = f"did you mean model.{close[0]}?" if close else f"known here are {', '.join(known)}"
+                raise ValueError(f"unknown key model.{key}: {advice}")
+        for name, names in (
+            ("path", flow.PATHS),
+            ("prediction", flow.PREDICTIONS),
+            ("weighting", flow.WEIGHTINGS),
+            ("times", flow.TIME_DISTRIBUTIONS),
+        ):
+            value = getattr(self.flow, name)
+            _require(value in names, f"flow.{name}", value, f"one of {', '.join(names)}")
+        for name in ("time_std", "time_shift"):
+            _require(getattr(self.flow, name) > 0, f"flow.{name}", getattr(self.flow, name), "above 0")
+        peak = self.train.peak_tflops
+        _require(peak is None or peak > 0, "train.peak_tflops", peak, "above 0")
+        _require_positive(self.output, "output", "sample_steps")
+
+
+JOBS = {"distill": DistillConfig, "train": SiTConfig}
+
+
+def _check_shared(config) -> None:
+    """What holds of every training run's settings."""
+    train, optim, output = config.train, config.optim, config.output
+    _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
+    _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
+    _require_positive(train, "train", "steps batch_size accumulation")
+    _require_positive(output, "output", "log_every keep samples")
+    for name in ("checkpoint_every", "sample_every"):
+        _require(getattr(output, name) >= 0, f"output.{name}", getattr(output, name), "0 (never) or more")
+    trackers = ("tensorboard", "wandb")
+    _require(output.tracker in trackers, "output.tracker", output.tracker, f"one of {', '.join(trackers)}")
+    _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+    _require(optim.clip is None or optim.clip > 0, "optim.clip", optim.clip, "above 0")
+    _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
+    _require(
+        train.batch_size % train.accumulation == 0,
+        "train.batch_size",
+        train.batch_size,
+        f"a multiple of train.accumulation ({train.accumulation})",
+    )
+
+
+def load_config(
+    path: str | Path, overrides: typing.Sequence[str] = (), job: str | None = None
+) -> DistillConfig | SiTConfig:
     """Read a run's YAML file and lay dotted overrides ("optim.lr=1e-4") over it.
+
+    A file with `job: train` is a SiTConfig, any other a DistillConfig; with `job`, "distill" or "train", only that one
+    is taken.
 
     Raises FileNotFoundError, or ValueError with one line that names the key: unknown (and the nearest right one), of
     the wrong type, or with an impossible value.
@@ -186,31 +303,37 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Disti
         if not type(error).__module__.startswith("yaml"):
             raise
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return _build(DistillConfig, values, "")
+    found = values.get("job", "distill") if isinstance(values, dict) else "distill"
+    _require(found in JOBS, "job", found, f"one of {', '.join(JOBS)}")
+    if job not in (None, found):
+        raise ValueError(f"{path} is a config of `hybriddit {found}`, not of `hybriddit {job}`")
+    if found == "distill" and isinstance(values, dict):
+        values.pop("job", None)
+    return _build(JOBS[found], values, "")
 
 
-def to_dict(config: DistillConfig) -> dict:
+def to_dict(config: DistillConfig | SiTConfig) -> dict:
     """Plain values, as `load_config` reads them."""
     return dataclasses.asdict(config)
 
 
-def _build(cls: type, values, prefix: str):
-    """A dataclass from a mapping, its keys and types checked."""
+def _build(cls: type, values, prefix: str, root: type | None = None):
+    """A dataclass from a mapping, its keys and types checked; it is a section of `root`, or that itself."""
     _require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     built = {}
     for key, value in values.items():
         if key not in names:
-            raise ValueError(f"unknown key {prefix}{key}: {_nearest(prefix + str(key), names)}")
-        built[key] = _convert(value, hints[key], prefix + key)
+            raise ValueError(f"unknown key {prefix}{key}: {_nearest(prefix + str(key), names, root or cls)}")
+        built[key] = _convert(value, hints[key], prefix + key, root or cls)
     return cls(**built)
 
 
-def _convert(value, hint, key: str):
+def _convert(value, hint, key: str, root: type):
     """`value` as the annotated type; only lossless conversions (int to float, list to tuple)."""
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, key + ".")
+        return _build(hint, value, key + ".", root)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
@@ -226,18 +349,24 @@ def _convert(value, hint, key: str):
     raise ValueError(f"{key} must be {expected}, got {value!r}")
 
 
-def _nearest(key: str, siblings: list[str]) -> str:
-    """Advice on an unknown dotted key."""
+def _nearest(key: str, siblings: list[str], root: type) -> str:
+    """Advice on an unknown dotted key of `root`."""
     *section, name = key.split(".")
     close = difflib.get_close_matches(name, siblings, n=1)
     if close:
         return f"did you mean {'.'.join([*section, close[0]])}?"
-    hints = typing.get_type_hints(DistillConfig)
-    every = [f"{part}.{f.name}" for part, hint in hints.items() for f in dataclasses.fields(hint)]
+    sections = {name: hint for name, hint in typing.get_type_hints(root).items() if dataclasses.is_dataclass(hint)}
+    every = [f"{name}.{f.name}" for name, hint in sections.items() for f in dataclasses.fields(hint)]
     elsewhere = [known for known in every if known.split(".")[1] == name] or difflib.get_close_matches(key, every, n=1)
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"known here are {', '.join(siblings)}"
+
+
+def _require_positive(section, name: str, fields: str) -> None:
+    for field_name in fields.split():
+        value = getattr(section, field_name)
+        _require(value >= 1, f"{name}.{field_name}", value, "at least 1")
 
 
 def _require(holds: bool, key: str, value, wanted: str) -> None:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from functools import lru_cache
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from torch import nn
@@ -24,8 +17,20 @@ from ..data.latents import LatentData
 from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
 from ..files import replacing
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
-from .checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
+from .loop import (
+    check_processes,
+    claim_run,
+    epoch_order,
+    is_gate,
+    learning_rates,
+    make_accelerator,
+    make_optimizer,
+    mean_metrics,
+    save_grid,
+    stop_signals,
+)
 from .losses import captured_outputs, converted_layers, layer_loss
 from .recipes import Recipe, add_noise, draw_times, model_inputs, prediction, recipe_of
 from .record import log, plot_log, record_start, start_log
@@ -36,7 +41,7 @@ METRICS = ("loss", "task", "output", "layer", "grad_norm")
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
-    claim_run(Path(config.output.folder), config, resume)
+    claim_run(Path(config.output.folder), resume_settings(config), "adapter", resume)
     accelerator = make_accelerator(config)
     check_processes(config, accelerator.num_processes)
     if accelerator.num_processes > 1 and not config.data.cache:
@@ -66,15 +71,6 @@ def check_settings(config: DistillConfig) -> None:
         captioned_images(config.data.folder)
     else:
         read_prompts(config.data.prompts)
-
-
-def check_processes(config: DistillConfig, processes: int) -> None:
-    """Raise ValueError where a step's samples cannot be shared out evenly."""
-    count, accumulation = config.train.batch_size, config.train.accumulation
-    if count % (processes * accumulation):
-        raise ValueError(
-            f"train.batch_size {count} does not divide into {processes} processes x {accumulation} accumulation steps"
-        )
 
 
 def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> LatentData:
@@ -117,7 +113,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     check_processes(config, accelerator.num_processes)
     folder = Path(config.output.folder) if config.output.folder else None
     if folder is not None:
-        claim_run(folder, config, resume)
+        claim_run(folder, resume_settings(config), "adapter", resume)
 
     base = pipeline.transformer
     trained = make_student(base, config)
@@ -154,7 +150,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         record_start(folder, first, accelerator.num_processes, accelerator.device)
         start_log(folder, first)
     if folder is not None:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers(config.output.tracker)
 
     guidance = data.info.guidance_scale if getattr(base.config, "guidance_embeds", False) else None
     pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
@@ -210,7 +206,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
             due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
             due["checkpoint"] |= bool(stopped)
             if any(due.values()):
-                values = _check(accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
+                values = mean_metrics(METRICS, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
                 pending.clear()
                 bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
                 values |= {"lr": optimizer.param_groups[0]["lr"], "gate_lr": optimizer.param_groups[1]["lr"]}
@@ -261,34 +257,6 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     return base
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that holds SIGINT or SIGTERM once it has come; the next one does what it always does.
-
-    Signals can be caught in the main thread alone: elsewhere the list stays empty.
-    """
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number, frame) -> None:
-        stopped.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stopped
-    finally:
-        restore()
-
-
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Convert the transformer, in place, unless it is hybrid already; returns what is to be trained, by full name.
 
@@ -305,17 +273,6 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
             "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
         )
     return trained
-
-
-def make_accelerator(config: DistillConfig) -> Accelerator:
-    """accelerate as `accelerate launch` set it up, with the run's precision and TensorBoard."""
-    return Accelerator(
-        mixed_precision=config.train.precision,
-        log_with="tensorboard" if config.output.folder else None,
-        project_dir=config.output.folder,
-        # the first process may be making images for hours while the others wait
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
-    )
 
 
 def loss_settings(
@@ -371,27 +328,6 @@ def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
     return grid
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], config: DistillConfig) -> torch.optim.Optimizer:
-    """AdamW over two groups: everything else, and the gates. Gates start at zero and must travel far."""
-    gates = [p for name, p in trained.items() if is_gate(name)]
-    others = [p for name, p in trained.items() if not is_gate(name)]
-    groups = [{"params": others, "weight_decay": config.optim.weight_decay}, {"params": gates, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.optim.lr, foreach=True)
-
-
-def is_gate(name: str) -> bool:
-    """Whether a parameter's full name is a gate's."""
-    return name.split(".hybrid.")[-1].startswith("gate")
-
-
-def learning_rates(step: int, config: DistillConfig) -> tuple[float, float]:
-    """Rates of the two groups at `step` (from 0): warm-up is for the first alone."""
-    optim = config.optim
-    decay = 0.5 * (1 + math.cos(math.pi * step / config.train.steps)) if optim.schedule == "cosine" else 1.0
-    warmup = min(1.0, (step + 1) / max(1, optim.warmup_steps))
-    return optim.lr * decay * warmup, optim.lr * optim.gate_lr_factor * decay
-
-
 def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
     """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
 
@@ -420,17 +356,6 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
         yield latents, noise[own], part_times, text
 
 
-def epoch_order(count: int, seed: int, start: int, length: int) -> list[int]:
-    """Positions start, ..., start + length - 1 of an endless stream of shuffled epochs over `count` items."""
-    positions = range(start, start + length)
-    return [_permutation(count, seed, position // count)[position % count] for position in positions]
-
-
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-
-
 def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
     """One PIL image for each of the first prompts of the set; always from the same seeds."""
     rows = data.rows(range(min(config.output.samples, len(data))))
@@ -450,35 +375,6 @@ def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
         pipeline.vae.to("cpu")
 
 
-def save_grid(path: Path, columns: list[list]) -> None:
-    """A PNG with one column per list of PIL images: teacher beside student."""
-    from PIL import Image
-
-    width, height = columns[0][0].size
-    grid = Image.new("RGB", (width * len(columns), height * len(columns[0])))
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            grid.paste(image, (x * width, y * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-
-
-def claim_run(folder: Path, config: DistillConfig, resume: bool) -> None:
-    """ValueError where there is nothing to resume with this config, or something that a new run would write over."""
-    found = checkpoints(folder / "checkpoints")
-    if resume and not found:
-        raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
-    if resume:
-        read_state(found[-1], resume_settings(config))
-    if found and not resume:
-        raise ValueError(
-            f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"
-        )
-    if not found and (folder / "adapter").exists():
-        raise ValueError(f"{folder} holds a run's adapter already, and no checkpoint: give another output.folder")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def resume_settings(config: DistillConfig) -> dict:
     """What must not change between a checkpoint and its continuation."""
     values = to_dict(config)
@@ -488,18 +384,6 @@ def resume_settings(config: DistillConfig) -> dict:
     for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
-
-
-def _check(values: torch.Tensor, done: int) -> dict[str, float]:
-    """Mean over the last steps of their metrics [steps, metrics]; FloatingPointError if one was not finite."""
-    bad = (~values.isfinite()).any(dim=1).nonzero()
-    if len(bad):
-        step = done - len(values) + int(bad[0]) + 1
-        shown = ", ".join(
-            f"{name} {value:.4g}" for name, value in zip(METRICS, values[int(bad[0])].tolist(), strict=True)
-        )
-        raise FloatingPointError(f"training stopped: not finite at step {step} ({shown}); earlier checkpoints are kept")
-    return dict(zip(METRICS, values.mean(dim=0).tolist(), strict=True))
 
 
 def _to_device(batch, device: torch.device, dtype: torch.dtype):

@@ -17,8 +17,8 @@ from ..info import version
 PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "safetensors", "natten", "triton")
 
 
-def record_start(folder: Path, first: int, processes: int, device: torch.device) -> None:
-    """Add one entry to `folder/run.json`: a list, one entry for every time the run was started or resumed."""
+def record_start(folder: Path, first: int, processes: int, device: torch.device, **notes) -> None:
+    """Add one entry, with `notes`, to `folder/run.json`: a list, one entry for every start or resumption of the run."""
     path = folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     starts.append(
@@ -32,6 +32,7 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device)
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "processes": processes,
             "threads": torch.get_num_threads(),
+            **notes,
         }
     )
     with replacing(path) as partial:

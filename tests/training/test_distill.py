@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from family_calls import call
 from PIL import Image
@@ -456,7 +457,7 @@ output: {{folder: {tmp_path / "run"}}}
 """)
     monkeypatch.setattr(distill_module, "make_data", lambda *args, **kwargs: pytest.fail("images were made"))
     if "processes" in message:
-        monkeypatch.setattr(distill_module.Accelerator, "num_processes", 2)
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match=message):
         distill_module.run(load_config(path, overrides))
 

@@ -1,0 +1,388 @@
+"""Train a SiT from scratch by flow matching."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+
+from ..data.class_images import ClassData, load_vae, open_set
+from ..files import checksum, replacing
+from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
+from ..models.flops import sit_flops
+from ..models.sit import SiTTransformer2DModel
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .config import SiTConfig, to_dict
+from .loop import (
+    check_processes,
+    claim_run,
+    epoch_order,
+    learning_rates,
+    make_accelerator,
+    make_optimizer,
+    mean_metrics,
+    save_grid,
+    stop_signals,
+)
+from .record import log, plot_log, record_start, start_log
+
+METRICS = ("loss", "grad_norm")
+# dense bf16 TFLOP/s, by words of the device's name
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+
+
+def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
+    """The whole job of a config file: read the images or latents, train, save the model."""
+    if not config.output.folder:
+        raise ValueError("output.folder is empty: the trained model would be lost")
+    claim_run(Path(config.output.folder), resume_settings(config), "model", resume)
+    model = make_model(config)
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    data = open_set(config.data.path, shape, memory=config.data.memory, progress=config.train.progress)
+    return train(model, data, config, resume=resume)
+
+
+def make_model(config: SiTConfig) -> SiTTransformer2DModel:
+    """The model of `config.model`, its weights drawn from `train.seed`. ValueError for fields that cannot work."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        try:
+            return SiTTransformer2DModel(**config.model)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def train(
+    base: SiTTransformer2DModel, data: ClassData, config: SiTConfig, *, resume: bool = False
+) -> SiTTransformer2DModel:
+    """Train `base` on `data`; `config.model` and `config.data.path` are not used here.
+
+    With `config.output.folder` set, the folder receives config.yaml, data.json (what the rows of the set are: classes,
+    VAE and scale), run.json (versions, git state, device of every start), log.jsonl, loss.png, checkpoints/, samples/,
+    a tracker's events, and with every checkpoint model/, the averaged weights. `resume` goes on from the newest
+    checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a checkpoint and raise
+    KeyboardInterrupt; a second one stops at once.
+
+    Returns the model, holding the averaged weights. Raises ValueError on settings that cannot work, and
+    FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
+    """
+    flow = config.flow
+    accelerator = make_accelerator(config)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise NotImplementedError(
+            f"training from scratch runs on one process or by DDP, not by {accelerator.distributed_type.value}"
+        )
+    check_processes(config, accelerator.num_processes)
+    check_set(data, base)
+    folder = Path(config.output.folder) if config.output.folder else None
+    if folder is not None:
+        claim_run(folder, resume_settings(config), "model", resume)
+    writes = folder is not None and accelerator.is_main_process
+    decode = make_decoder(data, config) if writes and config.output.sample_every else None
+
+    # labels are dropped here, by the step's own random numbers, and not by the model
+    base.requires_grad_(True).eval()
+    base.pos_embed.requires_grad_(False)
+    trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    if config.train.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    if config.train.compile:
+        base.compile_repeated_blocks()
+    model = accelerator.prepare(base)
+    parameters = list(trained.values())
+    optimizer = make_optimizer(trained, config, fused=accelerator.device.type in ("cpu", "cuda"))
+    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=True)
+
+    first = 0
+    settings = resume_settings(config)
+    if resume:
+        first = load_checkpoint(
+            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
+        )
+        average.optimization_step = first
+    elif writes:
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
+        with replacing(folder / "data.json") as partial:
+            partial.write_text(json.dumps({"images": len(data), **asdict(data.info)}, indent=1) + "\n")
+
+    def make_batch(step: int) -> list[tuple[torch.Tensor, ...]]:
+        own = (accelerator.process_index, accelerator.num_processes)
+        return list(draw_batches(data, base.config, config, step, *own))
+
+    side = base.config.sample_size // base.config.patch_size
+    flops = 3 * sit_flops(base, (side, side))  # of one image, forward and backward
+    peak = config.train.peak_tflops or known_peak(accelerator.device)
+    if writes:
+        loader = loader_rate(make_batch, first, config.train.batch_size // accelerator.num_processes)
+        notes = {"parameters": sum(map(torch.numel, parameters)), "loader_images_per_second": round(loader)}
+        record_start(folder, first, accelerator.num_processes, accelerator.device, **notes)
+        start_log(folder, first)
+        if config.train.progress:
+            print(f"{notes['parameters']:,} parameters; the loader alone makes {loader:,.0f} images/s a process")
+    if folder is not None:
+        accelerator.init_trackers(config.output.tracker)
+    bar = tqdm(
+        initial=first,
+        total=config.train.steps,
+        desc="train",
+        unit="step",
+        disable=not (config.train.progress and accelerator.is_main_process),
+    )
+    pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
+    since = time.perf_counter()
+    # with several processes the launcher stops them all: one alone would leave the others waiting
+    with stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([]) as stopped, bar:
+        for step, batches in one_ahead(make_batch, range(first, config.train.steps)):
+            for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
+                group["lr"] = rate
+            metrics = torch.zeros(len(METRICS), device=accelerator.device)
+            for index, batch in enumerate(batches):
+                images, labels, noise, times = (x.to(accelerator.device, non_blocking=True) for x in batch)
+                last = index == config.train.accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(model):
+                    noisy = interpolate(images, noise, times, flow.path)
+                    output = model(noisy, times, labels, return_dict=False)[0].float()
+                    loss = flow_loss(
+                        output, images, noise, times, flow.path, prediction=flow.prediction, weighting=flow.weighting
+                    ).mean()
+                    accelerator.backward(loss / config.train.accumulation)
+                metrics[0] += loss.detach() / config.train.accumulation
+            metrics[1] = nn.utils.clip_grad_norm_(parameters, config.optim.clip or float("inf"), foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.step(parameters)
+            pending.append(metrics)
+            bar.update()
+
+            done = step + 1
+            every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+            due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+            due["checkpoint"] |= bool(stopped)
+            if any(due.values()):
+                steps = len(pending)
+                values = mean_metrics(METRICS, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
+                pending.clear()
+                # the metrics have arrived, so the steps are done
+                rate = steps * config.train.batch_size / (time.perf_counter() - since)
+                values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": rate}
+                if peak:
+                    values["mfu"] = rate * flops / (peak * 1e12 * accelerator.num_processes)
+                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+                if folder is not None:
+                    accelerator.log(values, step=done)
+                if writes:
+                    log(folder, {"step": done, **values})
+            if writes and due["checkpoint"]:
+                save_checkpoint(
+                    folder / "checkpoints",
+                    done,
+                    trained,
+                    average.shadow_params,
+                    optimizer,
+                    settings,
+                    config.output.keep,
+                )
+                with averaged(average, parameters):
+                    save_model(base, folder / "model")
+            if writes and stopped:
+                raise KeyboardInterrupt
+            if decode is not None and due["sample"]:
+                with averaged(average, parameters):
+                    images = to_images(decode(draw_samples(base, config, accelerator.device)))
+                columns = max(1, round(len(images) ** 0.5))
+                save_grid(folder / "samples" / f"step-{done:08d}.png", [images[i::columns] for i in range(columns)])
+                plot_log(folder, METRICS)
+            if any(due.values()):
+                since = time.perf_counter()  # saving and sampling are no part of the throughput
+
+    average.copy_to(parameters)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if folder is not None:
+        if writes:
+            save_model(base, folder / "model")
+            plot_log(folder, METRICS)
+        accelerator.end_training()
+    if config.train.gradient_checkpointing:
+        base.disable_gradient_checkpointing()
+    return base
+
+
+def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
+    """ValueError where the set's labels are not the model's."""
+    labels, classes = data.labels(), model.config.num_classes
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"the set has labels from {low} to {high}, and the model's {classes} classes are 0 to {classes - 1}: "
+            "set model.num_classes"
+        )
+
+
+def resume_settings(config: SiTConfig) -> dict:
+    """What must not change between a checkpoint and its continuation."""
+    values = to_dict(config)
+    names = ("batch_size", "precision", "seed")
+    kept = {f"train.{name}": values["train"][name] for name in names}
+    kept |= {"data.flip": values["data"]["flip"]}
+    for section in ("model", "flow"):
+        kept |= {f"{section}.{name}": value for name, value in values[section].items()}
+    return kept
+
+
+def draw_batches(
+    data: ClassData, model, config: SiTConfig, step: int, rank: int = 0, processes: int = 1
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """This process's samples of one optimizer step, in `accumulation` parts of (images, labels, noise, times).
+
+    model: the model's config, of which the number of classes and the share of labels to drop are used.
+
+    Everything random is drawn for the whole batch from (seed, step) alone: a resumed run, and one on another number of
+    processes, sees the same samples.
+    """
+    flow, count, parts = config.flow, config.train.batch_size, config.train.accumulation * processes
+    generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
+    indices = epoch_order(len(data), config.train.seed, step * count, count)
+    times = draw_times(
+        count,
+        flow.times,
+        mean=flow.time_mean,
+        std=flow.time_std,
+        shift=flow.time_shift,
+        interval=training_interval(flow.path, flow.prediction, flow.weighting),
+        generator=generator,
+    )
+    dropped = torch.rand(count, generator=generator) < model.class_dropout_prob
+    mirrored = torch.rand(count, generator=generator) < (0.5 if config.data.flip else 0.0)
+    noise = torch.randn((count, *data.info.shape), generator=generator)
+    posterior = torch.randn(noise.shape, generator=generator) if data.info.vae_sha256 else None
+    size = count // parts
+    for part in range(rank, parts, processes):
+        own = slice(part * size, (part + 1) * size)
+        images, labels = data.draw(indices[own], mirrored[own], None if posterior is None else posterior[own])
+        yield images, torch.where(dropped[own], model.num_classes, labels), noise[own], times[own]
+
+
+def one_ahead(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, list]]:
+    """(step, make(step)) for every step; what comes next is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(make, steps[0]) if steps else None
+        for step in steps:
+            made = following.result()
+            following = thread.submit(make, step + 1) if step + 1 in steps else None
+            yield step, made
+
+
+def loader_rate(make: Callable[[int], list], step: int, count: int, seconds: float = 0.2) -> float:
+    """Images a second of `make` alone, each of whose calls makes `count`; the first call, which opens files, apart."""
+    make(step)
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        calls += 1
+        make(step + calls)
+    return calls * count / (time.perf_counter() - start)
+
+
+def known_peak(device: torch.device) -> float | None:
+    """TFLOP/s of a GPU of PEAK_TFLOPS; None for others."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
+
+
+@contextmanager
+def averaged(average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it, the parameters are their averages."""
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+
+
+def save_model(model: SiTTransformer2DModel, folder: Path) -> None:
+    """save_pretrained, so that `folder` is never half a model: it is the one before, for an instant absent, then this."""
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for path in (partial, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def draw_samples(model: SiTTransformer2DModel, config: SiTConfig, device: torch.device) -> torch.Tensor:
+    """What the model makes of the first classes, one sample each, [samples, C, H, W]; always from the same noise."""
+    own, output = model.config, config.output
+    generator = torch.Generator().manual_seed(config.train.seed)
+    noise = torch.randn(output.samples, own.in_channels, own.sample_size, own.sample_size, generator=generator)
+    labels = torch.arange(output.samples, device=device) % own.num_classes
+
+    def predict(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(x, t, labels, return_dict=False)[0].float()
+
+    return sample_ode(
+        guided(predict, labels, own.num_classes, output.guidance),
+        noise.to(device),
+        config.flow.path,
+        prediction=config.flow.prediction,
+        method="heun",
+        steps=output.sample_steps,
+    )
+
+
+def make_decoder(data: ClassData, config: SiTConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From what the model makes to pixels in [-1, 1]: the set's own VAE, or nothing at all.
+
+    Raises ValueError where the VAE cannot be had, or is not the one that made the set.
+    """
+    info = data.info
+    if info.vae_sha256 is None:
+        if config.data.vae:
+            raise ValueError("data.vae is for latents, and the set holds images: leave it out")
+        return lambda images: images
+    path = config.data.vae or info.vae
+    if not path:
+        raise ValueError("data.vae is needed to decode the sample grids: give it, or set output.sample_every=0")
+    vae = load_vae(path)
+    if checksum({name: value.float() for name, value in vae.state_dict().items()}) != info.vae_sha256:
+        raise ValueError(f"the cache was made by another VAE than {path!r}, {info.vae!r}: set data.vae to that one")
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        vae.to(latents.device)
+        # one by one: a large grid then takes no more memory than an image
+        images = torch.cat([vae.decode(z / info.scaling_factor + info.shift_factor).sample for z in latents.split(1)])
+        vae.to("cpu")
+        return images
+
+    return decode
+
+
+def to_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """PIL images of [B, C, H, W] in [-1, 1]; of one channel, grey."""
+    values = (127.5 * pixels.float() + 128).clamp(0, 255).byte().cpu().permute(0, 2, 3, 1)  # [B, H, W, C]
+    return [Image.fromarray((image.squeeze(2) if image.shape[2] == 1 else image).numpy()) for image in values]
