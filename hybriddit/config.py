@@ -58,12 +58,11 @@ class HybridConfig:
             raise ValueError(f"linear must be true or false, not {self.linear!r}")
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
-        pairs = self.layers.items() if isinstance(self.layers, Mapping) else self.layers
-        if not isinstance(pairs, Iterable) or not all(
-            isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs
-        ):
+        # pairs are what `to_dict` gives
+        pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
+        if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):
             raise TypeError(f"layers must map name patterns to layer kinds, not {self.layers!r}")
-        object.__setattr__(self, "layers", dict(map(tuple, pairs)))
+        object.__setattr__(self, "layers", dict(pairs))
         for pattern, kind in self.layers.items():
             if kind not in LAYER_KINDS:
                 raise ValueError(f"unknown layer kind {kind!r} for {pattern!r}: use one of {', '.join(LAYER_KINDS)}")
@@ -149,3 +148,7 @@ class HybridConfig:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_layer_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str)

@@ -37,9 +37,12 @@ def test_faults(fields, match):
     assert "\n" not in str(caught.value)
 
 
-def test_layers_must_be_a_mapping():
+@pytest.mark.parametrize(
+    "layers", [["*"], [("*", "dense", 1)], (x for x in [("*", "dense")]), {3: "dense"}, [[["x"], "dense"]], "", None]
+)
+def test_layers_must_be_a_mapping(layers):
     with pytest.raises(TypeError, match="layers must map"):
-        HybridConfig(layers=["*"])
+        HybridConfig(layers=layers)
 
 
 @pytest.mark.parametrize(
