@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from .config import HybridConfig
 from .generate import read_record
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
 FAMILIES = {"PixArt": "PixArt-Sigma", "SD3": "Stable Diffusion 3", "Flux": "FLUX"}  # by the start of the class's name
-# Heads, head width, and text tokens in window attention (PixArt's text has an attention of its own).
-SHAPES = {"PixArt-Sigma": (16, 72, 0), "Stable Diffusion 3": (24, 64, 333), "FLUX": (24, 128, 512)}
-SIZES, PIXELS_PER_TOKEN, WINDOW = (512, 1024, 4096), 16, 16
+# What the choice of window attention is shown for: families by their shapes' names, sizes in pixels, and the window.
+SHOWN = {"PixArt-Sigma": "pixart-sigma", "Stable Diffusion 3": "sd3", "FLUX": "flux"}
+SIZES, WINDOW = (512, 1024, 4096), 16
 
 
 def environment() -> dict[str, Any]:
@@ -83,19 +84,20 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     from .attention.window import WindowCase, choose_backend
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for family, (heads, head_dim, text_length) in SHAPES.items():
+    for family, name in SHOWN.items():
+        shape = SHAPES[name]
         for size in SIZES:
             side = size // PIXELS_PER_TOKEN
-            settings = (heads, head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), text_length)
+            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
             choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
             yield {
                 "family": family,
                 "pixels": size,
                 "grid": [side, side],
                 "window": WINDOW,
-                "heads": heads,
-                "head_dim": head_dim,
-                "text_length": text_length,
+                "heads": shape.heads,
+                "head_dim": shape.head_dim,
+                "text_length": shape.text,
                 "backend": choice.backend,
                 "reason": choice.reason,
                 "passed_over": dict(choice.passed_over),
@@ -131,7 +133,7 @@ def environment_text(found: dict[str, Any]) -> str:
 def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
     """One line for each family, and why: a reason that several backends or sizes share is given once."""
     lines = [f"  taken for a window of {WINDOW} when generating, by size in pixels:"]
-    for family in SHAPES:
+    for family in SHOWN:
         sizes = (f"{c['pixels']} {c['backend']}" for c in choices if c["family"] == family)
         lines.append(f"    {family:20} {', '.join(sizes)}")
     reasons = dict.fromkeys((choice["backend"], choice["reason"]) for choice in choices)

@@ -428,15 +428,9 @@ def _flex_slower(case: WindowCase) -> str | None:
 
 def _tiled_slower(case: WindowCase) -> str | None:
     shape = 1, *case.grid, case.heads, case.head_dim
-    return _too_much_work("tiled", case, _tiled_share(shape, case.window, case.stride, case.dilation))
-
-
-@lru_cache(maxsize=256)
-def _tiled_share(shape, window, stride, dilation) -> float:
-    """Of the cost of dense attention, by the cost model of a CPU."""
-    _, height, width, heads, head_dim = shape
-    tile = best_tile(shape, window, stride, dilation)
-    return tiled_cost(shape, window, stride, dilation, tile) / (heads * head_dim / 64 * (height * width) ** 2)
+    settings = case.window, case.stride, case.dilation
+    dense = case.heads * case.head_dim / 64 * math.prod(case.grid) ** 2  # by the cost model of a CPU, as the tiles'
+    return _too_much_work("tiled", case, tiled_cost(shape, *settings, best_tile(shape, *settings)) / dense)
 
 
 def _tiled(query, key, value, text_key, text_value, window, stride, dilation, scale):
