@@ -453,7 +453,7 @@ def output_backward(
     batch, length, heads, width = query.shape
     grad_query = query.new_empty(query.shape)
     if grad_out.numel() == 0:
-        return grad_query, torch.zeros_like(state), torch.zeros_like(mean)
+        return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean)
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
     (grad_out, query), unit = _with_unit(grad_out, query)
     options = _options("output_backward", query, state.shape[3])
