@@ -143,11 +143,13 @@ def train(
         unit="step",
         disable=not (config.train.progress and accelerator.is_main_process),
     )
+    # on a CPU the batch's own thread would take the cores from the model's: half its speed on two of them
+    made = in_turn if accelerator.device.type == "cpu" else one_ahead
     pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
     since = time.perf_counter()
     # with several processes the launcher stops them all: one alone would leave the others waiting
     with stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([]) as stopped, bar:
-        for step, batches in one_ahead(make_batch, range(first, config.train.steps)):
+        for step, batches in made(make_batch, range(first, config.train.steps)):
             for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
                 group["lr"] = rate
             metrics = torch.zeros(len(METRICS), device=accelerator.device)
@@ -278,8 +280,13 @@ def draw_batches(
         yield images, torch.where(dropped[own], model.num_classes, labels), noise[own], times[own]
 
 
+def in_turn(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, list]]:
+    """(step, make(step)) for every step."""
+    return ((step, make(step)) for step in steps)
+
+
 def one_ahead(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, list]]:
-    """(step, make(step)) for every step; what comes next is made in a thread meanwhile."""
+    """As `in_turn`; what comes next is made in a thread meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(make, steps[0]) if steps else None
         for step in steps:
