@@ -12,7 +12,7 @@ class agreement, how often a linear classifier of these features sees the class 
 hybrid models have full-width query and key maps; in those "matched", maps of a rank that leaves the parameters as they are.
 
 A finished run is not made again, one that was stopped goes on, and with more train.steps all go further. --report writes
-benchmarks/results/sit_ladder.md and its pictures.
+the tables of benchmarks/results/sit_ladder.md and its pictures; the words around them stay.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from torch import nn
 
 from hybriddit.benchmark.measure import Limits, Side, measure
 from hybriddit.data.class_images import ClassData, open_set
+from hybriddit.demo.run import contact_sheet
 from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
 from hybriddit.metrics import frechet_distance, moments, to_uint8
 from hybriddit.models.sit import SiTTransformer2DModel
 from hybriddit.training.checkpoint import checkpoints
 from hybriddit.training.config import SiTConfig, load_config
-from hybriddit.training.record import git_state
+from hybriddit.training.record import git_state, read_log
 from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the model's width over this
@@ -52,9 +53,10 @@ VARIANTS = {
     "linear, matched": {"attention": "linear", "map_rank": "matched"},
     "hybrid, matched": {"attention": "hybrid", "map_rank": "matched"},
 }
-OUT = Path("outputs/sit-ladder")
+OUT, PAGE = Path("outputs/sit-ladder"), Path("benchmarks/results/sit_ladder.md")
 HELD_OUT = 2000  # half are the reference, half its floor
 FITTED = 3000  # training images that the classifier is fitted to
+COLUMNS = 10  # of the sheets
 STEPS, GUIDANCE = 6, 2.0  # of Heun's sampler
 SEED = 20261122  # of noise and times by which all are judged
 
@@ -70,7 +72,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.report:
-            raise NotImplementedError
+            report(options.report)
         elif options.config and options.images:
             climb(options)
         else:
@@ -112,17 +114,20 @@ def climb(options: argparse.Namespace) -> None:
         speed.write_text(json.dumps(speeds(config, folder), indent=1) + "\n")
 
 
+def run_folder(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f"{variant.replace(', ', '-')}-{seed}"
+
+
 def of_variant(config: SiTConfig, name: str, seed: int, folder: Path) -> SiTConfig:
     """The config of one run, in a folder of its own."""
     fields = {**config.model, **VARIANTS[name]}
     if fields.get("map_rank") == "matched":
         fields["map_rank"] = fields["num_attention_heads"] * fields["attention_head_dim"] // MATCHED_RANK
-    run = folder / f"{name.replace(', ', '-')}-{seed}"
     return replace(
         config,
         model=fields,
         train=replace(config.train, seed=seed),
-        output=replace(config.output, folder=str(run)),
+        output=replace(config.output, folder=str(run_folder(folder, name, seed))),
     )
 
 
@@ -177,6 +182,7 @@ class Judge:
     def __init__(self, data: ClassData, held_out: ClassData, features: Callable, cache: Path):
         self.features = features
         reference, floor = np.split(pixels(held_out, range(len(held_out))), 2)
+        np.save(cache.with_name("reference.npy"), reference[:COLUMNS])
         self.labels = held_out.labels()[: len(reference)]
         chosen = np.linspace(0, len(data) - 1, FITTED).astype(int)  # rows are in the order of their classes
         if not cache.exists():
@@ -274,6 +280,83 @@ def speeds(config: SiTConfig, folder: Path) -> dict:
         for name, outcome in outcomes.items()
     }
     return {"threads": torch.get_num_threads(), "batch_size": batch, "variants": found}
+
+
+def report(names: list[str]) -> None:
+    """The tables between the page's marks; beside it the curves, and a sheet of samples of each data set."""
+    tables, curves = [], {}
+    for name in names:
+        folder = OUT / name
+        results = {variant: found for variant in VARIANTS if (found := read_results(folder, variant))}
+        curves[name] = {variant: read_log(run_folder(folder, variant, 0)) for variant in results}
+        tables += [f"### {name}", "", *table(results, json.loads((folder / "speed.json").read_text())), ""]
+        run = run_folder(folder, next(iter(results)), 0)
+        classes = json.loads((run / "data.json").read_text())["classes"][:COLUMNS]
+        sheet = {"held out": np.load(folder / "reference.npy")[: len(classes)]}
+        for variant, found in results.items():
+            samples = run_folder(folder, variant, 0) / f"samples-{found[0]['steps']}.npy"
+            sheet[variant.replace(", ", ",\n")] = np.load(samples)[: len(classes)]
+        contact_sheet(sheet, classes, PAGE.with_name(f"{PAGE.stem}_{name}.png"))
+    plot(curves, PAGE.with_name(f"{PAGE.stem}_loss.png"))
+    begin, end = "<!-- tables -->", "<!-- end of tables -->"
+    page = PAGE.read_text(encoding="utf-8")
+    with replacing(PAGE) as partial:
+        parts = (page.split(begin)[0] + begin, "", *tables, end + page.split(end)[1])
+        partial.write_text("\n".join(parts), encoding="utf-8")
+
+
+def read_results(folder: Path, variant: str) -> list[dict]:
+    """Of every seed, the result of the most steps."""
+    found = []
+    for run in sorted(folder.glob(f"{run_folder(folder, variant, 0).name[:-1]}[0-9]")):
+        results = [json.loads(path.read_text()) for path in run.glob("result-*.json")]
+        found += sorted(results, key=lambda result: result["steps"])[-1:]
+    return found
+
+
+def table(results: dict[str, list[dict]], speed: dict) -> list[str]:
+    """Markdown; of several seeds, every value."""
+    lines = [
+        "| attention | parameters | steps | held-out loss | FD-EffLite0 | class agreement | images/s | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    any_result = next(iter(results.values()))[0]
+    for variant, found in results.items():
+        cells = [f"{found[0]['parameters']:,}", f"{found[0]['steps']}"]
+        cells.append(", ".join(f"{result['held_out_loss']:.4f}" for result in found))
+        cells.append(", ".join(f"{result['fd']:.1f}" for result in found))
+        cells.append(", ".join(f"{100 * result['class_agreement']:.1f} %" for result in found))
+        own = speed["variants"][variant]
+        cells += [f"{own['images_per_second']:.0f}", f"{own['peak_bytes'] / 2**20:.0f} MiB"]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    real = f"{any_result['real_fd']:.1f} | {100 * any_result['real_class_agreement']:.1f} %"
+    return [*lines, f"| held-out images | | | | {real} | | |"]
+
+
+def plot(curves: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """Of each data set the training loss, and by how much each attention's differs from softmax's on the same batches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(curves), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    for column, (name, logs) in enumerate(curves.items()):
+        base = np.array([line["loss"] for line in logs["softmax"]])
+        for variant, lines in logs.items():
+            steps, loss = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
+            style = {"label": variant, "linewidth": 1.2, "linestyle": "--" if "matched" in variant else "-"}
+            axes[0, column].plot(smooth(steps), smooth(loss), **style)
+            axes[1, column].plot(smooth(steps), smooth(100 * (loss / base[: len(loss)] - 1)), **style)
+        axes[0, column].set(title=name, ylabel="training loss", yscale="log")
+        axes[1, column].set(xlabel="step", ylabel="% above softmax")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3, which="both")
+    axes[0, 0].legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
 if __name__ == "__main__":

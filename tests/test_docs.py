@@ -35,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 NEEDS = ("gpu", "weights", "network")
+# the command that each script for accelerate is
+LAUNCHED = {"train/distill.py": "distill", "train/train_sit.py": "train"}
 # not run from here, and why
 MAKE = {
     "make demo": "minutes; tests/demo runs it on fewer steps",
@@ -109,16 +111,17 @@ def check_only(block: Block) -> None:
         if words[0] == "hybriddit":
             check_arguments(words[1:])
         elif words[:2] == ["accelerate", "launch"]:
-            at = words.index("train/distill.py")
+            (at,) = [i for i, word in enumerate(words) if word in LAUNCHED]
             assert (ROOT / words[at]).is_file()
-            check_arguments(["distill", *words[at + 1 :]])
+            check_arguments([LAUNCHED[words[at]], *words[at + 1 :]])
         else:
-            assert words[0] in ("pip", "python"), f"{block.where}: cannot check {words[0]}"
+            assert words[0] in ("pip", "python", "torchrun", "sudo"), f"{block.where}: cannot check {words[0]}"
+            assert all((ROOT / word).is_file() for word in words if word.startswith("scripts/")), block.where
 
 
 def check_arguments(arguments: list[str]) -> None:
     options = build_parser().parse_args(arguments)
-    if arguments[0] == "distill":
+    if arguments[0] in LAUNCHED.values():
         hybriddit.load_config(ROOT / options.config, options.overrides)
 
 

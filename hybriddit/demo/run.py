@@ -22,7 +22,7 @@ from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..training.config import DistillConfig, load_config
 from ..training.distill import distill, make_data
-from .canvas import CANVAS, Scene
+from .canvas import Scene
 from .judge import Judge, match_score
 
 # as many that ask for the same garment twice as that do not; of those, half ask for two of one kind
@@ -74,8 +74,8 @@ def judged(images: np.ndarray, scenes: list[Scene], judge: Judge) -> dict[str, f
 
 
 def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, scale: int = 2) -> None:
-    """Write a PNG: one labelled row of images per entry, one captioned column per image."""
-    size, margin, header, gap = CANVAS * scale, 118, 34, 6
+    """Write a PNG: one labelled row of square images per entry, one captioned column per image."""
+    size, margin, header, gap = next(iter(rows.values())).shape[1] * scale, 118, 34, 6
     count = len(captions)
     sheet = Image.new("RGB", (margin + count * (size + gap), header + len(rows) * (size + gap)), "white")
     draw = ImageDraw.Draw(sheet)
