@@ -300,7 +300,7 @@ def train(options: argparse.Namespace) -> None:
     from .training.train_sit import run
 
     _run_training(run, config, options.resume)
-    print(f"model saved to {Path(config.output.folder) / 'model'}")
+    print(f"pipeline saved to {Path(config.output.folder) / 'pipeline'}")
 
 
 def _run_training(run, config, resume: bool) -> None:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from PIL import Image
 from ..flow import ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS, guided, sample_ode, sample_sde
 from ..flow.path import check_name
 from ..flow.sample import velocity_field
+from ..info import read_json
 from ..metrics.images import to_uint8
 from ..models import SiTTransformer2DModel
 
@@ -28,7 +30,7 @@ FIXED_STEP_OPTIONS = ("interval",)
 DOPRI5_OPTIONS = ("atol", "rtol", "interval")
 SDE_OPTIONS = ("diffusion", "diffusion_norm", "last_step", "last_step_size", "interval")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES, IMAGENET_ENDS = 1000, ("n01440764", "n15075141")
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -93,6 +95,11 @@ class SiTPipeline(DiffusionPipeline):
     def labels(self) -> dict[str, int]:
         """The index of every name; of a name that several classes have, the first."""
         return {name: indices[0] for name, indices in sorted(_indices_by_name(self.class_names).items())}
+
+    @property
+    def default_sampler(self) -> str:
+        """What a call that names no sampler goes by: the scheduler's class, or "euler" without one."""
+        return "euler" if self.scheduler is None else type(self.scheduler).__name__
 
     def get_label_ids(self, label: str | int | Sequence[str | int]) -> list[int]:
         """Indices of class names, in any case, or of indices, which stay. A list for one too.
@@ -169,7 +176,7 @@ class SiTPipeline(DiffusionPipeline):
         if scheduler is not None:
             self._check_scheduler(scheduler, shift, sampler_options)
         else:
-            sampler = sampler or "euler"
+            sampler = sampler or self.default_sampler
             _check_options(sampler, sampler_options or {})
         device, config = self._execution_device, self.transformer.config
         latents = self._noise(len(labels), height, width, generator, latents, device)
@@ -288,19 +295,38 @@ def imagenet_names() -> dict[int, str]:
     return dict(enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]))
 
 
+def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
+    """A pipeline's id2label, of the names of a set's classes in the order of their labels.
+
+    Of ImageNet's folders (its 1000 wnids, n01440764 to n15075141) ImageNet's names, where torchvision is there to say
+    them. None: no class has a name.
+    """
+    imagenet = len(classes) == IMAGENET_CLASSES and (classes[0], classes[-1]) == IMAGENET_ENDS
+    if imagenet and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return imagenet_names() or dict(enumerate(classes))
+    return {index: name for index, name in enumerate(classes) if name} or None
+
+
 def find_sit_pipeline(path: str | os.PathLike) -> Path | None:
     """The folder of a saved SiTPipeline: `path`, or its folder `pipeline`, as in a training run's; None if neither is."""
-    import json
+    folders = (Path(path), Path(path, "pipeline"))
+    return next((folder for folder in folders if saved_class(folder) == SiTPipeline.__name__), None)
 
-    for folder in (Path(path), Path(path, "pipeline")):
-        index = folder / "model_index.json"
-        if index.is_file():
-            try:
-                if json.loads(index.read_text(encoding="utf-8")).get("_class_name") == SiTPipeline.__name__:
-                    return folder
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{index} is damaged or no JSON object: {error}") from error
-    return None
+
+def saved_class(folder: Path) -> str | None:
+    """The class of the pipeline, or else of the model, that was saved to a folder; None where neither was."""
+    found = (folder / name for name in ("model_index.json", "config.json"))
+    return next((read_json(path).get("_class_name") for path in found if path.is_file()), None)
+
+
+def refuse_sit(path: str | os.PathLike) -> None:
+    """ValueError where `path` holds a SiT, and what is wanted is a pipeline of prompts."""
+    name = saved_class(find_sit_pipeline(path) or Path(path))
+    if name in (SiTPipeline.__name__, SiTTransformer2DModel.__name__):
+        raise ValueError(
+            f"{str(path)!r} is a {name}, which makes images of classes (hybriddit generate --class-label): prompts, "
+            "convert and distill are for text-to-image pipelines"
+        )
 
 
 def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SiTPipeline:
@@ -308,8 +334,13 @@ def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float3
     from safetensors import SafetensorError
 
     folder = find_sit_pipeline(path)
+    if folder is None and (name := saved_class(Path(path))):
+        missing = "it takes no class labels, give generate a --prompt"
+        if name == SiTTransformer2DModel.__name__:
+            missing = "save one with SiTPipeline(transformer, vae).save_pretrained(folder)"
+        raise ValueError(f"{str(path)!r} is a {name}, not a SiTPipeline: {missing}")
     if folder is None and (Path(path).exists() or Path(path).is_absolute() or str(path).count("/") != 1):
-        raise FileNotFoundError(f"no SiTPipeline at {str(path)!r}: it needs a model_index.json, or pipeline/ with one")
+        raise FileNotFoundError(f"no SiTPipeline at {str(path)!r}: neither the folder nor pipeline/ in it holds one")
     try:
         return SiTPipeline.from_pretrained(folder or path, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:

@@ -158,7 +158,8 @@ class ClassDataConfig:
         are cut as ADM cuts them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
     flip: mirror every other image, at random.
     memory: read a cache into memory at the start; else its rows are read when they are needed.
-    vae: folder or repository of the AutoencoderKL that made a cache of latents; decodes the sample grids.
+    vae: folder or repository of the AutoencoderKL that made a cache of latents, which is saved with the pipeline and
+        decodes the sample grids; None: the place that the cache notes.
     """
 
     path: str = ""

@@ -48,7 +48,7 @@ def check_processes(config, processes: int) -> None:
 def claim_run(folder: Path, settings: dict, result: str, resume: bool) -> None:
     """ValueError where there is nothing to resume with these settings, or something that a new run would write over.
 
-    result: the name in `folder` of what a run is for, "adapter" or "model".
+    result: the name in `folder` of what a run is for, "adapter" or "pipeline".
     """
     found = checkpoints(folder / "checkpoints")
     if resume and not found:

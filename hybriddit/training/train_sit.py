@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from PIL import Image
@@ -20,11 +21,12 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from ..data.class_images import ClassData, load_vae, open_set
+from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
 from ..files import checksum, replacing
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
+from ..pipelines.sit import SiTPipeline, id2label_of
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import SiTConfig, to_dict
 from .loop import (
@@ -46,10 +48,10 @@ PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 
 
 
 def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
-    """The whole job of a config file: read the images or latents, train, save the model."""
+    """The whole job of a config file: read the images or latents, train, save the pipeline."""
     if not config.output.folder:
         raise ValueError("output.folder is empty: the trained model would be lost")
-    claim_run(Path(config.output.folder), resume_settings(config), "model", resume)
+    claim_run(Path(config.output.folder), resume_settings(config), "pipeline", resume)
     model = make_model(config)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     data = open_set(config.data.path, shape, memory=config.data.memory, progress=config.train.progress)
@@ -73,9 +75,10 @@ def train(
 
     With `config.output.folder` set, the folder receives config.yaml, data.json (what the rows of the set are: classes,
     VAE and scale), run.json (versions, git state, device of every start), log.jsonl, loss.png, checkpoints/, samples/,
-    a tracker's events, and with every checkpoint model/, the averaged weights. `resume` goes on from the newest
-    checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a checkpoint and raise
-    KeyboardInterrupt; a second one stops at once.
+    a tracker's events, and with every checkpoint and at the end pipeline/: a SiTPipeline of the averaged weights, with
+    the set's classes, and of a set of latents with its VAE, without which such a run does not start. `resume` goes on
+    from the newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
+    checkpoint and raise KeyboardInterrupt; a second one stops at once.
 
     Returns the model, holding the averaged weights. Raises ValueError on settings that cannot work, and
     FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
@@ -90,9 +93,9 @@ def train(
     check_set(data, base)
     folder = Path(config.output.folder) if config.output.folder else None
     if folder is not None:
-        claim_run(folder, resume_settings(config), "model", resume)
+        claim_run(folder, resume_settings(config), "pipeline", resume)
     writes = folder is not None and accelerator.is_main_process
-    decode = make_decoder(data, config) if writes and config.output.sample_every else None
+    pipeline = make_pipeline(base, data.info, config) if writes else None
 
     # labels are dropped here, by the step's own random numbers, and not by the model
     base.requires_grad_(True).eval()
@@ -200,13 +203,13 @@ def train(
                     config.output.keep,
                 )
                 with averaged(average, parameters):
-                    save_model(base, folder / "model")
+                    save_pipeline(pipeline, folder / "pipeline", config, done)
             if writes and stopped:
                 raise KeyboardInterrupt
-            if decode is not None and due["sample"]:
+            if writes and due["sample"]:
                 with averaged(average, parameters):
-                    images = to_images(decode(draw_samples(base, config, accelerator.device)))
-                columns = max(1, round(len(images) ** 0.5))
+                    images = to_images(decode(draw_samples(base, config, accelerator.device), pipeline.vae))
+                columns = grid_columns(len(images), base.config.num_classes)
                 save_grid(folder / "samples" / f"step-{done:08d}.png", [images[i::columns] for i in range(columns)])
                 plot_log(folder, METRICS)
             if any(due.values()):
@@ -217,7 +220,7 @@ def train(
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if folder is not None:
         if writes:
-            save_model(base, folder / "model")
+            save_pipeline(pipeline, folder / "pipeline", config, config.train.steps)
             plot_log(folder, METRICS)
         accelerator.end_training()
     if config.train.gradient_checkpointing:
@@ -324,13 +327,46 @@ def averaged(average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None
         average.restore(parameters)
 
 
-def save_model(model: SiTTransformer2DModel, folder: Path) -> None:
-    """save_pretrained, so that `folder` is never half a model: it is the one before, for an instant absent, then this."""
+def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConfig) -> SiTPipeline:
+    """What the run leaves: the model, with the names of the set's classes and the set's own VAE.
+
+    Raises ValueError where the set is of latents and its VAE cannot be had, or is not the one that made it.
+    """
+    vae = set_vae(info, config.data.vae)
+    id2label = id2label_of(info.classes[: model.config.num_classes])
+    return SiTPipeline(model, vae, id2label=id2label, path=config.flow.path, prediction=config.flow.prediction)
+
+
+def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
+    """The VAE that made a set of latents, from `path` or the place that the set notes; None for a set of images."""
+    if info.vae_sha256 is None:
+        if path:
+            raise ValueError("data.vae is for latents, and the set holds images: leave it out")
+        return None
+    path = path or info.vae
+    if not path:
+        raise ValueError("data.vae is needed: the pipeline that is saved decodes its latents with the VAE of the set")
+    try:
+        vae = load_vae(path)
+    except ValueError as error:
+        raise ValueError(
+            f"the VAE of the set is saved with the pipeline: set data.vae to its place ({error})"
+        ) from error
+    if checksum({name: value.float() for name, value in vae.state_dict().items()}) != info.vae_sha256:
+        raise ValueError(f"the cache was made by another VAE than {path!r}, {info.vae!r}: set data.vae to that one")
+    # the scale that the model is trained on is the set's, whatever this copy of the VAE says
+    vae.register_to_config(scaling_factor=info.scaling_factor, shift_factor=info.shift_factor)
+    return vae
+
+
+def save_pipeline(pipeline: SiTPipeline, folder: Path, config: SiTConfig, step: int) -> None:
+    """So that `folder` is never half a pipeline: it is the one before, for an instant absent, then this one."""
+    pipeline.register_to_config(weights=f"EMA {config.optim.ema_decay}, step {step}")
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for path in (partial, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        pipeline.save_pretrained(partial)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -362,31 +398,22 @@ def draw_samples(model: SiTTransformer2DModel, config: SiTConfig, device: torch.
     )
 
 
-def make_decoder(data: ClassData, config: SiTConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From what the model makes to pixels in [-1, 1]: the set's own VAE, or nothing at all.
+def grid_columns(samples: int, classes: int) -> int:
+    """Columns of the sample grid: near square; where all classes are drawn, each column is of one class."""
+    side = samples**0.5
+    return min(range(classes, samples + 1, classes), key=lambda n: abs(n - side), default=max(1, round(side)))
 
-    Raises ValueError where the VAE cannot be had, or is not the one that made the set.
-    """
-    info = data.info
-    if info.vae_sha256 is None:
-        if config.data.vae:
-            raise ValueError("data.vae is for latents, and the set holds images: leave it out")
-        return lambda images: images
-    path = config.data.vae or info.vae
-    if not path:
-        raise ValueError("data.vae is needed to decode the sample grids: give it, or set output.sample_every=0")
-    vae = load_vae(path)
-    if checksum({name: value.float() for name, value in vae.state_dict().items()}) != info.vae_sha256:
-        raise ValueError(f"the cache was made by another VAE than {path!r}, {info.vae!r}: set data.vae to that one")
 
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        vae.to(latents.device)
-        # one by one: a large grid then takes no more memory than an image
-        images = torch.cat([vae.decode(z / info.scaling_factor + info.shift_factor).sample for z in latents.split(1)])
-        vae.to("cpu")
-        return images
-
-    return decode
+def decode(latents: torch.Tensor, vae: AutoencoderKL | None) -> torch.Tensor:
+    """From what the model makes to pixels in [-1, 1]."""
+    if vae is None:
+        return latents
+    vae.to(latents.device)
+    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    # one by one: a large grid then takes no more memory than an image
+    images = torch.cat([vae.decode(z).sample for z in latents.split(1)])
+    vae.to("cpu")
+    return images
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:

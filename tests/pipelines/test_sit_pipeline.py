@@ -17,6 +17,7 @@ from diffusers import (
 
 from hybriddit import SiTPipeline, SiTTransformer2DModel
 from hybriddit.metrics import to_uint8
+from hybriddit.pipelines import sit as module
 
 NAMES = {0: "tabby, tabby cat", 1: "golden retriever", 2: "crane", 3: "crane"}
 
@@ -215,6 +216,18 @@ def test_names():
     assert tiny(classes=1000).get_label_ids("golden retriever") == [207], "ImageNet's"
 
 
+def test_names_of_a_set(monkeypatch):
+    assert module.id2label_of(["bag", "", "shoe"]) == {0: "bag", 2: "shoe"}
+    assert module.id2label_of([""]) is None and module.id2label_of([]) is None
+    folders = ["n01440764", *(f"n{2_000_000 + i:08d}" for i in range(998)), "n15075141"]
+    assert module.id2label_of(folders)[207] == "golden retriever"
+    others = (folders[:-1] + ["n15102894"], [*folders, "n16000000"], folders[:500] + ["dog"] + folders[501:])
+    for classes in others:  # not ImageNet's thousand
+        assert module.id2label_of(classes) == dict(enumerate(classes))
+    monkeypatch.setattr(module, "imagenet_names", dict)  # no torchvision
+    assert module.id2label_of(folders) == dict(enumerate(folders))
+
+
 def says(match, call, **options):
     return pytest.param(match, call, options, id=match[:40])
 
@@ -306,3 +319,21 @@ def test_saved_and_loaded_in_a_new_process(tmp_path):
         "AutoencoderKL FlowMatchEulerDiscreteScheduler linear EMA 0.9",
         "NoneType NoneType gvp None",
     ]
+
+
+def test_what_is_no_sit_pipeline_is_told_in_one_line(tmp_path):
+    tiny().transformer.save_pretrained(tmp_path / "bare")
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model_index.json").write_text("{")
+    for folder, message in (
+        ("bare", r"is a SiTTransformer2DModel, not a SiTPipeline: save one with SiTPipeline\(transformer, vae\)"),
+        ("flux", "is a FluxPipeline, not a SiTPipeline: it takes no class labels, give generate a --prompt"),
+        ("run", "no SiTPipeline at '.*run': neither the folder nor pipeline/ in it holds one"),
+        ("damaged", "model_index.json is damaged or no JSON"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+            module.load_sit_pipeline(tmp_path / folder)
+        assert "\n" not in str(caught.value)

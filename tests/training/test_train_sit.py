@@ -1,5 +1,6 @@
 """Training a SiT from scratch: what is learned, resuming, stopping, several processes, and settings that cannot work."""
 
+import importlib
 import json
 import os
 import random
@@ -18,8 +19,11 @@ from safetensors.torch import load_file
 from tiny_vae import tiny_vae
 
 import hybriddit
-from hybriddit.data.class_images import ClassData, ClassInfo, make_cache
+from hybriddit.cli import main
+from hybriddit.data.class_images import ClassData, ClassInfo, make_cache, open_set
+from hybriddit.generate import read_record
 from hybriddit.models.flops import sit_flops
+from hybriddit.pipelines.sit import load_sit_pipeline
 from hybriddit.training import train_sit as module
 from hybriddit.training.config import SiTConfig, load_config, to_dict
 from hybriddit.training.train_sit import draw_batches, make_model, run, train
@@ -27,6 +31,7 @@ from hybriddit.training.train_sit import draw_batches, make_model, run, train
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/sit/*.yaml"))
 STEPS = 12
+WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 TIMINGS = ("images_per_second", "mfu")
 TINY = {
     "num_layers": 1,
@@ -96,14 +101,15 @@ def log_of(folder):
 
 def assert_same_run(folder, other):
     """To the last bit: the model, the last checkpoint with the optimizer's state, and every step's loss."""
-    for name in ("model/diffusion_pytorch_model.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
+    for name in (WEIGHTS, f"checkpoints/step-{STEPS:08d}/state.safetensors"):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert log_of(folder) == log_of(other)
     assert [line["step"] for line in log_of(folder)] == list(range(1, STEPS + 1))
 
 
 def test_a_run_leaves_a_model_and_tells_how_it_was_made(unbroken):
-    model = hybriddit.SiTTransformer2DModel.from_pretrained(unbroken / "model")
+    pipeline = load_sit_pipeline(unbroken)
+    model = pipeline.transformer
     state = load_file(unbroken / "checkpoints" / f"step-{STEPS:08d}" / "state.safetensors")
     for name, parameter in model.named_parameters():
         if name != "pos_embed":
@@ -111,12 +117,28 @@ def test_a_run_leaves_a_model_and_tells_how_it_was_made(unbroken):
     assert any(
         not torch.equal(state[key], state[key.replace("weight/", "average/")]) for key in state if "weight/" in key
     )
+    assert (pipeline.labels, pipeline.vae, pipeline.scheduler) == ({"dark": 0, "light": 1}, None, None)
+    config = {"path": "linear", "prediction": "velocity", "weights": f"EMA 0.9, step {STEPS}"}
+    assert {name: pipeline.config[name] for name in config} == config
     assert json.loads((unbroken / "data.json").read_text())["classes"] == ["dark", "light"]
     assert load_config(unbroken / "config.yaml").model == TINY
     assert (unbroken / "loss.png").is_file() and list(unbroken.rglob("events.out*"))
     line = json.loads((unbroken / "log.jsonl").read_text().splitlines()[0])
     assert set(line) == {"step", "loss", "grad_norm", "lr", "images_per_second"}
     assert not list(unbroken.glob(".*")), "nothing half-written is left"
+    assert f"pipeline saved to {unbroken / 'pipeline'}" in (unbroken.parent / "out.txt").read_text()
+
+
+def test_a_run_is_what_the_commands_open(unbroken, tmp_path, monkeypatch):
+    out = ["--steps", "2", "--out", str(tmp_path / "a.png"), "--json"]
+    assert main(["generate", "--model", str(unbroken), "--class-label", "light", "--class-label", "0", *out]) == 0
+    records = [read_record(tmp_path / f"a-000{i}.png") for i in (1, 2)]
+    assert [(record["class_label"], record["class_name"]) for record in records] == [(1, "light"), (0, "dark")]
+    assert records[0]["weights"] == f"EMA 0.9, step {STEPS}"
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    sample = ["--num", "4", "--class-balanced", "--steps", "2", "--out", str(tmp_path / "a.npz"), "--quiet"]
+    assert importlib.import_module("sample_50k").main([str(unbroken), *sample]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["weights"] == f"EMA 0.9, step {STEPS}"
 
 
 def slowly():
@@ -154,6 +176,7 @@ def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(config, unbroken,
     process.join(120)
     assert process.exitcode == 130 and 2 <= steps_done(where) < STEPS
     assert "--resume" in (tmp_path / "out.txt").read_text()
+    assert load_sit_pipeline(where).config.weights == f"EMA 0.9, step {steps_done(where)}", "opens meanwhile"
     assert finish(*arguments, "--resume", output=tmp_path / "out.txt") == 0
     assert_same_run(where, unbroken)
 
@@ -166,7 +189,7 @@ def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((where / "run.json").read_text())[0]["processes"] == 2
-    one, other = (load_file(path / "model" / "diffusion_pytorch_model.safetensors") for path in (unbroken, where))
+    one, other = (load_file(path / WEIGHTS) for path in (unbroken, where))
     for name in one:  # sums of gradients in another order
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: n + text)
     for line, expected in zip(log_of(where), log_of(unbroken), strict=True):
@@ -218,23 +241,118 @@ def test_two_classes_are_learned(images, tmp_path):
     assert (means[:, 0] < 110).all() and (means[:, 1] > 150).all(), means
 
 
-def test_bf16_checkpointing_and_a_vae(images, tmp_path):
+@pytest.fixture
+def latents(images, tmp_path):
+    """A config for the images' latents, whose cache notes where its VAE is."""
     tiny_vae().save_pretrained(tmp_path / "vae")
     make_cache(images, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name=str(tmp_path / "vae"), progress=False)
-    path = write_config(
+    return write_config(
         tmp_path / "cache",
         tmp_path,
         model={**TINY, "in_channels": 2, "sample_size": 4},
-        train={"steps": 2, "batch_size": 4, "precision": "bf16", "gradient_checkpointing": True, "progress": False},
-        output={"folder": str(tmp_path / "run"), "sample_every": 1, "sample_steps": 1, "samples": 4},
+        train={"steps": 2, "batch_size": 4, "progress": False},
+        output={"folder": str(tmp_path / "run")},
     )
-    model = run(load_config(path, ["data.memory=true"]))
+
+
+def test_bf16_checkpointing_and_a_vae(latents, tmp_path):
+    small = "train.precision=bf16 train.gradient_checkpointing=true data.memory=true"
+    model = run(load_config(latents, f"{small} output.sample_every=1 output.sample_steps=1 output.samples=4".split()))
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
         assert grid.size == (16, 16) and grid.mode == "RGB"
+
+
+def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
+    """Whatever the copy of the VAE that is given says of it, and whether or not the VAE shifts."""
+    for name, vae in (("scaled", tiny_vae()), ("unshifted", tiny_vae())):
+        shift = 0.25 if name == "scaled" else None
+        vae.register_to_config(shift_factor=shift, scaling_factor=0.5)
+        cache = tmp_path / name / "cache"
+        pictures = tmp_path / name / "images" / "one"
+        pictures.mkdir(parents=True)
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
+        picture.save(pictures / "a.png")
+        make_cache(pictures.parent, cache, size=8, vae=vae, progress=False)
+        vae.register_to_config(shift_factor=7.0, scaling_factor=3.0)
+        vae.save_pretrained(tmp_path / name / "vae")
+        folder = tmp_path / name / "run"
+        overrides = [f"data.path={cache}", f"data.vae={tmp_path / name / 'vae'}", "train.batch_size=1", "train.steps=1"]
+        run(load_config(latents, [*overrides, f"output.folder={folder}"]))
+
+        pipeline = load_sit_pipeline(folder)
+        assert (pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor) == (0.5, shift or 0.0)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            encoded = tiny_vae().encode(pixels).latent_dist.mean
+            expected = tiny_vae().decode(encoded).sample
+        data = open_set(cache, (2, 4, 4))
+        seen, _ = data.draw([0], torch.tensor([False]), torch.zeros(1, 2, 4, 4))  # the mean, as the model sees it
+        torch.testing.assert_close(seen, (encoded - (shift or 0)) * 0.5, rtol=0, atol=2e-3)  # the cache is of fp16
+        found = pipeline._images(seen, "pt")
+        torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-3)
+        # and as the sample grids show it
+        torch.testing.assert_close(module.decode(seen, pipeline.vae), expected, rtol=0, atol=1e-2)
+
+
+def test_latents_are_not_trained_on_without_their_vae(latents, tmp_path):
+    """Told at the start: what the run leaves could make no image."""
     tiny_vae(1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the cache was made by another VAE than"):
-        run(load_config(path, [f"data.vae={tmp_path / 'other'}", f"output.folder={tmp_path / 'again'}"]))
+        run(load_config(latents, [f"data.vae={tmp_path / 'other'}"]))
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"saved with the pipeline: set data.vae to its place \(no AutoencoderKL at"):
+        run(load_config(latents))
+    path = tmp_path / "cache" / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vae": None}))
+    with pytest.raises(ValueError, match="data.vae is needed: the pipeline that is saved decodes its latents"):
+        run(load_config(latents))
+    assert not list(tmp_path.rglob("step-*"))
+    run(load_config(latents, [f"data.vae={tmp_path / 'moved'}"]))
+    assert load_sit_pipeline(tmp_path / "run").vae is not None
+
+
+def test_a_pipeline_is_whole_or_the_one_before(config, tmp_path, monkeypatch):
+    where = tmp_path / "run"
+    run(load_config(config, [f"output.folder={where}", "train.steps=1"]))
+    before = {path: path.read_bytes() for path in (where / "pipeline").rglob("*") if path.is_file()}
+    save = hybriddit.SiTPipeline.save_pretrained
+
+    def full(self, folder, **options):
+        save(self, folder, **options)
+        (folder / "model_index.json").unlink()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hybriddit.SiTPipeline, "save_pretrained", full)
+    with pytest.raises(OSError, match="could not write .*pipeline: No space left"):
+        run(load_config(config, [f"output.folder={where}", "train.steps=2"]), resume=True)
+    assert {path: path.read_bytes() for path in (where / "pipeline").rglob("*") if path.is_file()} == before
+    assert not list(where.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "samples, classes, columns",
+    [(40, 10, 10), (10, 10, 10), (45, 10, 10), (16, 2, 4), (4, 2, 2), (16, 1, 4), (16, 1000, 4), (1, 10, 1), (7, 9, 3)],
+)
+def test_a_column_of_the_grid_is_a_class(samples, classes, columns):
+    assert module.grid_columns(samples, classes) == columns
+    labels = np.arange(samples) % classes
+    if samples >= classes:
+        assert all(len(set(labels[column::columns])) == 1 for column in range(columns))
+
+
+def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatch):
+    """Six samples of three classes, each drawn as a shade of its label."""
+    monkeypatch.setattr(module, "guided", lambda predict, labels, *rest: labels)
+    monkeypatch.setattr(
+        module, "sample_ode", lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(6, 1, 8, 8) / 2 - 0.5
+    )
+    changes = {"model": {**TINY, "num_classes": 3}, "train": {"steps": 1, "batch_size": 2, "progress": False}}
+    output = {"folder": str(tmp_path / "run"), "sample_every": 1, "samples": 6}
+    run(load_config(write_config(images, tmp_path, **changes, output=output)))
+    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
+        shades = np.array(grid)[4::8, 4::8]
+    np.testing.assert_array_equal(shades, [[64, 128, 191]] * 2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
@@ -248,8 +366,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
     with pytest.raises(FloatingPointError, match=r"not finite at step 5 .*earlier checkpoints are kept"):
         run(load_config(config, [f"output.folder={tmp_path / 'run'}", "output.checkpoint_every=2"]))
     assert steps_done(tmp_path / "run") == 4
-    saved = hybriddit.SiTTransformer2DModel.from_pretrained(tmp_path / "run" / "model")
-    assert all(p.isfinite().all() for p in saved.parameters())
+    saved = load_sit_pipeline(tmp_path / "run")
+    assert all(p.isfinite().all() for p in saved.transformer.parameters())
+    assert saved.config.weights == "EMA 0.9, step 4"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +380,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
         (["model.windw=3"], "unknown key model.windw: did you mean model.window?"),
         (["model.num_layers=two"], "model: num_layers must be a positive integer, not 'two'"),
         (["model.in_channels=4"], "images have 1 or 3 channels, and the model takes 4"),
-        (["data.vae=somewhere", "output.sample_every=1"], "data.vae is for latents"),
+        (["data.vae=somewhere"], "data.vae is for latents"),
         (["flow.path=straight"], "flow.path must be one of linear, gvp, vp, got 'straight'"),
         (["flow.tims=1"], "unknown key flow.tims: did you mean flow.times?"),
         (["optim.lrr=1"], "unknown key optim.lrr: did you mean optim.lr?"),
@@ -346,4 +465,4 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path):
         config.output.sample_every = 0  # what would be drawn needs the VAE
     model = train(make_model(config), data, config)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert hybriddit.SiTTransformer2DModel.from_pretrained(tmp_path / "run" / "model").config.num_layers == 2
+    assert load_sit_pipeline(tmp_path / "run").transformer.config.num_layers == 2
