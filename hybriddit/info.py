@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import platform
 from collections import Counter
@@ -18,10 +19,16 @@ from .config import HybridConfig
 from .generate import read_record
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
-FAMILIES = {"PixArt": "PixArt-Sigma", "SD3": "Stable Diffusion 3", "Flux": "FLUX"}  # by the start of the class's name
+FAMILIES = {
+    "PixArt": "PixArt-Sigma",
+    "SD3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "SiT": "SiT",
+}  # by the start of the class's name
 # What the choice of window attention is shown for: families by their shapes' names, sizes in pixels, and the window.
 SHOWN = {"PixArt-Sigma": "pixart-sigma", "Stable Diffusion 3": "sd3", "FLUX": "flux"}
 SIZES, WINDOW = (512, 1024, 4096), 16
+SHOWN_NAMES = 10  # of a pipeline's classes
 
 
 def environment() -> dict[str, Any]:
@@ -143,6 +150,8 @@ def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
 def describe(path: str | Path) -> dict[str, Any]:
     """What a pipeline folder, a model folder, an adapter folder or a PNG file holds; `kind` names which.
 
+    Of a folder with a pipeline in its folder `pipeline`, such as that of a SiT's training, the pipeline is described.
+
     Of an adapter all bytes are read and checked; of models the headers of the weight files and their lengths. Raises
     FileNotFoundError where there is nothing and ValueError for what is damaged or none of these.
     """
@@ -157,6 +166,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         ("model_index.json", "pipeline", _pipeline),
         ("hybrid_config.json", "adapter", _adapter),
         ("config.json", "model", _model),
+        ("pipeline/model_index.json", "pipeline", lambda run: _pipeline(run / "pipeline")),
     ):
         if (path / name).is_file():
             return {"kind": kind, **read(path)}
@@ -184,7 +194,10 @@ def _pipeline(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} lacks the folder of its {name}")
         # a tokenizer or a scheduler has no config.json
         components[name] = _model(part) if (part / "config.json").is_file() else {"class": entry[-1]}
-    return {"class": index.get("_class_name"), "components": components}
+    found = {"class": index.get("_class_name"), "components": components}
+    if found["class"] == "SiTPipeline":
+        found |= {name: index.get(name) for name in ("path", "prediction", "weights", "id2label")}
+    return found
 
 
 def _model(folder: Path) -> dict[str, Any]:
@@ -206,7 +219,32 @@ def _model(folder: Path) -> dict[str, Any]:
         if bare:
             raise ValueError(f"{folder} lacks the hybrid weights of {len(bare)} layers ({bare[0]}, …)")
         model["hybrid"] = _hybrid(config, sizes, layers)
+    if name == "SiTTransformer2DModel":
+        model["sit"] = _sit(folder / "config.json", values)
     return model
+
+
+def _sit(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A SiT's size, its layers by kind of attention, and those fields that its kinds go by."""
+    from .models.sit import SIT_SIZES, SiTTransformer2DModel, layer_kinds  # torch
+
+    parameters = inspect.signature(SiTTransformer2DModel.__init__).parameters.values()
+    fields = {p.name: values.get(p.name, p.default) for p in parameters if p.name != "self"}
+    try:
+        kinds = Counter(layer_kinds(fields["attention"], fields["num_layers"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no config of a SiT: {error}") from error
+    shape = ("num_layers", "num_attention_heads", "attention_head_dim")
+    size = next((name for name, own in SIT_SIZES.items() if own == {key: fields[key] for key in shape}), None)
+    near, far = bool({"window", "hybrid"} & set(kinds)), bool({"linear", "hybrid"} & set(kinds))
+    used = {"window": near, "stride": near, "map_rank": far, "gate": "hybrid" in kinds}
+    names = ("sample_size", "in_channels", "patch_size", "num_classes")
+    return {
+        "size": size and f"{size}/{fields['patch_size']}",
+        **{name: fields[name] for name in (*shape, *names)},
+        "layers": dict(kinds),
+        **{name: fields[name] for name, has in used.items() if has},
+    }
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
@@ -307,11 +345,16 @@ def description_text(found: dict[str, Any]) -> str:
         lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
         return "\n".join(lines + _hybrid_lines(found["hybrid"]))
     if found["kind"] == "model":
-        return "\n".join([_model_line(found), *_hybrid_lines(found.get("hybrid"))])
+        return "\n".join([_model_line(found), *_hybrid_lines(found.get("hybrid")), *_sit_lines(found.get("sit"))])
     lines = [f"pipeline, {found['class']}"]
     for name, component in found["components"].items():
         lines.append(f"  {name:16} {_model_line(component) if 'parameters' in component else component['class']}")
-        lines += ["  " + line for line in _hybrid_lines(component.get("hybrid"))]
+        lines += ["  " + line for line in _hybrid_lines(component.get("hybrid")) + _sit_lines(component.get("sit"))]
+    if found["class"] == "SiTPipeline":
+        classes = found["components"]["transformer"]["sit"]["num_classes"]
+        lines.append(f"  {'trained for':16} path {found['path']}, prediction {found['prediction']}")
+        lines.append(f"  {'weights':16} {found['weights'] or 'no note on them'}")
+        lines.append(f"  {'class names':16} {_class_names(found['id2label'], classes)}")
     return "\n".join(lines)
 
 
@@ -329,6 +372,29 @@ def _hybrid_lines(hybrid: dict[str, Any] | None) -> list[str]:
         f"  config  {config}",
         f"  layers  {layers or 'none with weights'}; {hybrid['added_parameters']:,} parameters added",
     ]
+
+
+def _sit_lines(sit: dict[str, Any] | None) -> list[str]:
+    if sit is None:
+        return []
+    size = (
+        f"{sit['size'] or 'of its own'}: {sit['num_layers']} layers, {sit['num_attention_heads']} heads of "
+        f"{sit['attention_head_dim']}, patch {sit['patch_size']}"
+    )
+    inputs = f"{sit['in_channels']} x {sit['sample_size']} x {sit['sample_size']}, {sit['num_classes']} classes"
+    settings = {name: sit[name] for name in ("window", "stride", "map_rank", "gate") if name in sit}
+    if settings.get("map_rank", 0) is None:
+        settings["map_rank"] = f"{sit['num_attention_heads'] * sit['attention_head_dim']} (the width)"
+    described = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+    layers = ", ".join(f"{count} {kind}" for kind, count in sit["layers"].items())
+    return [f"  size    {size}", f"  inputs  {inputs}", f"  layers  {layers}" + (f"; {described}" if described else "")]
+
+
+def _class_names(id2label: dict[str, str] | None, classes: int) -> str:
+    if not id2label:
+        return "ImageNet's, where torchvision is installed" if classes == 1000 else "none"
+    names = [repr(id2label[index]) for index in sorted(id2label, key=int)]  # the file has them as 0, 1, 10, 2
+    return f"{len(names)}: {', '.join(names[:SHOWN_NAMES])}" + (", …" if len(names) > SHOWN_NAMES else "")
 
 
 def _value(value: Any) -> str:

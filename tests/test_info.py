@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
-from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.attention.window import WindowCase, choose_backend
 from hybriddit.cli import main
 from hybriddit.generate import save_png
@@ -54,6 +54,58 @@ def test_pipeline_and_model_folders(hybrid, capsys):
         f"{added:,} ",
     ):
         assert part in text
+
+
+def test_a_sit_its_pipeline_and_its_run(tmp_path, capsys):
+    layers = {"*.0.attn": "window", "*.1.attn": "hybrid", "*": "linear"}
+    shape = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3}
+    model = SiTTransformer2DModel(
+        **shape, num_classes=12, sample_size=16, patch_size=4, attention=layers, window=(3, 5)
+    )
+    names = {index: f"kind {index}" for index in range(12)}
+    pipeline = SiTPipeline(model, id2label=names, path="gvp", prediction="noise", weights="EMA 0.9, step 3")
+    pipeline.save_pretrained(tmp_path / "run" / "pipeline")
+    found = describe(tmp_path / "run")
+    assert found == describe(tmp_path / "run" / "pipeline")
+    assert (found["kind"], found["class"]) == ("pipeline", "SiTPipeline")
+    assert [found[name] for name in ("path", "prediction", "weights")] == ["gvp", "noise", "EMA 0.9, step 3"]
+    assert found["id2label"] == {str(index): name for index, name in names.items()}
+    [(name, bare)] = found["components"].items()
+    assert (name, bare["class"], bare["family"]) == ("transformer", "SiTTransformer2DModel", "SiT")
+    assert bare["parameters"] == sum(p.numel() for p in model.parameters())
+    fields = {"window": [3, 5], "stride": 1, "map_rank": None, "gate": "head"}
+    size = {"size": None, **shape, "num_classes": 12, "sample_size": 16, "patch_size": 4}
+    assert bare["sit"] == {**size, **fields, "layers": {"window": 1, "hybrid": 1, "linear": 2}}
+    assert describe(tmp_path / "run" / "pipeline" / "transformer") == {"kind": "model", **bare}
+    assert main(["info", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert main(["info", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "pipeline, SiTPipeline",
+        "size    of its own: 4 layers, 2 heads of 8, patch 4",
+        "inputs  3 x 16 x 16, 12 classes",
+        "layers  1 window, 1 hybrid, 2 linear; window [3, 5], stride 1, map_rank 16 (the width), gate head",
+        "path gvp, prediction noise",
+        "EMA 0.9, step 3",
+        "12: 'kind 0', 'kind 1', 'kind 2', ",
+        "'kind 9', …",
+    ):
+        assert part in text, part
+
+
+def test_a_published_size_and_no_field_that_its_layers_lack(tmp_path, capsys):
+    with torch.device("meta"):
+        model = SiTTransformer2DModel(**SiTTransformer2DModel.preset("S/4"), attention="linear", map_rank=64)
+    model.to_empty(device="cpu").save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "size    S/4: 12 layers, 6 heads of 64, patch 4" in text
+    assert "layers  12 linear; map_rank 64\n" in text
+    pipeline = SiTPipeline(model)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert main(["info", str(tmp_path / "pipeline")]) == 0
+    assert "class names      ImageNet's, where torchvision is installed" in capsys.readouterr().out
 
 
 def test_adapter_folder(hybrid, capsys):
