@@ -121,12 +121,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add(
         "generate",
         generate,
-        "make images from a prompt, or from a prompt and an image",
+        "make images from a prompt, or from a prompt and an image; or of classes, with a SiT",
         '--model base/ --adapter run/adapter --prompt "a red shoe" --seed 1 --out shoe.png',
     )
-    sub.add_argument("--model", required=True, help="repository id or folder of a diffusers pipeline, dense or hybrid")
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run",
+    )
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
-    sub.add_argument("--prompt", required=True)
+    subject = sub.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--prompt")
+    subject.add_argument(
+        "--class-label", action="append", metavar="NAME", help="SiT: name or index of a class; may be given repeatedly"
+    )
     sub.add_argument("--negative-prompt", help="what to guide away from (FLUX: with --true-cfg)")
     sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX)")
     sub.add_argument("--mask", type=Path, help="of the image's size: white is painted anew, black is kept (SD3, FLUX)")
@@ -140,7 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
     sub.add_argument("--seed", type=int, default=0, help="of the first image; each further one adds 1 (default: 0)")
-    sub.add_argument("--num-images", type=int, default=1, help="made one by one (default: 1)")
+    sub.add_argument(
+        "--sampler",
+        help="SiT: euler, heun, dopri5, sde-euler or sde-heun (default: the pipeline's scheduler, or euler)",
+    )
+    sub.add_argument("--num-images", type=int, default=1, help="of the prompt, or of each class label (default: 1)")
     sub.add_argument(
         "--out",
         type=Path,
@@ -315,16 +327,19 @@ def _run_training(run, config, resume: bool) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    from .generate import NoEffectWarning, check_settings, generate, open_image, output_paths, save_png
+    from .generate import NoEffectWarning, check_settings, generate, image_count, open_image, output_paths, save_png
 
-    paths = output_paths(options.out, options.num_images)
+    paths = output_paths(options.out, image_count(options.class_label, options.num_images))
     names = ("seed", "num_images", "negative_prompt", "height", "width", "steps", "guidance", "true_cfg")
-    settings = {name: getattr(options, name) for name in (*names, "max_sequence_length", "strength")}
+    settings = {name: getattr(options, name) for name in (*names, "max_sequence_length", "strength", "sampler")}
+    settings["class_labels"] = options.class_label
     settings["image"] = open_image(options.image) if options.image else None
     settings["mask"] = open_image(options.mask, "L") if options.mask else None
-    check_settings(**settings)
+    check_settings(options.prompt, **settings)
+    if options.class_label and options.adapter:
+        raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")
 
-    pipeline = _load_pipeline(options)
+    pipeline = _load_pipeline(options, of_classes=bool(options.class_label))
     if options.adapter:
         from .models import load_adapter
 
@@ -396,19 +411,21 @@ def info(options: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if options.json else text(found))
 
 
-def _load_pipeline(options: argparse.Namespace):
+def _load_pipeline(options: argparse.Namespace, of_classes: bool = False):
     if options.quiet:
         _silence()
     import torch
 
     from .data.teacher_images import load_pipeline
     from .models import read_adapter_config
+    from .pipelines.sit import load_sit_pipeline
 
     if options.adapter:
         read_adapter_config(options.adapter)  # before the model, which may take minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = "bfloat16" if device == "cuda" else "float32"
-    return load_pipeline(options.model, getattr(torch, options.dtype or default)).to(device)
+    load = load_sit_pipeline if of_classes else load_pipeline
+    return load(options.model, getattr(torch, options.dtype or default)).to(device)
 
 
 def _silence() -> None:

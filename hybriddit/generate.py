@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ ARGUMENTS = {
     "true_cfg": "true_cfg_scale",
     "max_sequence_length": "max_sequence_length",
     "strength": "strength",
+    "sampler": "sampler",
 }
 
 
@@ -43,8 +44,9 @@ class NoEffectWarning(UserWarning):
 
 def generate(
     pipeline: DiffusionPipeline,
-    prompt: str,
+    prompt: str | None = None,
     *,
+    class_labels: int | str | Sequence[int | str] | None = None,
     seed: int = 0,
     num_images: int = 1,
     image: Image.Image | None = None,
@@ -54,35 +56,50 @@ def generate(
     """Make images one by one; image i is what `pipeline` makes of a CPU generator seeded with `seed + i`.
 
     Args:
-        pipeline: text-to-image, of diffusers or hybriddit. With `image` its components run in the family's
-            image-to-image pipeline, with `mask` too in its inpainting pipeline; both as diffusers defines them.
+        pipeline: text-to-image, of diffusers or hybriddit; with class_labels a SiTPipeline. With `image` its components
+            run in the family's image-to-image pipeline, with `mask` too in its inpainting pipeline; both as diffusers
+            defines them.
+        prompt, class_labels: one of the two. Labels are indices or names.
         seed: 0 to 2**63 - 1, that of the last image too.
+        num_images: of the prompt, or of each class label, label by label.
         image: what to start from. Without a height or a width it gives its own, rounded down to what the model takes.
         mask: of the image's size; white is painted anew, black is kept.
         settings: None, or left out, is the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
             true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
-            max_sequence_length (text tokens), strength (with `image`: over 0, where it stays, to 1, where it is noise).
+            max_sequence_length (text tokens), strength (with `image`: over 0, where it stays, to 1, where it is noise),
+            sampler (with class_labels: see SiTPipeline).
 
     Yields each image with its record: all of the above as actually used, None for what was not, and the versions.
     Warns (NoEffectWarning) of a setting that changes nothing. Raises ValueError, when called, for settings that cannot
-    work, a height or width the model cannot take, and a pipeline that has no such task.
+    work, labels that the pipeline has not, a height or width the model cannot take, and a pipeline that has no such task.
     """
-    check_settings(seed=seed, num_images=num_images, image=image, mask=mask, **settings)
+    check_settings(
+        prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
+    )
     pipeline = _for_task(pipeline, image, mask)
     settings = {name: settings.get(name) for name in ARGUMENTS}
     settings = _fit_size(pipeline, settings, image)
-    arguments, used = _arguments(pipeline, settings)
-    arguments |= {"prompt": prompt}
+    arguments, used = _arguments(pipeline, settings, "prompt" if class_labels is None else "class_labels")
     if image is not None:
         arguments["image"] = image
     if mask is not None:
         arguments["mask_image"] = mask
-    return _images(pipeline, arguments, {"prompt": prompt, **used}, range(seed, seed + num_images))
+    if class_labels is None:
+        subjects = [({"prompt": prompt}, {"prompt": prompt})]
+    else:
+        names = pipeline.class_names
+        subjects = [
+            ({"class_labels": label}, {"class_label": label, "class_name": names.get(label)})
+            for label in pipeline.get_label_ids(class_labels)
+        ]
+    return _images(pipeline, arguments, used, [subject for subject in subjects for _ in range(num_images)], seed)
 
 
 def check_settings(
+    prompt: str | None = None,
     *,
+    class_labels: int | str | Sequence[int | str] | None = None,
     seed: int = 0,
     num_images: int = 1,
     image: Image.Image | None = None,
@@ -95,8 +112,21 @@ def check_settings(
     true_cfg: float | None = None,
     max_sequence_length: int | None = None,
     strength: float | None = None,
+    sampler: str | None = None,
 ) -> None:
     """What needs no model to be told wrong in `generate`'s arguments. Raises ValueError."""
+    if (prompt is None) == (class_labels is None):
+        raise ValueError("give one of a prompt and class labels")
+    of_prompts = {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "max_sequence_length": max_sequence_length}
+    of_prompts |= {"image": image, "mask": mask, "strength": strength}
+    for name, value in ({"sampler": sampler} if class_labels is None else of_prompts).items():
+        if value is not None:
+            raise ValueError(f"{name} has no meaning with a {'prompt' if class_labels is None else 'class label'}")
+    if sampler is not None:
+        from .flow.path import check_name
+        from .pipelines.sit import SAMPLERS
+
+        check_name("sampler", sampler, SAMPLERS)
     counts = {"num_images": num_images, "height": height, "width": width, "steps": steps}
     for name, value in {**counts, "max_sequence_length": max_sequence_length}.items():
         if value is not None and value < 1:
@@ -104,8 +134,11 @@ def check_settings(
     for name, value in {"guidance": guidance, "true_cfg": true_cfg}.items():
         if value is not None and not (0 <= value < math.inf):
             raise ValueError(f"{name} must be 0 or more, not {value}")
-    if not 0 <= seed <= seed + num_images - 1 <= MAX_SEED:
-        raise ValueError(f"seeds go from 0 to 2**63 - 1: {num_images} from {seed} do not fit")
+    total = image_count(class_labels, num_images)
+    if not total:
+        raise ValueError("class_labels holds no label")
+    if not 0 <= seed <= seed + total - 1 <= MAX_SEED:
+        raise ValueError(f"seeds go from 0 to 2**63 - 1: {total} from {seed} do not fit")
     if image is None and (mask is not None or strength is not None):
         raise ValueError(f"a {'strength' if mask is None else 'mask'} needs an image to start from")
     if strength is not None and not 0 < strength <= 1:
@@ -113,6 +146,12 @@ def check_settings(
     if mask is not None and mask.size != image.size:
         sizes = " and ".join("{} x {}".format(*picture.size) for picture in (mask, image))
         raise ValueError(f"the mask and the image must be of one size: they are {sizes}")
+
+
+def image_count(class_labels: int | str | Sequence[int | str] | None, num_images: int) -> int:
+    """How many images `generate` makes."""
+    labels = 1 if class_labels is None or isinstance(class_labels, int | str) else len(class_labels)
+    return labels * num_images
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
@@ -201,11 +240,18 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
     return settings | fitted
 
 
-def _arguments(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The pipeline's arguments, and the settings as used: its defaults filled in, None where they have no effect."""
+def _arguments(
+    pipeline: DiffusionPipeline, settings: dict[str, Any], subject: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pipeline's arguments, and the settings as used: its defaults filled in, None where they have no effect.
+
+    subject: "prompt" or "class_labels", what the images are of.
+    """
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
-    if "prompt" not in parameters:
-        raise ValueError(f"a {kind} takes no prompt: generate is for text-to-image pipelines")
+    if subject == "prompt" and "prompt" not in parameters:
+        raise ValueError(f"a {kind} takes no prompt: those are for text-to-image pipelines")
+    if subject == "class_labels" and not hasattr(pipeline, "class_names"):
+        raise ValueError(f"a {kind} takes no class labels: those are for a SiTPipeline")
     arguments, used = {}, {}
     for name, argument in ARGUMENTS.items():
         if argument in parameters:
@@ -232,20 +278,30 @@ def _arguments(pipeline: DiffusionPipeline, settings: dict[str, Any]) -> tuple[d
             no_effect("guidance", "this model was distilled to need none")
     elif used["guidance"] is not None and used["guidance"] <= 1:
         no_effect("negative_prompt", "guidance works only above 1")
+    if "sampler" in parameters:
+        used["sampler"] = settings["sampler"] or pipeline.default_sampler
+        if used["sampler"] == "dopri5":
+            no_effect("steps", "dopri5 chooses its own")
     if "use_resolution_binning" in parameters:
         arguments["use_resolution_binning"] = False  # PixArt: the size asked for, not the nearest of a list
     return arguments, used
 
 
 def _images(
-    pipeline: DiffusionPipeline, arguments: dict[str, Any], used: dict[str, Any], seeds: range
+    pipeline: DiffusionPipeline,
+    arguments: dict[str, Any],
+    used: dict[str, Any],
+    subjects: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    first_seed: int,
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+    """subjects: what each image is of, as the pipeline's arguments and as the record has it."""
     import diffusers
     import torch
 
     model = getattr(pipeline, "transformer", None)
     made_by = {
         "pipeline": type(pipeline).__name__,
+        "weights": pipeline.config.get("weights"),
         "hybrid_config": None if model is None else model.config.get("hybrid_config"),
         "device": str(pipeline.device),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
@@ -255,6 +311,6 @@ def _images(
             "torch": str(torch.__version__),
         },
     }
-    for seed in seeds:
-        image = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
-        yield image, {**used, "seed": seed, "width": image.width, "height": image.height, **made_by}
+    for seed, (subject, said) in enumerate(subjects, first_seed):
+        image = pipeline(**subject, **arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+        yield image, {**said, **used, "seed": seed, "width": image.width, "height": image.height, **made_by}

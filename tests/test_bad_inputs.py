@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_pipeline
 
-from hybriddit import HybridConfig, hybridize, load_adapter, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, load_adapter, save_adapter
 from hybriddit.attention import TokenLayout, linear_attention, neighborhood_attention
 from hybriddit.cli import main
 from hybriddit.training.config import load_config
@@ -56,6 +56,8 @@ def original(tmp_path_factory):
         tiny_pipeline(family).save_pretrained(folder / family)
     model = hybridize(tiny_pipeline("flux_dev").transformer, HybridConfig(window=3, map_rank=4))
     save_adapter(model, folder / "adapter")
+    sit = SiTTransformer2DModel(2, 8, in_channels=3, num_layers=1, sample_size=8, num_classes=2)
+    SiTPipeline(sit, id2label={0: "bag", 1: "shoe"}).save_pretrained(folder / "sit" / "pipeline")
     (folder / "images").mkdir()
     Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(folder / "images" / "a.png")
     (folder / "images" / "a.txt").write_text("a red shoe")
@@ -92,6 +94,11 @@ def world(original, tmp_path, monkeypatch):
         generate=lambda *more: (
             lambda: cli(
                 "generate", "--model", folder / "flux_dev", "--prompt", "a shoe", "--out", folder / "out.png", *more
+            )
+        ),
+        generate_class=lambda label, *more: (
+            lambda: cli(
+                "generate", "--model", folder / "sit", "--class-label", label, "--out", folder / "out.png", *more
             )
         ),
     )
@@ -648,6 +655,109 @@ def info_about_an_adapter_cut_short(w):
     return lambda: cli("info", w.folder / "adapter")
 
 
+# SiT's folders, of a run (sit/) and of the model alone, where another kind is wanted, and the other way round
+
+TEXT_TO_IMAGE = r"which makes images of classes \(hybriddit generate --class-label\).*for text-to-image pipelines"
+
+
+@bad(r"sit' is a SiTPipeline, " + TEXT_TO_IMAGE)
+def a_prompt_for_a_sit(w):
+    return w.generate("--model", w.folder / "sit")
+
+
+@bad(r"transformer' is a SiTTransformer2DModel, " + TEXT_TO_IMAGE)
+def a_prompt_for_a_bare_sit(w):
+    return w.generate("--model", w.folder / "sit" / "pipeline" / "transformer")
+
+
+@bad(r"is a SiTPipeline, " + TEXT_TO_IMAGE)
+def converting_a_sit(w):
+    return lambda: cli("convert", "--model", w.folder / "sit" / "pipeline", "--out", w.folder / "hybrid")
+
+
+@bad(r"is a SiTTransformer2DModel, " + TEXT_TO_IMAGE)
+def converting_a_bare_sit(w):
+    model = w.folder / "sit" / "pipeline" / "transformer"
+    return lambda: cli("convert", "--model", model, "--out", w.folder / "hybrid")
+
+
+@bad(r"is a SiTPipeline, " + TEXT_TO_IMAGE)
+def distilling_a_sit(w):
+    return w.distill("model.path=sit")
+
+
+@bad(r"is a SiTTransformer2DModel, " + TEXT_TO_IMAGE)
+def a_dry_run_of_a_bare_sit(w):
+    return w.distill("model.path=sit/pipeline/transformer", "--dry-run")
+
+
+@bad(r"is a SiTTransformer2DModel, not a SiTPipeline: save one with SiTPipeline")
+def a_class_of_a_bare_sit(w):
+    return w.generate_class("shoe", "--model", w.folder / "sit" / "pipeline" / "transformer")
+
+
+@bad(r"is a FluxPipeline, not a SiTPipeline: it takes no class labels, give generate a --prompt")
+def a_class_for_flux(w):
+    return w.generate_class("shoe", "--model", w.folder / "flux_dev")
+
+
+@bad(r"is a StableDiffusion3Pipeline, not a SiTPipeline")
+def a_class_for_sd3(w):
+    return w.generate_class("shoe", "--model", w.folder / "sd3")
+
+
+@bad(r"is a PixArtSigmaPipeline, not a SiTPipeline")
+def a_class_for_pixart(w):
+    return w.generate_class("shoe", "--model", w.folder / "pixart_sigma")
+
+
+@bad(r"unknown class 'shoo': did you mean 'shoe'")
+def a_class_that_is_none(w):
+    return w.generate_class("shoo")
+
+
+@bad(r"class labels are 0 to 1, got 2")
+def a_class_beyond_the_last(w):
+    return w.generate_class("0", "--class-label", "2")
+
+
+@bad(r"unknown sampler 'ddim': choose from euler, heun, dopri5, sde-euler, sde-heun")
+def a_sampler_that_is_none(w):
+    return w.generate_class("shoe", "--sampler", "ddim")
+
+
+@bad(r"sampler has no meaning with a prompt")
+def a_sampler_for_a_prompt(w):
+    return w.generate("--sampler", "euler")
+
+
+@bad(r"negative_prompt has no meaning with a class label")
+def a_negative_prompt_for_a_class(w):
+    return w.generate_class("shoe", "--negative-prompt", "a bag")
+
+
+@bad(r"image has no meaning with a class label")
+def an_initial_image_for_a_class(w):
+    return w.generate_class("shoe", "--image", w.folder / "images" / "a.png")
+
+
+@bad(r"an adapter has no meaning with a class label")
+def an_adapter_for_a_class(w):
+    return w.generate_class("shoe", "--adapter", w.folder / "adapter")
+
+
+@bad(r"width 7 is no multiple of 2")
+def a_width_the_sit_cannot_take(w):
+    return w.generate_class("shoe", "--width", "7")
+
+
+@bad(r"config.json holds no config of a SiT: unknown attention 'far'")
+def info_about_a_sit_of_no_kind(w):
+    path = w.folder / "sit" / "pipeline" / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention": "far"}))
+    return lambda: cli("info", w.folder / "sit")
+
+
 @bad(r"processor")
 def a_processor_replaced_behind_our_back(w):
     from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
@@ -689,3 +799,5 @@ def test_the_world_itself_is_right(world):
         size = ["--height", "64", "--width", "64", "--steps", "1", "--max-sequence-length", str(TEXT_LENGTH)]
         out = ["--prompt", "a red shoe", "--out", str(world.folder / "out.png")]
         assert main(["generate", *model, *size, *out]) == 0
+        sit = ["--model", str(world.folder / "sit"), "--class-label", "shoe", "--out", str(world.folder / "shoe.png")]
+        assert main(["generate", *sit, "--steps", "1"]) == 0

@@ -102,6 +102,8 @@ def test_a_wrong_call_exits_with_2(capsys):
         ["nonsense"],
         [],
         ["generate"],
+        ["generate", "--model", "x"],
+        ["generate", "--model", "x", "--prompt", "a", "--class-label", "1"],
         ["distill"],
         ["distill", "run.yaml", "--resume", "lr"],
         ["distill", "run.yaml", "--lr=1"],

@@ -10,9 +10,10 @@ from PIL import Image
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import HybridConfig, hybridize, save_adapter
-from hybriddit.cli import main
-from hybriddit.generate import NoEffectWarning, generate, output_paths, read_record, save_png
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
+from hybriddit.cli import build_parser, main
+from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths, read_record, save_png
+from hybriddit.pipelines.sit import SAMPLERS
 
 FAMILIES = {
     "flux_dev": hybriddit.HybridFluxPipeline,
@@ -240,3 +241,104 @@ def test_what_is_wrong_by_itself_is_told_before_a_model_is_loaded(arguments, mes
 def test_several_images_are_numbered(tmp_path):
     assert output_paths(tmp_path / "a.png", 1) == [tmp_path / "a.png"]
     assert output_paths(tmp_path / "a.b.png", 2) == [tmp_path / "a.b-0001.png", tmp_path / "a.b-0002.png"]
+
+
+@pytest.fixture(scope="module")
+def sit(tmp_path_factory):
+    """A run's folder, with a SiTPipeline in it."""
+    folder = tmp_path_factory.mktemp("sit")
+    torch.manual_seed(0)
+    model = SiTTransformer2DModel(2, 8, in_channels=3, num_layers=1, sample_size=8, num_classes=3)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    names = {0: "golden retriever", 2: "tabby, tabby cat"}
+    SiTPipeline(model, id2label=names, weights="EMA 0.9, step 3").save_pretrained(folder / "pipeline")
+    return folder
+
+
+def test_classes_from_the_command_line_are_the_pipelines_images(sit, tmp_path, capsys):
+    """Two of each label, label by label, and seeds that count on."""
+    labels = ["--class-label", "Tabby Cat", "--class-label", "1"]
+    settings = {"steps": 3, "guidance": 2.0, "height": 4, "width": 16, "sampler": "sde-euler"}
+    more = flags(**settings, seed=5, num_images=2, out=tmp_path / "a.png", dtype="bfloat16")
+    assert main(["generate", "--model", str(sit), *labels, *more, "--json", "--quiet"]) == 0
+    printed, files = capsys.readouterr(), [str(tmp_path / f"a-000{i}.png") for i in (1, 2, 3, 4)]
+    report = json.loads(printed.out)
+    assert (report["files"], report["seeds"], report["notes"]) == (files, [5, 6, 7, 8], [])
+    assert printed.err == "", "quiet"
+    pipeline = SiTPipeline.from_pretrained(sit / "pipeline", dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    for file, label, seed in zip(files, (2, 2, 1, 1), (5, 6, 7, 8), strict=True):
+        [expected] = pipeline(
+            label,
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            height=4,
+            width=16,
+            sampler="sde-euler",
+            generator=torch.Generator().manual_seed(seed),
+        ).images
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+        record = read_record(file)
+        said = {"class_label": label, "class_name": {2: "tabby, tabby cat"}.get(label), "seed": seed, **settings}
+        said |= {"model": str(sit), "pipeline": "SiTPipeline", "weights": "EMA 0.9, step 3", "dtype": "bfloat16"}
+        assert record | said == record and "prompt" not in record
+        assert set(record["versions"]) == {"hybriddit", "diffusers", "torch"}
+    shown = [np.asarray(Image.open(file), int) for file in files]
+    assert all(abs(shown[0] - other).max() > 8 for other in shown[1:])
+    assert main(["info", files[0]]) == 0
+    assert "class_name           tabby, tabby cat" in capsys.readouterr().out
+
+
+def test_classes_from_python_and_their_defaults(sit):
+    pipeline = SiTPipeline.from_pretrained(sit / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    [(image, record)] = generate(pipeline, class_labels="golden retriever")
+    [expected] = pipeline(0, generator=torch.Generator().manual_seed(0)).images
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+    defaults = {"sampler": "euler", "steps": 50, "guidance": 4.0, "width": 8, "height": 8, "negative_prompt": None}
+    assert record | defaults == record
+    with pytest.warns(NoEffectWarning, match="steps has no effect: dopri5 chooses its own"):
+        [(_, record)] = generate(pipeline, class_labels=[0], sampler="dopri5", steps=3)
+    assert (record["sampler"], record["steps"]) == ("dopri5", None)
+    pipeline.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    [(_, record)] = generate(pipeline, class_labels=1, steps=1)
+    assert (record["sampler"], record["class_name"]) == ("FlowMatchEulerDiscreteScheduler", None)
+    with pytest.raises(ValueError, match=r"unknown class 'tabbi': did you mean 'tabby'"):
+        generate(pipeline, class_labels=["tabbi"])
+    with pytest.raises(ValueError, match="a SiTPipeline takes no prompt"):
+        generate(pipeline, "a shoe")
+    with pytest.raises(ValueError, match="a FluxPipeline takes no class labels: those are for a SiTPipeline"):
+        generate(tiny_pipeline("flux_dev"), class_labels=1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "give one of a prompt and class labels"),
+        ({"prompt": "a", "class_labels": 1}, "give one of a prompt and class labels"),
+        ({"class_labels": []}, "class_labels holds no label"),
+        ({"class_labels": [1, 2], "num_images": 2, "seed": 2**63 - 3}, "4 from 9223372036854775805 do not fit"),
+        ({"class_labels": 1, "sampler": "ddim"}, "unknown sampler 'ddim': choose from euler"),
+        ({"prompt": "a", "sampler": "euler"}, "sampler has no meaning with a prompt"),
+        *(
+            ({"class_labels": 1, name: value}, f"{name} has no meaning with a class label")
+            for name, value in {
+                "negative_prompt": "a",
+                "true_cfg": 2.0,
+                "max_sequence_length": 8,
+                "strength": 0.5,
+                "image": Image.new("RGB", (8, 8)),
+                "mask": Image.new("L", (8, 8)),
+            }.items()
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_class_or_a_prompt(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(**settings)
+
+
+def test_the_help_names_every_sampler():
+    generate_help = next(iter(build_parser()._subparsers._group_actions)).choices["generate"].format_help()
+    assert all(name in generate_help for name in SAMPLERS)

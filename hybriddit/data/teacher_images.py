@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models import dense_mode, is_hybrid
+from ..pipelines.sit import refuse_sit
 from .latents import LatentData, LatentInfo, TableFile, claim_folder, save_table
 
 
@@ -43,6 +44,7 @@ def load_pipeline(path: str, dtype: torch.dtype):
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
+    refuse_sit(path)
     if Path(path).exists() or Path(path).is_absolute() or path.count("/") != 1:
         if not (Path(path) / "model_index.json").is_file():
             raise FileNotFoundError(f"no diffusers pipeline at {path!r}: it needs a model_index.json")

@@ -21,6 +21,7 @@ from ..data.image_folder import captioned_images
 from ..info import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
+from ..pipelines.sit import refuse_sit
 from .config import DistillConfig
 from .distill import check_settings, loss_settings, make_student, planned_grid
 from .losses import captured_outputs, converted_layers, layer_loss
@@ -222,6 +223,7 @@ def plan_model(path: str) -> tuple[str, nn.Module, int, int]:
     for anything else and for a transformer that is not supported, FileNotFoundError where the folder is not whole.
     """
     folder = Path(path)
+    refuse_sit(path)
     if path in REPOSITORIES and not folder.is_dir():
         name, values = REPOSITORIES[path]
         pipeline, vae_scale_factor, clip_length = _PIPELINES[name], 8, 77
