@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,27 +110,51 @@ def _sides(shape) -> str:
 def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
     """Every image file under `folder` in the order of their names, their labels, and the classes' names.
 
-    The classes are the subfolders, in the order of their names; images of a folder without subfolders are one class.
-    Raises FileNotFoundError for a folder that is not there and ValueError where it has no images, or some beside its
-    subfolders.
+    The classes are the subfolders, or links to folders, in the order of their names; images of a folder without
+    subfolders are one class. What is hidden (.name) is not looked at. Raises FileNotFoundError for a folder that is not
+    there and ValueError where it or one of its classes has no images, or where some are beside its subfolders.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {str(folder)!r}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
-    if not paths:
-        raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
-    names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
-    classes = sorted(set(names))
-    if "" in classes and len(classes) > 1:
-        stray = paths[names.index("")]
-        raise ValueError(f"{stray} belongs to no class: the subfolders of {folder} are the classes, move it into one")
-    number = {name: label for label, name in enumerate(classes)}
-    return paths, [number[name] for name in names], classes
+    seen = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = {path.name: _images_under(path) for path in seen if path.is_dir()}
+    loose = [path for path in seen if path.suffix.lower() in ENDINGS and path.name not in found]
+    if not any(found.values()):
+        if not loose:
+            raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
+        return loose, [0] * len(loose), [""]
+    if loose:
+        raise ValueError(
+            f"{loose[0]} belongs to no class: the subfolders of {folder} are the classes, move it into one"
+        )
+    empty = [name for name, paths in found.items() if not paths]
+    if empty:  # to leave it out would move the labels of all classes after it
+        raise ValueError(
+            f"{folder / empty[0]} has no images, and every subfolder is a class ({len(empty)} of {len(found)} are "
+            "empty): fill or remove it"
+        )
+    labels = [label for label, paths in enumerate(found.values()) for _ in paths]
+    return [path for paths in found.values() for path in paths], labels, list(found)
+
+
+def _images_under(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
+        ]
+    return sorted(found)
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of an image at size x size pixels, as ADM scales: halved by boxes while that leaves enough."""
+    """The centre square of an image at size x size pixels, as ADM scales: halved by boxes while that leaves enough.
+
+    ValueError for an image more than 100 times as long as wide: scaled before it is cut, it would take gigabytes.
+    """
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"it is {image.width} x {image.height} pixels: too long to scale before it is cut")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -174,7 +199,7 @@ def _read(paths, labels, size, channels, progress=False):
         try:
             images.append(read_pixels(path, size, channels))
             kept.append(label)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, NotImplementedError) as error:  # the last of formats that PIL reads in part
             skipped[str(path)] = " ".join(str(error).split())
     return images, kept, skipped
 
@@ -233,9 +258,20 @@ def make_cache(
 
     size: of the square images, in pixels. vae_name: what to note as the VAE's place.
 
-    Raises ValueError for a cache that was made otherwise, and where no image can be read.
+    Raises ValueError for a cache that was made otherwise, for numbers and a VAE that do not fit, and where no image can
+    be read.
     """
     folder, cache = Path(folder), Path(cache)
+    for name, number in (("size", size), ("batch size", batch_size), ("shard size", shard_size)):
+        if number < 1:
+            raise ValueError(f"{name} must be 1 or more, not {number}")
+    if vae is not None:
+        unit = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent
+        if channels != vae.config.in_channels or size % unit:
+            raise ValueError(
+                f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
+                f"not of {channels} and {size}"
+            )
     paths, labels, classes = class_images(folder)
     shape = (channels, size, size)
     info = ClassInfo(shape, classes)
@@ -246,7 +282,8 @@ def make_cache(
         scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         digest = checksum({name: value.float().cpu() for name, value in vae.state_dict().items()})
         info = ClassInfo(shape, classes, vae_name, digest, scaling, shift)
-    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+    # of a link to nothing there is no size: it is left out as one that cannot be read
+    files = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in paths]
     making = {**asdict(info), "size": size, "images": len(paths), "shard_size": shard_size}
     making["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     claim_folder(cache, making, "--out")
@@ -254,8 +291,8 @@ def make_cache(
     starts = range(0, len(paths), shard_size)
     own = range(rank, len(starts), processes)
     for number in tqdm(own, desc="caching", unit="shard", disable=not progress):
-        record = cache / f"shard-{number:05d}.json"
-        if record.exists():
+        record, shard = (cache / f"shard-{number:05d}.{ending}" for ending in ("json", "safetensors"))
+        if record.exists() and (shard.exists() or not json.loads(record.read_text())["images"]):
             continue
         part = slice(starts[number], starts[number] + shard_size)
         images, kept, skipped = _read(paths[part], labels[part], size, channels)
@@ -264,7 +301,7 @@ def make_cache(
             table = {"images": torch.stack(images), "labels": torch.tensor(kept)}
             if vae is not None:
                 table = {**_encode(vae, table["images"], batch_size), "labels": table["labels"]}
-            save_table(cache / f"shard-{number:05d}.safetensors", table)
+            save_table(shard, table)
             line |= {"checksum": checksum(table), **_sums(table, info)}
         with replacing(record) as partial:
             partial.write_text(json.dumps(line))
@@ -330,28 +367,41 @@ def read_index(cache: str | Path) -> dict:
             f"the cache {cache} is not finished: run scripts/cache_latents.py again, it goes on from there"
         )
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run scripts/cache_latents.py again") from None
+        index = json.loads(path.read_text())
+        return {name: index[name] for name in ("images", "mean", "std", "shards", "skipped")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it and run scripts/cache_latents.py again"
+        ) from None
 
 
 def open_cache(cache: str | Path, *, memory: bool = False) -> ClassData:
     """A finished cache; its shards are held against their checksums when they are read for the first time."""
-    cache, index = Path(cache), read_index(cache)
-    making = json.loads((cache / "data.json").read_text())
-    names = ("classes", "vae", "vae_sha256", "scaling_factor", "shift_factor")
-    info = ClassInfo(tuple(making["shape"]), **{name: making[name] for name in names})
+    cache = Path(cache)
+    try:
+        making = json.loads((cache / "data.json").read_text())
+        names = ("classes", "vae", "vae_sha256", "scaling_factor", "shift_factor")
+        info = ClassInfo(tuple(making["shape"]), **{name: making[name] for name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{cache / 'data.json'} is damaged, or not of a cache by scripts/cache_latents.py ({type(error).__name__}: {error}): use another "
+            "folder, or make the cache anew"
+        ) from None
+    index = read_index(cache)
     missing = [name for name in index["shards"] if not (cache / name).exists()]
     if missing:
-        raise ValueError(
-            f"{cache} lacks {missing[0]}: delete {INDEX} and {missing[0][:-12]}.json there, and cache again"
-        )
+        raise ValueError(f"{cache} lacks {missing[0]}: run scripts/cache_latents.py again, it makes what is not there")
     shards = list(_tables(cache, index["shards"], memory))
     if memory:
         shards = [{key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}]
     return ClassData(shards, info)
 
 
-def _tables(cache: Path, names: Mapping[str, str], memory: bool) -> Iterator[Mapping]:
-    for name in names:
-        yield read_tensors(cache / name) if memory else TableFile(cache / name)
+def _tables(cache: Path, shards: Mapping[str, str], memory: bool) -> Iterator[Mapping]:
+    for name, expected in shards.items():
+        table = TableFile(cache / name)
+        if table.checksum != expected:
+            raise ValueError(
+                f"{cache / name} is not the one of {INDEX}: delete it and run scripts/cache_latents.py again"
+            )
+        yield read_tensors(cache / name) if memory else table

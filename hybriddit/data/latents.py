@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import read_tensors, replacing, write_tensors
+from ..files import CHECKSUM, read_tensors, replacing, write_tensors
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class TableFile(Mapping):
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run again to remake it") from None
+        self.checksum = (self._file.metadata() or {}).get(CHECKSUM)  # as the file has it, not yet compared
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(key).get_shape())

@@ -47,6 +47,54 @@ def test_the_crop_is_adms():
     assert adm_crop(Image.new("RGB", (5, 31)), 8).size == (8, 8), "smaller ones are enlarged"
 
 
+@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize("sides", [(1, 1), (4, 90), (33, 32), (47, 130), (300, 11)])
+def test_the_crop_is_adms_own_code(sides, size):
+    """guided_diffusion's center_crop_arr, as published."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8))
+    found = np.array(adm_crop(image, size))
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+    array = np.array(image)
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    assert np.array_equal(found, array[y : y + size, x : x + size])
+
+
+def test_what_is_a_class(folder, tmp_path):
+    """Links to folders are classes, hidden files and folders are nothing, and no class is empty."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "a.png").symlink_to(folder / "pear")  # named like an image
+    (linked / "b").symlink_to(folder / "apple")
+    for hidden in (linked / ".cache" / "0.png", linked / "._0.png", folder / "apple" / ".thumbs" / "0.png"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_text("no image")
+    paths, labels, classes = class_images(linked)
+    assert classes == ["a.png", "b"] and labels == [0] * 6 + [1] * 5
+    assert paths[0] == linked / "a.png" / "0.png" and paths[-1] == linked / "b" / "4.png"
+    (linked / "aa").mkdir()
+    with pytest.raises(ValueError, match=r"aa has no images, and every subfolder is a class \(1 of 3 are empty\)"):
+        class_images(linked)
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path):
+    """A link to nothing, an image too long to scale, and a file of a kind that PIL reads in part only."""
+    for i in range(2):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.PNG")
+    (tmp_path / "link.png").symlink_to(tmp_path / "none.png")
+    Image.new("L", (1, 101)).save(tmp_path / "long.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "dds.png", format="dds")
+    data = bytearray((tmp_path / "dds.png").read_bytes())
+    data[80:84] = bytes(4)  # its pixel format's flags
+    (tmp_path / "dds.png").write_bytes(data)
+    make_cache(tmp_path, tmp_path / "cache", size=8, progress=False)
+    index = read_index(tmp_path / "cache")
+    assert index["images"] == 2 and set(index["skipped"]) == {"link.png", "long.png", "dds.png"}
+    assert "it is 1 x 101 pixels" in index["skipped"]["long.png"]
+
+
 def test_a_folder_in_memory(folder, capsys):
     data = read_folder(folder, (3, 8, 8))
     assert len(data) == 9 and data.info.classes == ["apple", "pear"] and data.labels().tolist() == [0] * 4 + [1] * 5
@@ -131,6 +179,31 @@ def test_a_damaged_shard_is_told(folder, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="lacks shard-00000.safetensors"):
         open_cache(tmp_path / "cache")
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    assert len(open_cache(tmp_path / "cache", memory=True)) == 9, "what was deleted is made again"
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_an_intact_shard_of_another_cache_is_told(folder, tmp_path, memory):
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    for path in folder.rglob("*.png"):
+        if path.name != "1.png":
+            Image.new("RGB", (8, 8)).save(path)
+    make_cache(folder, tmp_path / "other", size=8, progress=False)
+    name = "shard-00000.safetensors"
+    (tmp_path / "cache" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match=f"{name} is not the one of index.json"):
+        open_cache(tmp_path / "cache", memory=memory)
+
+
+@pytest.mark.parametrize("name", ["data.json", "index.json"])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"shape": ', "\xff"])
+def test_damaged_records_of_a_cache_are_told(folder, tmp_path, name, text):
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    (tmp_path / "cache" / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is damaged") as error:
+        open_cache(tmp_path / "cache")
+    assert "\n" not in str(error.value)
 
 
 def idx(array):
@@ -192,6 +265,22 @@ def test_what_cannot_be_used_is_told_in_a_line(case, folder, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         function(*arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"size": 0}, "size must be 1 or more, not 0"),
+        ({"shard_size": -3}, "shard size must be 1 or more, not -3"),
+        ({"batch_size": 0}, "batch size must be 1 or more, not 0"),
+        ({"channels": 1}, "takes images of 3 channels and a multiple of 2 pixels, not of 1 and 8"),
+        ({"size": 9}, "takes images of 3 channels and a multiple of 2 pixels, not of 3 and 9"),
+    ],
+)
+def test_numbers_that_no_cache_can_have(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_cache(folder, tmp_path / "cache", **{"size": 8, "vae": tiny_vae(), **options}, progress=False)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_cache_is_never_continued_otherwise(folder, tmp_path):
