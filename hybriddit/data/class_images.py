@@ -172,8 +172,8 @@ def read_pixels(path: Path, size: int, channels: int) -> torch.Tensor:
 
 def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bool = True) -> ClassData:
     """A folder of images in memory; those that cannot be read are left out, and how many is printed."""
-    channels, size = _pixel_shape(shape)
     paths, labels, classes = class_images(folder)
+    channels, size = _pixel_shape(shape)
     images, kept, skipped = _read(paths, labels, size, channels, progress)
     if skipped and progress:
         print(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")

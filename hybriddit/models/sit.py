@@ -467,13 +467,19 @@ def _check_fields(config):
     for name in [*counts, "sample_size", "patch_size", "num_classes"]:
         if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise ValueError(f"{name} must be a positive integer, not {config[name]!r}")
+    for name in ("mlp_ratio", "class_dropout_prob", "gate_init"):
+        if not isinstance(config[name], int | float) or isinstance(config[name], bool):
+            raise ValueError(f"{name} must be a number, not {config[name]!r}")
+    for name in ("learn_sigma", "qk_norm", "rope"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name} must be true or false, not {config[name]!r}")
     width = config.num_attention_heads * config.attention_head_dim
     if width % 4:
         raise ValueError(f"heads x head_dim must be a multiple of 4 for the positions, not {width}")
     if config.sample_size % config.patch_size:
         raise ValueError(f"sample_size {config.sample_size} is not a multiple of patch_size {config.patch_size}")
-    if config.mlp_ratio <= 0:
-        raise ValueError(f"mlp_ratio must be above 0, not {config.mlp_ratio!r}")
+    if not 1 / width <= config.mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio must be above 0, and enough for one channel, not {config.mlp_ratio!r}")
     if not 0 <= config.class_dropout_prob <= 1:
         raise ValueError(f"class_dropout_prob must be from 0 to 1, not {config.class_dropout_prob!r}")
     for name, known in (("norm_type", NORMS), ("activation_fn", ACTIVATIONS)):

@@ -232,7 +232,7 @@ def no_folder(folder, tmp_path):
 
 def empty_folder(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    return open_set, (tmp_path / "empty", (3, 8, 8)), "no images in"
+    return open_set, (tmp_path / "empty", (4, 8, 8)), "no images in"  # whatever the model takes
 
 
 def nothing_readable(folder, tmp_path):
