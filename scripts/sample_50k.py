@@ -218,12 +218,13 @@ def prepare(out: Path, folder: Path, settings: dict[str, Any]) -> list[int] | No
     if out.exists():
         found = out.with_suffix(".json")
         compare(read_settings(found) if found.is_file() else {}, settings, out)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run killed between the result and this
         return None
     folder.mkdir(exist_ok=True)
     kept = folder / "settings.json"
-    if kept.is_file():
-        compare(read_settings(kept), settings, folder)
-    else:
+    if any(folder.glob("part-*")):
+        compare(read_settings(kept) if kept.is_file() else {}, settings, folder)
+    else:  # a run that made nothing, of settings that were wrong perhaps, binds none after it
         write_json(kept, settings)
     for left in folder.glob(".*.tmp"):  # of a process that was killed
         left.unlink()

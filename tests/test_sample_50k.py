@@ -108,10 +108,12 @@ def test_killed_and_resumed_is_unbroken(model, script, tmp_path, capsys, monkeyp
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "whole.npz"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert not folder.exists()
-    # once more: it is there already
+    # once more: it is there already, and the parts of a run that was killed just before the end go
+    folder.mkdir()
     capsys.readouterr()
     assert script.main(arguments(model, out)) == 0
     assert "is there already, made with these settings" in capsys.readouterr().out and len(calls) == 13
+    assert not folder.exists()
     assert script.main(arguments(model, out, "--guidance", "3")) == 1
     assert "was made with guidance 2.0, not 3.0" in capsys.readouterr().err
 
@@ -152,6 +154,7 @@ def test_what_is_wrong_is_told_in_one_line(more, message, model, script, tmp_pat
     assert message in error and len(error.splitlines()) == 1
     assert script.main(arguments("/nowhere", "samples.npz")) == 1
     assert "no SiTPipeline at '/nowhere'" in capsys.readouterr().err
+    assert script.main(arguments(model, "samples.npz", num=2)) == 0, "the mistake binds no later run"
 
 
 # of one thread, as this process
