@@ -22,7 +22,7 @@ from hybriddit.cli import main
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-SMALL = Shape(heads=2, head_dim=8, text=3, text_first=True, repository=None, prompt=0, guided=False)
+SMALL = Shape(heads=2, head_dim=8, text=3, text_first=True, model="none", prompt=0, guided=False)
 QUICK = [
     "--shapes",
     "sit-xl",
@@ -478,7 +478,6 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys, finished)
         (["--sizes", "250"], "--sizes 250: an image side is a positive multiple of 16 px"),
         (["--sizes", "0"], "--sizes 0: an image side is a positive multiple"),
         (["--variants", "dense-flash"], "--variants dense-flash: needs an NVIDIA GPU"),
-        (["--part", "transformer", "--shapes", "sit-xl"], "sit-xl has no transformer in hybriddit yet"),
         (["--part", "transformer", "--variants", "circular"], "transformer: --variants circular has none of it"),
         (
             ["--layers", "29", "--shapes", "pixart-sigma"],
@@ -529,7 +528,7 @@ def test_what_this_machine_lacks_is_left_out_and_said(monkeypatch):
         running.settings(CPU, **given | {"parts": ["transformer"]})
     monkeypatch.undo()
     chosen = running.settings(CPU, **given)
-    assert chosen.parts == ("attention", "transformer") and "sit-xl" in chosen.left_out[0]
+    assert chosen.parts == ("attention", "transformer") and not chosen.left_out
 
 
 def test_the_attention_layer_is_measured_without_diffusers(tmp_path, monkeypatch):
@@ -671,14 +670,16 @@ def tiny(monkeypatch):
     for shape, kind in kinds.items():
         made = tiny_models.KINDS[kind]()
         values = {key: value for key, value in made.config.items() if not key.startswith("_")}
-        monkeypatch.setitem(model.REPOSITORIES, SHAPES[shape].repository, (type(made).__name__, values))
+        monkeypatch.setitem(model.REPOSITORIES, SHAPES[shape].model, (type(made).__name__, values))
         small = SHAPES[shape]._replace(heads=2, head_dim=16, text=SHAPES[shape].text and 5, prompt=5)
         monkeypatch.setitem(SHAPES, shape, small)
+    monkeypatch.setitem(SHAPES, "sit-xl", SHAPES["sit-xl"]._replace(heads=6, head_dim=64, model="SiT-S/2"))
     return model
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("pixart-sigma", "bfloat16"), ("sd3.5-medium", "float32"), ("flux", "bfloat16")]
+    "name, dtype",
+    [("pixart-sigma", "bfloat16"), ("sd3.5-medium", "float32"), ("flux", "bfloat16"), ("sit-xl", "bfloat16")],
 )
 def test_transformers_and_samplers_are_timed(tiny, name, dtype, tmp_path):
     arguments = ["--part", "transformer", "generation", "--shapes", name, "--sizes", "64", "--window", "3"]
@@ -689,13 +690,14 @@ def test_transformers_and_samplers_are_timed(tiny, name, dtype, tmp_path):
     assert {(case["variant"], case["part"]) for case in report["cases"]} == {
         (variant, part) for variant in ("hybrid", "linear", "dense") for part in ("transformer", "generation")
     }
-    assert all(case["layers"] == [2, 2] for case in report["cases"])
+    of = 12 if name == "sit-xl" else 2
+    assert all(case["layers"] == [2, of] for case in report["cases"])
     steps = [case for case in report["cases"] if case["direction"] == "step"]
     assert {case["batch"] for case in steps} == {1 if name == "flux" else 2} and len(steps) == 3
-    assert "2 of 2 blocks" in (tmp_path / "benchmark.md").read_text()
+    assert f"2 of {of} blocks" in (tmp_path / "benchmark.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "sit-xl"])
 def test_variants_share_weights_and_their_flops_are_torchs(tiny, name):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -714,7 +716,11 @@ def test_variants_share_weights_and_their_flops_are_torchs(tiny, name):
     dense = tiny.random_model(*tiny.plan(shape, 64, 2)[:2], torch.float32, CPU)
     twin = tiny.variant_model(dense, "hybrid", 3)
     shared = {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in twin.parameters()}
-    assert len(shared) == len(list(dense.parameters())) and type(dense) is not type(twin)
+    assert len(shared) == len(list(dense.parameters()))
+    if name == "sit-xl":
+        assert {block.attn.kind for block in twin.transformer_blocks} == {"hybrid"}
+    else:
+        assert type(dense) is not type(twin)
     weights = sum(p.numel() for p in dense.parameters()) * 4
     assert weights == works["dense"]["forward"].bytes == tiny.weight_bytes(shape, 64, 2, torch.float32)
     guided = tiny.model_work("generation", shape, 64, ("dense",), 16, 2, torch.float32)["dense"]["step"]
@@ -741,12 +747,11 @@ def test_the_shapes_are_those_of_the_models():
     from hybriddit.benchmark.model import plan
 
     for shape in SHAPES.values():
-        if shape.repository:
-            model_class, values, _ = plan(shape, 1024, None)
-            with torch.device("meta"):
-                config = model_class.from_config({**values, "num_layers": 1}).config
-            assert (shape.heads, shape.head_dim) == (config.num_attention_heads, config.attention_head_dim)
-            assert shape.text in (0, shape.prompt)
+        model_class, values, _ = plan(shape, 1024, None)
+        with torch.device("meta"):
+            config = model_class.from_config({**values, "num_layers": 1}).config
+        assert (shape.heads, shape.head_dim) == (config.num_attention_heads, config.attention_head_dim)
+        assert shape.text in (0, shape.prompt)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.02, 40.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..attention import TokenLayout
 from ..config import HybridConfig
 from ..models import family_of, hybridize
-from ..models.flops import attention_flops
+from ..models.flops import attention_flops, sit_flops
+from ..models.sit import SiTTransformer2DModel
+from ..pipelines.sit import SiTPipeline
 from ..training.dry_run import REPOSITORIES
 from ..training.recipes import choose_recipe, model_inputs
 from .measure import Side, Work
@@ -39,15 +41,19 @@ def plan(shape: Shape, px: int, layers: int | None) -> tuple[type[nn.Module], di
     measured: made for another one, they would be computed anew in every call. Raises ValueError for more blocks than
     there are.
     """
-    name, values = REPOSITORIES[shape.repository]
-    model_class = getattr(diffusers, name)
+    if shape.model in REPOSITORIES:
+        name, values = REPOSITORIES[shape.model]
+        model_class = getattr(diffusers, name)
+    else:
+        model_class = SiTTransformer2DModel
+        values = {**model_class.preset(shape.model.removeprefix("SiT-")), "sample_size": px // LATENT_PIXELS}
     defaults = inspect.signature(model_class.__init__).parameters
     counts = {key: values.get(key, defaults[key].default) for key in _BLOCKS if key in defaults}
     of = sum(counts.values())
     if layers is None:
         layers = of
     if not 1 <= layers <= of:
-        raise ValueError(f"--layers {layers}: {shape.repository} has 1 to {of} blocks")
+        raise ValueError(f"--layers {layers}: {shape.model} has 1 to {of} blocks")
     first = max(1, round(layers * counts["num_layers"] / of))
     values = {**values, "num_layers": first}
     if "num_single_layers" in counts:
@@ -92,6 +98,8 @@ def variant_model(model: nn.Module, variant: str, window: int) -> nn.Module:
     """The dense model itself, or a twin that shares its weights and has hybrid or linear attention."""
     if variant == "dense":
         return model
+    if isinstance(model, SiTTransformer2DModel):
+        return _sit_twin(model, variant, window)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     hybridize(twin, HybridConfig(window=window if variant == "hybrid" else None))
@@ -99,6 +107,26 @@ def variant_model(model: nn.Module, variant: str, window: int) -> nn.Module:
         if ".hybrid." in name:
             _fill(name, parameter.data)
     return twin
+
+
+def _sit_twin(model: SiTTransformer2DModel, attention: str, window: int) -> SiTTransformer2DModel:
+    """What it adds are its query and key maps, and gates; a SiT is built so, not converted."""
+    with init_empty_weights(include_buffers=False):
+        twin = type(model).from_config(_sit_values(model.config, attention, window))
+    weights = dict(model.named_parameters())
+    like = next(iter(weights.values()))
+    for name, parameter in twin.named_parameters():
+        if name not in weights:
+            weights[name] = nn.Parameter(torch.empty(parameter.shape, dtype=like.dtype, device=like.device))
+            _fill(name, weights[name].data)
+    twin.load_state_dict(weights, assign=True)
+    return twin.requires_grad_(False).eval()
+
+
+def _sit_values(values: Mapping[str, Any], variant: str, window: int) -> dict[str, Any]:
+    # diffusers notes in a private field which values were defaults, and would set them back
+    public = {name: value for name, value in values.items() if not name.startswith("_")}
+    return public | {"attention": "softmax" if variant == "dense" else variant, "window": window}
 
 
 def model_sides(
@@ -121,14 +149,15 @@ def model_sides(
     model_class, values, _ = plan(shape, px, layers)
     model = random_model(model_class, values, dtype, device)
     arguments = _arguments(model, shape, px, dtype, device)
-    inputs = [arguments[name] for name in ("hidden_states", "encoder_hidden_states")]
+    inputs = [arguments[name] for name in ("hidden_states", "encoder_hidden_states") if name in arguments]
     for tensor in inputs:
         tensor.requires_grad_(backward)
     gradients: dict[torch.Size, Tensor] = {}
+    shared = {id(parameter) for parameter in model.parameters()}
     sides = []
     for variant in variants:
         twin = variant_model(model, variant, window)
-        added = [p.requires_grad_(backward) for name, p in twin.named_parameters() if ".hybrid." in name]
+        added = [p.requires_grad_(backward) for p in twin.parameters() if id(p) not in shared]
         if compiled:
             # block by block, as diffusers' compile_repeated_blocks does: equal blocks are compiled once
             for stack in twin.children():
@@ -149,11 +178,15 @@ def model_sides(
 def _arguments(model: nn.Module, shape: Shape, px: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Of the transformer's forward, for one image."""
     config, side = model.config, px // PIXELS_PER_TOKEN
-    recipe = choose_recipe(_PIPELINES[type(model).__name__][0], model)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype)
 
+    if isinstance(model, SiTTransformer2DModel):
+        latents = random(1, config.in_channels, config.sample_size, config.sample_size)
+        time, label = torch.full((1,), 0.5, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        return {"hidden_states": latents, "timestep": time, "class_labels": label}
+    recipe = choose_recipe(_PIPELINES[type(model).__name__][0], model)
     if recipe.pipeline == "FluxPipeline":
         latents = random(1, side * side, config.in_channels)
     else:
@@ -171,6 +204,10 @@ def _arguments(model: nn.Module, shape: Shape, px: int, dtype: torch.dtype, devi
 
 def _sampler(model: nn.Module, shape: Shape, px: int, arguments: dict[str, Any]):
     """A function that runs SAMPLER_STEPS steps of the family's pipeline, guidance and scheduler included."""
+    if isinstance(model, SiTTransformer2DModel):
+        sit = SiTPipeline(model)
+        sit.set_progress_bar_config(disable=True)
+        return lambda: sit(0, num_inference_steps=SAMPLER_STEPS, output_type="latent").images
     pipeline_name, scheduler = _PIPELINES[family_of(model).dense_class.__name__]
     pipeline_class = getattr(diffusers, pipeline_name)
     names = [name for name in inspect.signature(pipeline_class.__init__).parameters if name != "self"]
@@ -216,21 +253,31 @@ def model_work(
     """
     model_class, values, _ = plan(shape, px, layers)
     batch, meta = batch_of(part, shape), torch.device("meta")
+    side = px // PIXELS_PER_TOKEN
+    sit = model_class is SiTTransformer2DModel
     with meta:
         models = {"dense": model_class.from_config(values)}
         for variant in variants:
-            if variant != "dense":
+            if sit:
+                models[variant] = model_class.from_config(_sit_values(values, variant, window))
+            elif variant != "dense":
                 config = HybridConfig(window=window if variant == "hybrid" else None)
                 models[variant] = hybridize(model_class.from_config(values), config)
-    arguments = _arguments(models["dense"], shape, px, torch.float32, meta)
-    side = px // PIXELS_PER_TOKEN
     layout = TokenLayout(shape.text, ((side, side),), shape.text_first)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        models["dense"](**arguments)
-    outside = counter.get_total_flops() - attention_flops(models["dense"], layout)["hybrid"]
+    if sit:
+        softmax = 4 * side**4 * shape.heads * shape.head_dim * values["num_layers"]
+        outside = sit_flops(models["dense"], (side, side)) - softmax
+    else:
+        arguments = _arguments(models["dense"], shape, px, torch.float32, meta)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            models["dense"](**arguments)
+        outside = counter.get_total_flops() - attention_flops(models["dense"], layout)["hybrid"]
     works = {}
     for variant in variants:
-        inside = attention_flops(models[variant], layout)["hybrid"]
+        if sit:
+            inside = sit_flops(models[variant], (side, side)) - outside
+        else:
+            inside = attention_flops(models[variant], layout)["hybrid"]
         weights = sum(p.numel() for p in models[variant].parameters()) * dtype.itemsize
         forward = Work(weights, batch * (outside + inside))
         back = Work(weights, batch * (outside + 2 * inside))

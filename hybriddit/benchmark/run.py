@@ -87,12 +87,9 @@ def settings(device: torch.device, **given: Any) -> Settings:
     given["sizes"] = tuple(sorted(set(given["sizes"])))
     left_out = []
     if every_part:
-        reasons = {part: _part_refusal(part, given["shapes"], given["variants"]) for part in given["parts"]}
+        reasons = {part: _part_refusal(part, given["variants"]) for part in given["parts"]}
         left_out = [f"{part}: {reason}" for part, reason in reasons.items() if reason]
         given["parts"] = tuple(part for part, reason in reasons.items() if not reason)
-    if given["parts"] != ("attention",):
-        alone = [name for name in given["shapes"] if not SHAPES[name].repository]
-        left_out += [f"{name}: the attention layer alone, its transformer is not in hybriddit yet" for name in alone]
     if given["parts"] == ("attention",):
         given["layers"] = None
     chosen = Settings(**given, left_out=tuple(left_out))
@@ -100,14 +97,12 @@ def settings(device: torch.device, **given: Any) -> Settings:
     return chosen
 
 
-def _part_refusal(part: str, shapes: tuple[str, ...], variants: tuple[str, ...]) -> str | None:
+def _part_refusal(part: str, variants: tuple[str, ...]) -> str | None:
     """Why a part cannot be measured, or None."""
     if not part_variants(part, variants):
         return f"--variants {' '.join(variants)} has none of it"
     if part == "attention":
         return None
-    if not any(SHAPES[name].repository for name in shapes):
-        return f"{', '.join(shapes)} has no transformer in hybriddit yet"
     missing = [name for name in ("diffusers", "accelerate") if importlib.util.find_spec(name) is None]
     return f"needs {' and '.join(missing)}, not installed here" if missing else None
 
@@ -126,17 +121,14 @@ def _check(chosen: Settings, device: torch.device) -> None:
         if variant not in here:
             wanted = "needs an NVIDIA GPU, and there is none here"
             raise ValueError(f"--variants {variant}: {wanted}; this machine runs {', '.join(sorted(here))}")
-    refusals = [
-        f"{part}: {reason}" for part in chosen.parts if (reason := _part_refusal(part, chosen.shapes, chosen.variants))
-    ]
+    refusals = [f"{part}: {reason}" for part in chosen.parts if (reason := _part_refusal(part, chosen.variants))]
     if refusals or not chosen.parts:
         raise ValueError(f"--part {'; '.join(refusals or chosen.left_out)}")
     if chosen.layers is not None and chosen.parts != ("attention",):
         from .model import plan
 
         for name in chosen.shapes:
-            if SHAPES[name].repository:
-                plan(SHAPES[name], chosen.sizes[0], chosen.layers)
+            plan(SHAPES[name], chosen.sizes[0], chosen.layers)
     dtype = getattr(torch, chosen.dtype)
     if (
         device.type == "cuda"
@@ -230,8 +222,7 @@ NOT_REACHED = "not reached yet"
 def groups(chosen: Settings) -> Iterator[tuple[str, str, int]]:
     for part in chosen.parts:
         for name in chosen.shapes:
-            if part == "attention" or SHAPES[name].repository:
-                yield from ((part, name, px) for px in chosen.sizes)
+            yield from ((part, name, px) for px in chosen.sizes)
 
 
 def _planned(chosen: Settings) -> list[dict[str, Any]]:

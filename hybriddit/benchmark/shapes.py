@@ -11,7 +11,7 @@ class Shape(NamedTuple):
     """The attention layer of one model.
 
     text: text tokens in the layer's sequence; text_first: whether they precede the image's.
-    repository: the key of `training.dry_run.REPOSITORIES` that builds the whole transformer; None: there is none yet.
+    model: what builds the whole transformer, a key of `training.dry_run.REPOSITORIES`, or "SiT-" and a preset.
     prompt: text tokens that the whole transformer receives (PixArt's cross-attention is not part of the layer).
     guided: whether a sampler runs the model twice a step, with the prompt and without.
     """
@@ -20,7 +20,7 @@ class Shape(NamedTuple):
     head_dim: int
     text: int
     text_first: bool
-    repository: str | None
+    model: str
     prompt: int
     guided: bool
 
@@ -31,7 +31,7 @@ SHAPES = {
     "sd3.5-medium": Shape(24, 64, 333, False, "stabilityai/stable-diffusion-3.5-medium", 333, True),
     "sd3.5-large": Shape(38, 64, 333, False, "stabilityai/stable-diffusion-3.5-large", 333, True),
     "flux": Shape(24, 128, 512, True, "black-forest-labs/FLUX.1-dev", 512, False),
-    "sit-xl": Shape(16, 72, 0, False, None, 0, False),
+    "sit-xl": Shape(16, 72, 0, False, "SiT-XL/2", 0, True),
 }
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 PARTS = ("attention", "transformer", "generation")
@@ -52,7 +52,7 @@ BRANCHES = ("window", "linear")
 MODEL_VARIANTS = {
     "hybrid": "every attention layer hybrid",
     "linear": "every attention layer linear attention alone, over text and image",
-    "dense": "as diffusers runs it",
+    "dense": "as diffusers runs it; SiT's with softmax attention",
 }
 # what a call is: without autograd; the gradient alone, of a forward pass before it; both; one step of a sampler
 DIRECTIONS = ("forward", "backward", "forward + backward", "step")
