@@ -157,6 +157,7 @@ def test_a_stopped_cache_goes_on_and_processes_share_it(folder, tmp_path, monkey
         open_cache(parts)
     monkeypatch.setattr(module, "save_table", lambda path, tensors: (saved.append(path), save(path, tensors)))
     for rank in (1, 0):
+        assert not (parts / "index.json").exists(), "the first has made its own shards alone"
         make_cache(folder, parts, size=8, shard_size=2, rank=rank, processes=2, progress=False)
     assert len(saved) == len(set(saved)) == 5, "no shard twice; the last has no image"
     for path in whole.iterdir():
@@ -291,4 +292,7 @@ def test_a_cache_is_never_continued_otherwise(folder, tmp_path):
             make_cache(
                 folder, tmp_path / "cache", **{"size": 8, "vae": tiny_vae(), "vae_name": "a", **changed}, progress=False
             )
+    Image.new("RGB", (30, 30)).save(folder / "pear" / "0.png")
+    with pytest.raises(ValueError, match="other values of files: use another --out"):
+        make_cache(folder, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name="a", progress=False)
     assert json.loads((tmp_path / "cache" / "data.json").read_text()) == before
