@@ -160,7 +160,10 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         raise FileNotFoundError(f"no image file {path}")
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which convert would clip to 8
+                upright = upright.point(lambda level: level / 256, "F")
+            return upright.convert(mode)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged or no image: {error}") from error
 

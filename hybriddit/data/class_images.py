@@ -384,8 +384,8 @@ def open_cache(cache: str | Path, *, memory: bool = False) -> ClassData:
         info = ClassInfo(tuple(making["shape"]), **{name: making[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{cache / 'data.json'} is damaged, or not of a cache by scripts/cache_latents.py ({type(error).__name__}: {error}): use another "
-            "folder, or make the cache anew"
+            f"{cache / 'data.json'} is damaged, or not of a cache by scripts/cache_latents.py "
+            f"({type(error).__name__}: {error}): use another folder, or make the cache anew"
         ) from None
     index = read_index(cache)
     missing = [name for name in index["shards"] if not (cache / name).exists()]

@@ -296,3 +296,9 @@ def test_a_cache_is_never_continued_otherwise(folder, tmp_path):
     with pytest.raises(ValueError, match="other values of files: use another --out"):
         make_cache(folder, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name="a", progress=False)
     assert json.loads((tmp_path / "cache" / "data.json").read_text()) == before
+
+
+def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    assert np.array_equal(read_pixels(tmp_path / "deep.png", 8, 1)[0], levels // 256)
