@@ -301,4 +301,4 @@ def test_a_cache_is_never_continued_otherwise(folder, tmp_path):
 def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
     Image.fromarray(levels).save(tmp_path / "deep.png")
-    assert np.array_equal(read_pixels(tmp_path / "deep.png", 8, 1)[0], levels // 256)
+    assert np.array_equal(module.read_pixels(tmp_path / "deep.png", 8, 1)[0], levels // 256)
