@@ -36,7 +36,9 @@ def find_inception(path: str | os.PathLike | None = None) -> Path:
     )
     if found is None or not found.is_file():
         missing = f"no Inception weights in {folder}" if path is None else f"no Inception weights at {path}"
-        raise FileNotFoundError(f"{missing}: get {URL} and put it into {folder} or name its path (--inception)")
+        raise FileNotFoundError(
+            f"{missing}: get {URL} and put it into {folder} (`hybriddit evaluate` also takes its path, --inception)"
+        )
     return found
 
 

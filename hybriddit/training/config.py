@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -216,6 +217,27 @@ class SiTOutputConfig(OutputConfig):
 
 
 @dataclass
+class MetricsConfig:
+    """A Fréchet distance of the averaged model's samples to a reference, logged as `fd` while it trains.
+
+    every: optimizer steps from one to the next; 0 is never. samples: of each class equally many, from noise that is
+        always the same, by the sampler of the sample grids; the distance depends on their number.
+    guidance: of these samples; 1 is none, as in published curves of training.
+    features: "inception" (FID, where `samples` is 50,000), or "package.module:function", a function of your own from
+        uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
+    reference: an npz file in ADM's layout; None is the training set, where it holds images.
+    batch_size: images at a time, of each process.
+    """
+
+    every: int = 0
+    samples: int = 10_000
+    guidance: float = 1.0
+    features: str = "inception"
+    reference: str | None = None
+    batch_size: int = 64
+
+
+@dataclass
 class SiTConfig:
     """Everything about the training of one SiT. `model` takes the arguments of `hybriddit.SiTTransformer2DModel`."""
 
@@ -225,6 +247,7 @@ class SiTConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: SiTOptimConfig = field(default_factory=SiTOptimConfig)
     train: SiTTrainConfig = field(default_factory=SiTTrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: SiTOutputConfig = field(default_factory=SiTOutputConfig)
 
     def __post_init__(self):
@@ -251,6 +274,16 @@ class SiTConfig:
         peak = self.train.peak_tflops
         _require(peak is None or peak > 0, "train.peak_tflops", peak, "above 0")
         _require_positive(self.output, "output", "sample_steps")
+        metrics = self.metrics
+        _require(metrics.every >= 0, "metrics.every", metrics.every, "0 (never) or more")
+        _require(metrics.samples >= 2, "metrics.samples", metrics.samples, "at least 2")
+        _require_positive(metrics, "metrics", "batch_size")
+        _require(
+            metrics.features == "inception" or re.fullmatch(r"[\w.]+:\w+", metrics.features) is not None,
+            "metrics.features",
+            metrics.features,
+            "'inception' or 'package.module:function'",
+        )
 
 
 JOBS = {"distill": DistillConfig, "train": SiTConfig}

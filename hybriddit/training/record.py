@@ -90,7 +90,9 @@ def plot_log(folder: Path, names: tuple[str, ...]) -> None:
         return
     figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=1)
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        # a few points alone would be no line
+        axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 50 else "")
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     with replacing(folder / "loss.png") as partial:

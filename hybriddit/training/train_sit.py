@@ -41,8 +41,10 @@ from .loop import (
     stop_signals,
 )
 from .record import log, plot_log, record_start, start_log
+from .watch import FrechetDistance
 
 METRICS = ("loss", "grad_norm")
+PLOTTED = (*METRICS, "fd")
 # dense bf16 TFLOP/s, by words of the device's name
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
@@ -95,7 +97,18 @@ def train(
     if folder is not None:
         claim_run(folder, resume_settings(config), "pipeline", resume)
     writes = folder is not None and accelerator.is_main_process
-    pipeline = make_pipeline(base, data.info, config) if writes else None
+    measures = config.metrics.every > 0
+    pipeline = make_pipeline(base, data.info, config) if writes or measures else None
+    distance = None
+    if measures:
+        distance = FrechetDistance(
+            config.metrics,
+            data,
+            lambda made: decode(made, pipeline.vae),
+            accelerator.device,
+            accelerator.num_processes,
+            progress=config.train.progress,
+        )
 
     # labels are dropped here, by the step's own random numbers, and not by the model
     base.requires_grad_(True).eval()
@@ -176,6 +189,7 @@ def train(
 
             done = step + 1
             every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+            every["metrics"] = config.metrics.every
             due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
             due["checkpoint"] |= bool(stopped)
             if any(due.values()):
@@ -187,6 +201,9 @@ def train(
                 values |= {"lr": optimizer.param_groups[0]["lr"], "images_per_second": rate}
                 if peak:
                     values["mfu"] = rate * flops / (peak * 1e12 * accelerator.num_processes)
+                if due["metrics"]:
+                    with averaged(average, parameters):
+                        values["fd"] = distance(lambda rows: draw_rows(base, config, accelerator.device, rows))
                 bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
                 if folder is not None:
                     accelerator.log(values, step=done)
@@ -211,7 +228,7 @@ def train(
                     images = to_images(decode(draw_samples(base, config, accelerator.device), pipeline.vae))
                 columns = grid_columns(len(images), base.config.num_classes)
                 save_grid(folder / "samples" / f"step-{done:08d}.png", [images[i::columns] for i in range(columns)])
-                plot_log(folder, METRICS)
+                plot_log(folder, PLOTTED)
             if any(due.values()):
                 since = time.perf_counter()  # saving and sampling are no part of the throughput
 
@@ -221,7 +238,7 @@ def train(
     if folder is not None:
         if writes:
             save_pipeline(pipeline, folder / "pipeline", config, config.train.steps)
-            plot_log(folder, METRICS)
+            plot_log(folder, PLOTTED)
         accelerator.end_training()
     if config.train.gradient_checkpointing:
         base.disable_gradient_checkpointing()
@@ -384,17 +401,35 @@ def draw_samples(model: SiTTransformer2DModel, config: SiTConfig, device: torch.
     generator = torch.Generator().manual_seed(config.train.seed)
     noise = torch.randn(output.samples, own.in_channels, own.sample_size, own.sample_size, generator=generator)
     labels = torch.arange(output.samples, device=device) % own.num_classes
+    return solve(model, config, noise.to(device), labels, output.guidance)
+
+
+@torch.no_grad()
+def draw_rows(model: SiTTransformer2DModel, config: SiTConfig, device: torch.device, rows: range) -> torch.Tensor:
+    """Rows of the samples that metrics are measured on, [B, C, H, W]: classes in turn, each row of noise of its own."""
+    own = model.config
+    shape = (own.in_channels, own.sample_size, own.sample_size)
+    seeds = [config.train.seed + row for row in rows]
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    labels = torch.tensor(rows, device=device) % own.num_classes
+    return solve(model, config, noise.to(device), labels, config.metrics.guidance)
+
+
+def solve(
+    model: SiTTransformer2DModel, config: SiTConfig, noise: torch.Tensor, labels: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """From noise to what the model makes of it, by Heun's ODE sampler."""
 
     def predict(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return model(x, t, labels, return_dict=False)[0].float()
 
     return sample_ode(
-        guided(predict, labels, own.num_classes, output.guidance),
-        noise.to(device),
+        guided(predict, labels, model.config.num_classes, guidance),
+        noise,
         config.flow.path,
         prediction=config.flow.prediction,
         method="heun",
-        steps=output.sample_steps,
+        steps=config.output.sample_steps,
     )
 
 

@@ -68,6 +68,7 @@ def write_config(images, folder, **changes):
         "data": {"path": str(images)},
         "optim": {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 3, "ema_decay": 0.9, "gate_lr_factor": 2.0},
         "train": {"steps": STEPS, "batch_size": 4, "progress": False},
+        "metrics": {"every": 5, "samples": 6, "features": "runs:quarters", "batch_size": 2},
         "output": {"checkpoint_every": 1, "log_every": 1, "keep": 2, "sample_steps": 2},
     }
     path.write_text(json.dumps({**values, **changes}))  # which is YAML too
@@ -105,6 +106,7 @@ def assert_same_run(folder, other):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     assert log_of(folder) == log_of(other)
     assert [line["step"] for line in log_of(folder)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in log_of(folder) if "fd" in line] == [5, 10, STEPS]
 
 
 def test_a_run_leaves_a_model_and_tells_how_it_was_made(unbroken):
@@ -186,6 +188,7 @@ def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [ROOT / "train" / "train_sit.py", config, f"output.folder={where}", "train.accumulation=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((where / "run.json").read_text())[0]["processes"] == 2
