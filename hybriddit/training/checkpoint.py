@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import flush, read_tensors, write_tensors
 
@@ -19,17 +21,20 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     settings: dict,
     keep: int,
+    *,
+    write: bool = True,
 ) -> Path:
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
     It appears under its name only when complete; then all but the newest `keep` are removed. The random numbers and
     the order of the data depend on the step alone, so the step is all there is to keep of them.
+
+    Where each process has a shard of the tensors, every one must call, and one of them write: what is written is the
+    same for any number of processes.
     """
-    tensors = {}
-    for (name, parameter), mean in zip(parameters.items(), average, strict=True):
-        tensors[f"weight/{name}"], tensors[f"average/{name}"] = parameter, mean
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value
+    tensors = gather(_state(parameters, average, optimizer), keep=write)
+    if not write:
+        return folder / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"step-{step:08d}", folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -52,6 +57,36 @@ def save_checkpoint(
         old.rename(partial)  # half removed, it must not look complete
         shutil.rmtree(partial)
     return final
+
+
+def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]:
+    for (name, parameter), mean in zip(parameters.items(), average, strict=True):
+        yield f"weight/{name}", parameter
+        yield f"average/{name}", mean
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{key}/{name}", value
+
+
+def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors, those of which each process has a shard whole, on the CPU: then every process must call.
+
+    A process that keeps none takes part, and never holds more than one.
+    """
+    whole = {}
+    for name, tensor in named:
+        value = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = value
+    return whole
+
+
+def shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`value` on the device of `like`; of one in shards, this process's shard."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    # every process has read all of it, so that none has to send
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -105,12 +140,13 @@ def load_checkpoint(
     with torch.no_grad():
         for (name, parameter), mean in zip(parameters.items(), average, strict=True):
             kinds = by_parameter[name]
-            parameter.copy_(kinds.pop("weight"))
-            mean.copy_(kinds.pop("average"))
+            parameter.copy_(shard(kinds.pop("weight"), parameter))
+            mean.copy_(shard(kinds.pop("average"), mean))
             if kinds:
                 # AdamW counts steps on the host, beside moments on the device, unless one kernel does it all
+                count = kinds.pop("step")
                 optimizer.state[parameter] = {
-                    key: value if key == "step" and not fused else value.to(parameter.device)
-                    for key, value in kinds.items()
+                    "step": count.to(parameter.device) if fused else count,
+                    **{key: shard(value, parameter) for key, value in kinds.items()},
                 }
     return state["step"]

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 
 from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
@@ -27,7 +29,7 @@ from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, train
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..pipelines.sit import SiTPipeline, id2label_of
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoints, gather, load_checkpoint, save_checkpoint
 from .config import SiTConfig, to_dict
 from .loop import (
     check_processes,
@@ -54,6 +56,9 @@ def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     if not config.output.folder:
         raise ValueError("output.folder is empty: the trained model would be lost")
     claim_run(Path(config.output.folder), resume_settings(config), "pipeline", resume)
+    accelerator = make_accelerator(config)  # what is wrong with it is told before a large set is read
+    check_distribution(accelerator)
+    check_processes(config, accelerator.num_processes)
     model = make_model(config)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     data = open_set(config.data.path, shape, memory=config.data.memory, progress=config.train.progress)
@@ -82,15 +87,17 @@ def train(
     from the newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
     checkpoint and raise KeyboardInterrupt; a second one stops at once.
 
-    Returns the model, holding the averaged weights. Raises ValueError on settings that cannot work, and
-    FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
+    Several processes of `accelerate launch`, by DDP or by FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
+    TRANSFORMER_BASED_WRAP), give what one gives, to rounding, and go on from each other's checkpoints.
+
+    Returns the model, holding the averaged weights (by FSDP a copy of it, on the CPU). Raises ValueError on settings
+    that cannot work, and FloatingPointError, naming the step, when the loss stops being finite; checkpoints written
+    before stay.
     """
     flow = config.flow
     accelerator = make_accelerator(config)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise NotImplementedError(
-            f"training from scratch runs on one process or by DDP, not by {accelerator.distributed_type.value}"
-        )
+    sharded = accelerator.is_fsdp2  # each process has a part of every weight, and all must take part in every call
+    check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     check_set(data, base)
     folder = Path(config.output.folder) if config.output.folder else None
@@ -113,15 +120,21 @@ def train(
     # labels are dropped here, by the step's own random numbers, and not by the model
     base.requires_grad_(True).eval()
     base.pos_embed.requires_grad_(False)
-    trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing()
     if config.train.compile:
         base.compile_repeated_blocks()
-    model = accelerator.prepare(base)
+    if sharded:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # every process has drawn the same weights
+        # accelerate's policy would round the times to bf16; under autocast the arithmetic is that of DDP
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        base.forward = accelerator.autocast()(base.forward)
+    optimizer = make_optimizer(trained_of(base), config, fused=accelerator.device.type in ("cpu", "cuda"))
+    model, _ = accelerator.prepare(base, optimizer)  # FSDP has to give the optimizer other parameters
+    trained = trained_of(base)
     parameters = list(trained.values())
-    optimizer = make_optimizer(trained, config, fused=accelerator.device.type in ("cpu", "cuda"))
-    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=True)
+    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not sharded)  # shards have no _foreach_copy_
 
     first = 0
     settings = resume_settings(config)
@@ -180,7 +193,8 @@ def train(
                     ).mean()
                     accelerator.backward(loss / config.train.accumulation)
                 metrics[0] += loss.detach() / config.train.accumulation
-            metrics[1] = nn.utils.clip_grad_norm_(parameters, config.optim.clip or float("inf"), foreach=True)
+            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip or float("inf"), foreach=True)
+            metrics[1] = norm.full_tensor() if sharded else norm
             optimizer.step()
             optimizer.zero_grad()
             average.step(parameters)
@@ -202,14 +216,14 @@ def train(
                 if peak:
                     values["mfu"] = rate * flops / (peak * 1e12 * accelerator.num_processes)
                 if due["metrics"]:
-                    with averaged(average, parameters):
+                    with averaged(base, average, parameters):
                         values["fd"] = distance(lambda rows: draw_rows(base, config, accelerator.device, rows))
                 bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
                 if folder is not None:
                     accelerator.log(values, step=done)
                 if writes:
                     log(folder, {"step": done, **values})
-            if writes and due["checkpoint"]:
+            if (writes or (sharded and folder is not None)) and due["checkpoint"]:
                 save_checkpoint(
                     folder / "checkpoints",
                     done,
@@ -218,31 +232,64 @@ def train(
                     optimizer,
                     settings,
                     config.output.keep,
+                    write=writes,
                 )
-                with averaged(average, parameters):
-                    save_pipeline(pipeline, folder / "pipeline", config, done)
+                with averaged(base, average, parameters):
+                    whole = whole_model(base)
+                    if writes:
+                        pipeline.transformer = whole
+                        save_pipeline(pipeline, folder / "pipeline", config, done)
             if writes and stopped:
                 raise KeyboardInterrupt
-            if writes and due["sample"]:
-                with averaged(average, parameters):
-                    images = to_images(decode(draw_samples(base, config, accelerator.device), pipeline.vae))
-                columns = grid_columns(len(images), base.config.num_classes)
-                save_grid(folder / "samples" / f"step-{done:08d}.png", [images[i::columns] for i in range(columns)])
-                plot_log(folder, PLOTTED)
+            if (writes or (sharded and folder is not None)) and due["sample"]:
+                with averaged(base, average, parameters):
+                    samples = draw_samples(base, config, accelerator.device)
+                if writes:
+                    images = to_images(decode(samples, pipeline.vae))
+                    columns = grid_columns(len(images), base.config.num_classes)
+                    save_grid(folder / "samples" / f"step-{done:08d}.png", [images[i::columns] for i in range(columns)])
+                    plot_log(folder, PLOTTED)
             if any(due.values()):
                 since = time.perf_counter()  # saving and sampling are no part of the throughput
 
     average.copy_to(parameters)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    base = whole_model(base)
     if folder is not None:
         if writes:
+            pipeline.transformer = base
             save_pipeline(pipeline, folder / "pipeline", config, config.train.steps)
             plot_log(folder, PLOTTED)
         accelerator.end_training()
     if config.train.gradient_checkpointing:
         base.disable_gradient_checkpointing()
     return base
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """NotImplementedError for the ways of several processes that nothing here is made for."""
+    kind = accelerator.distributed_type
+    if kind is DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise NotImplementedError("training from scratch shards by FSDP2: give accelerate --fsdp_version 2")
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise NotImplementedError("take train.gradient_checkpointing=true in place of fsdp_activation_checkpointing")
+    by_ddp = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if kind not in by_ddp and not accelerator.is_fsdp2:
+        raise NotImplementedError(f"training from scratch runs on one process, by DDP or by FSDP2, not by {kind.value}")
+
+
+def trained_of(model: SiTTransformer2DModel) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole_model(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
+    """`model`, or where every process has a shard of it, and must call this, a copy on the CPU with all of its weights."""
+    if not isinstance(model, FSDPModule):
+        return model
+    copy = SiTTransformer2DModel.from_config(model.config).eval()
+    copy.load_state_dict(gather(model.state_dict().items()))
+    return copy
 
 
 def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
@@ -334,14 +381,17 @@ def known_peak(device: torch.device) -> float | None:
 
 
 @contextmanager
-def averaged(average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it, the parameters are their averages."""
+def averaged(model: SiTTransformer2DModel, average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it, the parameters of `model` are their averages."""
     average.store(parameters)
     average.copy_to(parameters)
     try:
         yield
     finally:
         average.restore(parameters)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it gathered for a call without gradients, it would use in the next step
 
 
 def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConfig) -> SiTPipeline:

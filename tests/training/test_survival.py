@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import psutil  # accelerate's own
 import pytest
 import torch
 from PIL import Image
-from runs import finish, start, wait_for
+from runs import finish, limit_files, small_disk, start, wait_for
 from safetensors.torch import load_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -132,12 +131,6 @@ def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(number, config, u
     assert_same_run(run, unbroken)
 
 
-def limit_files(megabytes):
-    """Writing beyond this fails as on a full disk, with another number."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
-
-
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(config, unbroken, tmp_path):
     run = tmp_path / "run"
     assert finish("distill", config, *options(run, "train.steps=3"), output=tmp_path / "out.txt") == 0
@@ -152,24 +145,17 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(config, unbr
 
 
 def test_a_full_disk_is_one_line_and_a_run_to_resume(config, unbroken, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
-    try:
-        run = disk / "run"
+    with small_disk(tmp_path / "disk", "400k") as resize:
+        run = tmp_path / "disk" / "run"
         arguments = [f"output.folder={run}", f"data.cache={tmp_path / 'cache'}", "output.keep=100"]
         assert finish("distill", config, *arguments, output=tmp_path / "out.txt") == 1
         said = (tmp_path / "out.txt").read_text().splitlines()[-1]
         assert said.startswith("hybriddit: ") and "No space left" in said
         done = steps_done(run)
         assert 0 < done < STEPS
-        assert subprocess.run(["mount", "-o", "remount,size=64m", disk]).returncode == 0
+        resize("64m")
         assert finish("distill", config, *arguments, "--resume", output=tmp_path / "out.txt") == 0
         assert_same_run(run, unbroken)
-    finally:
-        subprocess.run(["umount", "-l", disk])
 
 
 def launch(*arguments):

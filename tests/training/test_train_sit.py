@@ -1,20 +1,25 @@
 """Training a SiT from scratch: what is learned, resuming, stopping, several processes, and settings that cannot work."""
 
+import functools
 import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType
 from PIL import Image
-from runs import finish, start, wait_for
+from runs import finish, finish_sharded, limit_files, small_disk, start, wait_for
 from safetensors.torch import load_file
 from tiny_vae import tiny_vae
 
@@ -24,9 +29,10 @@ from hybriddit.data.class_images import ClassData, ClassInfo, make_cache, open_s
 from hybriddit.generate import read_record
 from hybriddit.models.flops import sit_flops
 from hybriddit.pipelines.sit import load_sit_pipeline
+from hybriddit.training import loop
 from hybriddit.training import train_sit as module
 from hybriddit.training.config import SiTConfig, load_config, to_dict
-from hybriddit.training.train_sit import draw_batches, make_model, run, train
+from hybriddit.training.train_sit import draw_batches, in_turn, make_model, one_ahead, run, train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/sit/*.yaml"))
@@ -183,6 +189,36 @@ def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(config, unbroken,
     assert_same_run(where, unbroken)
 
 
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(config, unbroken, tmp_path):
+    where, out = tmp_path / "run", tmp_path / "out.txt"
+    arguments = ["train", config, f"output.folder={where}", "optim.schedule=constant"]
+    assert finish(*arguments, "train.steps=3", output=out) == 0
+    before = files_of(where / "checkpoints"), files_of(where / "pipeline")
+    size = max(map(len, before[0].values()))
+    limit = functools.partial(limit_files, size / 2 / 2**20)
+    assert finish(*arguments, "--resume", output=out, before=limit) == 1
+    said = out.read_text().splitlines()[-1]
+    assert said.startswith("hybriddit: could not write") and "no checkpoint of step 4" in said and "--resume" in said
+    assert (files_of(where / "checkpoints"), files_of(where / "pipeline")) == before
+
+
+def test_a_full_disk_is_one_line_and_a_run_to_resume(config, unbroken, tmp_path):
+    with small_disk(tmp_path / "disk", "900k") as resize:
+        where, out = tmp_path / "disk" / "run", tmp_path / "out.txt"
+        arguments = ["train", config, f"output.folder={where}", "output.keep=100"]
+        assert finish(*arguments, output=out) == 1
+        said = out.read_text().splitlines()[-1]
+        assert said.startswith("hybriddit: ") and "No space left" in said
+        assert 0 < steps_done(where) < STEPS
+        resize("64m")
+        assert finish(*arguments, "--resume", output=out) == 0
+        assert_same_run(where, unbroken)
+
+
 def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
     where = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -192,11 +228,42 @@ def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((where / "run.json").read_text())[0]["processes"] == 2
-    one, other = (load_file(path / WEIGHTS) for path in (unbroken, where))
-    for name in one:  # sums of gradients in another order
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: n + text)
-    for line, expected in zip(log_of(where), log_of(unbroken), strict=True):
+    assert_close_runs(where, unbroken)
+
+
+def assert_close_runs(folder, other):
+    """To what sums of gradients in another order leave: the model, the last checkpoint, and every step's metrics."""
+    for name in (WEIGHTS, f"checkpoints/step-{STEPS:08d}/state.safetensors"):
+        one, expected = load_file(folder / name), load_file(other / name)
+        assert one.keys() == expected.keys()
+        for key in one:
+            torch.testing.assert_close(
+                one[key], expected[key], rtol=1e-3, atol=1e-4, msg=lambda text, k=key: f"{k}: {text}"
+            )
+    for line, expected in zip(log_of(folder), log_of(other), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_processes_with_a_shard_each_give_the_result_of_one_and_resume_each_other_s_runs(
+    config, unbroken, tmp_path
+):
+    """By FSDP2: all that needs the whole model, checkpoints, samples and metrics, is of both processes."""
+    where, out = tmp_path / "run", tmp_path / "out.txt"
+    arguments = ["train", config, f"output.folder={where}"]
+    more = ["train.accumulation=2", "output.sample_every=6", "output.samples=4", "output.checkpoint_every=6"]
+    assert finish_sharded(*arguments, *more, output=out) == [0, 0], (tmp_path / "out.txt.0").read_text()
+    assert json.loads((where / "run.json").read_text())[0]["processes"] == 2
+    assert_close_runs(where, unbroken)
+    assert (where / "samples" / f"step-{STEPS:08d}.png").is_file()
+    shutil.rmtree(where / "checkpoints" / f"step-{STEPS:08d}")  # leaves that of step 6
+    assert finish(*arguments, "--resume", output=out) == 0, out.read_text()
+    assert_close_runs(where, unbroken)
+
+    shutil.copytree(unbroken, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / f"step-{STEPS:08d}")
+    arguments = ["train", config, f"output.folder={tmp_path / 'other'}", "--resume"]
+    assert finish_sharded(*arguments, output=out) == [0, 0], (tmp_path / "out.txt.0").read_text()
+    assert_close_runs(tmp_path / "other", unbroken)
 
 
 def test_a_step_s_samples_depend_on_the_step_alone(config):
@@ -398,6 +465,49 @@ def test_settings_that_cannot_work_are_told_in_a_line(config, tmp_path, override
         run(load_config(config, [f"output.folder={tmp_path / 'run'}", *overrides]))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "is_wandb_available", lambda: False)
+    overrides = [f"output.folder={tmp_path / 'run'}", "data.path=/nowhere"]
+    with pytest.raises(
+        ModuleNotFoundError, match="output.tracker is wandb, which is not installed: pip install wandb$"
+    ):
+        run(load_config(config, [*overrides, "output.tracker=wandb"]))
+    kind = DistributedType.FSDP
+    for plugin, is_fsdp2, message in (
+        (SimpleNamespace(activation_checkpointing=False), False, "shards by FSDP2: give accelerate --fsdp_version 2"),
+        (SimpleNamespace(activation_checkpointing=True), True, "train.gradient_checkpointing=true in place of"),
+        (None, None, "by DDP or by FSDP2, not by DEEPSPEED"),
+    ):
+        if plugin is None:
+            kind = DistributedType.DEEPSPEED
+        state = SimpleNamespace(fsdp_plugin=plugin)
+        accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=state)
+        monkeypatch.setattr(module, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
+        with pytest.raises(NotImplementedError, match=message):
+            run(load_config(config, overrides))
+
+
+@pytest.mark.parametrize("made", [in_turn, one_ahead])
+def test_batches_come_in_order_and_their_mistakes_with_them(made):
+    """`one_ahead` is what a GPU trains from."""
+    threads = []
+
+    def make(step):
+        threads.append(threading.current_thread() is threading.main_thread())
+        if step == 7:
+            raise OSError("the shard is damaged")
+        return [step, -step]
+
+    assert list(made(make, range(3, 6))) == [(step, [step, -step]) for step in (3, 4, 5)]
+    assert set(threads) == {made is in_turn} and len(threads) == 3, "each once"
+    assert list(made(make, range(3, 3))) == []
+    seen = []
+    with pytest.raises(OSError, match="the shard is damaged"):
+        for step, _ in made(make, range(6, 9)):
+            seen.append(step)
+    assert seen == [6], "the one before is trained on"
 
 
 def test_a_run_is_continued_as_it_began_or_not_at_all(config, unbroken):
