@@ -357,6 +357,8 @@ def _write_index(cache: Path, shards: int) -> None:
     }
     with replacing(cache / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1) + "\n")
+    for left in cache.glob(".shard-*.tmp"):  # of processes that were killed; every shard is there, none is being made
+        left.unlink(missing_ok=True)
 
 
 def read_index(cache: str | Path) -> dict:
