@@ -321,6 +321,7 @@ def latents(images, tmp_path):
         tmp_path,
         model={**TINY, "in_channels": 2, "sample_size": 4},
         train={"steps": 2, "batch_size": 4, "progress": False},
+        metrics={"every": 0},  # which would take a file of images
         output={"folder": str(tmp_path / "run")},
     )
 
