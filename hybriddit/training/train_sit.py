@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
 from ..files import checksum, replacing
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
+from ..info import read_json
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..pipelines.sit import SiTPipeline, id2label_of
@@ -103,6 +104,8 @@ def train(
     folder = Path(config.output.folder) if config.output.folder else None
     if folder is not None:
         claim_run(folder, resume_settings(config), "pipeline", resume)
+        if resume:
+            check_same_set(data, folder / "data.json")
     writes = folder is not None and accelerator.is_main_process
     measures = config.metrics.every > 0
     pipeline = make_pipeline(base, data.info, config) if writes or measures else None
@@ -147,7 +150,7 @@ def train(
         with replacing(folder / "config.yaml") as partial:
             OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
         with replacing(folder / "data.json") as partial:
-            partial.write_text(json.dumps({"images": len(data), **asdict(data.info)}, indent=1) + "\n")
+            partial.write_text(json.dumps(described(data), indent=1) + "\n")
 
     def make_batch(step: int) -> list[tuple[torch.Tensor, ...]]:
         own = (accelerator.process_index, accelerator.num_processes)
@@ -303,6 +306,22 @@ def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
         )
 
 
+def described(data: ClassData) -> dict:
+    """What data.json says of a run's set."""
+    return json.loads(json.dumps({"images": len(data), **asdict(data.info)}))
+
+
+def check_same_set(data: ClassData, path: Path) -> None:
+    """ValueError where the run that noted its set in `path` was on another than `data`."""
+    found, here = read_json(path), described(data)
+    other = [name for name in here if name != "vae" and found.get(name) != here[name]]  # a VAE may have moved
+    if other:
+        raise ValueError(
+            f"{path.parent} was trained on another set, with other values of {', '.join(other)}: give its data.path, or "
+            "another output.folder for a new run"
+        )
+
+
 def resume_settings(config: SiTConfig) -> dict:
     """What must not change between a checkpoint and its continuation."""
     values = to_dict(config)
@@ -420,7 +439,9 @@ def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
             f"the VAE of the set is saved with the pipeline: set data.vae to its place ({error})"
         ) from error
     if checksum({name: value.float() for name, value in vae.state_dict().items()}) != info.vae_sha256:
-        raise ValueError(f"the cache was made by another VAE than {path!r}, {info.vae!r}: set data.vae to that one")
+        raise ValueError(
+            f"the VAE at {path!r} is not the one that made the cache, which then was at {info.vae!r}: set data.vae to it"
+        )
     # the scale that the model is trained on is the set's, whatever this copy of the VAE says
     vae.register_to_config(scaling_factor=info.scaling_factor, shift_factor=info.shift_factor)
     return vae
