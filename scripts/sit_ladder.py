@@ -339,12 +339,13 @@ def plot(curves: dict[str, dict[str, list[dict]]], path: Path) -> None:
     figure = Figure(figsize=(5 * len(curves), 6.4), layout="constrained")
     axes = figure.subplots(2, len(curves), squeeze=False)
     for column, (name, logs) in enumerate(curves.items()):
-        base = np.array([line["loss"] for line in logs["softmax"]])
-        for variant, lines in logs.items():
-            steps, loss = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
+        losses = {variant: {line["step"]: line["loss"] for line in lines} for variant, lines in logs.items()}
+        for variant, loss in losses.items():
+            steps = sorted(loss.keys() & losses["softmax"].keys())  # a run that was stopped logged there too
+            own, base = (np.array([values[step] for step in steps]) for values in (loss, losses["softmax"]))
             style = {"label": variant, "linewidth": 1.2, "linestyle": "--" if "matched" in variant else "-"}
-            axes[0, column].plot(smooth(steps), smooth(loss), **style)
-            axes[1, column].plot(smooth(steps), smooth(100 * (loss / base[: len(loss)] - 1)), **style)
+            axes[0, column].plot(smooth(steps), smooth(own), **style)
+            axes[1, column].plot(smooth(steps), smooth(100 * (own / base - 1)), **style)
         axes[0, column].set(title=name, ylabel="training loss", yscale="log")
         axes[1, column].set(xlabel="step", ylabel="% above softmax")
         for axis in axes[:, column]:

@@ -417,7 +417,7 @@ def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatc
     """Six samples of three classes, each drawn as a shade of its label."""
     monkeypatch.setattr(module, "guided", lambda predict, labels, *rest: labels)
     monkeypatch.setattr(
-        module, "sample_ode", lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(6, 1, 8, 8) / 2 - 0.5
+        module, "sample_ode", lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 2 - 0.5
     )
     changes = {"model": {**TINY, "num_classes": 3}, "train": {"steps": 1, "batch_size": 2, "progress": False}}
     output = {"folder": str(tmp_path / "run"), "sample_every": 1, "samples": 6}
