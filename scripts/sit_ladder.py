@@ -88,7 +88,7 @@ def climb(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     features = efficientnet_lite0()
     size = config.model["sample_size"]
-    images = open_set(config.data.path, (config.model["in_channels"], size, size))
+    images = open_set(config.data.path, (config.model["in_channels"], size, size), progress=config.train.progress)
     data, held_out = split(images)
     judge = Judge(data, held_out, features, folder / "features.safetensors")
     for seed in options.seeds:
