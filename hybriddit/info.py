@@ -16,6 +16,7 @@ from typing import Any
 from . import __version__
 from .benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from .config import HybridConfig
+from .files import read_json
 from .generate import read_record
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
@@ -288,17 +289,6 @@ def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
 def _family(model_class: str | None) -> str | None:
     name = (model_class or "").removeprefix("Hybrid")
     return next((family for start, family in FAMILIES.items() if name.startswith(start)), None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. ValueError, naming the file, where it does not."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return values
 
 
 def _hybrid_config(path: Path, values: Any) -> HybridConfig:

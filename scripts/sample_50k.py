@@ -30,7 +30,7 @@ from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
 from hybriddit import SiTPipeline, __version__
-from hybriddit.files import checksum, read_tensors, replacing, write_tensors
+from hybriddit.files import checksum, read_json, read_tensors, replacing, write_tensors
 from hybriddit.metrics.run import processes
 from hybriddit.pipelines.sit import SAMPLERS, load_sit_pipeline
 
@@ -217,13 +217,13 @@ def prepare(out: Path, folder: Path, settings: dict[str, Any]) -> list[int] | No
     """
     if out.exists():
         found = out.with_suffix(".json")
-        compare(read_settings(found) if found.is_file() else {}, settings, out)
+        compare(read_json(found) if found.is_file() else {}, settings, out)
         shutil.rmtree(folder, ignore_errors=True)  # of a run killed between the result and this
         return None
     folder.mkdir(exist_ok=True)
     kept = folder / "settings.json"
     if any(folder.glob("part-*")):
-        compare(read_settings(kept) if kept.is_file() else {}, settings, folder)
+        compare(read_json(kept) if kept.is_file() else {}, settings, folder)
     else:  # a run that made nothing, of settings that were wrong perhaps, binds none after it
         write_json(kept, settings)
     for left in folder.glob(".*.tmp"):  # of a process that was killed
@@ -247,16 +247,6 @@ def compare(found: dict[str, Any], settings: dict[str, Any], where: Path) -> Non
             raise ValueError(
                 f"{where} was made with {name} {found.get(name)}, not {value}: give another --out, or delete it"
             )
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return settings
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..files import read_json
 from ..flow import ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS, guided, sample_ode, sample_sde
 from ..flow.path import check_name
 from ..flow.sample import velocity_field
-from ..info import read_json
 from ..metrics.images import to_uint8
 from ..models import SiTTransformer2DModel
 

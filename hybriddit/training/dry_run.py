@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models
 from ..data.image_folder import captioned_images
-from ..info import read_json
+from ..files import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
 from ..pipelines.sit import refuse_sit

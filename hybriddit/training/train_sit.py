@@ -24,9 +24,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 
 from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
-from ..files import checksum, replacing
+from ..files import checksum, read_json, replacing
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
-from ..info import read_json
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..pipelines.sit import SiTPipeline, id2label_of
