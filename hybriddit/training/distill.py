@@ -8,26 +8,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
-from omegaconf import OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from ..data.image_folder import captioned_images, image_folder
 from ..data.latents import LatentData
 from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
-from ..files import replacing
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import save_checkpoint
 from .config import DistillConfig, to_dict
 from .loop import (
+    averaged,
+    begin,
     check_processes,
     claim_run,
+    due_after,
     epoch_order,
     is_gate,
     learning_rates,
     make_accelerator,
     make_optimizer,
     mean_metrics,
+    progress_bar,
     save_grid,
     stop_signals,
 )
@@ -135,17 +136,9 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     optimizer = make_optimizer(trained, config)
     average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=True)
 
-    first = 0
     settings = resume_settings(config)
-    if resume:
-        first = load_checkpoint(
-            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
-        )
-        average.optimization_step = first
-    elif folder is not None and accelerator.is_main_process:
-        with replacing(folder / "config.yaml") as partial:
-            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
     writes = folder is not None and accelerator.is_main_process
+    first = begin(folder, config, settings, trained, average, optimizer, resume=resume, writes=writes)
     if writes:
         record_start(folder, first, accelerator.num_processes, accelerator.device)
         start_log(folder, first)
@@ -155,13 +148,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     guidance = data.info.guidance_scale if getattr(base.config, "guidance_embeds", False) else None
     pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
     teacher_samples = None
-    bar = tqdm(
-        initial=first,
-        total=config.train.steps,
-        desc="distill",
-        unit="step",
-        disable=not (config.train.progress and accelerator.is_main_process),
-    )
+    bar = progress_bar("distill", first, config, accelerator)
     draw = {"data": data, "recipe": recipe, "config": config, "dropout": dropout, "grid": grid}
     draw |= {"scheduler": pipeline.scheduler, "rank": accelerator.process_index, "processes": accelerator.num_processes}
     # with several processes the launcher stops them all: one alone would leave the others waiting
@@ -202,8 +189,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
             bar.update()
 
             done = step + 1
-            every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
-            due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+            due = due_after(done, config)
             due["checkpoint"] |= bool(stopped)
             if any(due.values()):
                 values = mean_metrics(METRICS, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
@@ -232,10 +218,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
                 if teacher_samples is None:
                     with dense_mode(base):
                         teacher_samples = draw_samples(pipeline, data, config)
-                average.store(parameters)
-                average.copy_to(parameters)
-                samples = draw_samples(pipeline, data, config)
-                average.restore(parameters)
+                with averaged(base, average, parameters):
+                    samples = draw_samples(pipeline, data, config)
                 save_grid(folder / "samples" / f"step-{done:08d}.png", [teacher_samples, samples])
                 plot_log(folder, METRICS)
 

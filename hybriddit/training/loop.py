@@ -1,4 +1,4 @@
-"""What the two training loops share: how a run is claimed, stopped, ordered, stepped and watched."""
+"""What the two training loops share: how a run is claimed, begun, stopped, ordered, stepped and watched."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import is_wandb_available
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
-from .checkpoint import checkpoints, read_state
+from ..files import replacing
+from .checkpoint import checkpoints, load_checkpoint, read_state
+from .config import to_dict
 
 
 def make_accelerator(config) -> Accelerator:
@@ -62,6 +68,60 @@ def claim_run(folder: Path, settings: dict, result: str, resume: bool) -> None:
     if not found and (folder / result).exists():
         raise ValueError(f"{folder} holds a run's {result} already, and no checkpoint: give another output.folder")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def begin(
+    folder: Path | None,
+    config,
+    settings: dict,
+    trained: dict[str, nn.Parameter],
+    average: EMAModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    resume: bool,
+    writes: bool,
+) -> int:
+    """The step to start from: that of the newest checkpoint, which is loaded, or 0, with the config written down.
+
+    writes: whether this process is the one that writes in `folder`.
+    """
+    if resume:
+        newest = checkpoints(folder / "checkpoints")[-1]
+        average.optimization_step = load_checkpoint(newest, trained, average.shadow_params, optimizer, settings)
+        return average.optimization_step
+    if writes:
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
+    return 0
+
+
+def progress_bar(name: str, first: int, config, accelerator: Accelerator) -> tqdm:
+    """Of the run's steps, in the first process."""
+    shown = config.train.progress and accelerator.is_main_process
+    return tqdm(initial=first, total=config.train.steps, desc=name, unit="step", disable=not shown)
+
+
+def due_after(done: int, config, **every: int) -> dict[str, bool]:
+    """Whether to log, to write a checkpoint, to sample, and what else happens `every` so many steps, after `done` steps.
+
+    All that happens at all happens after the last one.
+    """
+    every |= {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+    return {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+
+
+@contextmanager
+def averaged(model: nn.Module, average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within it, the parameters of `model` are their averages."""
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what it gathered for a call without gradients, it would use in the next step
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,12 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from tqdm import tqdm
 
 from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
 from ..files import checksum, read_json, replacing
@@ -29,16 +27,20 @@ from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, train
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..pipelines.sit import SiTPipeline, id2label_of
-from .checkpoint import checkpoints, gather, load_checkpoint, save_checkpoint
+from .checkpoint import gather, save_checkpoint
 from .config import SiTConfig, to_dict
 from .loop import (
+    averaged,
+    begin,
     check_processes,
     claim_run,
+    due_after,
     epoch_order,
     learning_rates,
     make_accelerator,
     make_optimizer,
     mean_metrics,
+    progress_bar,
     save_grid,
     stop_signals,
 )
@@ -106,6 +108,7 @@ def train(
         if resume:
             check_same_set(data, folder / "data.json")
     writes = folder is not None and accelerator.is_main_process
+    gathers = writes or (folder is not None and sharded)  # takes part in what is written
     measures = config.metrics.every > 0
     pipeline = make_pipeline(base, data.info, config) if writes or measures else None
     distance = None
@@ -138,16 +141,9 @@ def train(
     parameters = list(trained.values())
     average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not sharded)  # shards have no _foreach_copy_
 
-    first = 0
     settings = resume_settings(config)
-    if resume:
-        first = load_checkpoint(
-            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
-        )
-        average.optimization_step = first
-    elif writes:
-        with replacing(folder / "config.yaml") as partial:
-            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
+    first = begin(folder, config, settings, trained, average, optimizer, resume=resume, writes=writes)
+    if writes and not resume:
         with replacing(folder / "data.json") as partial:
             partial.write_text(json.dumps(described(data), indent=1) + "\n")
 
@@ -167,13 +163,7 @@ def train(
             print(f"{notes['parameters']:,} parameters; the loader alone makes {loader:,.0f} images/s a process")
     if folder is not None:
         accelerator.init_trackers(config.output.tracker)
-    bar = tqdm(
-        initial=first,
-        total=config.train.steps,
-        desc="train",
-        unit="step",
-        disable=not (config.train.progress and accelerator.is_main_process),
-    )
+    bar = progress_bar("train", first, config, accelerator)
     # on a CPU the batch's own thread would take the cores from the model's: half its speed on two of them
     made = in_turn if accelerator.device.type == "cpu" else one_ahead
     pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
@@ -204,9 +194,7 @@ def train(
             bar.update()
 
             done = step + 1
-            every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
-            every["metrics"] = config.metrics.every
-            due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+            due = due_after(done, config, metrics=config.metrics.every)
             due["checkpoint"] |= bool(stopped)
             if any(due.values()):
                 steps = len(pending)
@@ -225,7 +213,7 @@ def train(
                     accelerator.log(values, step=done)
                 if writes:
                     log(folder, {"step": done, **values})
-            if (writes or (sharded and folder is not None)) and due["checkpoint"]:
+            if gathers and due["checkpoint"]:
                 save_checkpoint(
                     folder / "checkpoints",
                     done,
@@ -243,7 +231,7 @@ def train(
                         save_pipeline(pipeline, folder / "pipeline", config, done)
             if writes and stopped:
                 raise KeyboardInterrupt
-            if (writes or (sharded and folder is not None)) and due["sample"]:
+            if gathers and due["sample"]:
                 with averaged(base, average, parameters):
                     samples = draw_samples(base, config, accelerator.device)
                 if writes:
@@ -396,20 +384,6 @@ def known_peak(device: torch.device) -> float | None:
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
     return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
-
-
-@contextmanager
-def averaged(model: SiTTransformer2DModel, average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within it, the parameters of `model` are their averages."""
-    average.store(parameters)
-    average.copy_to(parameters)
-    try:
-        yield
-    finally:
-        average.restore(parameters)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what it gathered for a call without gradients, it would use in the next step
 
 
 def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConfig) -> SiTPipeline:
