@@ -1,3 +1,5 @@
+import json
+import math
 import re
 from pathlib import Path
 
@@ -67,10 +69,29 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
     """.split()
     config = load_config(path, sizes)
     student = run(config)
+    assert load_config(tmp_path / "run" / "config.yaml") == config
     assert type(student).__name__ == f"Hybrid{type(pipeline.transformer).__name__}"
-    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    state, dtype = student.state_dict(), torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for name, weight in pipeline.transformer.state_dict().items():
+        assert torch.equal(state[name], weight.to(dtype)), f"{name} is the teacher's"
     adapter = load_file(tmp_path / "run" / "adapter" / "hybrid_adapter.safetensors")
-    assert any(gate.any() for name, gate in adapter.items() if ".gate" in name), "the gates start at zero"
+    assert adapter.keys() == {name for name in state if ".hybrid." in name}
+    for name, value in adapter.items():
+        assert value.isfinite().all() and torch.equal(value.to(state[name].dtype), state[name]), name
+        if ".gate" in name:
+            assert value.any(), "the gates start at zero"
+
+    (line,) = (json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    step, optim = 1, config.optim
+    decay = 0.5 + 0.5 * math.cos(math.pi * step / 2) if optim.schedule == "cosine" else 1
+    rate = optim.lr * decay
+    assert line["step"] == 2 and line["lr"] == pytest.approx(rate * min(1, 2 / optim.warmup_steps), rel=1e-6)
+    assert line["gate_lr"] == pytest.approx(rate * optim.gate_lr_factor, rel=1e-6)
+    weights = {"demo": (0, 2, 0), "flux_schnell": (0, 1, 0.5)}.get(path.stem, (1, 0.5, 0.5))
+    total = sum(weight * line[name] for weight, name in zip(weights, ("task", "output", "layer"), strict=True))
+    assert line["loss"] == pytest.approx(total, rel=1e-5) and line["output"] > 0 and line["layer"] > 0
+    grid = tmp_path / "run" / "samples" / "step-00000002.png"
+    assert grid.exists() == (config.output.sample_every > 0)
 
 
 @pytest.fixture(autouse=True)
