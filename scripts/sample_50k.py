@@ -32,7 +32,8 @@ from tqdm import tqdm
 from hybriddit import SiTPipeline, __version__
 from hybriddit.files import checksum, read_json, read_tensors, replacing, write_tensors
 from hybriddit.metrics.run import processes
-from hybriddit.pipelines.sit import SAMPLERS, load_sit_pipeline
+from hybriddit.pipelines.loading import load_sit_pipeline
+from hybriddit.pipelines.sit import SAMPLERS
 
 PART = 256  # images in a file; a kill loses at most this many of each process
 OPTIONS = ("atol", "rtol", "diffusion", "diffusion_norm", "last_step", "last_step_size")

@@ -17,9 +17,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import checksum, read_tensors, replacing
-from ..generate import open_image
-from .image_folder import ENDINGS
+from ..files import checksum, read_tensors, write_json
+from ..images import IMAGE_ENDINGS, open_image
 from .latents import Shards, TableFile, claim_folder, save_table
 
 INDEX = "index.json"  # written last: a cache without it is not finished
@@ -119,10 +118,10 @@ def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         raise FileNotFoundError(f"no image folder at {str(folder)!r}")
     seen = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found = {path.name: _images_under(path) for path in seen if path.is_dir()}
-    loose = [path for path in seen if path.suffix.lower() in ENDINGS and path.name not in found]
+    loose = [path for path in seen if path.suffix.lower() in IMAGE_ENDINGS and path.name not in found]
     if not any(found.values()):
         if not loose:
-            raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
+            raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
         return loose, [0] * len(loose), [""]
     if loose:
         raise ValueError(
@@ -143,7 +142,9 @@ def _images_under(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_ENDINGS
         ]
     return sorted(found)
 
@@ -303,8 +304,7 @@ def make_cache(
                 table = {**_encode(vae, table["images"], batch_size), "labels": table["labels"]}
             save_table(shard, table)
             line |= {"checksum": checksum(table), **_sums(table, info)}
-        with replacing(record) as partial:
-            partial.write_text(json.dumps(line))
+        write_json(record, line)
     if all((cache / f"shard-{number:05d}.json").exists() for number in range(len(starts))):
         _write_index(cache, len(starts))
 
@@ -355,8 +355,7 @@ def _write_index(cache: Path, shards: int) -> None:
         },
         "skipped": skipped,
     }
-    with replacing(cache / INDEX) as partial:
-        partial.write_text(json.dumps(index, indent=1) + "\n")
+    write_json(cache / INDEX, index)
     for left in cache.glob(".shard-*.tmp"):  # of processes that were killed; every shard is there, none is being made
         left.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import CHECKSUM, read_tensors, replacing, write_tensors
+from ..files import CHECKSUM, read_tensors, replacing, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def claim_folder(folder: Path, making: dict, key: str = "data.cache") -> None:
     making = json.loads(json.dumps(making))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(making, indent=1))
+        write_json(path, making)
         return
     try:
         found = dict(json.loads(path.read_text()))

@@ -9,12 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..models import dense_mode, is_hybrid
-from ..pipelines.sit import refuse_sit
 from .latents import LatentData, LatentInfo, TableFile, claim_folder, save_table
 
 
@@ -37,24 +34,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from None
-
-
-def load_pipeline(path: str, dtype: torch.dtype):
-    """A diffusers pipeline from a folder or a repository, safetensors only.
-
-    Raises FileNotFoundError or ValueError, in one line, where there is none.
-    """
-    refuse_sit(path)
-    if Path(path).exists() or Path(path).is_absolute() or path.count("/") != 1:
-        if not (Path(path) / "model_index.json").is_file():
-            raise FileNotFoundError(f"no diffusers pipeline at {path!r}: it needs a model_index.json")
-        missing = f"the pipeline at {path!r} does not load"
-    else:
-        missing = f"no folder {path!r}, and it could not be fetched from the hub"
-    try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{missing}: {error}") from error
 
 
 def teacher_images(

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
-from ..files import replacing
+from ..files import write_json
+from ..images import save_png
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
+from ..pipelines.loading import load_pipeline
 from ..training.config import DistillConfig, load_config
 from ..training.distill import distill, make_data
 from .canvas import Scene
@@ -91,7 +92,7 @@ def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, 
         for column, image in enumerate(images):
             tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + column * (size + gap), y))
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 def sampling_of(config: DistillConfig) -> dict:
@@ -123,7 +124,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     scenes = [scene for scene in SHOWN for _ in seeds]
 
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
-    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline = load_pipeline(str(folder))
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
     data = make_data(pipeline, config)
 
@@ -163,8 +164,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "teacher": judged(teacher, scenes, judge),
         "seconds": round(time.monotonic() - started),
     }
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     first = slice(None, None, len(seeds))
     rows = {
         "teacher": teacher[first],

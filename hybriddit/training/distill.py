@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from ..data.image_folder import captioned_images, image_folder
 from ..data.latents import LatentData
-from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
+from ..data.teacher_images import quiet, read_prompts, sample, teacher_images
 from ..files import replacing
+from ..images import save_grid
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
+from ..pipelines.loading import load_pipeline
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
 from .loop import (
@@ -28,7 +30,6 @@ from .loop import (
     make_accelerator,
     make_optimizer,
     mean_metrics,
-    save_grid,
     stop_signals,
 )
 from .losses import captured_outputs, converted_layers, layer_loss

@@ -21,7 +21,7 @@ from ..data.image_folder import captioned_images
 from ..files import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
-from ..pipelines.sit import refuse_sit
+from ..pipelines.loading import refuse_sit
 from .config import DistillConfig
 from .distill import check_settings, loss_settings, make_student, planned_grid
 from .losses import captured_outputs, converted_layers, layer_loss

@@ -7,7 +7,8 @@ from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 from hybriddit import HybridConfig, hybridize
 from hybriddit.data import teacher_images as module
 from hybriddit.data.latents import LatentData, LatentInfo, save_table
-from hybriddit.data.teacher_images import load_pipeline, read_prompts
+from hybriddit.data.teacher_images import read_prompts
+from hybriddit.pipelines.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")

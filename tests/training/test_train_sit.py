@@ -26,9 +26,9 @@ from tiny_vae import tiny_vae
 import hybriddit
 from hybriddit.cli import main
 from hybriddit.data.class_images import ClassData, ClassInfo, make_cache, open_set
-from hybriddit.generate import read_record
+from hybriddit.images import read_record
 from hybriddit.models.flops import sit_flops
-from hybriddit.pipelines.sit import load_sit_pipeline
+from hybriddit.pipelines.loading import load_sit_pipeline
 from hybriddit.training import loop
 from hybriddit.training import train_sit as module
 from hybriddit.training.config import SiTConfig, load_config, to_dict

@@ -1,160 +1,34 @@
-"""What this machine has for hybriddit, and what a pipeline, a model, an adapter or an image holds."""
+"""Describe what a file or folder holds: a pipeline, a model, an adapter or a generated image."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-import platform
 from collections import Counter
-from collections.abc import Iterator
-from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
-from .config import HybridConfig
-from .files import read_json
-from .generate import read_record
+from ..config import HybridConfig
+from ..files import read_json, read_tensors
+from ..images import opened, read_record
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
 FAMILIES = {
     "PixArt": "PixArt-Sigma",
     "SD3": "Stable Diffusion 3",
     "Flux": "FLUX",
     "SiT": "SiT",
 }  # by the start of the class's name
-# What the choice of window attention is shown for: families by their shapes' names, sizes in pixels, and the window.
-SHOWN = {"PixArt-Sigma": "pixart-sigma", "Stable Diffusion 3": "sd3", "FLUX": "flux"}
-SIZES, WINDOW = (512, 1024, 4096), 16
 SHOWN_NAMES = 10  # of a pipeline's classes
 
 
-def environment() -> dict[str, Any]:
-    """Versions, the device, the attention backends, {name: {"available": bool, "note": str}}, and which of those of
-    window attention is taken for the families' shapes, and why."""
-    import torch
-
-    from .attention.linear import triton_refusal
-
-    if torch.cuda.is_available():
-        device = {"type": "cuda", "name": torch.cuda.get_device_name(), "count": torch.cuda.device_count()}
-    else:
-        device = {"type": "cpu", "name": platform.processor() or platform.machine()}
-    triton = triton_refusal(device["type"], torch.bfloat16, 128)
-    return {
-        "hybriddit": __version__,
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
-        "device": {**device, "threads": torch.get_num_threads()},
-        "window_attention": {
-            name: {"available": available, "note": note} for name, available, note in _window_backends(device["type"])
-        },
-        "window_choices": list(_window_choices(device["type"])),
-        "linear_attention": {
-            "triton": {"available": triton is None, "note": triton or ""},
-            "torch": {"available": True, "note": ""},
-        },
-    }
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
-    """Name, whether it runs here, and what is missing or worth knowing; fastest first."""
-    missing = ["an NVIDIA GPU"] if device == "cpu" else []
-    if not _natten_has_kernels():
-        missing.append("natten with its compiled kernels (the NATTEN project's wheel for your torch and CUDA)")
-    yield "natten", not missing, f"needs {' and '.join(missing)}" if missing else ""
-    if device == "cpu":
-        yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
-    else:
-        from .attention.trial import triton_requirements
-
-        missing = triton_requirements()
-        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else "compiled and tried on first use"
-    yield "tiled", True, ""
-    yield "dense", True, "where the window covers most of the grid"
-
-
-def _window_choices(device: str) -> Iterator[dict[str, Any]]:
-    """What `neighborhood_attention` takes in generation for each family and image size. Nothing is run to find out."""
-    import torch
-
-    from .attention.window import WindowCase, choose_backend
-
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for family, name in SHOWN.items():
-        shape = SHAPES[name]
-        for size in SIZES:
-            side = size // PIXELS_PER_TOKEN
-            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
-            choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
-            yield {
-                "family": family,
-                "pixels": size,
-                "grid": [side, side],
-                "window": WINDOW,
-                "heads": shape.heads,
-                "head_dim": shape.head_dim,
-                "text_length": shape.text,
-                "backend": choice.backend,
-                "reason": choice.reason,
-                "passed_over": dict(choice.passed_over),
-            }
-
-
-def _natten_has_kernels() -> bool:
-    try:
-        return bool(importlib.import_module("natten").HAS_LIBNATTEN)
-    except (ImportError, OSError):  # built for another torch
-        return False
-
-
-def environment_text(found: dict[str, Any]) -> str:
-    """`environment()` for a terminal."""
-    device = found["device"]
-    where = f"CPU, {device['threads']} threads" if device["type"] == "cpu" else f"{device['count']} x {device['name']}"
-    lines = [f"{'hybriddit':13} {found['hybriddit']}", f"{'python':13} {found['python']}"]
-    for package, version in found["packages"].items():
-        hint = ": pip install peft, to load LoRA files" if package == "peft" else ""
-        lines.append(f"{package:13} {version or 'not installed' + hint}")
-    lines.append(f"{'device':13} {where}")
-    for kind in ("window_attention", "linear_attention"):
-        lines.append(kind.replace("_", " "))
-        for name, backend in found[kind].items():
-            note = f": {backend['note']}" if backend["note"] else ""
-            lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
-        if kind == "window_attention":
-            lines += _choice_lines(found["window_choices"])
-    return "\n".join(lines)
-
-
-def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
-    """One line for each family, and why: a reason that several backends or sizes share is given once."""
-    lines = [f"  taken for a window of {WINDOW} when generating, by size in pixels:"]
-    for family in SHOWN:
-        sizes = (f"{c['pixels']} {c['backend']}" for c in choices if c["family"] == family)
-        lines.append(f"    {family:20} {', '.join(sizes)}")
-    reasons = dict.fromkeys((choice["backend"], choice["reason"]) for choice in choices)
-    return lines + [f"    {backend}: {reason}" for backend, reason in reasons]
-
-
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a pipeline folder, a model folder, an adapter folder or a PNG file holds; `kind` names which.
+    """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
 
-    Of a folder with a pipeline in its folder `pipeline`, such as that of a SiT's training, the pipeline is described.
+    A SiT's training run is described by the pipeline in its folder `pipeline`. An adapter's bytes are all read and
+    checked; of a model only the weight files' headers and lengths.
 
-    Of an adapter all bytes are read and checked; of models the headers of the weight files and their lengths. Raises
-    FileNotFoundError where there is nothing and ValueError for what is damaged or none of these.
+    Raises FileNotFoundError where there is nothing, and ValueError for what is damaged or none of these.
     """
     path = Path(path)
     if path.is_file() and path.suffix.lower() == ".png":
@@ -177,10 +51,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _image(path: Path) -> dict[str, Any]:
-    from PIL import Image
-
     record = read_record(path)
-    with Image.open(path) as image:
+    with opened(path) as image:
         return {"width": image.width, "height": image.height, "record": record}
 
 
@@ -226,8 +98,8 @@ def _model(folder: Path) -> dict[str, Any]:
 
 
 def _sit(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """A SiT's size, its layers by kind of attention, and those fields that its kinds go by."""
-    from .models.sit import SIT_SIZES, SiTTransformer2DModel, layer_kinds  # torch
+    """A SiT's size, the number of its layers of each kind of attention, and the settings that these kinds use."""
+    from ..models.sit import SIT_SIZES, SiTTransformer2DModel, layer_kinds  # torch
 
     parameters = inspect.signature(SiTTransformer2DModel.__init__).parameters.values()
     fields = {p.name: values.get(p.name, p.default) for p in parameters if p.name != "self"}
@@ -249,8 +121,6 @@ def _sit(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    from .files import read_tensors
-
     values = read_json(folder / "hybrid_config.json")
     config = _hybrid_config(folder / "hybrid_config.json", values)
     weights = folder / "hybrid_adapter.safetensors"
@@ -276,8 +146,8 @@ def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> d
 
 
 def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
-    """The attention layers that conversion is about, those that stay dense included."""
-    from .models import FAMILIES  # diffusers' classes: only here, for it takes seconds
+    """The names of the attention layers that conversion replaces, those that the config keeps dense included."""
+    from ..models import FAMILIES  # diffusers' classes: only here, for it takes seconds
 
     family = next((family for family in FAMILIES if family.hybrid_class.__name__ == model_class), None)
     if family is None:
@@ -314,7 +184,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
-    """Numbers in each tensor of a safetensors file, from its header, which has to account for the file's length."""
+    """The number of elements of each tensor, from the header of a safetensors file. ValueError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -325,7 +195,7 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
 
 
 def description_text(found: dict[str, Any]) -> str:
-    """`describe()` for a terminal."""
+    """Format what `describe` found for a terminal."""
     if found["kind"] == "image":
         lines = [f"image, {found['width']} x {found['height']}"]
         if found["record"] is None:
