@@ -12,7 +12,8 @@ from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 import hybriddit
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import build_parser, main
-from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths, read_record, save_png
+from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths
+from hybriddit.images import read_record, save_png
 from hybriddit.pipelines.sit import SAMPLERS
 
 FAMILIES = {

@@ -28,15 +28,15 @@ def environment() -> dict[str, Any]:
 
     device = device_of_this_machine().type
     if device == "cuda":
-        found = {"type": "cuda", "name": gpu_name(), "count": torch.cuda.device_count()}
+        described = {"type": "cuda", "name": gpu_name(), "count": torch.cuda.device_count()}
     else:
-        found = {"type": "cpu", "name": platform.processor() or platform.machine()}
+        described = {"type": "cpu", "name": platform.processor() or platform.machine()}
     triton = triton_refusal(device, torch.bfloat16, 128)
     return {
         "hybriddit": __version__,
         "python": platform.python_version(),
         "packages": versions(PACKAGES),
-        "device": {**found, "threads": torch.get_num_threads()},
+        "device": {**described, "threads": torch.get_num_threads()},
         "window_attention": {
             name: {"available": available, "note": note} for name, available, note in _window_backends(device)
         },
