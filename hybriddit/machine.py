@@ -96,4 +96,4 @@ def gpu_driver() -> str | None:
 
 def _output(*command: str, timeout: float | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
-    return done.stdout.strip()
+    return done.stdout.rstrip()  # a line of `git status` may begin with a space
