@@ -229,27 +229,34 @@ def output_paths(out: Path, num_images: int) -> list[Path]:
 
 
 def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None) -> DiffusionPipeline:
+    """The pipeline itself without an image to start from; else an image-to-image or inpainting one of its components."""
     if image is None:
         return pipeline
-    import diffusers
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-    # by name: diffusers' from_pipe knows neither our pipelines nor our transformers
-    name = next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
-    task = name.replace("Pipeline", "Img2ImgPipeline" if mask is None else "InpaintPipeline")
-    if not hasattr(diffusers, task):
-        raise ValueError(f"diffusers has no {'image-to-image' if mask is None else 'inpainting'} for a {name}")
+    from .models import families
+
+    task, auto = ("image-to-image", AutoPipelineForImage2Image)
+    if mask is not None:
+        task, auto = ("inpainting", AutoPipelineForInpainting)
+    family = next((f for f in families() if isinstance(pipeline, f.pipelines["text-to-image"])), None)
     bars = getattr(pipeline, "_progress_bar_config", {})
-    pipeline = getattr(diffusers, task)(**pipeline.components)
-    pipeline.set_progress_bar_config(**bars)
-    return pipeline
+    if family is None:  # diffusers knows its own pipelines, by their classes' names
+        try:
+            made = auto.from_pipe(pipeline)
+        except ValueError as error:
+            raise ValueError(f"diffusers has no {task} for a {type(pipeline).__name__}") from error
+    elif task not in family.pipelines:
+        raise ValueError(f"diffusers has no {task} for a {family.pipeline_name}")
+    else:
+        made = family.pipelines[task](**pipeline.components)
+    made.set_progress_bar_config(**bars)
+    return made
 
 
 def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Image.Image | None) -> dict[str, Any]:
     """Give the image's size where none is asked for; refuse what diffusers would round, with a log line, or break on."""
-    # FLUX packs 2 x 2 latents into a token without saying so in its patch size
-    config = getattr(getattr(pipeline, "transformer", None), "config", {})
-    patch = 2 if "Flux" in type(pipeline).__name__ else config.get("patch_size") or 1
-    unit = getattr(pipeline, "vae_scale_factor", 1) * patch
+    unit = _token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
         fitted[side] = settings[side]
@@ -260,6 +267,17 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
         elif fitted[side] is not None and fitted[side] % unit:
             raise ValueError(f"{side} {fitted[side]} is no multiple of {unit}, which this model needs")
     return settings | fitted
+
+
+def _token_pixels(pipeline: DiffusionPipeline) -> int:
+    """Sides of images are multiples of this: the pixels of one token, or of one latent where there are no tokens."""
+    from .models.family import family_of_class
+
+    model, scale = getattr(pipeline, "transformer", None), getattr(pipeline, "vae_scale_factor", 1)
+    family = family_of_class(type(model).__name__)
+    if family is not None:
+        return family.token_pixels(model.config, scale)
+    return scale * (getattr(model, "config", {}).get("patch_size") or 1)
 
 
 def _arguments(

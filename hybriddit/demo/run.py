@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..attention import TokenLayout
 from ..files import write_json
 from ..images import save_png
+from ..models import family_of
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..pipelines.loading import load_pipeline
@@ -128,7 +129,9 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
     data = make_data(pipeline, config)
 
-    grid = (config.data.height // (pipeline.vae_scale_factor * 2), config.data.width // (pipeline.vae_scale_factor * 2))
+    family = family_of(pipeline.transformer)
+    pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    grid = (config.data.height // pixels, config.data.width // pixels)
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
@@ -157,7 +160,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "width": config.data.width,
         "added_parameters": added,
         "attention_flops": attention_flops(
-            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), True)
+            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), family.text_first)
         ),
         "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
         "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),

@@ -13,12 +13,6 @@ from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import opened, read_record
 
-FAMILIES = {
-    "PixArt": "PixArt-Sigma",
-    "SD3": "Stable Diffusion 3",
-    "Flux": "FLUX",
-    "SiT": "SiT",
-}  # by the start of the class's name
 SHOWN_NAMES = 10  # of a pipeline's classes
 
 
@@ -68,7 +62,7 @@ def _pipeline(folder: Path) -> dict[str, Any]:
         # a tokenizer or a scheduler has no config.json
         components[name] = _model(part) if (part / "config.json").is_file() else {"class": entry[-1]}
     found = {"class": index.get("_class_name"), "components": components}
-    if found["class"] == "SiTPipeline":
+    if "sit" in components.get("transformer", {}):
         found |= {name: index.get(name) for name in ("path", "prediction", "weights", "id2label")}
     return found
 
@@ -80,7 +74,7 @@ def _model(folder: Path) -> dict[str, Any]:
     sizes = {key: size for file in files for key, size in _tensor_sizes(file).items()}
     model = {
         "class": name,
-        "family": _family(name),
+        "family": _family_name(name),
         "parameters": sum(sizes.values()),
         "bytes": sum(file.stat().st_size for file in files),
     }
@@ -92,7 +86,7 @@ def _model(folder: Path) -> dict[str, Any]:
         if bare:
             raise ValueError(f"{folder} lacks the hybrid weights of {len(bare)} layers ({bare[0]}, …)")
         model["hybrid"] = _hybrid(config, sizes, layers)
-    if name == "SiTTransformer2DModel":
+    if model["family"] == "SiT":
         model["sit"] = _sit(folder / "config.json", values)
     return model
 
@@ -131,7 +125,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     base = values.get("_base_class")
     return {
         "base_class": base,
-        "family": _family(base),
+        "family": _family_name(base),
         "bytes": weights.stat().st_size,
         "hybrid": _hybrid(config, sizes, layers),
     }
@@ -147,18 +141,24 @@ def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> d
 
 def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
     """The names of the attention layers that conversion replaces, those that the config keeps dense included."""
-    from ..models import FAMILIES  # diffusers' classes: only here, for it takes seconds
+    from ..models.family import family_of_class
 
-    family = next((family for family in FAMILIES if family.hybrid_class.__name__ == model_class), None)
-    if family is None:
+    family = family_of_class(model_class)
+    if family is None or model_class != family.hybrid_class.__name__:
         raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
     layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))
     return sorted(layer for layer in layers if family.converts(layer))
 
 
-def _family(model_class: str | None) -> str | None:
-    name = (model_class or "").removeprefix("Hybrid")
-    return next((family for start, family in FAMILIES.items() if name.startswith(start)), None)
+def _family_name(model_class: str | None) -> str | None:
+    """The name of the family that has a model class of this name; "SiT" for a SiT; else None."""
+    from ..models import SiTTransformer2DModel
+    from ..models.family import family_of_class
+
+    if model_class == SiTTransformer2DModel.__name__:
+        return "SiT"
+    family = family_of_class(model_class)
+    return family and family.name
 
 
 def _hybrid_config(path: Path, values: Any) -> HybridConfig:
@@ -210,11 +210,11 @@ def description_text(found: dict[str, Any]) -> str:
     for name, component in found["components"].items():
         lines.append(f"  {name:16} {_model_line(component) if 'parameters' in component else component['class']}")
         lines += ["  " + line for line in _hybrid_lines(component.get("hybrid")) + _sit_lines(component.get("sit"))]
-    if found["class"] == "SiTPipeline":
-        classes = found["components"]["transformer"]["sit"]["num_classes"]
+    sit = found["components"].get("transformer", {}).get("sit")
+    if sit is not None:
         lines.append(f"  {'trained for':16} path {found['path']}, prediction {found['prediction']}")
         lines.append(f"  {'weights':16} {found['weights'] or 'no note on them'}")
-        lines.append(f"  {'class names':16} {_class_names(found['id2label'], classes)}")
+        lines.append(f"  {'class names':16} {_class_names(found['id2label'], sit['num_classes'])}")
     return "\n".join(lines)
 
 

@@ -12,9 +12,7 @@ from ..benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from ..machine import device_of_this_machine, gpu_name, versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
-# What the choice of window attention is shown for: families by their shapes' names, sizes in pixels, and the window.
-SHOWN = {"PixArt-Sigma": "pixart-sigma", "Stable Diffusion 3": "sd3", "FLUX": "flux"}
-SIZES, WINDOW = (512, 1024, 4096), 16
+SIZES, WINDOW = (512, 1024, 4096), 16  # pixels and tokens: what the choice of window attention is shown for
 
 
 def environment() -> dict[str, Any]:
@@ -70,16 +68,20 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from ..attention.window import WindowCase, choose_backend
+    from ..models import families
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for family, name in SHOWN.items():
+    for family in families():
+        name = next((published.shape for published in family.published.values() if published.shape), None)
+        if name is None:
+            continue
         shape = SHAPES[name]
         for size in SIZES:
             side = size // PIXELS_PER_TOKEN
             settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
             choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
             yield {
-                "family": family,
+                "family": family.name,
                 "pixels": size,
                 "grid": [side, side],
                 "window": WINDOW,
@@ -121,7 +123,7 @@ def environment_text(found: dict[str, Any]) -> str:
 def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
     """One line per family with its backends by image size, then each backend's reason, once."""
     lines = [f"  taken for a window of {WINDOW} when generating, by size in pixels:"]
-    for family in SHOWN:
+    for family in dict.fromkeys(choice["family"] for choice in choices):
         sizes = (f"{c['pixels']} {c['backend']}" for c in choices if c["family"] == family)
         lines.append(f"    {family:20} {', '.join(sizes)}")
     reasons = dict.fromkeys((choice["backend"], choice["reason"]) for choice in choices)
