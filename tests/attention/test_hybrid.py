@@ -14,7 +14,7 @@ def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
     layout = TokenLayout(text, (GRID,), text_first)
     query, key, value = (torch.randn(2, text + layout.image_length, HEADS, HEAD_DIM).double() for _ in range(3))
     hidden = torch.randn(2, layout.image_length, WIDTH).double()
-    if layer.far:
+    if layer.far is not None:
         for name, parameter in layer.named_parameters():
             if name.startswith("map"):
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -22,9 +22,7 @@ def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
 
 
 def call(layer, layout, qkv, hidden):
-    if not layer.far:
-        return layer(*qkv, layout), None, None
-    far_query, far_key, gate = layer.maps(hidden, *(layout.split(x)[1] for x in qkv[:2]))
+    far_query, far_key, gate = layer.far_inputs(hidden, *(layout.split(x)[1] for x in qkv[:2]))
     return layer(*qkv, layout, far_query=far_query, far_key=far_key, gate=gate), far_query, far_key
 
 
@@ -46,12 +44,12 @@ def test_a_fresh_layer_over_the_whole_grid_is_dense(gate, text_first):
 
 
 @pytest.mark.parametrize("text, text_first", [(TEXT, True), (TEXT, False), (0, True)])
-@pytest.mark.parametrize("far", [True, False])
-def test_a_fresh_layer_is_dense_with_the_window_as_mask(text, text_first, far):
-    layer, layout, qkv, hidden = make_case(text, text_first, window=(3, 4), far=far)
+@pytest.mark.parametrize("kind", ["hybrid", "window"])
+def test_a_fresh_layer_is_dense_with_the_window_as_mask(text, text_first, kind):
+    layer, layout, qkv, hidden = make_case(text, text_first, window=(3, 4), kind=kind)
     out = call(layer, layout, qkv, hidden)[0]
     torch.testing.assert_close(out, oracles.softmax_attention(*qkv, joint_mask(layout, (3, 4))))
-    if not far:
+    if kind == "window":
         assert not list(layer.parameters())
 
 
@@ -76,12 +74,12 @@ def test_the_maps_add_to_the_teachers_projections():
         layer.map_q.norm(hidden @ layer.map_q.down.weight.T + layer.map_q.down.bias)
     )
     added = (hidden_rank @ layer.map_q.up.weight.T + layer.map_q.up.bias).view_as(query)
-    torch.testing.assert_close(layer.maps(hidden, query, query)[0], query + added)
+    torch.testing.assert_close(layer.far_inputs(hidden, query, query)[0], query + added)
     assert added.abs().max() > 0.1
 
 
 def test_linear_only_attends_to_text_and_image():
-    layer, layout, qkv, hidden = make_case(window=None)
+    layer, layout, qkv, hidden = make_case(kind="linear")
     out, far_query, far_key = call(layer, layout, qkv, hidden)
     (text_key, _), (text_value, value) = (layout.split(x) for x in qkv[1:])
     keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, value), 1)
