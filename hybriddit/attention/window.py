@@ -119,7 +119,7 @@ def _check_text_mask(text_mask: Tensor, text_key: Tensor | None) -> None:
         wanted = tuple(text_key.shape[:2])
         raise ValueError(f"text_mask must be bool {wanted}, got {text_mask.dtype} {_shapes(text_mask)}")
     if text_mask.device != text_key.device:
-        raise ValueError(f"text_mask is on {text_mask.device}, the tensors are on {text_key.device}: use one device")
+        raise ValueError(f"attention inputs are on several devices ({text_key.device}, {text_mask.device})")
 
 
 def _hide_padded_text(query, key, value, text_key, text_value, text_mask, scale):
