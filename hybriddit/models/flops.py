@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..attention import TokenLayout
+from ..attention.work import dense_flops
 from .family import family_of
 from .sit import SiTAttention
 
@@ -17,32 +18,15 @@ def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, in
     asks for, such as the part of a tile's keys that its mask hides.
     """
     family = family_of(model)
-    text, image = token_layout.text_length, token_layout.image_length
     dense = hybrid = 0
     for name, attn in family.attentions(model).items():
         if not family.converts(name):
             continue
-        layer_text = 0 if name.endswith(".attn2") else text  # SD3.5's second attention sees the image alone
-        width = attn.to_q.out_features
-        full = 4 * (layer_text + image) ** 2 * width
+        layout, shape = family.layer_layout(name, token_layout), family.layer_shape(attn)
+        full = dense_flops(layout.text_length + layout.image_length, shape.heads * shape.head_dim)
         dense += full
         layer = getattr(attn, "hybrid", None)
-        if layer is None:
-            hybrid += full
-            continue
-        hybrid += 4 * layer_text * (layer_text + image) * width
-        if layer.window is not None:
-            near = sum(
-                height * columns * min(layer.window[0], height) * min(layer.window[1], columns)
-                for height, columns in token_layout.grids
-            )
-            hybrid += 4 * width * (near + image * layer_text)
-        if layer.far:
-            keys = image + (layer_text if layer.window is None else 0)
-            # phi(k) times v and phi(q) times that state, then both sums of the denominator
-            hybrid += 2 * (image + keys) * width * (layer.head_dim + 1)
-            rank = layer.map_q.down.out_features
-            hybrid += 2 * 2 * image * rank * (attn.to_q.in_features + width)
+        hybrid += full if layer is None else layer.flops(layout)
     return {"dense": dense, "hybrid": hybrid}
 
 
