@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ..files import replacing
 from ..generate import open_image
-from .latents import LatentData, LatentInfo
-from .teacher_images import encode_prompts, make_set, read_text
+from .latents import LatentData, LatentInfo, build_latents, encode_prompts
+from .prompts import read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -37,7 +37,7 @@ def image_folder(
 
     Captions: see `captioned_images`. Images that cannot be read, and images without a caption, are left out: how many
     is printed, and which and why stands in `skipped.json` in the cache. steps, guidance_scale: of the samples drawn
-    while training, and the value of a guidance embedding. cache: see `make_set`.
+    while training, and the value of a guidance embedding. cache: see `build_latents`.
 
     Raises FileNotFoundError for a folder that is not there and ValueError where no image of it can be used.
     """
@@ -56,13 +56,13 @@ def image_folder(
         return {"latents": encode_images(pipeline, images), **text}
 
     stats = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
-    data = make_set(
+    data = build_latents(
         pipeline,
         info,
         make_batch,
         count=len(good),
         batch_size=batch_size,
-        making={"files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()},
+        settings={"files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()},
         cache=cache,
         desc="encoding images",
         progress=progress,
