@@ -1,16 +1,15 @@
 """`hybriddit sample`: the npz, whole after kills and the same for any number of processes."""
 
+import functools
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from runs import start, wait_for
 
 from hybriddit import SiTPipeline, SiTTransformer2DModel, cli
 from hybriddit import sample as module
@@ -160,41 +159,28 @@ def test_what_is_wrong_is_told_in_one_line(more, message, model, tmp_path, capsy
     assert cli.main(arguments(model, "samples.npz", num=2)) == 0, "the mistake binds no later run"
 
 
-# of one thread, as this process
-LAUNCH = """
-import sys, torch
-from hybriddit import cli, sample
-torch.set_num_threads(1)
-sample.PART = 4
-sys.exit(cli.main(sys.argv[1:]))
-"""
+def one_of(count, rank, port):
+    """What torchrun sets for its processes; parts of four images, as here."""
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    module.PART = 4
 
 
-def start(words, count):
+def start_all(words, count, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *words],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return [start(*words, output=output, before=functools.partial(one_of, count, rank, port)) for rank in range(count)]
 
 
 def test_killed_by_the_system_and_resumed(model, tmp_path):
-    out, words = tmp_path / "samples.npz", ["--steps", "30"]
-    [process] = start(arguments(model, out, *words, num=120), 1)
-    folder, until = tmp_path / "samples.npz.parts", time.monotonic() + 300
-    while len(list(folder.glob("part-*"))) < 2 and not out.exists() and time.monotonic() < until:
-        assert process.poll() in (None, 0), process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    out, said, words = tmp_path / "samples.npz", tmp_path / "out.txt", ["--steps", "30"]
+    [process] = start_all(arguments(model, out, *words, num=120), 1, said)
+    folder = tmp_path / "samples.npz.parts"
+    wait_for(lambda: len(list(folder.glob("part-*"))) >= 2 or not process.is_alive(), 300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not out.exists(), said.read_text()
     for path in (out, tmp_path / "whole.npz"):
         assert cli.main(arguments(model, path, *words, num=120)) == 0
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "whole.npz"), strict=True):
@@ -202,10 +188,10 @@ def test_killed_by_the_system_and_resumed(model, tmp_path):
 
 
 def test_two_processes_make_what_one_makes(model, tmp_path):
-    out = tmp_path / "two.npz"
-    for process in start(arguments(model, out), 2):
-        # the first waits for the second
-        assert process.wait(timeout=300) == 0, process.stderr.read()
+    out, said = tmp_path / "two.npz", tmp_path / "out.txt"
+    for process in start_all(arguments(model, out), 2, said):
+        process.join(300)  # the first waits for the second
+        assert process.exitcode == 0, said.read_text()
     assert cli.main(arguments(model, tmp_path / "one.npz")) == 0
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "one.npz"), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from hybriddit.data.class_cache import make_cache, read_index
 from hybriddit.data.class_images import adm_crop, class_images, read_folder, read_pixels
@@ -35,6 +36,25 @@ def test_the_crop_is_adms_own_code(sides, size):
     array = np.array(image)
     y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     assert np.array_equal(found, array[y : y + size, x : x + size])
+
+
+def test_classes_are_those_of_torchvisions_image_folder(folder):
+    """On plain folders, without links and hidden files: the same images, labels and names."""
+    for name in ("10", "9", "Zebra"):
+        (folder / "apple" / "more" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "apple" / "more" / name / "a.PNG")
+        (folder / name).mkdir()
+        Image.new("RGB", (4, 4)).save(folder / name / "b.jpeg")
+    paths, labels, classes = class_images(folder)
+    expected = ImageFolder(folder)
+    found = sorted((str(path), label) for path, label in zip(paths, labels, strict=True))
+    assert classes == expected.classes and found == sorted(expected.samples)
+
+
+def test_links_that_lead_in_circles_end(folder):
+    for name in ("a", "b"):
+        (folder / "apple" / name).symlink_to(folder, target_is_directory=True)
+    assert len(class_images(folder)[0]) == 11, "links below a class are not followed"
 
 
 def test_what_is_a_class(folder, tmp_path):

@@ -101,6 +101,25 @@ def test_a_cache_made_otherwise_or_damaged_is_refused(flux, tmp_path):
         tiny_data(flux, images=4, cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"steps": 3}, "steps"),
+        ({"max_sequence_length": 5}, "max_sequence_length"),
+        ({"states": 1}, "states"),
+        ({"height": 32}, "height"),
+        ({"images": 3}, "images, prompts"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+    ],
+)
+def test_all_that_the_rows_depend_on_is_part_of_a_caches_identity(flux, tmp_path, changed, named):
+    tiny_data(flux, images=4, cache=tmp_path)
+    other, changed = copy.copy(flux), dict(changed)
+    other.transformer = copy.deepcopy(flux.transformer).to(changed.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=f"other values of {named}:"):
+        tiny_data(other, **{"images": 4, **changed}, cache=tmp_path)
+
+
 def test_a_table_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "table.safetensors"
     save_shard(path, {"a": torch.ones(2)})
