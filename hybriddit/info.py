@@ -277,9 +277,9 @@ def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> d
 
 def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
     """The attention layers that conversion is about, those that stay dense included."""
-    from .models import FAMILIES  # diffusers' classes: only here, for it takes seconds
+    from .models import families  # diffusers' classes: only here, for it takes seconds
 
-    family = next((family for family in FAMILIES if family.hybrid_class.__name__ == model_class), None)
+    family = next((family for family in families() if family.hybrid_class.__name__ == model_class), None)
     if family is None:
         raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
     layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))

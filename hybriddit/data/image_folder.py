@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..files import replacing
 from ..generate import open_image
+from ..models import family_of
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
 from .prompts import read_text
 
@@ -128,9 +128,9 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted and scaled; packed for FLUX."""
+    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted, scaled, and packed if its family does."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode()
     latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    return FluxPipeline._pack_latents(latents, *latents.shape) if isinstance(pipeline, FluxPipeline) else latents
+    return family_of(pipeline.transformer).pack(latents)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..models import dense_mode, is_hybrid
+from ..models import dense_mode, family_of, is_hybrid
 from ..pipelines.loading import quiet
 from .shards import ShardedDataset, ShardFile, save_shard, write_or_check_settings
 
@@ -37,8 +37,8 @@ class LatentInfo:
 class LatentData(ShardedDataset):
     """Latents and prompt embeddings, one row an image.
 
-    shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, tokens, C] where the
-        pipeline packs them, as FLUX's does, else [N, C, h, w]) and the prompt's tensors under the names of the
+    shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, C, h, w], or
+        [N, tokens, C] where its family packs them) and the prompt's tensors under the names of the
         pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
         [N, states].
     empty: the empty prompt's tensors, one row each; prompt dropout puts them in the prompt's place.
@@ -103,16 +103,9 @@ def build_latents(
 
 @torch.no_grad()
 def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
-    """The prompts' tensors under the names of the pipeline's arguments, one row a prompt."""
+    """The prompts' tensors under the names of the pipeline's arguments, one row a prompt.
+
+    Raises ValueError for a pipeline whose transformer is of no known family.
+    """
     length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-    kind = type(pipeline).__name__
-    if "Flux" in kind:
-        embeds, pooled, _ = pipeline.encode_prompt(prompts, **length)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    if "StableDiffusion3" in kind:
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **length)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-    if "PixArt" in kind:
-        embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **length)
-        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
-    raise ValueError(f"cannot encode prompts with a {kind}: supported are FLUX, Stable Diffusion 3 and PixArt-Sigma")
+    return family_of(pipeline.transformer).encode_prompts(pipeline, prompts, **length)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..models import family_of
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
 
 
@@ -66,18 +67,17 @@ def teacher_images(
 
 @contextmanager
 def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within it, what the transformer is called with: (hidden_states, times), of the last `count` of a batch.
+    """Within it, collect what the transformer is called with: (hidden_states, times), the last `count` of every batch.
 
-    Those are the conditional ones under classifier-free guidance. Times are as `training.recipes.draw_times` gives
-    them: in [0, 1] for FLUX and Stable Diffusion 3, steps of the noise schedule for PixArt-Sigma.
+    Those are the conditional ones under classifier-free guidance. Times are in the unit of the family's recipes.
     """
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    scale = 1000 if "StableDiffusion3" in type(pipeline).__name__ else 1
+    family = family_of(pipeline.transformer)
 
     def keep(module, arguments, kwargs):
         named = inspect.signature(module.forward).bind(*arguments, **kwargs).arguments
-        hidden_states, times = named["hidden_states"][-count:], named["timestep"][-count:]
-        inputs.append((hidden_states.cpu(), (times / scale if scale != 1 else times).cpu()))
+        hidden_states, timestep = named["hidden_states"][-count:], named["timestep"][-count:]
+        inputs.append((hidden_states.cpu(), family.times_of(timestep).cpu()))
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -95,14 +95,14 @@ def sample(
     seeds: Sequence[int],
     output_type: str = "pil",
 ):
-    """Generate from encoded prompts, one seed each; PIL images, or latents as the transformer takes them."""
+    """Images of encoded prompts, each from a seed of its own.
+
+    empty: the empty prompt's tensors, one row each. output_type: "pil", or "latent" for latents as the transformer
+    takes them.
+    """
     device = pipeline.transformer.device
-    arguments = {key: value.to(device) for key, value in text.items()}
-    if "Flux" not in type(pipeline).__name__:  # classifier-free guidance
-        count = len(seeds)
-        arguments |= {f"negative_{key}": value.to(device).repeat_interleave(count, 0) for key, value in empty.items()}
-    if "PixArt" in type(pipeline).__name__:
-        arguments |= {"use_resolution_binning": False, "prompt": None, "negative_prompt": None}
+    text, empty = ({name: value.to(device) for name, value in tensors.items()} for tensors in (text, empty))
+    arguments = family_of(pipeline.transformer).sampling_arguments(text, empty, len(seeds))
     return pipeline(
         **arguments,
         height=info.height,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..attention import TokenLayout
-from .families import family_of
+from .family import family_of
 from .sit import SiTAttention
 
 

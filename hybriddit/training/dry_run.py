@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import models
+import hybriddit
+
 from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import dense_mode, family_of
@@ -237,7 +238,7 @@ def plan_model(path: str) -> tuple[str, nn.Module, int, int]:
         raise ValueError(
             f"a dry run needs a local pipeline folder, or one of {', '.join(REPOSITORIES)}: model.path is {path!r}"
         )
-    model_class = getattr(models, name, None) or getattr(diffusers, name, None)
+    model_class = getattr(hybriddit, name, None) or getattr(diffusers, name, None)
     if model_class is None:
         raise ValueError(f"{path}: its transformer is a {name or 'model of no class'}, which diffusers does not have")
     with torch.device("meta"):
