@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     apply_rotary_emb,
@@ -20,11 +21,14 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from timm.layers import GluMlp, LayerNorm, Mlp, PatchEmbed, RmsNorm
 from torch import nn
 
 from ..attention import linear_attention, neighborhood_attention
 from ..attention.hybrid import QueryKeyMap
 from ..config import HybridConfig
+from ..files import read_tensors
+from .sit_names import renamed
 
 # The published sizes; each exists with patches of 2, 4 and 8.
 SIT_SIZES = {
@@ -35,7 +39,7 @@ SIT_SIZES = {
 }
 SIT_PATCHES = (2, 4, 8)
 ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
-NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RmsNorm}
 ACTIVATIONS = ("gelu-approximate", "swiglu")
 TIME_CHANNELS = 256  # of the sinusoid that the time embedding starts from
 EPS = 1e-6
@@ -69,7 +73,7 @@ class SiTAttention(nn.Module):
         width = heads * head_dim
         self.kind, self.heads, self.window, self.stride = kind, heads, window, stride
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2))
+        self.norm_q, self.norm_k = (RmsNorm(head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2))
         if kind in ("linear", "hybrid"):
             self.map_q, self.map_k = (QueryKeyMap(width, width, map_rank or width) for _ in range(2))
         if kind == "hybrid" and gate == "token":
@@ -125,9 +129,12 @@ class SiTBlock(nn.Module):
 
     def __init__(self, attn: SiTAttention, width: int, ff_width: int, norm_type: str, activation_fn: str):
         super().__init__()
-        self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, affine=False) for _ in range(2))
         self.attn = attn
-        self.ff = FeedForward(width, inner_dim=ff_width, activation_fn=activation_fn)
+        if activation_fn == "swiglu":  # fc1 gives the values, then their gates
+            self.ff = GluMlp(width, 2 * ff_width, act_layer=nn.SiLU, gate_last=True)
+        else:
+            self.ff = Mlp(width, ff_width, act_layer=partial(nn.GELU, approximate="tanh"))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
@@ -231,11 +238,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         ff_width = int(width * mlp_ratio)
         if activation_fn == "swiglu":
             ff_width = max(8, 8 * round(ff_width * 2 / 3 / 8))
-        self.grid = (sample_size // patch_size,) * 2
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
 
-        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(sample_size, patch_size, in_channels, width, strict_img_size=False)
+        self.grid = self.patch_embed.grid_size
         # never trained, but a parameter: the published files hold it and the published counts count it
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, self.grid, width), requires_grad=False)
         self.time_embed = TimestepEmbedding(TIME_CHANNELS, width)
@@ -260,10 +267,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             )
             for kind in kinds
         )
-        self.norm_out = NORMS[norm_type](width, eps=EPS, elementwise_affine=False)
+        self.norm_out = NORMS[norm_type](width, eps=EPS, affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
         self._init_weights(gate_init)
+        self.register_load_state_dict_pre_hook(_rename_on_load)
 
     def _init_weights(self, gate_init: float) -> None:
         """SiT's: Xavier, and zeros where a block, and the model, end."""
@@ -271,8 +279,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        patches = self.patch_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+        nn.init.zeros_(patches.bias)
         for table in (self.label_embed, self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(table.weight, std=0.02)
         for block in self.transformer_blocks:
@@ -321,10 +330,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         """
         batch, dtype, patch = hidden_states.shape[0], hidden_states.dtype, self.config.patch_size
         self._check_inputs(hidden_states, timestep, class_labels)
-        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
+        grid = self.patch_embed.dynamic_feat_size(hidden_states.shape[2:])
 
         # 1. patches and positions: [B, C, H, W] -> [B, N, width]
-        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        hidden_states = self.patch_embed(hidden_states)
         pos_embed, rope = self.pos_embed, None
         if grid != self.grid:
             width = pos_embed.shape[2]
@@ -395,6 +404,34 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                     f"{min(names)} the first; it was saved with another depth or attention"
                 )
         return (model, info) if wants_info else model
+
+    def _fix_state_dict_keys_on_load(self, state_dict):
+        super()._fix_state_dict_keys_on_load(state_dict)
+        _rename(state_dict)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, **kwargs):
+        """As diffusers'. Its hook above is for files of one piece: shards with old names are put together here."""
+        if state_dict is None and loaded_keys != list(renamed(dict.fromkeys(loaded_keys))):
+            state_dict = {}
+            for path in resolved_model_file:
+                state_dict |= read_tensors(Path(path))
+            _rename(state_dict)
+            loaded_keys = list(state_dict)
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, name_or_path, loaded_keys, **kwargs
+        )
+
+
+def _rename(state_dict: dict[str, torch.Tensor]) -> None:
+    """Give old names of weights their new ones, in place."""
+    today = renamed(state_dict)
+    state_dict.clear()
+    state_dict.update(today)
+
+
+def _rename_on_load(module, state_dict, *_) -> None:
+    _rename(state_dict)
 
 
 # saved pipelines name the class by this module: the short name outlives the package's inner layout

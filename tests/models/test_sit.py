@@ -206,7 +206,7 @@ def test_presets(size, patch):
     width = {"S": 384, "B": 768, "L": 1024, "XL": 1152}[size]
     assert model.pos_embed.shape == (1, (32 // patch) ** 2, width)
     assert len(model.transformer_blocks) == {"S": 12, "B": 12, "L": 24, "XL": 28}[size]
-    assert model.transformer_blocks[0].ff.net[2].in_features == 4 * width
+    assert model.transformer_blocks[0].ff.fc2.in_features == 4 * width
     assert model.proj_out.out_features == 8 * patch**2
 
 
@@ -388,14 +388,14 @@ def test_rms_norm():
 
 def test_swiglu():
     model, inputs = make(activation_fn="swiglu"), make_inputs((4, 7))
-    hidden = model.transformer_blocks[0].ff.net[2].in_features
+    hidden = model.transformer_blocks[0].ff.fc2.in_features
     assert hidden == 64  # two thirds of 96
 
     def mlp(w, name, x):
         w = model.get_submodule(name.replace("blocks.", "transformer_blocks.").replace("mlp", "ff")).state_dict()
-        x = x @ w["net.0.proj.weight"].T + w["net.0.proj.bias"]
+        x = x @ w["fc1.weight"].T + w["fc1.bias"]
         x = x[..., :hidden] * x[..., hidden:] / (1 + torch.exp(-x[..., hidden:]))
-        return x @ w["net.2.weight"].T + w["net.2.bias"]
+        return x @ w["fc2.weight"].T + w["fc2.bias"]
 
     close(run(model, inputs), plain_of(model, inputs, mlp=mlp))
     counts = {
@@ -497,14 +497,14 @@ def test_initial_weights():
         block.attn.to_out: 2 * width,
         block.attn.map_q.down: 2 * width,
         block.attn.map_k.up: 2 * width,
-        block.ff.net[0].proj: 5 * width,
-        block.ff.net[2]: 5 * width,
+        block.ff.fc1: 5 * width,
+        block.ff.fc2: 5 * width,
     }
     for layer, fans in xavier.items():
         assert std(layer.weight) == pytest.approx(math.sqrt(2 / fans), rel=0.02), layer
         assert layer.weight.abs().max() <= math.sqrt(6 / fans) and layer.bias.abs().max() == 0
-    assert std(model.patch_embed.weight) == pytest.approx(math.sqrt(2 / (width + 16)), rel=0.02)
-    assert model.patch_embed.bias.abs().max() == 0
+    assert std(model.patch_embed.proj.weight) == pytest.approx(math.sqrt(2 / (width + 16)), rel=0.02)
+    assert model.patch_embed.proj.bias.abs().max() == 0
     for layer in (model.label_embed, model.time_embed.linear_1, model.time_embed.linear_2):
         assert std(layer.weight) == pytest.approx(0.02, rel=0.02)
     for layer in (block.modulation, model.modulation_out, model.proj_out):
@@ -827,8 +827,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ({"width": 48}, r"of another size: pos_embed is \(1, 36, 48\), and \(1, 36, 24\) in this model"),
         ({"tokens": 64}, r"of another size: pos_embed is \(1, 64, 24\)"),
         ({"classes": 7}, r"of another size: label_embed.weight is \(8, 24\)"),
-        ({"patch": 4}, "of another size: patch_embed.weight"),
-        ({"channels": 4}, "of another size: patch_embed.weight"),
+        ({"patch": 4}, "of another size: patch_embed.proj.weight"),
+        ({"channels": 4}, "of another size: patch_embed.proj.weight"),
     ],
 )
 def test_a_checkpoint_of_another_size_is_refused(size, message, tmp_path):
