@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..attention import TokenLayout
+from ..attention.work import dense_flops
 from .families import family_of
 from .sit import SiTAttention
 
@@ -24,25 +25,13 @@ def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, in
             continue
         layer_text = 0 if name.endswith(".attn2") else text  # SD3.5's second attention sees the image alone
         width = attn.to_q.out_features
-        full = 4 * (layer_text + image) ** 2 * width
+        full = dense_flops(layer_text + image, width)
         dense += full
         layer = getattr(attn, "hybrid", None)
         if layer is None:
             hybrid += full
             continue
-        hybrid += 4 * layer_text * (layer_text + image) * width
-        if layer.window is not None:
-            near = sum(
-                height * columns * min(layer.window[0], height) * min(layer.window[1], columns)
-                for height, columns in token_layout.grids
-            )
-            hybrid += 4 * width * (near + image * layer_text)
-        if layer.far:
-            keys = image + (layer_text if layer.window is None else 0)
-            # phi(k) times v and phi(q) times that state, then both sums of the denominator
-            hybrid += 2 * (image + keys) * width * (layer.head_dim + 1)
-            rank = layer.map_q.down.out_features
-            hybrid += 2 * 2 * image * rank * (attn.to_q.in_features + width)
+        hybrid += layer.flops(token_layout._replace(text_length=layer_text))
     return {"dense": dense, "hybrid": hybrid}
 
 

@@ -138,16 +138,17 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 def _hybrid_attention(attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype) -> HybridAttention:
     """The new part of one attention layer, on its device; `dtype` for all but the gate, which stays fp32."""
-    width = attn.to_q.in_features
     hybrid = HybridAttention(
-        width,
+        attn.to_q.in_features,
         attn.heads,
         attn.to_q.out_features // attn.heads,
-        map_rank=config.map_rank or max(1, width // 16),
-        window=None if kind == "linear" else config.pair("window"),
+        kind=kind,
+        window=config.pair("window"),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
-        far=kind != "window",
+        map_rank=config.map_rank,
+        mixer=config.mixer,
+        feature_map=config.feature_map,
         gate=config.gate,
     )
     hybrid.deltas = nn.ModuleDict()

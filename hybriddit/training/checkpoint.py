@@ -12,6 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import flush, read_tensors, write_tensors
 
+# Settings that the first checkpoints do not hold, and what their runs had.
+YOUNGER_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
+
 
 def save_checkpoint(
     folder: Path,
@@ -100,7 +103,8 @@ def read_state(path: Path, settings: dict) -> dict:
         state = dict(json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, error) from None
-    other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
+    found = {**YOUNGER_SETTINGS, **state.get("settings", {})}
+    other = [key for key in settings if found.get(key) != settings[key]]
     if other:
         raise ValueError(
             f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
