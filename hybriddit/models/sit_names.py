@@ -11,6 +11,9 @@ RENAMED = {
     "patch_embed.bias": "patch_embed.proj.bias",
     ".ff.net.0.proj.": ".ff.fc1.",
     ".ff.net.2.": ".ff.fc2.",
+    ".attn.map_q.": ".attn.hybrid.map_q.",
+    ".attn.map_k.": ".attn.hybrid.map_k.",
+    ".attn.gate": ".attn.hybrid.gate",
 }
 T = TypeVar("T")
 
