@@ -247,17 +247,17 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
         return heads_of(tokens @ w[f"to_{part}.weight"].T + w[f"to_{part}.bias"])
 
     def mapped(part):
-        hidden = x @ w[f"map_{part}.down.weight"].T + w[f"map_{part}.down.bias"]
+        hidden = x @ w[f"hybrid.map_{part}.down.weight"].T + w[f"hybrid.map_{part}.down.bias"]
         centred = hidden - hidden.mean(-1, keepdim=True)
         hidden = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        hidden = hidden * w[f"map_{part}.norm.weight"] + w[f"map_{part}.norm.bias"]
+        hidden = hidden * w[f"hybrid.map_{part}.norm.weight"] + w[f"hybrid.map_{part}.norm.bias"]
         hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
-        return project(part, x + hidden @ w[f"map_{part}.up.weight"].T + w[f"map_{part}.up.bias"])
+        return project(part, x + hidden @ w[f"hybrid.map_{part}.up.weight"].T + w[f"hybrid.map_{part}.up.bias"])
 
     value = project("v", x)
     query, key = (rotate(norm(getattr(layer, f"norm_{part}"), project(part, x))) for part in "qk")
     near, far = oracles.softmax_attention(query, key, value, mask), None
-    if hasattr(layer, "map_q"):
+    if hasattr(layer.hybrid, "map_q"):
         query, key = (norm(getattr(layer, f"norm_{part}"), mapped(part)) for part in "qk")
         far = oracles.linear(query, key, value)
     return near, far, value
@@ -267,7 +267,7 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
 @pytest.mark.parametrize("map_rank", [None, 5])
 def test_linear_is_the_definition(grid, map_rank):
     model, inputs = make(attention="linear", map_rank=map_rank), make_inputs(grid)
-    assert model.transformer_blocks[1].attn.map_q.down.out_features == (map_rank or WIDTH)
+    assert model.transformer_blocks[1].attn.hybrid.map_q.down.out_features == (map_rank or WIDTH)
 
     def attend(w, name, x, grid):
         return near_and_far(model, name, x, grid)[1].flatten(2)
@@ -298,9 +298,9 @@ def test_hybrid_joins_near_and_far(grid, gate):
         near, far, _ = near_and_far(model, name, x, grid, mask)
         state = model.get_submodule(name.replace("blocks.", "transformer_blocks.")).state_dict()
         if gate == "token":
-            share = (x @ state["gate.weight"].T + state["gate.bias"]).unsqueeze(-1)
+            share = (x @ state["hybrid.gate.weight"].T + state["hybrid.gate.bias"]).unsqueeze(-1)
         else:
-            share = state["gate"]
+            share = state["hybrid.gate"]
             assert share.shape == (HEADS, WIDTH // HEADS if gate == "channel" else 1)
         return (near + share * (far - near)).flatten(2)
 
@@ -314,7 +314,8 @@ def test_the_gate_starts_where_it_is_told(gate):
         make(attention=kind, window=6, gate=gate, **({"gate_init": 1.0} if kind == "hybrid" else {}))
         for kind in ("softmax", "linear", "hybrid")
     )
-    start = SiTTransformer2DModel(**TINY, attention="hybrid", gate=gate, gate_init=0.25).transformer_blocks[0].attn
+    start = SiTTransformer2DModel(**TINY, attention="hybrid", gate=gate, gate_init=0.25)
+    start = start.transformer_blocks[0].attn.hybrid
     assert torch.equal(
         start.gate.bias if gate == "token" else start.gate.flatten(),
         torch.full((HEADS if gate != "channel" else WIDTH,), 0.25),
@@ -324,7 +325,7 @@ def test_the_gate_starts_where_it_is_told(gate):
         with torch.no_grad():
             hybrid.load_state_dict(other.state_dict(), strict=False)
             for block in hybrid.transformer_blocks:
-                for parameter in [block.attn.gate] if gate != "token" else block.attn.gate.parameters():
+                for parameter in [block.attn.hybrid.gate] if gate != "token" else block.attn.hybrid.gate.parameters():
                     parameter.fill_(value if parameter.ndim != 2 or gate != "token" else 0)
         torch.testing.assert_close(run(hybrid, inputs), run(other, inputs), rtol=1e-9, atol=1e-9)
 
@@ -341,8 +342,8 @@ def test_layers_of_several_kinds():
     model = make(attention=patterns, num_layers=4)
     kinds = ["softmax", "window", "softmax", "linear"]
     assert [block.attn.kind for block in model.transformer_blocks] == kinds
-    assert [hasattr(block.attn, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
-    assert not any(hasattr(block.attn, "gate") for block in model.transformer_blocks)
+    assert [hasattr(block.attn.hybrid, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
+    assert not any(hasattr(block.attn.hybrid, "gate") for block in model.transformer_blocks)
     inputs = make_inputs((4, 7))
     mask = oracles.window_mask((4, 7), (3, 3))
 
@@ -377,7 +378,7 @@ def test_qk_norm(kind):
 
 
 def w_gate(model, name):
-    return model.get_submodule(name.replace("blocks.", "transformer_blocks.")).gate.detach()
+    return model.get_submodule(name.replace("blocks.", "transformer_blocks.")).hybrid.gate.detach()
 
 
 def test_rms_norm():
@@ -495,8 +496,8 @@ def test_initial_weights():
         block.attn.to_k: width + 3 * width,
         block.attn.to_v: width + 3 * width,
         block.attn.to_out: 2 * width,
-        block.attn.map_q.down: 2 * width,
-        block.attn.map_k.up: 2 * width,
+        block.attn.hybrid.map_q.down: 2 * width,
+        block.attn.hybrid.map_k.up: 2 * width,
         block.ff.fc1: 5 * width,
         block.ff.fc2: 5 * width,
     }
@@ -860,5 +861,7 @@ def test_keys_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"sit\.pt: the state dict lacks 1 keys"):
         load_original(SiTTransformer2DModel(**TINY), tmp_path / "sit.pt")
     torch.save(state, tmp_path / "sit.pt")
-    with pytest.raises(ValueError, match=r"it has no transformer_blocks\.0\.attn\.map_k.*build a softmax model"):
+    with pytest.raises(
+        ValueError, match=r"it has no transformer_blocks\.0\.attn\.hybrid\.map_k.*build a softmax model"
+    ):
         load_original(SiTTransformer2DModel(**TINY, attention="linear"), tmp_path / "sit.pt")
