@@ -168,8 +168,10 @@ class HybridAttention(nn.Module):
             token_layout.split(tokens) for tokens in (query, key, value)
         )
         if self.kind == "linear":
-            # text keys enter as the layer's projection made them: the maps are the image's alone
-            keys, values = torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
+            keys, values = far_key, image_value
+            if token_layout.text_length:
+                # text keys enter as the layer's projection made them: the maps are the image's alone
+                keys, values = torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
             seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
             image = self.far(far_query, keys, values, key_mask=seen)
         else:

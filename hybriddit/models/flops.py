@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..attention import TokenLayout
+from ..attention.hybrid import HybridAttention
 from ..attention.work import dense_flops
 from .family import family_of
-from .sit import SiTAttention
 
 
 def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, int]:
@@ -35,22 +35,14 @@ def sit_flops(model: nn.Module, grid: tuple[int, int]) -> int:
 
     Counted from the formulas; sums, norms and activations are left out. Training takes three times as many.
     """
+    layout = TokenLayout(0, (grid,), text_first=False)
     tokens, flops = grid[0] * grid[1], 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, HybridAttention):
+            flops += module.flops(layout)
+        elif isinstance(module, nn.Linear) and ".hybrid.map_" not in name:  # those, the layer has counted
             once = "modulation" in name or "time_embed" in name  # of the conditioning, not of the tokens
             flops += 2 * module.weight.numel() * (1 if once else tokens)
         elif isinstance(module, nn.Conv2d):
             flops += 2 * module.weight.numel() * tokens
-        elif isinstance(module, SiTAttention):
-            width = module.to_q.in_features
-            if module.kind == "softmax":
-                flops += 4 * tokens**2 * width
-            if module.kind in ("window", "hybrid"):
-                seen = min(module.window[0], grid[0]) * min(module.window[1], grid[1])
-                flops += 4 * tokens * seen * width
-            if module.kind in ("linear", "hybrid"):
-                flops += 4 * tokens * width * (width // module.heads + 1)
-            if module.kind == "hybrid":  # queries and keys are projected for both branches
-                flops += 2 * 2 * width**2 * tokens
     return flops

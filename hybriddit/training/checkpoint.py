@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -123,14 +123,18 @@ def load_checkpoint(
     average: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     settings: dict,
+    *,
+    rename: Callable[[dict], dict] = dict,
 ) -> int:
     """Put everything back in place, and return the step to go on from.
+
+    rename: gives tensors of a checkpoint of an older version ("weight/NAME", …) the names of this one.
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """
     state = read_state(path, settings)
     try:
-        tensors = read_tensors(path / "state.safetensors")
+        tensors = rename(read_tensors(path / "state.safetensors"))
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     found = {key.removeprefix("weight/"): value.shape for key, value in tensors.items() if key.startswith("weight/")}

@@ -30,6 +30,7 @@ from ..files import checksum, read_json, replacing
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
+from ..models.sit_names import renamed
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .checkpoint import checkpoints, gather, load_checkpoint, save_checkpoint
 from .config import SiTConfig, to_dict
@@ -142,9 +143,8 @@ def train(
     first = 0
     settings = resume_settings(config)
     if resume:
-        first = load_checkpoint(
-            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
-        )
+        newest = checkpoints(folder / "checkpoints")[-1]
+        first = load_checkpoint(newest, trained, average.shadow_params, optimizer, settings, rename=renamed)
         average.optimization_step = first
     elif writes:
         with replacing(folder / "config.yaml") as partial:
