@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo | convert | distill | train | generate | evaluate | benchmark | info.
+"""The command line: hybriddit demo | convert | distill | train | generate | cache | sample | evaluate | benchmark | info.
 
 Every subcommand is two functions: `add_<name>` declares its options, `<name>` runs it by a function elsewhere in the
 package, imported only then: --help and wrong calls do not wait for torch.
@@ -18,6 +18,9 @@ from typing import Any
 from . import __version__
 from .benchmark.shapes import PARTS, SHAPES, VARIANTS
 
+# of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample.py holds them to be the same)
+SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
+DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """exit codes:
   0    done
   1    something is wrong that you can put right: one line on stderr says what
@@ -68,7 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="the completion script, to stdout",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_demo, add_convert, add_distill, add_train, add_generate, add_evaluate, add_benchmark, add_info):
+    for add in (
+        add_demo,
+        add_convert,
+        add_distill,
+        add_train,
+        add_generate,
+        add_cache,
+        add_sample,
+        add_evaluate,
+        add_benchmark,
+        add_info,
+    ):
         add(commands)
     return parser
 
@@ -111,7 +125,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16 on a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU)")
 
 
 def add_demo(commands) -> None:
@@ -288,6 +302,78 @@ def generate(options: argparse.Namespace) -> None:
     made = run(**_given(options), announce=not (options.quiet or options.json))
     if options.json:
         print(json.dumps(made))
+
+
+def add_cache(commands) -> None:
+    sub = _add_command(
+        commands,
+        "cache",
+        cache,
+        "cache a folder of images for `hybriddit train`: their latents, plain and mirrored, or their pixels",
+        "imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out outputs/cache/imagenet256",
+    )
+    sub.description += (
+        ". The subfolders are the classes. Every image is cropped as ADM crops it; one that cannot be read is left "
+        "out, counted, and listed in index.json. A run that was stopped or killed goes on when it is started again; "
+        "several processes of torchrun share the work."
+    )
+    sub.add_argument("folder", type=Path, help="of images; its subfolders are the classes")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    sub.add_argument("--vae", help="folder or repository of an AutoencoderKL; without one, pixels are kept")
+    sub.add_argument("--size", type=int, default=256, help="of the square images, in pixels (default: %(default)s)")
+    sub.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey (default: %(default)s)")
+    sub.add_argument("--batch-size", type=int, default=64, help="of the VAE (default: %(default)s)")
+    sub.add_argument("--shard-size", type=int, default=4096, help="images of one file (default: %(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def cache(options: argparse.Namespace) -> None:
+    from .data.class_cache import run
+
+    run(**_given(options))
+
+
+def add_sample(commands) -> None:
+    sub = _add_command(
+        commands,
+        "sample",
+        sample,
+        "sample a SiTPipeline for an evaluation: an npz file that `hybriddit evaluate` and the ADM suite read",
+        "outputs/pipeline --num 50000 --class-balanced --sampler sde-euler --out samples.npz",
+    )
+    sub.description += (
+        ". Image i has a label, and noise of seed + i, that depend on nothing but the settings: several processes of "
+        "torchrun make the same images as one, and a run that was killed goes on. A JSON file beside the npz says how "
+        "they were made."
+    )
+    sub.add_argument("model", help="folder or hub repository of a SiTPipeline")
+    sub.add_argument("--out", type=Path, required=True, help="npz file")
+    sub.add_argument("--num", type=int, default=50000, help="images (default: %(default)s)")
+    balance = sub.add_mutually_exclusive_group(required=True)
+    balance.add_argument("--class-balanced", action="store_true", help="every class in turn")
+    balance.add_argument("--random", action="store_true", help="labels drawn at random, as SiT's and DiT's authors did")
+    sub.add_argument("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
+    sub.add_argument("--sampler", choices=SAMPLERS, default="sde-euler", help="(default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=250, help="(default: %(default)s)")
+    sub.add_argument("--shift", type=float, default=1.0, help="of times, towards noise (default: none)")
+    sub.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default: 1, none)")
+    sub.add_argument("--guidance-channels", type=int, help="guide the first ones only; published numbers: 3")
+    sub.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    for name in ("atol", "rtol"):
+        sub.add_argument(f"--{name}", type=float, help="of dopri5")
+    sub.add_argument("--diffusion", help="of an SDE, as sample_sde's (default: sigma)")
+    sub.add_argument("--diffusion-norm", type=float)
+    sub.add_argument("--last-step", help="of an SDE: mean, euler or tweedie (default: mean)")
+    sub.add_argument("--last-step-size", type=float, help="(default: 0.04)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is of seed + i (default: %(default)s)")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def sample(options: argparse.Namespace) -> None:
+    from .sample import SampleSettings, run
+
+    run(SampleSettings(**_given(options, "random")))
 
 
 def add_evaluate(commands) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention.work import Work
 from ..machine import device_details, versions
 
 PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
@@ -25,13 +26,6 @@ MAX_CALLS = 200
 SHORT_SECONDS = 0.1
 RATE_SECONDS = 2.0
 OUT_OF_MEMORY = "out of memory"
-
-
-class Work(NamedTuple):
-    """The least that a call has to do: bytes to and from memory, and FLOPs (two per multiply-add)."""
-
-    bytes: int
-    flops: int
 
 
 class Rates(NamedTuple):

@@ -16,6 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
+from ..data.sources import make_data
 from ..files import write_json
 from ..images import save_png
 from ..models import family_of
@@ -23,7 +24,7 @@ from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..pipelines.loading import load_pipeline
 from ..training.config import DistillConfig, load_config
-from ..training.distill import distill, make_data
+from ..training.distill import distill
 from .canvas import Scene
 from .judge import Judge, match_score
 
@@ -127,7 +128,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
     pipeline = load_pipeline(str(folder))
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
-    data = make_data(pipeline, config)
+    data = make_data(pipeline, config.data)
 
     family = family_of(pipeline.transformer)
     pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)

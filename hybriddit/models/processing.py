@@ -46,9 +46,9 @@ def far_inputs(
     layer's own norms are applied here, rotary embedding is not: phi after it would lose its sign.
     """
     hybrid: HybridAttention = attn.hybrid
-    if not hybrid.far:
+    if hybrid.far is None:
         return {}
-    far_query, far_key, gate = hybrid.maps(hidden_states, query, key)
+    far_query, far_key, gate = hybrid.far_inputs(hidden_states, query, key)
     return {"far_query": norm(attn.norm_q, far_query), "far_key": norm(attn.norm_k, far_key), "gate": gate}
 
 

@@ -163,16 +163,19 @@ def _hybrid_attention(
     family: Family, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
 ) -> HybridAttention:
     """The new part of one attention layer, on its device; `dtype` for all but the gate, which stays fp32."""
-    width, heads, kv_heads, head_dim = family.layer_shape(attn)
+    shape = family.layer_shape(attn)
     hybrid = HybridAttention(
-        width,
-        heads,
-        head_dim,
-        map_rank=config.map_rank or max(1, width // 16),
-        window=None if kind == "linear" else config.pair("window"),
+        shape.width,
+        shape.heads,
+        shape.head_dim,
+        kind=kind,
+        kv_heads=shape.kv_heads,
+        window=config.pair("window"),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
-        far=kind != "window",
+        map_rank=config.map_rank,
+        mixer=config.mixer,
+        feature_map=config.feature_map,
         gate=config.gate,
     )
     projections = family.projections(attn)

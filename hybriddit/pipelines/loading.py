@@ -1,8 +1,10 @@
-"""Loading pipelines from folders and hub repositories, safetensors only, with every failure in one line."""
+"""Load pipelines from folders and hub repositories, safetensors only, with every failure in one line; hide their bars."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,6 +77,17 @@ def load_for_use(
     default = "bfloat16" if device.type == "cuda" else "float32"
     load = load_sit_pipeline if of_classes else load_pipeline
     return load(path, getattr(torch, dtype or default)).to(device)
+
+
+@contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Hide the pipeline's own progress bar within the block."""
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
 
 
 def find_sit_pipeline(path: str | os.PathLike) -> Path | None:
