@@ -3,14 +3,14 @@ this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a k
 
 import importlib
 
-import oracles
 import pytest
 import torch
+from attention import oracles
 from torch.utils import deterministic
 
 from hybriddit.attention import linear_attention
 
-linear_triton = pytest.importorskip("hybriddit.attention.linear_triton", reason="triton is not installed")
+linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
 if not (torch.cuda.is_available() or linear_triton.INTERPRETED):
     pytest.skip("no GPU; test_linear.py runs this file in Triton's interpreter", allow_module_level=True)
 
