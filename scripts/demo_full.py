@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from torch import nn
 
+from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
 from hybriddit.demo.run import (
     SEEDS,
@@ -36,8 +36,9 @@ from hybriddit.demo.run import (
     sampling_of,
 )
 from hybriddit.models import hybridize
+from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.config import load_config, to_dict
-from hybriddit.training.distill import distill, make_data
+from hybriddit.training.distill import distill
 
 VARIANTS = {
     "hybrid": {},
@@ -78,7 +79,7 @@ def main() -> None:
     prompts, image_seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
     scenes = [scene for scene in SHOWN for _ in image_seeds]
 
-    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline = load_pipeline(str(folder))
     teacher = generate(pipeline, prompts, image_seeds, sampling, "teacher")
     data = None
     results: dict[str, list[dict]] = {"teacher": [judged(teacher, scenes, judge)]}
@@ -112,7 +113,7 @@ def main() -> None:
                 continue
             pipeline.transformer = copy.deepcopy(dense)
             if data is None:
-                data = make_data(pipeline, config)
+                data = make_data(pipeline, config.data)
             hybridize(pipeline.transformer, hybrid)
             for name in fresh:
                 measure(name, seed, pipeline.transformer, run)

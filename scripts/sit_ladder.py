@@ -33,15 +33,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hybriddit.benchmark.measure import Limits, Side, measure
-from hybriddit.data.class_images import ClassData, open_set
+from hybriddit.data.class_data import ClassData
+from hybriddit.data.sources import open_class_data
 from hybriddit.demo.run import contact_sheet
 from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
+from hybriddit.machine import git_state
 from hybriddit.metrics import frechet_distance, moments, to_uint8
 from hybriddit.models.sit import SiTTransformer2DModel
 from hybriddit.training.checkpoint import checkpoints
 from hybriddit.training.config import SiTConfig, load_config
-from hybriddit.training.record import git_state, read_log
+from hybriddit.training.record import read_log
 from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the model's width over this
@@ -88,7 +90,9 @@ def climb(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     features = efficientnet_lite0()
     size = config.model["sample_size"]
-    images = open_set(config.data.path, (config.model["in_channels"], size, size), progress=config.train.progress)
+    images = open_class_data(
+        config.data.path, (config.model["in_channels"], size, size), progress=config.train.progress
+    )
     data, held_out = split(images)
     judge = Judge(data, held_out, features, folder / "features.safetensors")
     for seed in options.seeds:

@@ -147,7 +147,8 @@ def save(report: dict[str, Any], folder: Path) -> list[str]:
     Raises ValueError for a report that `check` refuses or that another machine made: speeds are told where they were
     measured. The plot needs matplotlib, and a case that was measured.
     """
-    from .measure import device_of_this_machine, machine
+    from ..machine import device_of_this_machine
+    from .measure import machine
     from .plot import draw
 
     check(report)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..machine import device_of_this_machine, git_state
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_sides, layer_work
 from .measure import (
@@ -24,7 +25,6 @@ from .measure import (
     OUT_OF_MEMORY,
     Limits,
     Rates,
-    device_of_this_machine,
     free_bytes,
     machine,
     measure,
@@ -384,11 +384,7 @@ def _tidy(device: torch.device) -> None:
 
 
 def _git() -> dict[str, Any] | None:
-    try:
-        from ..training.record import git_state
-    except ModuleNotFoundError:  # a machine of only torch and triton
-        return None
-    state = git_state(Path(__file__).parent)
+    state = git_state()
     return state and {"commit": state["commit"], "changed": len(state["changed"])}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -80,14 +80,17 @@ def begin(
     *,
     resume: bool,
     writes: bool,
+    rename: Callable[[dict], dict] = dict,
 ) -> int:
     """The step to start from: that of the newest checkpoint, which is loaded, or 0, with the config written down.
 
-    writes: whether this process is the one that writes in `folder`.
+    writes: whether this process is the one that writes in `folder`. rename: see `load_checkpoint`.
     """
     if resume:
         newest = checkpoints(folder / "checkpoints")[-1]
-        average.optimization_step = load_checkpoint(newest, trained, average.shadow_params, optimizer, settings)
+        average.optimization_step = load_checkpoint(
+            newest, trained, average.shadow_params, optimizer, settings, rename=rename
+        )
         return average.optimization_step
     if writes:
         with replacing(folder / "config.yaml") as partial:
@@ -194,16 +197,3 @@ def mean_metrics(names: Sequence[str], values: torch.Tensor, done: int) -> dict[
         )
         raise FloatingPointError(f"training stopped: not finite at step {step} ({shown}); earlier checkpoints are kept")
     return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
-
-
-def save_grid(path: Path, columns: list[list]) -> None:
-    """A PNG with one column per list of PIL images."""
-    from PIL import Image
-
-    width, height = columns[0][0].size
-    grid = Image.new(columns[0][0].mode, (width * len(columns), height * len(columns[0])))
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            grid.paste(image, (x * width, y * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,15 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
-from ..files import checksum, read_json, replacing
+from ..data.class_cache import load_vae
+from ..data.class_data import ClassData, ClassInfo
+from ..data.sources import SOURCES
+from ..files import checksum, read_json, replacing, replacing_folder
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
+from ..images import save_grid
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
+from ..models.sit_names import renamed
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .checkpoint import gather, save_checkpoint
 from .config import SiTConfig, to_dict
@@ -41,7 +44,6 @@ from .loop import (
     make_optimizer,
     mean_metrics,
     progress_bar,
-    save_grid,
     stop_signals,
 )
 from .record import log, plot_log, record_start, start_log
@@ -62,8 +64,7 @@ def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     model = make_model(config)
-    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    data = open_set(config.data.path, shape, memory=config.data.memory, progress=config.train.progress)
+    data = SOURCES["classes"].make(model, config.data, config.train.progress)
     return train(model, data, config, resume=resume)
 
 
@@ -142,7 +143,7 @@ def train(
     average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not sharded)  # shards have no _foreach_copy_
 
     settings = resume_settings(config)
-    first = begin(folder, config, settings, trained, average, optimizer, resume=resume, writes=writes)
+    first = begin(folder, config, settings, trained, average, optimizer, resume=resume, writes=writes, rename=renamed)
     if writes and not resume:
         with replacing(folder / "data.json") as partial:
             partial.write_text(json.dumps(described(data), indent=1) + "\n")
@@ -421,21 +422,13 @@ def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
 
 
 def save_pipeline(pipeline: SiTPipeline, folder: Path, config: SiTConfig, step: int) -> None:
-    """So that `folder` is never half a pipeline: it is the one before, for an instant absent, then this one."""
+    """Write the pipeline so that `folder` is never half a pipeline; its note says which weights these are."""
     pipeline.register_to_config(weights=f"EMA {config.optim.ema_decay}, step {step}")
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for path in (partial, old):
-        shutil.rmtree(path, ignore_errors=True)
     try:
-        pipeline.save_pretrained(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        with replacing_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()

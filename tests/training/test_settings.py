@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
-from hybriddit.data.class_images import ClassData, ClassInfo
+from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.training import distill as distilling
 from hybriddit.training import train_sit as training
