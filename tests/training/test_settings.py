@@ -9,16 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
+from tiny_pipelines import PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.training import distill as distilling
 from hybriddit.training import train_sit as training
-from hybriddit.training.config import DistillConfig, SiTConfig
-from hybriddit.training.loop import make_optimizer
-from hybriddit.training.recipes import recipe_of
+from hybriddit.training.optimizer import make_optimizer
+from hybriddit.training.run_config import DistillConfig, SiTConfig
 
 SIT = {
     "num_layers": 1,
