@@ -1,5 +1,6 @@
 """The Fréchet distance that is measured while a model trains: its value, its references, and early errors."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,13 +9,18 @@ import scipy.linalg
 import torch
 from PIL import Image
 from runs import quarters
+from tiny_pipelines import tiny_data, tiny_pipeline
 from tiny_vae import tiny_vae
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from hybriddit import HybridConfig
 from hybriddit.data.class_cache import make_cache
 from hybriddit.data.sources import open_class_data
+from hybriddit.data.teacher_images import sample
 from hybriddit.metrics import to_uint8
 from hybriddit.training import frechet
-from hybriddit.training.run_config import MetricsConfig, load_config
+from hybriddit.training.distill import distill
+from hybriddit.training.run_config import DistillConfig, MetricsConfig, load_config
 from hybriddit.training.train_sit import run
 
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, "num_classes": 2}
@@ -149,6 +155,31 @@ def test_latents_are_decoded(images, tmp_path):
     assert all(np.isfinite(value) and value > 0 for value in logged(tmp_path).values())
     with pytest.raises(ValueError, match="metrics.reference is needed, an npz file: the training set holds latents"):
         run(load_config(config, ["metrics.reference=null", f"output.folder={tmp_path / 'other'}"]))
+
+
+def test_of_a_distillation_it_is_the_distance_to_the_teacher_s_images(tmp_path):
+    pipeline = tiny_pipeline("flux_dev")
+    data, dense = tiny_data(pipeline, images=4), copy.copy(pipeline)
+    dense.transformer = copy.deepcopy(pipeline.transformer)
+    config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
+    config.metrics = MetricsConfig(2, 6, features="runs:quarters", batch_size=4)
+    config.train.steps, config.train.batch_size, config.train.progress = 4, 4, False
+    config.train.seed, config.optim.lr, config.output.folder = 7, 1e-2, str(tmp_path / "run")
+    distill(pipeline, data, config)
+
+    rows = data.rows([0, 1, 2, 3, 0, 1])
+    rows.pop("latents")
+    student, teacher = (
+        torch.stack([pil_to_tensor(image) for image in sample(made_by, rows, data.empty, data.info, range(7, 13))])
+        for made_by in (pipeline, dense)
+    )
+    expected = distance(quarters(student), quarters(teacher))
+    found = logged(tmp_path)
+    assert list(found) == [2, 4] and found[4] == pytest.approx(expected, rel=1e-3) and found[4] > 0
+    pipeline.vae = None
+    with pytest.raises(ValueError, match="metrics.every: the teacher's pipeline has no VAE"):
+        config.output.folder = None
+        distill(pipeline, data, config)
 
 
 def pixels(images):

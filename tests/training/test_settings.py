@@ -1,20 +1,26 @@
 """Every setting reaches the training step: for each, a value under which a run that ignored it would end differently."""
 
 import copy
+import functools
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.teacher_images import teacher_images
+from hybriddit.models.flops import sit_flops
 from hybriddit.training import distill as distilling
+from hybriddit.training import fit as fitting
 from hybriddit.training import train_sit as training
 from hybriddit.training.optimizer import make_optimizer
 from hybriddit.training.run_config import DistillConfig, SiTConfig
@@ -81,6 +87,10 @@ class Distilling:
         pipeline.transformer = model or self.model()
         return distilling.distill(pipeline, self.data, self.config(folder, **settings), resume=resume)
 
+    def step_flops(self, counted):
+        """FLOPs of an image in a step, of those counted in two steps of four images, and in one on fake tensors."""
+        return counted / 9
+
     def draw(self, config, step):
         """(noise, times) of a step."""
         recipe = recipe_of(self.pipeline)
@@ -103,6 +113,9 @@ class Training:
 
     def run(self, folder, settings, model=None, resume=False):
         return training.train(model or self.model(), self.data, self.config(folder, **settings), resume=resume)
+
+    def step_flops(self, counted):
+        return 3 * sit_flops(self.model(), (4, 4))  # by formula: what the windows' tiles compute beyond it is no use
 
     def draw(self, config, step):
         (batch,) = training.draw_batches(self.data, self.model().config, config, step)
@@ -217,6 +230,39 @@ def test_the_optimizer_has_two_groups(job, tmp_path):
     optimizer = make_optimizer(trained, job.config(tmp_path, **{"optim.weight_decay": 0.3}))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert [[p.numel() for p in group["params"]] for group in optimizer.param_groups] == [[1], [2]]
+
+
+def test_compiled_blocks_train_as_others_do(job, tmp_path, monkeypatch):
+    """By a backend that runs what torch.compile captured as it is."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = functools.partialmethod(ModelMixin.compile_repeated_blocks, backend=backend)
+    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", compiled)
+    for name, on in (("plain", False), ("compiled", True)):
+        job.run(tmp_path / name, {"train.compile": on, "train.steps": 3})
+        assert bool(graphs) == on
+    for one, other in zip(states(tmp_path / "plain"), states(tmp_path / "compiled"), strict=True):
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_the_log_tells_the_share_of_the_device_s_peak(job, tmp_path, monkeypatch):
+    """By a clock that ticks once a call: a step of four images takes a second."""
+    seconds = itertools.count()
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: next(seconds))
+    with FlopCounterMode(display=False) as counter:
+        job.run(tmp_path, {"train.peak_tflops": 1e-3, "train.steps": 2})
+    flops = job.step_flops(counter.get_total_flops())
+    lines = log_of(tmp_path)
+    assert [line["mfu"] for line in lines] == pytest.approx([4 * flops / 1e9] * 2, rel=0.02)
+    names = (
+        {"loss", "task", "output", "layer", "gate_lr"} if isinstance(job, Distilling) else {"loss", "images_per_second"}
+    )
+    assert set(lines[0]) == {"step", "grad_norm", "lr", "mfu"} | names
 
 
 def test_a_checkpoint_of_another_model_is_refused(job, tmp_path):

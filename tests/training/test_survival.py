@@ -4,17 +4,19 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil  # accelerate's own
 import pytest
 import torch
 from PIL import Image
-from runs import finish, limit_files, small_disk, start, wait_for
+from runs import finish, finish_sharded, limit_files, small_disk, start, wait_for
 from safetensors.torch import load_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -194,6 +196,44 @@ def test_two_processes_give_the_result_of_one(config, tmp_path):
             one[name], other[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text
         )
     for line, expected in zip(log_of(run), log_of(alone), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_processes_with_a_shard_each_give_the_result_of_one_and_resume_each_other_s_runs(config, tmp_path):
+    """By FSDP2: teacher and student pass through the same shards, and samples and checkpoints are of both processes."""
+    run, alone, out = tmp_path / "run", tmp_path / "alone", tmp_path / "out.txt"
+    few = ["train.steps=8", "train.accumulation=2"]
+    seldom = [*few, "output.checkpoint_every=4", "output.sample_every=8", "output.samples=2"]
+    assert finish_sharded("distill", config, *options(run, *seldom), output=out) == [0, 0], (
+        tmp_path / "out.txt.0"
+    ).read_text()
+    assert json.loads((run / "run.json").read_text())[0]["processes"] == 2
+    assert (
+        finish("distill", config, *options(alone, *few, "output.sample_every=8", "output.samples=2"), output=out) == 0
+    )
+    assert_close_runs(run, alone)
+    one, other = (np.array(Image.open(path / "samples" / "step-00000008.png")).astype(int) for path in (run, alone))
+    assert np.abs(one - other).max() <= 2
+
+    for folder, finishing, done in ((run, finish, [0]), (alone, finish_sharded, [0, 0])):
+        shutil.rmtree(folder / "checkpoints" / "step-00000008")  # leaves step 4, and step 7
+        (folder / "adapter" / "hybrid_adapter.safetensors").rename(tmp_path / f"{folder.name}.safetensors")
+        codes = finishing("distill", config, *options(folder, *few), "--resume", output=out)
+        assert codes in (done, done[0])
+        assert [line["step"] for line in log_of(folder)] == list(range(1, 9))
+    assert_close_runs(run, alone)
+
+
+def assert_close_runs(folder, other):
+    """To what sums of gradients in another order leave: the adapter, the last checkpoint and every step's metrics."""
+    last = sorted((other / "checkpoints").iterdir())[-1].name
+    for name in ("adapter/hybrid_adapter.safetensors", f"checkpoints/{last}/state.safetensors"):
+        one, expected = load_file(folder / name), load_file(other / name)
+        assert one.keys() == expected.keys()
+        for key in one:
+            assert one[key].dtype == expected[key].dtype
+            torch.testing.assert_close(one[key], expected[key], rtol=1e-3, atol=1e-4, msg=lambda text, k=key: k + text)
+    for line, expected in zip(log_of(folder), log_of(other), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
 
 

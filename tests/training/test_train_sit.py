@@ -35,7 +35,7 @@ from hybriddit.pipelines import sit as sit_pipeline
 from hybriddit.pipelines.loading import load_sit_pipeline
 from hybriddit.training import processes
 from hybriddit.training import train_sit as module
-from hybriddit.training.batches import in_turn, one_ahead
+from hybriddit.training.batches import batches, in_turn, one_ahead
 from hybriddit.training.fit import known_peak
 from hybriddit.training.run_config import SiTConfig, load_config, to_dict
 from hybriddit.training.train_sit import draw_batches, make_model, run, train
@@ -553,6 +553,14 @@ def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, 
         monkeypatch.setattr(processes, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
         with pytest.raises(NotImplementedError, match=message):
             run(load_config(config, overrides))
+
+
+def test_a_gpu_s_batches_are_made_one_ahead():
+    for device, thread in (("cpu", True), ("cuda", False)):
+        made = batches(
+            lambda step: threading.current_thread() is threading.main_thread(), range(2), torch.device(device)
+        )
+        assert list(made) == [(0, thread), (1, thread)]
 
 
 @pytest.mark.parametrize("made", [in_turn, one_ahead])
