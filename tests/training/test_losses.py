@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hybriddit.models import FLUX, STABLE_DIFFUSION_3
 from hybriddit.training.losses import captured_outputs, layer_loss
 
 
@@ -45,7 +46,7 @@ def test_capture_survives_recomputation():
     block, x = Block(), torch.randn(3, 4)
     grads = []
     for run in (lambda: block(x), lambda: checkpoint(block, x, use_reentrant=False)):
-        with captured_outputs({"layer": block.attention}) as outputs:
+        with captured_outputs(FLUX, {"layer": block.attention}) as outputs:
             y = run()
         kept = outputs["layer"][0]
         (y.sum() + kept.square().mean()).backward()
@@ -64,6 +65,6 @@ def test_unused_text_output_of_the_last_sd3_block_is_left_out():
             return x, x + 1
 
     layer = Attention()
-    with captured_outputs({"last": layer}) as outputs:
+    with captured_outputs(STABLE_DIFFUSION_3, {"last": layer}) as outputs:
         layer(torch.zeros(2))
     assert len(outputs["last"]) == 1
