@@ -60,7 +60,7 @@ echo "== environment"
 
 echo "== tests"
 if has pytest; then
-    timeout 480 "$python" -m pytest tests/attention tests/test_benchmark.py 2>&1 | tee "$work/tests" || failed=1
+    timeout 480 "$python" -m pytest tests/attention tests/benchmark 2>&1 | tee "$work/tests" || failed=1
     tail -n 1 "$work/tests" > "$results/tests.txt"
 else
     echo "left out: the tests need pytest"

@@ -46,7 +46,7 @@ class Rates(NamedTuple):
 
 
 @dataclass
-class Side:
+class Case:
     """One of the things that are compared.
 
     forward: makes the output. inputs: what the backward pass gives gradients to. steps: a call is so many steps, and
@@ -58,7 +58,7 @@ class Side:
     inputs: list[Tensor]
     steps: int = 1
     no_backward: str | None = None
-    # of the outputs, by their shape: shared by the sides that take turns
+    # of the outputs, by their shape: shared by the cases that take turns
     gradients: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 class Limits(NamedTuple):
     repeats: int
-    max_seconds: float  # for all calls of one side, compiling apart
+    max_seconds: float  # for all calls of one case, compiling apart
 
 
 def device_of_this_machine() -> torch.device:
@@ -140,7 +140,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """The fastest of up to 30 copies of `copy_bytes`, and of as many products of square matrices of that side."""
+    """The fastest of up to 30 copies of `copy_bytes`, and of as many products of square matrices of `matrix` rows."""
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
     copy = _fastest(partial(one.copy_, other), device)
     one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
@@ -149,41 +149,41 @@ def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, mat
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    side = Side("", call, [])
+    case = Case("", call, [])
     samples, begin = [], time.perf_counter()
     while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
-        samples.append(sample(side, False, 1, device)["forward"])
+        samples.append(sample(case, False, 1, device)["forward"])
     return min(samples)
 
 
-def sample(side: Side, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
+def sample(case: Case, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
     """Seconds per call, by direction: forward alone, or backward and forward + backward of the same calls."""
     stamp, seconds_between, wait = _clock(device)
     wait()
     begin, backward_spans = stamp(), []
     for _ in range(calls):
         if backward:
-            out = side.forward()
+            out = case.forward()
             before = stamp()
-            _gradients(side, out)
+            _gradients(case, out)
             backward_spans.append((before, stamp()))
             del out
         else:
             with torch.no_grad():
-                side.forward()
+                case.forward()
     end = stamp()
     wait()
-    whole = seconds_between(begin, end) / calls / side.steps
+    whole = seconds_between(begin, end) / calls / case.steps
     if not backward:
-        return {"step" if side.steps > 1 else "forward": whole}
+        return {"step" if case.steps > 1 else "forward": whole}
     alone = sum(seconds_between(*span) for span in backward_spans) / calls
     return {"backward": alone, "forward + backward": whole}
 
 
-def _gradients(side: Side, out: Tensor) -> None:
-    if out.shape not in side.gradients:
-        side.gradients[out.shape] = torch.randn_like(out)
-    torch.autograd.grad(out, side.inputs, side.gradients[out.shape], allow_unused=True)
+def _gradients(case: Case, out: Tensor) -> None:
+    if out.shape not in case.gradients:
+        case.gradients[out.shape] = torch.randn_like(out)
+    torch.autograd.grad(out, case.inputs, case.gradients[out.shape], allow_unused=True)
 
 
 def _clock(device: torch.device):
@@ -222,67 +222,67 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure(
-    sides: Iterable[Side],
+    cases: Iterable[Case],
     backward: bool,
     device: torch.device,
     limits: Limits,
 ) -> dict[str, Outcome | str]:
-    """Every side's times, taken in turns, or why there are none.
+    """Every case's times, taken in turns, or why there are none.
 
-    A side is called once unmeasured (it may compile), once for its memory and a first idea of its time, and then
+    A case is called once unmeasured (it may compile), once for its memory and a first idea of its time, and then
     `limits.repeats` times, fewer where that would take longer than `limits.max_seconds`.
     """
     outcomes: dict[str, Outcome | str] = {}
-    running: list[tuple[Side, int, int]] = []
-    for side in sides:
-        if backward and side.no_backward:
-            outcomes[side.name] = side.no_backward
+    running: list[tuple[Case, int, int]] = []
+    for case in cases:
+        if backward and case.no_backward:
+            outcomes[case.name] = case.no_backward
             continue
         try:
-            _call(side, backward)
+            _call(case, backward)
             seconds = []
 
-            def timed(side=side, seconds=seconds):
-                seconds.extend(sample(side, backward, 1, device).values())
+            def timed(case=case, seconds=seconds):
+                seconds.extend(sample(case, backward, 1, device).values())
 
             peak = peak_bytes(timed, device)
         except torch.OutOfMemoryError:
-            outcomes[side.name] = OUT_OF_MEMORY
+            outcomes[case.name] = OUT_OF_MEMORY
         except Exception as error:  # one kernel that a machine cannot run must not cost the others' figures
-            outcomes[side.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            outcomes[case.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
         else:
-            one = max(seconds) * side.steps
+            one = max(seconds) * case.steps
             if one < SHORT_SECONDS:  # the profiler took a share of that
-                one = max(sample(side, backward, 1, device).values()) * side.steps
+                one = max(sample(case, backward, 1, device).values()) * case.steps
             affordable = int(limits.max_seconds / one) - 2
             if affordable < min(MIN_REPEATS, limits.repeats):
-                outcomes[side.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
+                outcomes[case.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
             else:
                 calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS[device.type] / one)))
                 repeats = min(limits.repeats, max(affordable // calls, MIN_REPEATS))
-                outcomes[side.name] = Outcome({}, calls, peak)
-                running.append((side, calls, repeats))
+                outcomes[case.name] = Outcome({}, calls, peak)
+                running.append((case, calls, repeats))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for turn in range(max((repeats for _, _, repeats in running), default=0)):
-        for side, calls, repeats in running:
-            if turn < repeats and isinstance(outcomes[side.name], Outcome):
+        for case, calls, repeats in running:
+            if turn < repeats and isinstance(outcomes[case.name], Outcome):
                 try:
-                    taken = sample(side, backward, calls, device)
+                    taken = sample(case, backward, calls, device)
                 except torch.OutOfMemoryError:  # the memory lies in pieces by now
-                    outcomes[side.name] = OUT_OF_MEMORY
+                    outcomes[case.name] = OUT_OF_MEMORY
                     continue
                 for direction, seconds in taken.items():
-                    outcomes[side.name].samples.setdefault(direction, []).append(seconds)
+                    outcomes[case.name].samples.setdefault(direction, []).append(seconds)
     return outcomes
 
 
-def _call(side: Side, backward: bool) -> None:
+def _call(case: Case, backward: bool) -> None:
     if backward:
-        _gradients(side, side.forward())
+        _gradients(case, case.forward())
     else:
         with torch.no_grad():
-            side.forward()
+            case.forward()
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from ..models.sit import SiTTransformer2DModel
 from ..pipelines.sit import SiTPipeline
 from ..training.dry_run import REPOSITORIES
 from ..training.recipes import choose_recipe, model_inputs
-from .measure import Side, Work
+from .measure import Case, Work
 from .shapes import PIXELS_PER_TOKEN, Shape
 
 LATENT_PIXELS = 8
@@ -129,7 +129,7 @@ def _sit_values(values: Mapping[str, Any], variant: str, window: int) -> dict[st
     return public | {"attention": "softmax" if variant == "dense" else variant, "window": window}
 
 
-def model_sides(
+def model_cases(
     part: str,
     shape: Shape,
     px: int,
@@ -140,10 +140,10 @@ def model_sides(
     dtype: torch.dtype,
     device: torch.device,
     backward: bool,
-) -> list[Side]:
-    """One side per variant, on the same weights and inputs; `part` is "transformer" or "generation".
+) -> list[Case]:
+    """One case per variant, on the same weights and inputs; `part` is "transformer" or "generation".
 
-    backward: gradients of latents and text, and of what conversion added, all else frozen, as in distillation. A side
+    backward: gradients of latents and text, and of what conversion added, all else frozen, as in distillation. A case
     of "generation" is a diffusers pipeline without text encoders and VAE, over SAMPLER_STEPS steps.
     """
     model_class, values, _ = plan(shape, px, layers)
@@ -154,7 +154,7 @@ def model_sides(
         tensor.requires_grad_(backward)
     gradients: dict[torch.Size, Tensor] = {}
     shared = {id(parameter) for parameter in model.parameters()}
-    sides = []
+    cases = []
     for variant in variants:
         twin = variant_model(model, variant, window)
         added = [p.requires_grad_(backward) for p in twin.parameters() if id(p) not in shared]
@@ -171,8 +171,8 @@ def model_sides(
                 return twin(**arguments, return_dict=False)[0]
 
             steps = 1
-        sides.append(Side(variant, forward, [*inputs, *added], steps, gradients=gradients))
-    return sides
+        cases.append(Case(variant, forward, [*inputs, *added], steps, gradients=gradients))
+    return cases
 
 
 def _arguments(model: nn.Module, shape: Shape, px: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import report as reports
-from .layer import device_variants, input_bytes, layer_sides, layer_work
+from .layer import device_variants, input_bytes, layer_cases, layer_work
 from .measure import (
     MIN_REPEATS,
     OUT_OF_MEMORY,
@@ -321,16 +321,16 @@ def _outcomes(chosen, part, name, px, backward, direction, rates, device, known)
         return outcomes, works
     try:
         if part == "attention":
-            sides = layer_sides(shape, px, left, chosen.window, chosen.radius, dtype, device, backward)
+            cases = layer_cases(shape, px, left, chosen.window, chosen.radius, dtype, device, backward)
         else:
-            sides = model.model_sides(
+            cases = model.model_cases(
                 part, shape, px, left, chosen.window, chosen.layers, chosen.compile, dtype, device, backward
             )
     except torch.OutOfMemoryError:
         return outcomes | dict.fromkeys(left, OUT_OF_MEMORY), works
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that torch leaves out: their reason is in the table
-        return outcomes | measure(sides, backward, device, limits), works
+        return outcomes | measure(cases, backward, device, limits), works
 
 
 def _before(known, part, name, px, variant, direction) -> dict[str, Any] | None:
