@@ -184,7 +184,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
         "complete": False,
         "cases": _planned(chosen),
     }
-    waiting = {_identity(case): case for case in report["cases"]}
+    waiting = {reports.identity(case): case for case in report["cases"]}
 
     def save() -> list[str]:
         report["elapsed_seconds"] = time.perf_counter() - started
@@ -194,7 +194,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
         for part, name, px in groups(chosen):
             with progress.group(part, name, px):
                 for case in _measure_group(chosen, part, name, px, rates, device, report["cases"]):
-                    planned = waiting[_identity(case)]
+                    planned = waiting[reports.identity(case)]
                     planned.clear()
                     planned.update(case)
             save()
@@ -255,10 +255,6 @@ def _case(chosen: Settings, part: str, name: str, px: int, variant: str, directi
         case["layers"] = list(plan(shape, px, chosen.layers)[2])
         case["batch"] = batch_of(part, shape)
     return case
-
-
-def _identity(case: dict[str, Any]) -> tuple:
-    return tuple(case[key] for key in ("part", "shape", "px", "variant", "direction"))
 
 
 def _measure_group(chosen, part, name, px, rates: Rates, device, known: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def test_the_recorded_command_measures_the_same(report, tmp_path):
     assert main([*words, "--quiet", "--out", str(tmp_path)]) == 0
     again = reports.read(tmp_path / "benchmark.json")
     assert again["settings"] == report["settings"] and again["command"] == report["command"]
-    assert [running._identity(case) for case in again["cases"]] == [running._identity(c) for c in report["cases"]]
+    assert [reports.identity(case) for case in again["cases"]] == [reports.identity(c) for c in report["cases"]]
 
 
 def test_json_goes_to_stdout(tmp_path, capsys):
