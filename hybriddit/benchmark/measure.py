@@ -1,4 +1,7 @@
-"""Times and memory of calls on one device: taken in turns, in one process, and nothing that was not taken."""
+"""Interleaved timing and peak memory of calls on one device; returns measured values only.
+
+Cases that are compared are called in turns in one process, so that a clock that slows down slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
 MIN_REPEATS = 3
 # a sample lasts about this long: a GPU's clock and queue need more than one short kernel
 SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
-MAX_CALLS = 200
-SHORT_SECONDS = 0.1
-RATE_SECONDS = 2.0
+MAX_CALLS = 200  # of one sample
+SHORT_SECONDS = 0.1  # below it, the profiler's own time distorts a call's
+RATE_SECONDS = 2.0  # spent on each of the device's two rates
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -35,22 +38,23 @@ class Work(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What this device reaches: copying (bytes read and written per second), and matrix products in the dtype."""
+    """Measured rates of the device: bytes read and written per second in a copy, FLOP/s of matrix products."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def floor(self, work: Work) -> float:
-        """Seconds below which memory and arithmetic units of this speed cannot do the work."""
+        """The least seconds the work takes at these rates: by memory or by arithmetic, whichever is longer."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 
 @dataclass
 class Case:
-    """One of the things that are compared.
+    """One of the computations that are compared.
 
-    forward: makes the output. inputs: what the backward pass gives gradients to. steps: a call is so many steps, and
-    times are of one. no_backward: why it has no backward pass.
+    name: its variant. forward: computes the output. inputs: the tensors that the backward pass gives gradients to.
+    steps: sampler steps in one call; times are per step. no_backward: why there is no backward pass, None if there is.
+    gradients: the output's gradients, by the output's shape; cases that are compared share one dictionary.
     """
 
     name: str
@@ -58,12 +62,15 @@ class Case:
     inputs: list[Tensor]
     steps: int = 1
     no_backward: str | None = None
-    # of the outputs, by their shape: shared by the cases that take turns
     gradients: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Outcome(NamedTuple):
-    """Samples, seconds per call, by direction; calls behind each sample; bytes allocated beyond the inputs."""
+    """What was measured of a case.
+
+    samples: seconds per call (or step), by direction. calls: each sample is the mean of so many calls. peak_bytes: the
+    most memory that a call held beyond its inputs and weights.
+    """
 
     samples: dict[str, list[float]]
     calls: int
@@ -71,8 +78,10 @@ class Outcome(NamedTuple):
 
 
 class Limits(NamedTuple):
+    """Samples of each case at most, and seconds that all its calls may take, compiling apart."""
+
     repeats: int
-    max_seconds: float  # for all calls of one case, compiling apart
+    max_seconds: float
 
 
 def device_of_this_machine() -> torch.device:
@@ -123,7 +132,7 @@ def _driver() -> str | None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a call may still take."""
+    """Bytes of memory that a call may still take, within a container's own limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -140,7 +149,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """The fastest of up to 30 copies of `copy_bytes`, and of as many products of square matrices of `matrix` rows."""
+    """Rates of the fastest of up to 30 copies of `copy_bytes` bytes and of up to 30 products of square matrices.
+
+    matrix: their rows.
+    """
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
     copy = _fastest(partial(one.copy_, other), device)
     one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
@@ -149,6 +161,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, mat
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of 3 to 30 calls, of at most RATE_SECONDS together beyond the third."""
     case = Case("", call, [])
     samples, begin = [], time.perf_counter()
     while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
@@ -157,7 +170,11 @@ def _fastest(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def sample(case: Case, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
-    """Seconds per call, by direction: forward alone, or backward and forward + backward of the same calls."""
+    """Mean seconds per call of `calls` calls, by direction.
+
+    backward False: "forward", without autograd, or "step" for a sampler. True: "backward" and "forward + backward" of
+    the same calls.
+    """
     stamp, seconds_between, wait = _clock(device)
     wait()
     begin, backward_spans = stamp(), []
@@ -187,7 +204,7 @@ def _gradients(case: Case, out: Tensor) -> None:
 
 
 def _clock(device: torch.device):
-    """A function that marks a moment, one for the seconds between two marks, and one that waits for the device."""
+    """Three functions: mark a moment, seconds between two marks, wait for the device (before marks are compared)."""
     if device.type == "cpu":
         return time.perf_counter, lambda start, end: end - start, lambda: None
 
@@ -200,7 +217,7 @@ def _clock(device: torch.device):
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call holds at once beyond what was held before it, by torch's allocator."""
+    """The most bytes that a call allocates at once, beyond those allocated before it, by torch's allocator."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(device)
@@ -210,7 +227,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -227,10 +244,10 @@ def measure(
     device: torch.device,
     limits: Limits,
 ) -> dict[str, Outcome | str]:
-    """Every case's times, taken in turns, or why there are none.
+    """Measure all cases in turns. Returns, by the case's name, its outcome or the reason why there is none.
 
-    A case is called once unmeasured (it may compile), once for its memory and a first idea of its time, and then
-    `limits.repeats` times, fewer where that would take longer than `limits.max_seconds`.
+    A case is called once unmeasured (it may compile), once for its memory and an estimate of its time, and then for
+    `limits.repeats` samples, fewer where those would take longer than `limits.max_seconds`.
     """
     outcomes: dict[str, Outcome | str] = {}
     running: list[tuple[Case, int, int]] = []
@@ -248,11 +265,11 @@ def measure(
             peak = peak_bytes(timed, device)
         except torch.OutOfMemoryError:
             outcomes[case.name] = OUT_OF_MEMORY
-        except Exception as error:  # one kernel that a machine cannot run must not cost the others' figures
+        except Exception as error:  # the other cases are measured even if this one's kernel fails
             outcomes[case.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
         else:
             one = max(seconds) * case.steps
-            if one < SHORT_SECONDS:  # the profiler took a share of that
+            if one < SHORT_SECONDS:  # measured again, without the profiler
                 one = max(sample(case, backward, 1, device).values()) * case.steps
             affordable = int(limits.max_seconds / one) - 2
             if affordable < min(MIN_REPEATS, limits.repeats):
@@ -269,7 +286,7 @@ def measure(
             if turn < repeats and isinstance(outcomes[case.name], Outcome):
                 try:
                     taken = sample(case, backward, calls, device)
-                except torch.OutOfMemoryError:  # the memory lies in pieces by now
+                except torch.OutOfMemoryError:  # memory is fragmented by now
                     outcomes[case.name] = OUT_OF_MEMORY
                     continue
                 for direction, seconds in taken.items():
