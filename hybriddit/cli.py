@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
-from .benchmark.shapes import PARTS, SHAPES, VARIANTS
+from .benchmark.shapes import PARTS, VARIANTS
 
 EPILOG = """exit codes:
   0    done
@@ -193,7 +193,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--part attention --shapes flux --sizes 512 1024 --out outputs/benchmark",
     )
     sub.add_argument("--part", nargs="+", choices=PARTS, help="(default: all; generation on a GPU only)")
-    sub.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="(default: all; two of them on a CPU)")
+    sub.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="NAME",
+        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, sit-xl and those of families of your own "
+        "(default: all; two of them on a CPU)",
+    )
     sub.add_argument(
         "--sizes",
         nargs="+",
@@ -391,7 +397,13 @@ def benchmark(options: argparse.Namespace) -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from .benchmark.measure import device_of_this_machine
     from .benchmark.run import run, settings
+    from .benchmark.subjects import find_subject
 
+    for name in options.shapes or ():
+        try:
+            find_subject(name)
+        except ValueError as error:
+            build_parser().error(f"argument --shapes: {error}")
     names = ("shapes", "sizes", "variants", "window", "radius", "dtype", "layers", "backward", "compile", "repeats")
     given = {name: getattr(options, name) for name in (*names, "max_seconds")}
     report = run(settings(device_of_this_machine(), parts=options.part, **given), options.out, options.quiet)

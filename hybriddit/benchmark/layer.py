@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
 from .circular import circular_attention, circular_block_mask, circular_pairs, compiled_flex
 from .measure import Case, Work
-from .shapes import PIXELS_PER_TOKEN, Shape
+from .shapes import Shape
 
 SDPA = {
     "dense-flash": SDPBackend.FLASH_ATTENTION,
@@ -29,7 +29,8 @@ def device_variants(device: torch.device) -> tuple[str, ...]:
 
 def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> int:
     """Of the tensors that a layer's variants share, and of their gradients; one output is among them."""
-    image = (px // PIXELS_PER_TOKEN) ** 2
+    rows, columns = shape.grid(px)
+    image = rows * columns
     elements = shape.heads * shape.head_dim * (4 * (image + shape.text) + 2 * image)
     return elements * dtype.itemsize * (2 if backward else 1)
 
@@ -49,8 +50,8 @@ def layer_cases(
     Projections and the query and key maps are apart: every case starts from q, k, v, and the hybrid from the far
     branch's q and k too. backward: the inputs need gradients.
     """
-    side_length = px // PIXELS_PER_TOKEN
-    grid, image = (side_length, side_length), side_length**2
+    grid = shape.grid(px)
+    image = grid[0] * grid[1]
     layout = TokenLayout(shape.text, (grid,), shape.text_first)
 
     def random(length: int) -> Tensor:

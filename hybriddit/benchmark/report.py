@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .shapes import BRANCHES, MODEL_VARIANTS, SHAPES, VARIANTS, is_dense
+from .shapes import BRANCHES, MODEL_VARIANTS, VARIANTS, is_dense
 
 FORMAT = 1
 NAMES = ("benchmark.json", "benchmark.md", "benchmark.png")
@@ -148,7 +148,12 @@ def fastest_dense(report: dict[str, Any], row: dict[str, Any]) -> float | None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """The report in Markdown: how it was measured, and a table for each part, shape and direction.
+
+    Raises ValueError for a shape that no registered family has.
+    """
+    from .subjects import find_subject  # diffusers, which reading a report does not need
+
     machine, settings, rates = report["machine"], report["settings"], report["rates"]
     device = machine["device"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
@@ -189,7 +194,8 @@ def table(report: dict[str, Any]) -> str:
     for (part, shape, direction), rows in groups.items():
         layers = sorted({tuple(row["layers"]) for row in rows if "layers" in row})
         timed = "".join(f", {count} of {of} blocks" for count, of in layers)
-        what = f"{SHAPES[shape].heads} heads x {SHAPES[shape].head_dim}"
+        layer = find_subject(shape).shape
+        what = f"{layer.heads} heads x {layer.head_dim}"
         lines += [
             f"## {shape}: {TITLES[part]}, {direction}{timed}",
             "",

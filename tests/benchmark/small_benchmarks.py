@@ -6,7 +6,7 @@ from hybriddit.benchmark.shapes import Shape
 from hybriddit.cli import main
 
 CPU = torch.device("cpu")
-SMALL = Shape(heads=2, head_dim=8, text=3, text_first=True, model="none", prompt=0, guided=False)
+SMALL = Shape(heads=2, head_dim=8, text=3, text_first=True, pixels=16)
 QUICK = ["--shapes", "sit-xl", "--dtype", "float32", "--repeats", "2", "--quiet"]
 QUICK += ["--variants", "hybrid", "window", "linear", "dense"]
 

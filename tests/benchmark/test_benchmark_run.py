@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from hybriddit.benchmark import report as reports
 from hybriddit.benchmark import run as running
 from hybriddit.benchmark.layer import SDPA, layer_cases, layer_work
 from hybriddit.benchmark.measure import Limits, measure
-from hybriddit.benchmark.shapes import SHAPES
+from hybriddit.benchmark.subjects import find_subject, subjects
 from hybriddit.cli import main
 
 
@@ -27,7 +28,7 @@ def test_a_run_writes_json_table_and_plot(measured, report):
         assert len(case["seconds"]["samples"]) == 2 and case["peak_bytes"] > 0
         assert case["image_tokens"] == (px // 16) ** 2 and case["text_tokens"] == 0
         grid = (px // 16, px // 16)
-        work = layer_work(variant, SHAPES["sit-xl"], grid, window=16, radius=8, element=4)[direction]
+        work = layer_work(variant, find_subject("sit-xl").shape, grid, window=16, radius=8, element=4)[direction]
         assert (case["floor"]["bytes"], case["floor"]["flops"]) == work
     for px in (32, 64):
         whole, back = (cases[px, "dense", d]["seconds"]["samples"] for d in ("forward + backward", "backward"))
@@ -166,27 +167,49 @@ def test_unknown_names_are_a_wrong_call(option, capsys):
     assert exit.value.code == 2 and "invalid choice: 'nonsense'" in capsys.readouterr().err
 
 
-def test_what_this_machine_lacks_is_left_out_and_said(monkeypatch):
-    find_spec = running.importlib.util.find_spec
-    monkeypatch.setattr(
-        running.importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name)
+def test_unknown_shapes_are_named_with_those_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--shapes", "flux", "nonsense"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "hybriddit: error: argument --shapes: invalid choice: 'nonsense' "
+        "(choose from pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, sit-xl)"
     )
-    given = dict.fromkeys(("parts", "sizes", "variants", "dtype", "layers", "repeats", "max_seconds"))
-    given |= {"shapes": ["pixart-sigma", "sit-xl"], "window": 16, "radius": 8, "backward": False, "compile": False}
-    chosen = running.settings(CPU, **given)
-    assert chosen.parts == ("attention",) and chosen.left_out == ("transformer: needs diffusers, not installed here",)
-    with pytest.raises(ValueError, match="transformer: needs diffusers"):
-        running.settings(CPU, **given | {"parts": ["transformer"]})
-    monkeypatch.undo()
-    chosen = running.settings(CPU, **given)
+    with pytest.raises(ValueError, match="invalid choice: 'nonsense'"):
+        running.settings(CPU, **ASKED | {"shapes": ["nonsense"]})
+
+
+def test_help_names_every_shape(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    assert ", ".join(subjects()) in " ".join(capsys.readouterr().out.split())
+
+
+ASKED = dict.fromkeys(("parts", "sizes", "variants", "dtype", "layers", "repeats", "max_seconds"))
+ASKED |= {"shapes": ["pixart-sigma", "sit-xl"], "window": 16, "radius": 8, "backward": False, "compile": False}
+
+
+def test_what_cannot_be_measured_is_left_out_and_said():
+    chosen = running.settings(CPU, **ASKED | {"variants": ["circular"]})
+    assert chosen.parts == ("attention",) and chosen.layers is None
+    assert chosen.left_out == ("transformer: --variants circular has none of it",)
+    with pytest.raises(ValueError, match="transformer: --variants circular has none of it"):
+        running.settings(CPU, **ASKED | {"variants": ["circular"], "parts": ["transformer"]})
+    chosen = running.settings(CPU, **ASKED)
     assert chosen.parts == ("attention", "transformer") and not chosen.left_out
 
 
-def test_the_attention_layer_is_measured_without_diffusers(tmp_path, monkeypatch):
-    """As on a GPU machine that brings torch, triton and no more."""
-    for name in ("diffusers", "accelerate", "transformers", "natten", "omegaconf"):
+def test_the_attention_layer_is_measured_without_natten(tmp_path, monkeypatch):
+    for name in ("natten", "omegaconf"):
         monkeypatch.setitem(sys.modules, name, None)
     assert run(tmp_path, "--sizes", "32") == 0
+
+
+def test_without_diffusers_one_line_says_so():
+    code = "import sys; sys.modules['diffusers'] = None; from hybriddit.cli import main; sys.exit(main(['benchmark']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    [error] = done.stderr.splitlines()
+    assert error.startswith("hybriddit: ") and "diffusers" in error
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
