@@ -1,6 +1,7 @@
 """Pretrained diffusion transformers, made linear in image tokens by hybrid attention. Names are imported on first use."""
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
 
@@ -11,29 +12,38 @@ _HOMES = {
     "dense_mode": ".models",
     "save_adapter": ".models",
     "load_adapter": ".models",
-    "HybridPixArtTransformer2DModel": ".models",
-    "HybridSD3Transformer2DModel": ".models",
-    "HybridFluxTransformer2DModel": ".models",
     "SiTTransformer2DModel": ".models",
-    "HybridPixArtSigmaPipeline": ".pipelines",
-    "HybridStableDiffusion3Pipeline": ".pipelines",
-    "HybridFluxPipeline": ".pipelines",
     "SiTPipeline": ".pipelines",
     "load_config": ".training.config",
     # diffusers loads a saved pipeline's component only from a module that exposes the component's base class
     "ModelMixin": "diffusers",
 }
 
+
 __all__ = list(_HOMES)
 
 
+def _family_classes():
+    """The hybrid models and pipelines of all families, by name: public too, but known only once diffusers is there."""
+    from .models import families
+    from .pipelines import hybrid_pipeline
+
+    models = [family.hybrid_class for family in families()]
+    pipelines = [hybrid_pipeline(family) for family in families()]
+    return {made.__name__: made for made in (*models, *pipelines)}
+
+
 def __getattr__(name):
-    if name not in _HOMES:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+        globals()[name] = value
+        return value
+    found = _family_classes() if name.startswith("Hybrid") else {}
+    if name not in found:
         raise AttributeError(f"module 'hybriddit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+    return found[name]
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    classes = _family_classes() if f"{__name__}.models" in sys.modules else ()
+    return sorted({*globals(), *__all__, *classes})

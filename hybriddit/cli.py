@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo | convert | distill | train | generate | evaluate | benchmark | info."""
+"""The command line: hybriddit demo | convert | distill | train | generate | cache | sample | evaluate | benchmark | info."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
 
+# of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample.py holds them to be the same)
+SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 EPILOG = """exit codes:
   0    done
   1    something is wrong that you can put right: one line on stderr says what
@@ -164,6 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
+    _add_cache(add)
+    _add_sample(add)
+
     sub = add(
         "evaluate",
         evaluate,
@@ -233,6 +238,64 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("path", nargs="?", type=Path, help="folder of a pipeline, model or adapter, or a PNG file")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_cache(add) -> None:
+    sub = add(
+        "cache",
+        cache,
+        "cache a folder of images for `hybriddit train`: their latents, plain and mirrored, or their pixels",
+        "imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out outputs/cache/imagenet256",
+    )
+    sub.description += (
+        ". The subfolders are the classes. Every image is cropped as ADM crops it; one that cannot be read is left "
+        "out, counted, and listed in index.json. A run that was stopped or killed goes on when it is started again; "
+        "several processes of torchrun share the work."
+    )
+    sub.add_argument("folder", type=Path, help="of images; its subfolders are the classes")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    sub.add_argument("--vae", help="folder or repository of an AutoencoderKL; without one, pixels are kept")
+    sub.add_argument("--size", type=int, default=256, help="of the square images, in pixels (default: %(default)s)")
+    sub.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey (default: %(default)s)")
+    sub.add_argument("--batch-size", type=int, default=64, help="of the VAE (default: %(default)s)")
+    sub.add_argument("--shard-size", type=int, default=4096, help="images of one file (default: %(default)s)")
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+
+
+def _add_sample(add) -> None:
+    sub = add(
+        "sample",
+        sample,
+        "sample a SiTPipeline for an evaluation: an npz file that `hybriddit evaluate` and the ADM suite read",
+        "outputs/pipeline --num 50000 --class-balanced --sampler sde-euler --out samples.npz",
+    )
+    sub.description += (
+        ". Image i has a label, and noise of seed + i, that depend on nothing but the settings: several processes of "
+        "torchrun make the same images as one, and a run that was killed goes on. A JSON file beside the npz says how "
+        "they were made."
+    )
+    sub.add_argument("model", help="folder or hub repository of a SiTPipeline")
+    sub.add_argument("--out", type=Path, required=True, help="npz file")
+    sub.add_argument("--num", type=int, default=50000, help="images (default: %(default)s)")
+    balance = sub.add_mutually_exclusive_group(required=True)
+    balance.add_argument("--class-balanced", action="store_true", help="every class in turn")
+    balance.add_argument("--random", action="store_true", help="labels drawn at random, as SiT's and DiT's authors did")
+    sub.add_argument("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
+    sub.add_argument("--sampler", choices=SAMPLERS, default="sde-euler", help="(default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=250, help="(default: %(default)s)")
+    sub.add_argument("--shift", type=float, default=1.0, help="of times, towards noise (default: none)")
+    sub.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default: 1, none)")
+    sub.add_argument("--guidance-channels", type=int, help="guide the first ones only; published numbers: 3")
+    sub.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
+    for name in ("atol", "rtol"):
+        sub.add_argument(f"--{name}", type=float, help="of dopri5")
+    sub.add_argument("--diffusion", help="of an SDE, as sample_sde's (default: sigma)")
+    sub.add_argument("--diffusion-norm", type=float)
+    sub.add_argument("--last-step", help="of an SDE: mean, euler or tweedie (default: mean)")
+    sub.add_argument("--last-step-size", type=float, help="(default: 0.04)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is of seed + i (default: %(default)s)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 class PrintCompletion(argparse.Action):
@@ -371,6 +434,21 @@ def generate(options: argparse.Namespace) -> None:
         print(json.dumps({"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}))
 
 
+def cache(options: argparse.Namespace) -> None:
+    from .data.class_cache import run
+
+    names = ("vae", "size", "channels", "batch_size", "shard_size", "quiet")
+    run(options.folder, options.out, **{name: getattr(options, name) for name in names})
+
+
+def sample(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from .sample import SampleSettings, run
+
+    run(SampleSettings(**{field.name: getattr(options, field.name) for field in fields(SampleSettings)}))
+
+
 def evaluate(options: argparse.Namespace) -> None:
     for path in (options.samples, options.reference):
         if not path.is_file():
@@ -428,8 +506,8 @@ def _load_pipeline(options: argparse.Namespace, of_classes: bool = False):
         _silence()
     import torch
 
-    from .data.teacher_images import load_pipeline
     from .models import read_adapter_config
+    from .pipelines.loading import load_pipeline
     from .pipelines.sit import load_sit_pipeline
 
     if options.adapter:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
+# the rows of `attention.mixers` and of `attention.linear.features`, named here without torch
+MIXERS = ("linear",)
+FEATURE_MAPS = ("elu",)
 MAX_BLOCKS = 128  # of one stack, for every_nth_dense: the longest today has 38
 BLOCK = "*blocks.{}.*"  # one block of every stack: module names carry its index
 
@@ -26,6 +29,8 @@ class HybridConfig:
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
+    mixer: the far branch's attention over the whole image: "linear".
+    feature_map: what the mixer makes queries and keys positive by: "elu", which is elu + 1.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
         that matches none is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
@@ -39,6 +44,8 @@ class HybridConfig:
     gate: str = "head"
     layers: dict[str, str] = field(default_factory=dict)
     delta_rank: int | None = None
+    mixer: str = "linear"
+    feature_map: str = "elu"
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
@@ -56,8 +63,10 @@ class HybridConfig:
                 raise ValueError(f"{name} must be a positive integer or None, not {value!r}")
         if self.linear not in (True, False):
             raise ValueError(f"linear must be true or false, not {self.linear!r}")
-        if self.gate not in GATES:
-            raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
+        for name, known in (("gate", GATES), ("mixer", MIXERS), ("feature_map", FEATURE_MAPS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
         # pairs are what `to_dict` gives
         pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
         if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):
@@ -81,7 +90,8 @@ class HybridConfig:
 
     def kind(self, layer: str) -> str:
         """What the attention layer of this module name becomes: one of LAYER_KINDS, with window and linear applied."""
-        kind = next((kind for pattern, kind in self.layers.items() if fnmatchcase(layer, pattern)), "hybrid")
+        (kind,), _ = match_layers(self.layers, [layer])
+        kind = kind or "hybrid"
         if kind == "hybrid" and self.window is None:
             return "linear"
         if kind == "hybrid" and not self.linear:
@@ -96,8 +106,8 @@ class HybridConfig:
         """
         names = list(names)
         written = {BLOCK.format(index) for index in range(MAX_BLOCKS)}
-        for pattern in self.layers:
-            if pattern not in written and not any(fnmatchcase(name, pattern) for name in names):
+        for pattern in match_layers(self.layers, names).unmatched:
+            if pattern not in written:
                 raise ValueError(
                     f"hybrid.layers: {pattern!r} matches no attention layer of this model; they are named like "
                     f"{names[0]!r} or {names[-1]!r}"
@@ -144,6 +154,22 @@ class HybridConfig:
         `layers` is a list of pairs: diffusers sorts the keys of a saved config, and here their order counts.
         """
         return json.loads(json.dumps({**asdict(self), "layers": list(self.layers.items())}))
+
+
+class LayerMatch(NamedTuple):
+    """What patterns say of layers: the kind of each layer, None where no pattern matches it, and idle patterns."""
+
+    kinds: list[str | None]
+    unmatched: list[str]
+
+
+def match_layers(patterns: Mapping[str, str], names: Sequence[str]) -> LayerMatch:
+    """The kinds that {fnmatch pattern: kind} gives to layers of these names, in order; the first match wins.
+
+    `unmatched` are the patterns that match no name at all.
+    """
+    kinds = [next((kind for p, kind in patterns.items() if fnmatchcase(name, p)), None) for name in names]
+    return LayerMatch(kinds, [p for p in patterns if not any(fnmatchcase(name, p) for name in names)])
 
 
 def _is_count(value: Any) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from .config import HybridConfig
 from .files import read_json
 from .generate import read_record
@@ -90,12 +89,13 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from .attention.window import WindowCase, choose_backend
+    from .benchmark.subjects import find_subject
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family, name in SHOWN.items():
-        shape = SHAPES[name]
+        shape = find_subject(name).shape
         for size in SIZES:
-            side = size // PIXELS_PER_TOKEN
+            side = size // shape.pixels
             settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
             choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
             yield {
@@ -277,9 +277,9 @@ def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> d
 
 def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
     """The attention layers that conversion is about, those that stay dense included."""
-    from .models import FAMILIES  # diffusers' classes: only here, for it takes seconds
+    from .models import families  # diffusers' classes: only here, for it takes seconds
 
-    family = next((family for family in FAMILIES if family.hybrid_class.__name__ == model_class), None)
+    family = next((family for family in families() if family.hybrid_class.__name__ == model_class), None)
     if family is None:
         raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
     layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))

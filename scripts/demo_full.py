@@ -25,6 +25,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import nn
 
+from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
 from hybriddit.demo.run import (
     SEEDS,
@@ -37,7 +38,7 @@ from hybriddit.demo.run import (
 )
 from hybriddit.models import hybridize
 from hybriddit.training.config import load_config, to_dict
-from hybriddit.training.distill import distill, make_data
+from hybriddit.training.distill import distill
 
 VARIANTS = {
     "hybrid": {},
@@ -112,7 +113,7 @@ def main() -> None:
                 continue
             pipeline.transformer = copy.deepcopy(dense)
             if data is None:
-                data = make_data(pipeline, config)
+                data = make_data(pipeline, config.data)
             hybridize(pipeline.transformer, hybrid)
             for name in fresh:
                 measure(name, seed, pipeline.transformer, run)

@@ -37,9 +37,13 @@ NAMES = {
     "hybriddit.training.distill": "run distill",
     "hybriddit.training.train_sit": "run train",
     "hybriddit.training.dry_run": "dry_run",
-    "hybriddit.data.teacher_images": "teacher_images load_pipeline",
+    "hybriddit.pipelines.loading": "load_pipeline",
+    "hybriddit.data.sources": "Source open_class_data",
+    "hybriddit.data.teacher_images": "teacher_images",
     "hybriddit.data.image_folder": "image_folder captioned_images",
-    "hybriddit.data.class_images": "open_set make_cache ClassData ClassInfo",
+    "hybriddit.data.class_data": "ClassData ClassInfo",
+    "hybriddit.data.class_images": "class_images",
+    "hybriddit.data.class_cache": "make_cache",
 }
 HEAD = """# API reference
 

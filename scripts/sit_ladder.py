@@ -33,7 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hybriddit.benchmark.measure import Case, Limits, measure
-from hybriddit.data.class_images import ClassData, open_set
+from hybriddit.data.class_data import ClassData
+from hybriddit.data.sources import open_class_data
 from hybriddit.demo.run import contact_sheet
 from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
@@ -88,7 +89,9 @@ def climb(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     features = efficientnet_lite0()
     size = config.model["sample_size"]
-    images = open_set(config.data.path, (config.model["in_channels"], size, size), progress=config.train.progress)
+    images = open_class_data(
+        config.data.path, (config.model["in_channels"], size, size), progress=config.train.progress
+    )
     data, held_out = split(images)
     judge = Judge(data, held_out, features, folder / "features.safetensors")
     for seed in options.seeds:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit.data.teacher_images import read_prompts
+from hybriddit.data.prompts import read_prompts
 from hybriddit.training.config import DistillConfig, load_config, to_dict
 from hybriddit.training.distill import make_student, run
 from hybriddit.training.dry_run import plan_model

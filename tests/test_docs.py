@@ -108,8 +108,8 @@ def check_only(block: Block) -> None:
         return
     subprocess.run(["bash", "-n", "-c", block.text], check=True)
     for words in commands(block):
-        if words[0] == "hybriddit":
-            check_arguments(words[1:])
+        if "hybriddit" in words:  # alone, or as -m hybriddit of torchrun
+            check_arguments(words[words.index("hybriddit") + 1 :])
         elif words[:2] == ["accelerate", "launch"]:
             (at,) = [i for i, word in enumerate(words) if word in LAUNCHED]
             assert (ROOT / words[at]).is_file()

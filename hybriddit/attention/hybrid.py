@@ -1,40 +1,54 @@
-"""The hybrid layer: near (window and text, softmax) and far (linear, whole image), joined by a learned gate."""
+"""The hybrid layer: near (window and text, softmax) and far (the whole image, linear), joined by a learned gate."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..config import GATES, LAYER_KINDS
 from .layout import TokenLayout
-from .linear import linear_attention
-from .window import neighborhood_attention
+from .mixers import MIXERS
+from .window import neighborhood_attention, seen_pairs
+from .work import Work, attention_work, dense_flops, softmax_flops
+
+MAPS = ("after", "before")
 
 
 class HybridAttention(nn.Module):
-    """What a converted attention layer gains: low-rank query and key maps, a gate, and the join of near and far.
+    """Attention over text and image of one kind, from queries, keys and values that the caller has projected.
 
-    It lives at `<attention>.hybrid`; the layer's own projections, norms and rotary embedding stay the teacher's. For
-    an image token i with window W(i) and text T,
+    For an image token i with window W(i), text T and all image tokens X,
 
         near_i = softmax attention of q_i over W(i) and T
-        far_i  = linear attention of q'_i over all image tokens, with k' and the same v
-        q'     = norm_q(q + up(act(LN(down(x)))))        k' likewise
-        out_i  = near_i + gate * (far_i - near_i)        gate zero at the start
+        far_i  = linear attention of q'_i over X, with keys k' and the same values
+        out_i  = near_i + gate * (far_i - near_i)
 
-    and text queries attend to everything by softmax. The maps are LinFusion's `to_q(x + f(x))` (arXiv 2409.02097)
-    folded through the projection.
+    and text queries attend to everything by softmax. Before the layer's own norms, q' is
+
+        maps "after":  q + up(act(LN(down(x))))             k' likewise; x is the layer's input
+        maps "before": to_q(x + up(act(LN(down(x)))))       LinFusion's own form (arXiv 2409.02097)
+
+    "after" is "before" folded through the projection, which then runs once. In a pretrained model this module lives at
+    `<attention>.hybrid`: projections, norms and rotary embedding stay the model's own.
 
     Args:
         width: channels of the layer's input x.
-        heads, head_dim: of the layer's queries and keys.
-        map_rank: width of the maps' hidden layer.
-        window, stride, dilation: (rows, columns) in tokens. A window of None is linear attention alone: far over text
-            and image, gate 1 and no near.
-        far: False is window attention alone, which adds no weights.
+        heads, head_dim: of the queries.
+        kind: "hybrid", as above; "window", near alone; "linear", far alone, over text and image; "dense", softmax over
+            all tokens. Only hybrid and linear layers have weights.
+        kv_heads: heads of keys and values where they are fewer (grouped-query attention): a divisor of `heads`.
+        window, stride, dilation: (rows, columns) in tokens, of hybrid and window layers.
+        map_rank: width of the maps' hidden layer; None is a sixteenth of `width`.
+        maps: "after" or "before" the projection. Both start at zero.
+        mixer: the far branch, a name of `mixers.MIXERS`. feature_map: what it makes queries and keys positive by.
         gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
+        gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
+
+    Raises ValueError for a name or a combination that does not exist.
     """
 
     def __init__(
@@ -43,43 +57,83 @@ class HybridAttention(nn.Module):
         heads: int,
         head_dim: int,
         *,
-        map_rank: int,
-        window: tuple[int, int] | None,
+        kind: str = "hybrid",
+        kv_heads: int | None = None,
+        window: tuple[int, int] | None = None,
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
-        far: bool = True,
+        map_rank: int | None = None,
+        maps: str = "after",
+        mixer: str = "linear",
+        feature_map: str = "elu",
         gate: str = "head",
+        gate_init: float = 0.0,
     ):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
-        self.window, self.stride, self.dilation, self.far = window, stride, dilation, far
-        if not far:
+        names = {
+            "layer kind": (kind, LAYER_KINDS),
+            "gate": (gate, GATES),
+            "mixer": (mixer, MIXERS),
+            "maps": (maps, MAPS),
+        }
+        for name, (value, known) in names.items():
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        self.kind, self.heads, self.head_dim = kind, heads, head_dim
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys and values: use a divisor")
+        has_near, has_far = kind in ("hybrid", "window"), kind in ("hybrid", "linear")
+        if has_near and window is None:
+            raise ValueError(f"a layer of kind {kind!r} needs a window")
+        self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
+        self.maps, self.far = maps, None
+        if not has_far:
             return
-        self.map_q = QueryKeyMap(width, heads * head_dim, map_rank)
-        self.map_k = QueryKeyMap(width, heads * head_dim, map_rank)
-        if window is None:
+        map_rank = map_rank or max(1, width // 16)
+        widths = (width, width) if maps == "before" else (heads * head_dim, self.kv_heads * head_dim)
+        self.map_q = QueryKeyMap(width, widths[0], map_rank)
+        self.map_k = QueryKeyMap(width, widths[1], map_rank)
+        self.far = MIXERS[mixer](heads, head_dim, feature_map=feature_map)
+        if not has_near:
             return
         if gate == "token":
             self.gate = nn.Linear(width, heads)
             nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
+            nn.init.constant_(self.gate.bias, gate_init)
         else:
-            self.gate = nn.Parameter(torch.zeros(heads, head_dim if gate == "channel" else 1))
+            self.gate = nn.Parameter(torch.full((heads, head_dim if gate == "channel" else 1), float(gate_init)))
 
-    def maps(
-        self, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The far branch's raw query and key (the caller applies the layer's own norms to them), and a token gate.
+    def far_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        query: torch.Tensor | None,
+        key: torch.Tensor | None,
+        *,
+        to_q: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        to_k: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The far branch's query and key before the layer's own norms, which the caller applies, and a token's gate.
 
-        hidden_states [B, N, width], the image part of the layer's input; query, key [B, N, heads, D], the teacher's
-        projections of it before norm and rotary embedding. The gate is [B, N, heads, 1]; None where it is no function
-        of the token (a parameter is read in `forward`, where an offloading hook has loaded it).
+        hidden_states: [B, N, width], the image part of the layer's input.
+        query, key: [B, N, heads, D], its projections before norm and rotary embedding; used by maps "after".
+        to_q, to_k: the projections themselves, [B, N, width] -> [B, N, heads * D]; used by maps "before".
+
+        Returns query [B, N, heads, D], key [B, N, kv_heads, D] and gate [B, N, heads, 1]. The gate is None where it is
+        no function of the token: a parameter is read in `forward`, where an offloading hook has loaded it. All three
+        are None for a layer without a far branch.
         """
+        if self.far is None:
+            return None, None, None
         gate = None
-        if self.window is not None and isinstance(self.gate, nn.Linear):
+        if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
             # kept in fp32, whatever the layer runs in
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
-        return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
+        if self.maps == "after":
+            return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
+        far_query = to_q(hidden_states + self.map_q(hidden_states)).unflatten(-1, (self.heads, self.head_dim))
+        far_key = to_k(hidden_states + self.map_k(hidden_states)).unflatten(-1, (self.kv_heads, self.head_dim))
+        return far_query, far_key, gate
 
     def forward(
         self,
@@ -92,34 +146,62 @@ class HybridAttention(nn.Module):
         far_key: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         scale: float | None = None,
+        text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention over the joined sequence.
 
-        query, key, value: [B, S, heads, D], text and image in `token_layout`'s order, after norm and rotary embedding.
-        far_query, far_key: [B, N, heads, D], image only, after norm, without rotary embedding; gate: as `maps` gives it.
-        Returns [B, S, heads, D] in the same order.
+        query [B, S, heads, D], key and value [B, S, kv_heads, D]: text and image in `token_layout`'s order, after norm
+            and rotary embedding.
+        far_query [B, N, heads, D], far_key [B, N, kv_heads, D]: of the image, after norm, without rotary embedding.
+        gate: as `far_inputs` gives it.
+        scale: of the scores of softmax attention; None is D ** -0.5.
+        text_mask: bool [B, T], False for padded text, which no query sees; None sees all of it.
+
+        Returns [B, S, heads, D] in the same order; what stands in the place of padded text has no meaning.
         """
+        if token_layout.text_length == 0:
+            text_mask = None
+        key, value, far_key = (self._for_every_head(x) for x in (key, value, far_key))
+        if self.kind == "dense":
+            return self._softmax(query, key, value, token_layout, scale, text_mask)
         (text_query, image_query), (text_key, image_key), (text_value, image_value) = (
             token_layout.split(tokens) for tokens in (query, key, value)
         )
-        if self.window is None:
-            # text keys enter as the teacher made them: the maps are the image's alone
-            image = linear_attention(
-                far_query, torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
-            )
+        if self.kind == "linear":
+            keys, values = far_key, image_value
+            if token_layout.text_length:
+                # text keys enter as the layer's projection made them: the maps are the image's alone
+                keys, values = torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
+            seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
+            image = self.far(far_query, keys, values, key_mask=seen)
         else:
-            image = self._near(image_query, image_key, image_value, text_key, text_value, token_layout, scale)
-            if self.far:
+            text = (text_key, text_value, text_mask) if token_layout.text_length else (None, None, None)
+            image = self._near(image_query, image_key, image_value, *text, token_layout, scale)
+            if self.far is not None:
                 gate = self.gate if gate is None else gate
-                image = linear_attention(far_query, far_key, image_value, near=image, gate=gate)
+                image = self.far(far_query, far_key, image_value, near=image, gate=gate)
         if token_layout.text_length == 0:
             return image
-        text = F.scaled_dot_product_attention(
-            text_query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
-        ).transpose(1, 2)
+        text = self._softmax(text_query, key, value, token_layout, scale, text_mask)
         return token_layout.join(text, image)
 
-    def _near(self, query, key, value, text_key, text_value, token_layout, scale):
+    def _for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, S, kv_heads, D] -> [B, S, heads, D]: each head of keys or values serves as many queries' heads in a row."""
+        if x is None or self.kv_heads == self.heads:
+            return x
+        return x.repeat_interleave(self.heads // self.kv_heads, dim=2)
+
+    @staticmethod
+    def _softmax(query, key, value, token_layout, scale, text_mask):
+        """Of some queries over all tokens of the sequence."""
+        mask = None
+        if text_mask is not None:
+            image_mask = text_mask.new_ones(len(text_mask), token_layout.image_length)
+            mask = token_layout.join(text_mask, image_mask)[:, None, None]  # [B, 1, 1, S], for all heads and queries
+        query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale):
         if len(token_layout.grids) != 1:
             raise NotImplementedError(
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
@@ -133,10 +215,73 @@ class HybridAttention(nn.Module):
             stride=self.stride,
             dilation=self.dilation,
             scale=scale,
-            text_key=text_key if token_layout.text_length else None,
-            text_value=text_value if token_layout.text_length else None,
+            text_key=text_key,
+            text_value=text_value,
+            text_mask=text_mask,
         )
         return near.flatten(1, 2)
+
+    def flops(self, token_layout: TokenLayout) -> int:
+        """FLOPs (two per multiply-add) of one forward pass of one image, projections apart: all of `flops_by_part`."""
+        return sum(self.flops_by_part(token_layout).values())
+
+    def flops_by_part(self, token_layout: TokenLayout) -> dict[str, int]:
+        """FLOPs by formula: a backend may do more, such as those keys of a tile that its mask hides.
+
+        "text": text queries over everything. "dense", "near": softmax of image queries over everything, or over their
+        window and the text. "far": the mixer's matrix products. "normalization": what the mixer's denominator takes.
+        "maps": the query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and
+        to_k. A part that the layer does not have is missing.
+        """
+        text, image = token_layout.text_length, token_layout.image_length
+        width = self.heads * self.head_dim
+        if self.kind == "dense":
+            return {"dense": dense_flops(text + image, width)}
+        parts = {"text": softmax_flops(text * (text + image), width)}
+        if self.window is not None:
+            parts["near"] = softmax_flops(self._near_pairs(token_layout), width)
+        if self.far is not None:
+            far = self.far.flops(image, image + (text if self.kind == "linear" else 0))
+            parts |= {"far": far["products"], "normalization": far["normalization"]}
+            weights = sum(
+                layer.weight.numel() for map in (self.map_q, self.map_k) for layer in (map.down, map.up)
+            )  # fmt: skip
+            if self.maps == "before" and self.kind == "hybrid":
+                weights += self.map_q.down.in_features * (self.heads + self.kv_heads) * self.head_dim
+            parts["maps"] = 2 * image * weights
+        return parts
+
+    def _near_pairs(self, token_layout: TokenLayout) -> int:
+        """Pairs of an image query and a key of its window or the text."""
+        windows = sum(seen_pairs(grid, self.window, self.dilation) for grid in token_layout.grids)
+        return windows + token_layout.image_length * token_layout.text_length
+
+    def work(self, token_layout: TokenLayout, element_size: int) -> dict[str, Work]:
+        """The work of one image from q, k, v, q' and k' on, by direction (see `attention_work`).
+
+        Every tensor is read or written once; FLOPs are those of the matrix products: the maps, which run before, and
+        the mixer's normalization are left out.
+        """
+        text, image = token_layout.text_length, token_layout.image_length
+        whole, width, kv_width = text + image, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        parts = self.flops_by_part(token_layout)
+        flops = sum(parts.get(name, 0) for name in ("text", "dense", "near", "far"))
+        inputs, softmax_outputs = whole * (width + 2 * kv_width), whole * width
+        if self.kind == "linear":
+            # q and k themselves serve the text queries alone
+            inputs = text * width + (whole if text else 0) * kv_width + whole * kv_width
+            softmax_outputs = text * width
+        if self.far is not None:
+            inputs += image * (width + kv_width)
+        return attention_work(inputs, whole * width, flops, element_size, softmax_outputs=softmax_outputs)
+
+    def near_work(self, token_layout: TokenLayout, element_size: int) -> dict[str, Work]:
+        """The work of the window branch alone, by direction: image queries over their windows and the text."""
+        text, image = token_layout.text_length, token_layout.image_length
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        inputs, outputs = image * width + 2 * (text + image) * kv_width, image * width
+        flops = softmax_flops(self._near_pairs(token_layout), width)
+        return attention_work(inputs, outputs, flops, element_size, softmax_outputs=outputs)
 
 
 class QueryKeyMap(nn.Module):

@@ -31,6 +31,8 @@ class TokenLayout(NamedTuple):
                 f"the layer received {tokens.shape[1]} tokens, but its layout has {self.text_length} of text and "
                 f"{self.image_length} of image (grids {self.grids}): pass the right `token_layout`"
             )
+        if self.text_length == 0:
+            return tokens[:, :0], tokens  # a split's gradient would be copied
         lengths = (self.text_length, self.image_length)
         if self.text_first:
             text, image = tokens.split(lengths, dim=1)

@@ -21,6 +21,8 @@ CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
 GPU_ROWS, GPU_ELEMENTS = 2**16, 2**28
 # Any of these multiplies bfloat16 several times faster than float32.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+# The feature maps, and a raw key whose features are zero.
+FEATURE_MAPS = {"elu": float("-inf")}
 # What the Triton kernels are written for.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_WIDTH = 256
@@ -33,6 +35,8 @@ def linear_attention(
     *,
     near: Tensor | None = None,
     gate: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    feature_map: str = "elu",
     eps: float = 1e-4,
     backend: str = "auto",
 ) -> Tensor:
@@ -44,6 +48,8 @@ def linear_attention(
         query: [B, M, heads, D], raw projection. key: [B, N, heads, D], likewise. value: [B, N, heads, E].
         near, gate: join the result to another branch: near + gate * (result - near), without a pass of its own. near
             [B, M, heads, E], gate of any dtype and broadcastable to that; both or neither.
+        key_mask: bool [B, N], False for keys that are left out, as if they were not among the N.
+        feature_map: phi, a name of FEATURE_MAPS.
         eps: added to the denominator.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns and
@@ -54,7 +60,9 @@ def linear_attention(
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f'unknown linear attention backend {backend!r}: use "auto", "torch" or "triton"')
-    _check(query, key, value, near, gate)
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
+    _check(query, key, value, near, gate, key_mask)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -78,7 +86,12 @@ def linear_attention(
             triton = constant(_takes_triton, *case)
         else:
             triton = _takes_triton(*case)
+    if key_mask is not None:
+        key = key.masked_fill(~key_mask[:, :, None, None], FEATURE_MAPS[feature_map])
     state, mean = _linear_state(key, value, triton)
+    if key_mask is not None:  # means over the keys that are left
+        share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
+        state, mean = state * share, mean * share
     if near is not None and gradients and not triton:
         # kept for the backward: computing it again there, as on a GPU, costs a CPU a fifth of the time
         far = _linear_output(query, state, mean, None, None, eps, triton)
@@ -132,7 +145,7 @@ def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | No
     return f"it needs {' and '.join(missing)}" if missing else None
 
 
-def _check(query, key, value, near, gate):
+def _check(query, key, value, near, gate, key_mask):
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {_shapes(query, key, value)}")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
@@ -145,7 +158,9 @@ def _check(query, key, value, near, gate):
         raise ValueError(f"near must have the result's shape, one of {_shapes(query, value)}, got {_shapes(near)}")
     if near is not None and not _broadcasts(gate.shape, near.shape):
         raise ValueError(f"gate must broadcast to near, got {_shapes(gate, near)}")
-    devices = [x.device for x in (query, key, value, near, gate) if x is not None]
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != key.shape[:2]):
+        raise ValueError(f"key_mask must be bool {tuple(key.shape[:2])}, got {key_mask.dtype} {_shapes(key_mask)}")
+    devices = [x.device for x in (query, key, value, near, gate, key_mask) if x is not None]
     if any(device != devices[0] for device in devices):
         raise ValueError(f"attention inputs are on several devices ({', '.join(map(str, devices))}): use one device")
 

@@ -26,6 +26,10 @@ BREAK_EVEN = {
 MASK_ELEMENTS = 2**26
 # Up to here torch's dense attention in bfloat16 is slower on a CPU than in float32, backward by a quarter.
 FLOAT32_TOKENS = 512
+# The score of a padded text key, times the scale: its exponential is 0 in every dtype, whatever the others' scores.
+PADDED_SCORE = 1e4
+# Head widths that the kernels load whole; what hides padded text widens a head to the next one.
+HEAD_DIM_MULTIPLE = 8
 # Dense masks up to this size are kept: building one costs as much as attention with it on a small grid.
 CACHED_MASK_ELEMENTS = 2**21
 
@@ -41,6 +45,7 @@ def neighborhood_attention(
     scale: float | None = None,
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
+    text_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of every token to the window around it and to all text.
@@ -54,6 +59,7 @@ def neighborhood_attention(
         window, stride, dilation: int or (rows, columns), in tokens.
         scale: of the scores; None is D ** -0.5.
         text_key, text_value: [B, S, heads, D], both or neither.
+        text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
         backend: "tiled" and "dense" run on any device; "natten" wants its compiled kernels and an NVIDIA GPU, and takes
             no window of 1 and none that has to be clamped; "flex" is torch's FlexAttention, compiled on a GPU (it wants
             Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should be
@@ -71,7 +77,13 @@ def neighborhood_attention(
     if stride[0] > window[0] or stride[1] > window[1]:
         raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if text_mask is not None:
+        _check_text_mask(text_mask, text_key)
+        query, key, value, text_key, text_value = _hide_padded_text(
+            query, key, value, text_key, text_value, text_mask, scale
+        )
     if query.numel() == 0:
         return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
     # plain ints: torch.compile may hold sizes as symbols, and what runs is chosen for one grid
@@ -96,7 +108,50 @@ def neighborhood_attention(
     else:
         backend = _take(backend, *case)
     attend = BACKENDS[backend].attend
-    return attend(query, key, value, text_key, text_value, *case[5:8], scale)
+    out = attend(query, key, value, text_key, text_value, *case[5:8], scale)
+    return out if text_mask is None else out[..., :head_dim]
+
+
+def _check_text_mask(text_mask: Tensor, text_key: Tensor | None) -> None:
+    if text_key is None:
+        raise ValueError("text_mask needs text_key and text_value")
+    if text_mask.dtype != torch.bool or text_mask.shape != text_key.shape[:2]:
+        wanted = tuple(text_key.shape[:2])
+        raise ValueError(f"text_mask must be bool {wanted}, got {text_mask.dtype} {_shapes(text_mask)}")
+    if text_mask.device != text_key.device:
+        raise ValueError(f"attention inputs are on several devices ({text_key.device}, {text_mask.device})")
+
+
+def _hide_padded_text(query, key, value, text_key, text_value, text_mask, scale):
+    """The inputs with further channels, by which padded text keys have weights of exactly 0 and the rest are unchanged.
+
+    No backend takes a mask: in the first added channel queries are 1 and keys 0, but padded text keys -c, which makes
+    their scores -c * scale. That is far enough below any score of the image's own keys for its exponential to be 0.
+    """
+    head_dim = operator.index(query.shape[-1])
+    channels = HEAD_DIM_MULTIPLE - head_dim % HEAD_DIM_MULTIPLE
+    # float16 ends at 65504: half of it leaves room for a sum
+    low = min(PADDED_SCORE / scale, torch.finfo(query.dtype).max / 2)
+    padded = ~text_mask[:, :, None, None]  # [B, S, 1, 1]
+    query = torch.cat((query, _channels(query, channels, 1.0)), dim=-1)
+    key, value, text_value = (F.pad(x, (0, channels)) for x in (key, value, text_value))
+    extra = _channels(text_key, channels, -low).masked_fill(~padded, 0)
+    text_key = torch.cat((text_key.masked_fill(padded, 0), extra), dim=-1)
+    return query, key, value, text_key, text_value
+
+
+def _channels(x: Tensor, count: int, first: float) -> Tensor:
+    """[..., D] -> [..., count], the first of them `first` and the others 0."""
+    return F.pad(x.new_full((*x.shape[:-1], 1), first), (0, count - 1))
+
+
+def seen_pairs(grid: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """Pairs of a query and a key of its window, on a grid."""
+    pairs = 1
+    for length, size, step in zip(grid, window, dilation, strict=True):
+        classes = [len(range(residue, length, step)) for residue in range(step)]
+        pairs *= sum(n * min(size, n) for n in classes)
+    return pairs
 
 
 def aligned_window(

@@ -65,7 +65,7 @@ def layer_cases(
     gradients: dict[torch.Size, Tensor] = {}
 
     def hybrid() -> Case:
-        layer = HybridAttention(1, shape.heads, shape.head_dim, map_rank=1, window=(window, window)).to(device)
+        layer = HybridAttention(1, shape.heads, shape.head_dim, window=(window, window)).to(device)
         layer.gate.data.uniform_()
         inputs = [query, key, value, far_query, far_key, layer.gate]
         return case(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)

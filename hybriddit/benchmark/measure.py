@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention.work import Work
+
 PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
 MIN_REPEATS = 3
 # a sample lasts about this long: a GPU's clock and queue need more than one short kernel
@@ -28,13 +30,6 @@ MAX_CALLS = 200  # of one sample
 SHORT_SECONDS = 0.1  # below it, the profiler's own time distorts a call's
 RATE_SECONDS = 2.0  # spent on each of the device's two rates
 OUT_OF_MEMORY = "out of memory"
-
-
-class Work(NamedTuple):
-    """The least that a call has to do: bytes to and from memory, and FLOPs (two per multiply-add)."""
-
-    bytes: int
-    flops: int
 
 
 class Rates(NamedTuple):

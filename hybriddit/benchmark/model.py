@@ -8,7 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from .measure import Case, Work
+from ..attention.work import Work
+from .measure import Case
 from .subjects import Subject
 
 SAMPLER_STEPS = 4

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..attention.work import Work
 from . import model
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_cases, layer_work
@@ -29,7 +30,6 @@ from .measure import (
     Limits,
     Outcome,
     Rates,
-    Work,
     device_of_this_machine,
     free_bytes,
     machine,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import TokenLayout
+from ..attention.work import dense_flops
 from ..config import HybridConfig
 from ..models import SiTTransformer2DModel, families, hybridize
 from ..models.family import Family, Published
@@ -229,8 +230,8 @@ class SiTSubject(Subject):
 
     def flops(self, models: Mapping[str, nn.Module], px: int) -> tuple[int, dict[str, int]]:
         grid, dense = self.shape.grid(px), models["dense"].config
-        tokens, width = grid[0] * grid[1], self.shape.heads * self.shape.head_dim
-        outside = sit_flops(models["dense"], grid) - 4 * tokens**2 * width * dense.num_layers
+        softmax = dense_flops(grid[0] * grid[1], self.shape.heads * self.shape.head_dim)
+        outside = sit_flops(models["dense"], grid) - softmax * dense.num_layers
         return outside, {variant: sit_flops(model, grid) - outside for variant, model in models.items()}
 
 

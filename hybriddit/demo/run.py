@@ -17,11 +17,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
+from ..data.sources import make_data
 from ..files import replacing
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..training.config import DistillConfig, load_config
-from ..training.distill import distill, make_data
+from ..training.distill import distill
 from .canvas import Scene
 from .judge import Judge, match_score
 
@@ -125,7 +126,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
     pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
-    data = make_data(pipeline, config)
+    data = make_data(pipeline, config.data)
 
     grid = (config.data.height // (pipeline.vae_scale_factor * 2), config.data.width // (pipeline.vae_scale_factor * 2))
     say(

@@ -1,26 +1,25 @@
-"""Conversion of diffusers transformers: one table of families, one surgery."""
+"""Conversion of diffusers transformers: one file for each family, one surgery for all; and SiT."""
 
-from .families import FAMILIES, family_of, is_hybrid
-from .hybrid_flux import HybridFluxTransformer2DModel
-from .hybrid_pixart import HybridPixArtTransformer2DModel
-from .hybrid_sd3 import HybridSD3Transformer2DModel
+from .families import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
+from .family import families, family_of, is_hybrid, register
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
 from .surgery import dense_mode, hybridize, load_adapter, read_adapter_config, restore_dense, save_adapter
 
 __all__ = [
-    "FAMILIES",
-    "HybridFluxTransformer2DModel",
-    "HybridPixArtTransformer2DModel",
-    "HybridSD3Transformer2DModel",
+    "FLUX",
+    "PIXART_SIGMA",
+    "STABLE_DIFFUSION_3",
     "LowRankDelta",
     "SiTTransformer2DModel",
     "dense_mode",
+    "families",
     "family_of",
     "hybridize",
     "is_hybrid",
     "load_adapter",
     "read_adapter_config",
+    "register",
     "restore_dense",
     "save_adapter",
 ]

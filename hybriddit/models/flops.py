@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..attention import TokenLayout
-from .families import family_of
-from .sit import SiTAttention
+from ..attention.hybrid import HybridAttention
+from ..attention.work import dense_flops
+from .family import family_of
 
 
 def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, int]:
@@ -17,32 +18,15 @@ def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, in
     asks for, such as the part of a tile's keys that its mask hides.
     """
     family = family_of(model)
-    text, image = token_layout.text_length, token_layout.image_length
     dense = hybrid = 0
     for name, attn in family.attentions(model).items():
         if not family.converts(name):
             continue
-        layer_text = 0 if name.endswith(".attn2") else text  # SD3.5's second attention sees the image alone
-        width = attn.to_q.out_features
-        full = 4 * (layer_text + image) ** 2 * width
+        layout, shape = family.layer_layout(name, token_layout), family.layer_shape(attn)
+        full = dense_flops(layout.text_length + layout.image_length, shape.heads * shape.head_dim)
         dense += full
         layer = getattr(attn, "hybrid", None)
-        if layer is None:
-            hybrid += full
-            continue
-        hybrid += 4 * layer_text * (layer_text + image) * width
-        if layer.window is not None:
-            near = sum(
-                height * columns * min(layer.window[0], height) * min(layer.window[1], columns)
-                for height, columns in token_layout.grids
-            )
-            hybrid += 4 * width * (near + image * layer_text)
-        if layer.far:
-            keys = image + (layer_text if layer.window is None else 0)
-            # phi(k) times v and phi(q) times that state, then both sums of the denominator
-            hybrid += 2 * (image + keys) * width * (layer.head_dim + 1)
-            rank = layer.map_q.down.out_features
-            hybrid += 2 * 2 * image * rank * (attn.to_q.in_features + width)
+        hybrid += full if layer is None else layer.flops(layout)
     return {"dense": dense, "hybrid": hybrid}
 
 
@@ -51,22 +35,14 @@ def sit_flops(model: nn.Module, grid: tuple[int, int]) -> int:
 
     Counted from the formulas; sums, norms and activations are left out. Training takes three times as many.
     """
+    layout = TokenLayout(0, (grid,), text_first=False)
     tokens, flops = grid[0] * grid[1], 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, HybridAttention):
+            flops += module.flops(layout)
+        elif isinstance(module, nn.Linear) and ".hybrid.map_" not in name:  # those, the layer has counted
             once = "modulation" in name or "time_embed" in name  # of the conditioning, not of the tokens
             flops += 2 * module.weight.numel() * (1 if once else tokens)
         elif isinstance(module, nn.Conv2d):
             flops += 2 * module.weight.numel() * tokens
-        elif isinstance(module, SiTAttention):
-            width = module.to_q.in_features
-            if module.kind == "softmax":
-                flops += 4 * tokens**2 * width
-            if module.kind in ("window", "hybrid"):
-                seen = min(module.window[0], grid[0]) * min(module.window[1], grid[1])
-                flops += 4 * tokens * seen * width
-            if module.kind in ("linear", "hybrid"):
-                flops += 4 * tokens * width * (width // module.heads + 1)
-            if module.kind == "hybrid":  # queries and keys are projected for both branches
-                flops += 2 * 2 * width**2 * tokens
     return flops

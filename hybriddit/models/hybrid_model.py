@@ -1,33 +1,58 @@
-"""What the hybrid model classes of all families share."""
+"""Model classes with hybrid attention, made from diffusers' classes: one mixin, and one function that makes the class."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 from ..config import HybridConfig
+from .processing import CheckpointWithLayout
+from .surgery import check_processors, insert_hybrid, reset_processors
 
 
-class HybridModelMixin:
-    """Goes before the diffusers class; the attention layers are replaced when the dense model has been built."""
+def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Module]:
+    """The class `Hybrid<dense_class>`: diffusers' class with hybrid attention, saved and loaded as diffusers' are.
 
-    # the gates are few, and near zero: bf16 would round their steps away
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["gate"]
+    It takes the arguments of `dense_class`, and hybrid_config: HybridConfig's fields (None: its defaults). attributes:
+    of the class, such as `_repeated_blocks`, where diffusers' class lacks them.
+    """
 
-    def _init_hybrid(self, hybrid_config: HybridConfig | dict[str, Any] | None) -> None:
-        from .surgery import insert_hybrid  # it knows the table of families, which names the class being built
-
+    def __init__(self, *arguments: Any, **keywords: Any):
+        # all of them stand in the config by now, put there by @register_to_config
+        values = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        hybrid_config = values.pop("hybrid_config")
+        dense_class.__init__(self, **values)
         if not isinstance(hybrid_config, HybridConfig):
             hybrid_config = HybridConfig.from_dict(hybrid_config or {})
         insert_hybrid(self, hybrid_config)
 
-    def _dense_arguments(self) -> dict[str, Any]:
-        """The diffusers class's arguments, as @register_to_config has just stored them."""
-        return {k: v for k, v in self.config.items() if not k.startswith("_") and k != "hybrid_config"}
+    # register_to_config keeps what the signature names
+    parameters = list(inspect.signature(dense_class.__init__).parameters.values())
+    added = inspect.Parameter("hybrid_config", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = inspect.Signature([*parameters, added])
+    # the gates are few, and near zero: bf16 would round their steps away
+    attributes["_keep_in_fp32_modules"] = [*(dense_class._keep_in_fp32_modules or ()), "gate"]
+    attributes["_skip_layerwise_casting_patterns"] = [*(dense_class._skip_layerwise_casting_patterns or ()), "gate"]
+    name = f"Hybrid{dense_class.__name__}"
+    members = {
+        "__init__": register_to_config(__init__),
+        "__doc__": f"{dense_class.__name__} with hybrid attention; hybrid_config holds HybridConfig's fields.",
+        # saved pipelines name the class by this module: the short name outlives the package's inner layout
+        "__module__": "hybriddit",
+        "__qualname__": name,
+    }
+    return type(name, (HybridModelMixin, dense_class), {**attributes, **members})
+
+
+class HybridModelMixin:
+    """What the hybrid model classes of all families share; it goes before the diffusers class."""
 
     def set_attn_processor(self, processor) -> None:
         """As diffusers', for hybrid processors. Raises ValueError, and changes none, for what would replace them."""
-        from .surgery import check_processors
-
         before = self.attn_processors
         super().set_attn_processor(processor)
         if self._dense_mode:
@@ -40,9 +65,14 @@ class HybridModelMixin:
 
     def set_default_attn_processor(self) -> None:
         """Go back to hybrid attention, after a feature (PAG, say) has left its own processors behind."""
-        from .surgery import reset_processors
-
         reset_processors(self)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None
+    ) -> None:
+        if enable and self._layout_holder is not None:
+            gradient_checkpointing_func = CheckpointWithLayout(gradient_checkpointing_func, self._layout_holder)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     def fuse_qkv_projections(self) -> None:
         raise ValueError("hybrid models use the separate projections: leave fuse_qkv_projections out")

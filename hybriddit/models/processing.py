@@ -1,18 +1,18 @@
-"""What the families' attention processors share: projections with their deltas, and the far branch's inputs."""
+"""What attention processors of all families share: projections with their updates, the far branch's inputs, the layout."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
 
-# every projection an attention layer of the supported families may have
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
 
 class LowRankDelta(nn.Module):
-    """x -> up(down(x)), zero at the start: what `attention` training changes in one projection."""
+    """Low-rank update of one projection, zero at the start: x -> up(down(x)). [..., in_features] -> [..., out_features]."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -24,27 +24,14 @@ class LowRankDelta(nn.Module):
         return self.up(self.down(hidden_states))
 
 
-def projections(attn: nn.Module) -> dict[str, nn.Module]:
-    """The projections that this attention layer has and whose output matters, by name."""
-    found = {}
-    for name in PROJECTIONS:
-        if name == "add_q_proj" and attn.context_pre_only:
-            continue  # SD3's last block drops what its text queries find
-        owner, _, index = name.partition(".")
-        module = getattr(attn, owner, None)
-        if module is not None:
-            found[name] = module[int(index)] if index else module
-    return found
-
-
 def delta_name(projection: str) -> str:
-    """The key of a projection's delta: not that projection's name, by which peft would put LoRA on the delta too."""
+    """The key of a projection's update: not that projection's name, by which peft would put LoRA on the update too."""
     return projection.replace(".", "_") + "_delta"
 
 
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One projection of the layer, called as a module so that LoRA works, plus its delta where there is one."""
-    out = (attn.to_out[0] if name == "to_out.0" else getattr(attn, name))(hidden_states)
+    """One projection of the layer, called as a module so that LoRA works, plus its low-rank update where there is one."""
+    out = attn.get_submodule(name)(hidden_states)
     deltas = attn.hybrid.deltas
     key = delta_name(name)
     return out + deltas[key](hidden_states) if key in deltas else out
@@ -59,9 +46,9 @@ def far_inputs(
     layer's own norms are applied here, rotary embedding is not: phi after it would lose its sign.
     """
     hybrid: HybridAttention = attn.hybrid
-    if not hybrid.far:
+    if hybrid.far is None:
         return {}
-    far_query, far_key, gate = hybrid.maps(hidden_states, query, key)
+    far_query, far_key, gate = hybrid.far_inputs(hidden_states, query, key)
     return {"far_query": norm(attn.norm_q, far_query), "far_key": norm(attn.norm_k, far_key), "gate": gate}
 
 
@@ -71,10 +58,43 @@ def norm(module: nn.Module | None, heads: torch.Tensor) -> torch.Tensor:
 
 
 def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | None) -> None:
-    """What a hybrid processor cannot do without, or with."""
+    """ValueError where a hybrid processor lacks the layout, or is given a mask, which it cannot heed."""
     if token_layout is None:
         raise ValueError(
             "hybrid attention needs `token_layout`: call the whole model, or pass one in its attention kwargs"
         )
     if attention_mask is not None:
         raise ValueError("hybrid attention takes no attention mask: leave it out, or restore_dense(model) first")
+
+
+class LayoutHolder:
+    """The token layout of the running call, for models whose attention kwargs do not reach their processors.
+
+    All hybrid processors of one model share its holder, as their attribute `layout_holder`.
+    """
+
+    def __init__(self):
+        self.token_layout: TokenLayout | None = None
+
+
+class CheckpointWithLayout:
+    """Gradient checkpointing that recomputes a block under the layout that it first ran with.
+
+    By the time of the backward pass the model may have run with another layout. An object, not a closure, so that a
+    deep copy of the model has a holder of its own here too.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], holder: LayoutHolder):
+        self.checkpoint, self.holder = checkpoint, holder
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        holder, token_layout = self.holder, self.holder.token_layout
+
+        def under_its_layout(*arguments):
+            before, holder.token_layout = holder.token_layout, token_layout
+            try:
+                return function(*arguments)
+            finally:
+                holder.token_layout = before
+
+        return self.checkpoint(under_its_layout, *arguments)

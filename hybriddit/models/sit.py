@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     apply_rotary_emb,
@@ -20,11 +20,14 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from timm.layers import GluMlp, LayerNorm, Mlp, PatchEmbed, RmsNorm
 from torch import nn
 
-from ..attention import linear_attention, neighborhood_attention
-from ..attention.hybrid import QueryKeyMap
-from ..config import HybridConfig
+from ..attention import TokenLayout
+from ..attention.hybrid import HybridAttention
+from ..config import HybridConfig, match_layers
+from ..files import read_tensors
+from .sit_names import renamed
 
 # The published sizes; each exists with patches of 2, 4 and 8.
 SIT_SIZES = {
@@ -35,21 +38,21 @@ SIT_SIZES = {
 }
 SIT_PATCHES = (2, 4, 8)
 ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
-NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RmsNorm}
 ACTIVATIONS = ("gelu-approximate", "swiglu")
 TIME_CHANNELS = 256  # of the sinusoid that the time embedding starts from
 EPS = 1e-6
 
 
 class SiTAttention(nn.Module):
-    """One attention layer of any kind; it has the weights that its kind needs, and no others.
+    """Self-attention over one grid of tokens: projections, norms and positions around a HybridAttention of any kind.
 
-        near   = softmax attention of to_q(x), to_k(x), to_v(x): over all tokens, or over a window
-        far    = linear attention of to_q(x + map_q(x)), to_k(x + map_k(x)), to_v(x) over all tokens
-        hybrid = near + gate * (far - near)
+    Queries and keys are projected, normalized (qk_norm) and rotated (rope); those of linear attention go through the
+    query and key maps before they are projected, as LinFusion has it (arXiv 2409.02097), and are not rotated.
+    `value_conv` is the side of a depthwise convolution of the values over the grid, added to the heads' output.
 
-    `map` is LinFusion's Linear -> LayerNorm -> LeakyReLU -> Linear (arXiv 2409.02097). Here it stands before the
-    projection, as its authors have it: from scratch there is no teacher's projection to reuse.
+    kind: "softmax", "linear", "window" or "hybrid"; the other arguments are those of SiTTransformer2DModel. A layer has
+    the weights that its kind needs, and no others.
     """
 
     def __init__(
@@ -58,24 +61,31 @@ class SiTAttention(nn.Module):
         heads: int,
         head_dim: int,
         *,
-        window: tuple[int, int],
+        window: tuple[int, int] | None,
         stride: tuple[int, int],
         map_rank: int | None,
         gate: str,
+        gate_init: float,
         qk_norm: bool,
         value_conv: int | None,
     ):
         super().__init__()
         width = heads * head_dim
-        self.kind, self.heads, self.window, self.stride = kind, heads, window, stride
+        self.kind, self.heads = kind, heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2))
-        if kind in ("linear", "hybrid"):
-            self.map_q, self.map_k = (QueryKeyMap(width, width, map_rank or width) for _ in range(2))
-        if kind == "hybrid" and gate == "token":
-            self.gate = nn.Linear(width, heads)
-        elif kind == "hybrid":
-            self.gate = nn.Parameter(torch.empty(heads, head_dim if gate == "channel" else 1))
+        self.norm_q, self.norm_k = (RmsNorm(head_dim, eps=EPS) if qk_norm else nn.Identity() for _ in range(2))
+        self.hybrid = HybridAttention(
+            width,
+            heads,
+            head_dim,
+            kind="dense" if kind == "softmax" else kind,
+            window=window,
+            stride=stride,
+            map_rank=map_rank or width,
+            maps="before",
+            gate=gate,
+            gate_init=gate_init,
+        )
         self.value_conv = None
         if value_conv is not None:
             self.value_conv = nn.Conv2d(width, width, value_conv, padding=value_conv // 2, groups=width)
@@ -84,37 +94,26 @@ class SiTAttention(nn.Module):
         self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """[B, N, width] -> [B, N, width]; N is the grid's rows x columns. rope: cosines and sines, [N, D] each."""
+        query = key = None
+        if self.kind != "linear":
+            query, key = self._split(self.to_q(hidden_states)), self._split(self.to_k(hidden_states))
         value = self._split(self.to_v(hidden_states))  # [B, N, heads, D]
+        far_query, far_key, gate = self.hybrid.far_inputs(hidden_states, query, key, to_q=self.to_q, to_k=self.to_k)
+        if far_query is not None:
+            far_query, far_key = self.norm_q(far_query), self.norm_k(far_key)
         if self.kind == "linear":
-            out = linear_attention(*self._far(hidden_states), value)
+            query, key = far_query, far_key  # there are no others
         else:
-            out = self._near(hidden_states, value, grid, rope)
-        if self.kind == "hybrid":
-            gate = self.gate
-            if isinstance(gate, nn.Linear):
-                # kept in fp32, whatever the layer runs in
-                gate = gate(hidden_states.to(gate.weight.dtype)).unsqueeze(-1)  # [B, N, heads, 1]
-            out = linear_attention(*self._far(hidden_states), value, near=out, gate=gate)
+            query, key = self.norm_q(query), self.norm_k(key)
+            if rope is not None:
+                query, key = (apply_rotary_emb(tokens, rope, sequence_dim=1) for tokens in (query, key))
+        layout = TokenLayout(0, (grid,), text_first=False)
+        out = self.hybrid(query, key, value, layout, far_query=far_query, far_key=far_key, gate=gate)
         out = out.flatten(2)  # [B, N, width]
         if self.value_conv is not None:
             image = value.flatten(2).transpose(1, 2).unflatten(2, grid)  # [B, width, rows, columns]
             out = out + self.value_conv(image).flatten(2).transpose(1, 2)
         return self.to_out(out)
-
-    def _far(self, x):
-        query = self.norm_q(self._split(self.to_q(x + self.map_q(x))))
-        key = self.norm_k(self._split(self.to_k(x + self.map_k(x))))
-        return query, key
-
-    def _near(self, x, value, grid, rope):
-        query, key = self.norm_q(self._split(self.to_q(x))), self.norm_k(self._split(self.to_k(x)))
-        if rope is not None:
-            query, key = (apply_rotary_emb(tokens, rope, sequence_dim=1) for tokens in (query, key))
-        if self.kind == "softmax":
-            query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        query, key, value = (tokens.unflatten(1, grid) for tokens in (query, key, value))
-        return neighborhood_attention(query, key, value, window=self.window, stride=self.stride).flatten(1, 2)
 
     def _split(self, x):
         return x.unflatten(-1, (self.heads, -1))
@@ -125,9 +124,12 @@ class SiTBlock(nn.Module):
 
     def __init__(self, attn: SiTAttention, width: int, ff_width: int, norm_type: str, activation_fn: str):
         super().__init__()
-        self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, affine=False) for _ in range(2))
         self.attn = attn
-        self.ff = FeedForward(width, inner_dim=ff_width, activation_fn=activation_fn)
+        if activation_fn == "swiglu":  # fc1 gives the values, then their gates
+            self.ff = GluMlp(width, 2 * ff_width, act_layer=nn.SiLU, gate_last=True)
+        else:
+            self.ff = Mlp(width, ff_width, act_layer=partial(nn.GELU, approximate="tanh"))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
@@ -231,11 +233,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         ff_width = int(width * mlp_ratio)
         if activation_fn == "swiglu":
             ff_width = max(8, 8 * round(ff_width * 2 / 3 / 8))
-        self.grid = (sample_size // patch_size,) * 2
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
 
-        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(sample_size, patch_size, in_channels, width, strict_img_size=False)
+        self.grid = self.patch_embed.grid_size
         # never trained, but a parameter: the published files hold it and the published counts count it
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, self.grid, width), requires_grad=False)
         self.time_embed = TimestepEmbedding(TIME_CHANNELS, width)
@@ -250,6 +252,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                     stride=settings.pair("stride"),
                     map_rank=map_rank,
                     gate=gate,
+                    gate_init=gate_init,
                     qk_norm=qk_norm,
                     value_conv=value_conv,
                 ),
@@ -260,19 +263,21 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             )
             for kind in kinds
         )
-        self.norm_out = NORMS[norm_type](width, eps=EPS, elementwise_affine=False)
+        self.norm_out = NORMS[norm_type](width, eps=EPS, affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)
         self.proj_out = nn.Linear(width, patch_size**2 * self.out_channels)
-        self._init_weights(gate_init)
+        self._init_weights()
+        self.register_load_state_dict_pre_hook(_rename_on_load)
 
-    def _init_weights(self, gate_init: float) -> None:
-        """SiT's: Xavier, and zeros where a block, and the model, end."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+    def _init_weights(self) -> None:
+        """SiT's: Xavier, and zeros where a block, and the model, end. The gates start where HybridAttention sets them."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith(".gate"):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.out_channels, -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        patches = self.patch_embed.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+        nn.init.zeros_(patches.bias)
         for table in (self.label_embed, self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(table.weight, std=0.02)
         for block in self.transformer_blocks:
@@ -283,11 +288,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             if attn.value_conv is not None:
                 nn.init.zeros_(attn.value_conv.weight)
                 nn.init.zeros_(attn.value_conv.bias)
-            if attn.kind == "hybrid" and isinstance(attn.gate, nn.Linear):
-                nn.init.zeros_(attn.gate.weight)
-                nn.init.constant_(attn.gate.bias, gate_init)
-            elif attn.kind == "hybrid":
-                nn.init.constant_(attn.gate, gate_init)
         for last in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -321,10 +321,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         """
         batch, dtype, patch = hidden_states.shape[0], hidden_states.dtype, self.config.patch_size
         self._check_inputs(hidden_states, timestep, class_labels)
-        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
+        grid = self.patch_embed.dynamic_feat_size(hidden_states.shape[2:])
 
         # 1. patches and positions: [B, C, H, W] -> [B, N, width]
-        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        hidden_states = self.patch_embed(hidden_states)
         pos_embed, rope = self.pos_embed, None
         if grid != self.grid:
             width = pos_embed.shape[2]
@@ -396,6 +396,34 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 )
         return (model, info) if wants_info else model
 
+    def _fix_state_dict_keys_on_load(self, state_dict):
+        super()._fix_state_dict_keys_on_load(state_dict)
+        _rename(state_dict)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, **kwargs):
+        """As diffusers'. Its hook above is for files of one piece: shards with old names are put together here."""
+        if state_dict is None and loaded_keys != list(renamed(dict.fromkeys(loaded_keys))):
+            state_dict = {}
+            for path in resolved_model_file:
+                state_dict |= read_tensors(Path(path))
+            _rename(state_dict)
+            loaded_keys = list(state_dict)
+        return super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, name_or_path, loaded_keys, **kwargs
+        )
+
+
+def _rename(state_dict: dict[str, torch.Tensor]) -> None:
+    """Give old names of weights their new ones, in place."""
+    today = renamed(state_dict)
+    state_dict.clear()
+    state_dict.update(today)
+
+
+def _rename_on_load(module, state_dict, *_) -> None:
+    _rename(state_dict)
+
 
 # saved pipelines name the class by this module: the short name outlives the package's inner layout
 SiTTransformer2DModel.__module__ = "hybriddit"
@@ -444,12 +472,11 @@ def layer_kinds(attention: str | Mapping[str, str] | Sequence[str], num_layers: 
     if isinstance(attention, str):
         kinds = [attention] * num_layers
     elif isinstance(attention, Mapping):
-        for pattern in attention:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"attention: {pattern!r} matches no layer; they are named {names[0]!r} to {names[-1]!r}"
-                )
-        kinds = [next((kind for p, kind in attention.items() if fnmatchcase(name, p)), None) for name in names]
+        kinds, unmatched = match_layers(attention, names)
+        if unmatched:
+            raise ValueError(
+                f"attention: {unmatched[0]!r} matches no layer; they are named {names[0]!r} to {names[-1]!r}"
+            )
         if None in kinds:
             raise ValueError(f"attention: no pattern matches {names[kinds.index(None)]!r}; end with '*' for the rest")
     else:

@@ -17,7 +17,7 @@ from .sit import SiTTransformer2DModel
 
 # original module -> ours, each with weight and bias unless it is a single tensor
 OUTER = {
-    "x_embedder.proj": "patch_embed",
+    "x_embedder.proj": "patch_embed.proj",
     "t_embedder.mlp.0": "time_embed.linear_1",
     "t_embedder.mlp.2": "time_embed.linear_2",
     "final_layer.linear": "proj_out",
@@ -26,8 +26,8 @@ OUTER = {
 SINGLE = {"pos_embed": "pos_embed", "y_embedder.embedding_table.weight": "label_embed.weight"}
 IN_BLOCK = {
     "attn.proj": "attn.to_out",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
+    "mlp.fc1": "ff.fc1",
+    "mlp.fc2": "ff.fc2",
     "adaLN_modulation.1": "modulation",
 }
 # one layer in the original, its outputs in this order

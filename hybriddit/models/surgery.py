@@ -21,8 +21,8 @@ from torch import nn
 from ..attention import HybridAttention
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_tensors
-from .families import Family, family_of, is_hybrid
-from .processing import LowRankDelta, delta_name, projections
+from .family import Family, family_of, is_hybrid
+from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 
 CONFIG_NAME = "hybrid_config.json"
 WEIGHTS_NAME = "hybrid_adapter.safetensors"
@@ -61,7 +61,10 @@ def restore_dense(model: nn.Module) -> nn.Module:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is inject_token_layout:
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    del model._dense_processors, model._dense_mode
+    for module in _checkpointing(model):
+        if isinstance(module._gradient_checkpointing_func, CheckpointWithLayout):
+            module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
+    del model._dense_processors, model._dense_mode, model._layout_holder
     values = {key: value for key, value in model.config.items() if key != "hybrid_config"}
     if "_class_name" in values:
         values["_class_name"] = family.dense_class.__name__
@@ -108,23 +111,43 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
-    hybrids = {name: _hybrid_attention(attentions[name], config, config.kind(name), model.dtype)
+    hybrids = {name: _hybrid_attention(family, attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
         raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
 
     model._dense_processors = {name: attn.processor for name, attn in attentions.items()}
     model._dense_mode = False
+    model._layout_holder = LayoutHolder() if family.attention_kwargs is None else None
     for name, attn in attentions.items():
         if name in hybrids:
             attn.hybrid = hybrids[name]
-            attn.set_processor(family.hybrid_processor())
-        else:
-            processor = family.dense_processor()
-            vars(processor).update(vars(attn.processor))  # its attention backend
-            attn.set_processor(processor)
+        attn.set_processor(_new_processor(model, family, attn))
+    if model._layout_holder is not None:
+        for module in _checkpointing(model):
+            checkpoint = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = CheckpointWithLayout(checkpoint, model._layout_holder)
     model.register_forward_pre_hook(inject_token_layout, with_kwargs=True)
     model.register_to_config(hybrid_config=config.to_dict())
+
+
+def _checkpointing(model: nn.Module) -> list[nn.Module]:
+    """The modules that recompute their blocks in the backward pass."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _new_processor(model: nn.Module, family: Family, attn: nn.Module) -> Any:
+    """What runs an attention module of a hybrid model, converted or not."""
+    if hasattr(attn, "hybrid"):
+        processor = family.hybrid_processor()
+        if model._layout_holder is not None:
+            processor.layout_holder = model._layout_holder
+        return processor
+    if family.dense_processor is None:
+        return attn.processor
+    processor = family.dense_processor()
+    vars(processor).update(vars(attn.processor))  # its attention backend
+    return processor
 
 
 def _is_offloaded(model: nn.Module) -> bool:
@@ -136,26 +159,32 @@ def _is_offloaded(model: nn.Module) -> bool:
     )
 
 
-def _hybrid_attention(attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype) -> HybridAttention:
+def _hybrid_attention(
+    family: Family, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
+) -> HybridAttention:
     """The new part of one attention layer, on its device; `dtype` for all but the gate, which stays fp32."""
-    width = attn.to_q.in_features
+    shape = family.layer_shape(attn)
     hybrid = HybridAttention(
-        width,
-        attn.heads,
-        attn.to_q.out_features // attn.heads,
-        map_rank=config.map_rank or max(1, width // 16),
-        window=None if kind == "linear" else config.pair("window"),
+        shape.width,
+        shape.heads,
+        shape.head_dim,
+        kind=kind,
+        kv_heads=shape.kv_heads,
+        window=config.pair("window"),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
-        far=kind != "window",
+        map_rank=config.map_rank,
+        mixer=config.mixer,
+        feature_map=config.feature_map,
         gate=config.gate,
     )
+    projections = family.projections(attn)
     hybrid.deltas = nn.ModuleDict()
     if config.delta_rank is not None:
-        for name, module in projections(attn).items():
+        for name, module in projections.items():
             delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
             hybrid.deltas[delta_name(name)] = delta
-    hybrid.to(attn.to_q.weight.device).train(attn.training)
+    hybrid.to(next(iter(projections.values())).weight.device).train(attn.training)
     for name, parameter in hybrid.named_parameters():
         if not name.startswith("gate"):
             parameter.data = parameter.data.to(dtype)
@@ -177,6 +206,9 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     family = family_of(model)
     inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
     inputs.pop("self")
+    if family.attention_kwargs is None:
+        model._layout_holder.token_layout = family.token_layout(model, inputs)
+        return None
     attention_kwargs = dict(inputs.get(family.attention_kwargs) or {})
     if "ip_adapter_image_embeds" in attention_kwargs:
         raise ValueError("hybrid models do not take IP-Adapter images: use them on the dense model")
@@ -207,11 +239,13 @@ def reset_processors(model: nn.Module) -> None:
         attn = model.get_submodule(name)
         expected = _own_processor(family, attn)
         if type(attn.processor) is not expected:
-            attn.set_processor(expected())
+            attn.set_processor(_new_processor(model, family, attn))
 
 
 def _own_processor(family: Family, attn: nn.Module) -> type:
-    return family.hybrid_processor if hasattr(attn, "hybrid") else family.dense_processor
+    if hasattr(attn, "hybrid"):
+        return family.hybrid_processor
+    return family.dense_processor or family.teacher_processor
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:

@@ -1,13 +1,15 @@
-"""Thin subclasses of diffusers' pipelines: `from_pretrained(base, adapter=...)`, saved under diffusers' own names."""
+"""Each family's text-to-image pipeline, loaded with an adapter in one call, and saved under diffusers' own name."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 
-from diffusers import FluxPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 
 from ..models import load_adapter
+from ..models.family import Family
 
 
 class _AdapterPipelineMixin:
@@ -33,13 +35,9 @@ class _AdapterPipelineMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-class HybridPixArtSigmaPipeline(_AdapterPipelineMixin, PixArtSigmaPipeline):
-    """PixArtSigmaPipeline over a hybrid transformer."""
-
-
-class HybridStableDiffusion3Pipeline(_AdapterPipelineMixin, StableDiffusion3Pipeline):
-    """StableDiffusion3Pipeline over a hybrid transformer."""
-
-
-class HybridFluxPipeline(_AdapterPipelineMixin, FluxPipeline):
-    """FluxPipeline over a hybrid transformer."""
+@functools.cache
+def hybrid_pipeline(family: Family) -> type[DiffusionPipeline]:
+    """The class `Hybrid<pipeline>`: the family's text-to-image pipeline over a hybrid transformer."""
+    dense = family.pipelines["text-to-image"]
+    members = {"__doc__": f"{dense.__name__} over a hybrid transformer.", "__module__": "hybriddit"}
+    return type(f"Hybrid{dense.__name__}", (_AdapterPipelineMixin, dense), members)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import flush, read_tensors, write_tensors
+
+# Settings that the first checkpoints do not hold, and what their runs had.
+YOUNGER_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
 
 
 def save_checkpoint(
@@ -100,7 +103,8 @@ def read_state(path: Path, settings: dict) -> dict:
         state = dict(json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, error) from None
-    other = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
+    found = {**YOUNGER_SETTINGS, **state.get("settings", {})}
+    other = [key for key in settings if found.get(key) != settings[key]]
     if other:
         raise ValueError(
             f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
@@ -119,14 +123,18 @@ def load_checkpoint(
     average: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     settings: dict,
+    *,
+    rename: Callable[[dict], dict] = dict,
 ) -> int:
     """Put everything back in place, and return the step to go on from.
+
+    rename: gives tensors of a checkpoint of an older version ("weight/NAME", …) the names of this one.
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """
     state = read_state(path, settings)
     try:
-        tensors = read_tensors(path / "state.safetensors")
+        tensors = rename(read_tensors(path / "state.safetensors"))
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     found = {key.removeprefix("weight/"): value.shape for key, value in tensors.items() if key.startswith("weight/")}

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import HybridConfig
+from ..data.sources import SOURCES, sources_of
 
 
 @dataclass
@@ -134,10 +135,10 @@ class DistillConfig:
     def __post_init__(self):
         _check_shared(self)
         data = self.data
-        sources = ("teacher", "folder", "trajectories")
+        sources = sources_of("distill")
         _require(data.source in sources, "data.source", data.source, f"one of {', '.join(sources)}")
         _require(
-            (data.folder is not None) == (data.source == "folder"),
+            (data.folder is not None) == (SOURCES[data.source].reads == "folder"),
             "data.folder",
             data.folder,
             'a folder of images with data.source "folder", and left out with another',
@@ -154,7 +155,7 @@ class DistillConfig:
 class ClassDataConfig:
     """Labelled images that a SiT is trained on.
 
-    path: a cache that scripts/cache_latents.py made; or a folder of images, whose subfolders are the classes; or one
+    path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or one
         of MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
         are cut as ADM cuts them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
     flip: mirror every other image, at random.

@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from ..data.image_folder import captioned_images, image_folder
 from ..data.latents import LatentData
-from ..data.teacher_images import load_pipeline, quiet, read_prompts, sample, teacher_images
+from ..data.sources import SOURCES, make_data
+from ..data.teacher_images import sample
 from ..files import replacing
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
+from ..pipelines.loading import load_pipeline, quiet
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .config import DistillConfig, to_dict
 from .loop import (
@@ -49,12 +50,12 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     # what can be told before the images are made, which may take days
-    source = config.data.source
-    loss_settings(recipe_of(pipeline, config.model.recipe), config, source != "folder", source == "trajectories")
+    source = SOURCES[config.data.source]
+    loss_settings(recipe_of(pipeline, config.model.recipe), config, source.teacher_made, source.trajectories)
     planned_grid(config, pipeline.transformer, pipeline.vae_scale_factor)
     make_student(pipeline.transformer, config)
     with accelerator.main_process_first():
-        data = make_data(pipeline, config, progress=config.train.progress and accelerator.is_main_process)
+        data = make_data(pipeline, config.data, progress=config.train.progress and accelerator.is_main_process)
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
         if name.startswith("text_encoder"):
             setattr(pipeline, name, None)
@@ -67,29 +68,7 @@ def check_settings(config: DistillConfig) -> None:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    if config.data.source == "folder":
-        captioned_images(config.data.folder)
-    else:
-        read_prompts(config.data.prompts)
-
-
-def make_data(pipeline, config: DistillConfig, *, progress: bool = True) -> LatentData:
-    """The set that `config.data` asks for, made by the pipeline itself."""
-    data = config.data
-    names = ("height", "width", "guidance_scale", "max_sequence_length", "batch_size", "cache")
-    common = {name: getattr(data, name) for name in names} | {"progress": progress}
-    if data.source == "folder":
-        return image_folder(pipeline, data.folder, steps=data.steps, **common)
-    states = data.states if data.source == "trajectories" else 0
-    return teacher_images(
-        pipeline,
-        read_prompts(data.prompts),
-        images=data.images,
-        steps=data.steps,
-        seed=data.seed,
-        states=states,
-        **common,
-    )
+    SOURCES[config.data.source].count(config.data)
 
 
 def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import models
-from ..data.image_folder import captioned_images
+import hybriddit
+
+from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
@@ -101,8 +102,8 @@ def dry_run(config: DistillConfig) -> dict:
     check_settings(config)
     pipeline, model, vae_scale_factor, clip_length = plan_model(config.model.path)
     recipe = choose_recipe(pipeline, model, config.model.recipe)
-    own_images = config.data.source == "folder"
-    loss_settings(recipe, config, not own_images, config.data.source == "trajectories")
+    source = SOURCES[config.data.source]
+    loss_settings(recipe, config, source.teacher_made, source.trajectories)
     grid = planned_grid(config, model, vae_scale_factor)
     with torch.device("meta"):
         trained = make_student(model, config)
@@ -119,8 +120,8 @@ def dry_run(config: DistillConfig) -> dict:
     recomputed = step["student"] if train.gradient_checkpointing else 0
     step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
     guided = recipe.pipeline != "FluxPipeline" and data.guidance_scale > 1  # two passes a step of the sampler
-    images = len(captioned_images(data.folder)) if own_images else data.images
-    image_flops = 0 if own_images else images * data.steps * (2 if guided else 1) * step["teacher"] // count
+    images = source.count(data)
+    image_flops = images * data.steps * (2 if guided else 1) * step["teacher"] // count if source.teacher_made else 0
 
     element = 2 if train.precision == "bf16" else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
@@ -237,7 +238,7 @@ def plan_model(path: str) -> tuple[str, nn.Module, int, int]:
         raise ValueError(
             f"a dry run needs a local pipeline folder, or one of {', '.join(REPOSITORIES)}: model.path is {path!r}"
         )
-    model_class = getattr(models, name, None) or getattr(diffusers, name, None)
+    model_class = getattr(hybriddit, name, None) or getattr(diffusers, name, None)
     if model_class is None:
         raise ValueError(f"{path}: its transformer is a {name or 'model of no class'}, which diffusers does not have")
     with torch.device("meta"):

@@ -23,11 +23,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 
-from ..data.class_images import ClassData, ClassInfo, load_vae, open_set
+from ..data.class_cache import load_vae
+from ..data.class_data import ClassData, ClassInfo
+from ..data.sources import SOURCES
 from ..files import checksum, read_json, replacing
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
+from ..models.sit_names import renamed
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .checkpoint import checkpoints, gather, load_checkpoint, save_checkpoint
 from .config import SiTConfig, to_dict
@@ -60,8 +63,7 @@ def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     model = make_model(config)
-    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    data = open_set(config.data.path, shape, memory=config.data.memory, progress=config.train.progress)
+    data = SOURCES["classes"].make(model, config.data, config.train.progress)
     return train(model, data, config, resume=resume)
 
 
@@ -141,9 +143,8 @@ def train(
     first = 0
     settings = resume_settings(config)
     if resume:
-        first = load_checkpoint(
-            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
-        )
+        newest = checkpoints(folder / "checkpoints")[-1]
+        first = load_checkpoint(newest, trained, average.shadow_params, optimizer, settings, rename=renamed)
         average.optimization_step = first
     elif writes:
         with replacing(folder / "config.yaml") as partial:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..data.class_images import ClassData
+from ..data.class_data import ClassData
 from ..metrics import frechet_distance, load_inception, read_images, to_uint8
 from ..metrics.adm import look, read_reference
 from .config import MetricsConfig

@@ -2,7 +2,10 @@ import oracles
 import pytest
 import torch
 
-from hybriddit.attention import HybridAttention, TokenLayout
+from hybriddit import config
+from hybriddit.attention import HybridAttention, TokenLayout, mixers
+from hybriddit.attention.linear import FEATURE_MAPS
+from hybriddit.attention.work import dense_flops, dense_work
 
 WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 2, 24, (11, 9), 5
 
@@ -12,20 +15,19 @@ def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
     torch.manual_seed(seed)
     layer = HybridAttention(WIDTH, HEADS, HEAD_DIM, map_rank=3, **kwargs).double()
     layout = TokenLayout(text, (GRID,), text_first)
-    query, key, value = (torch.randn(2, text + layout.image_length, HEADS, HEAD_DIM).double() for _ in range(3))
+    heads = (HEADS, layer.kv_heads, layer.kv_heads)
+    qkv = [torch.randn(2, text + layout.image_length, n, HEAD_DIM).double() for n in heads]
     hidden = torch.randn(2, layout.image_length, WIDTH).double()
-    if layer.far:
+    if layer.far is not None:
         for name, parameter in layer.named_parameters():
             if name.startswith("map"):
                 torch.nn.init.normal_(parameter, std=0.3)
-    return layer, layout, (query, key, value), hidden
+    return layer, layout, qkv, hidden
 
 
-def call(layer, layout, qkv, hidden):
-    if not layer.far:
-        return layer(*qkv, layout), None, None
-    far_query, far_key, gate = layer.maps(hidden, *(layout.split(x)[1] for x in qkv[:2]))
-    return layer(*qkv, layout, far_query=far_query, far_key=far_key, gate=gate), far_query, far_key
+def call(layer, layout, qkv, hidden, **kwargs):
+    far_query, far_key, gate = layer.far_inputs(hidden, *(layout.split(x)[1] for x in qkv[:2]))
+    return layer(*qkv, layout, far_query=far_query, far_key=far_key, gate=gate, **kwargs), far_query, far_key
 
 
 def joint_mask(layout, window):
@@ -46,12 +48,12 @@ def test_a_fresh_layer_over_the_whole_grid_is_dense(gate, text_first):
 
 
 @pytest.mark.parametrize("text, text_first", [(TEXT, True), (TEXT, False), (0, True)])
-@pytest.mark.parametrize("far", [True, False])
-def test_a_fresh_layer_is_dense_with_the_window_as_mask(text, text_first, far):
-    layer, layout, qkv, hidden = make_case(text, text_first, window=(3, 4), far=far)
+@pytest.mark.parametrize("kind", ["hybrid", "window"])
+def test_a_fresh_layer_is_dense_with_the_window_as_mask(text, text_first, kind):
+    layer, layout, qkv, hidden = make_case(text, text_first, window=(3, 4), kind=kind)
     out = call(layer, layout, qkv, hidden)[0]
     torch.testing.assert_close(out, oracles.softmax_attention(*qkv, joint_mask(layout, (3, 4))))
-    if not far:
+    if kind == "window":
         assert not list(layer.parameters())
 
 
@@ -76,12 +78,12 @@ def test_the_maps_add_to_the_teachers_projections():
         layer.map_q.norm(hidden @ layer.map_q.down.weight.T + layer.map_q.down.bias)
     )
     added = (hidden_rank @ layer.map_q.up.weight.T + layer.map_q.up.bias).view_as(query)
-    torch.testing.assert_close(layer.maps(hidden, query, query)[0], query + added)
+    torch.testing.assert_close(layer.far_inputs(hidden, query, query)[0], query + added)
     assert added.abs().max() > 0.1
 
 
 def test_linear_only_attends_to_text_and_image():
-    layer, layout, qkv, hidden = make_case(window=None)
+    layer, layout, qkv, hidden = make_case(kind="linear")
     out, far_query, far_key = call(layer, layout, qkv, hidden)
     (text_key, _), (text_value, value) = (layout.split(x) for x in qkv[1:])
     keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, value), 1)
@@ -108,3 +110,207 @@ def test_layout_splits_joins_and_refuses():
         assert layout.join(text, image).equal(tokens)
     with pytest.raises(ValueError, match="103 tokens.*pass the right `token_layout`"):
         layout.split(tokens[:, 1:])
+
+
+def masked_softmax(query, key, value, masks, scale=None):
+    """Dense attention of every sample under its own mask [S, S]."""
+    outs = [
+        oracles.softmax_attention(q[None], k[None], v[None], mask, scale)
+        for q, k, v, mask in zip(query, key, value, masks, strict=True)
+    ]
+    return torch.cat(outs)
+
+
+def assert_gradients_equal(out, expected, leaves):
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    found, wanted = (torch.autograd.grad(x, leaves, weight, retain_graph=True) for x in (out, expected))
+    for grad, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
+def expected_output(layer, layout, qkv, far_query, far_key, text_mask=None, scale=None):
+    """What a layer of any kind gives, from the definitions: dense weights in float64, heads of keys repeated one by one."""
+    query, (key, value) = qkv[0], ([x[:, :, h // (HEADS // x.shape[2])] for h in range(HEADS)] for x in qkv[1:])
+    key, value = torch.stack(key, 2), torch.stack(value, 2)
+    window = layer.window if layer.kind in ("hybrid", "window") else GRID
+    masks = [joint_mask(layout, window) for _ in query]
+    if text_mask is not None:
+        for mask, seen in zip(masks, text_mask, strict=True):
+            mask &= layout.join(seen[None], torch.ones(1, layout.image_length, dtype=torch.bool))
+    text, near = layout.split(masked_softmax(query, key, value, masks, scale))
+    if layer.far is None:
+        return layout.join(text, near)
+    far_key = torch.stack([far_key[:, :, h // (HEADS // far_key.shape[2])] for h in range(HEADS)], 2)
+    (text_key, _), (text_value, image_value) = (layout.split(x) for x in (key, value))
+    if layer.kind == "hybrid":
+        return layout.join(text, near + layer.gate * (oracles.linear(far_query, far_key, image_value) - near))
+    far = []
+    for b in range(len(query)):
+        words = slice(None) if text_mask is None else text_mask[b].nonzero()[:, 0]
+        keys, values = torch.cat((text_key[b, words], far_key[b])), torch.cat((text_value[b, words], image_value[b]))
+        far.append(oracles.linear(far_query[b][None], keys[None], values[None]))
+    return layout.join(text, torch.cat(far))
+
+
+KINDS = {"hybrid": {"window": (3, 4)}, "window": {"window": (3, 4)}, "linear": {}, "dense": {}}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [None, 1])
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_against_the_definitions(kind, text_first, kv_heads, masked):
+    """With a scale, with fewer heads of keys than of queries, and with padded text: outputs and gradients."""
+    layer, layout, qkv, hidden = make_case(text_first=text_first, kind=kind, kv_heads=kv_heads, **KINDS[kind])
+    if kind == "hybrid":
+        torch.nn.init.normal_(layer.gate)
+    # a part of the first sample's text, none of the second's
+    text_mask = torch.tensor([[True, False, True, True, False], [False] * TEXT]) if masked else None
+    leaves = [x.requires_grad_() for x in qkv]
+    out, far_query, far_key = call(layer, layout, qkv, hidden, scale=0.7, text_mask=text_mask)
+    expected = expected_output(layer, layout, qkv, far_query, far_key, text_mask, scale=0.7)
+    if masked:  # what stands in the place of padded text has no meaning
+        seen = layout.join(text_mask, torch.ones(2, layout.image_length, dtype=torch.bool))[:, :, None, None]
+        out, expected = out * seen, expected * seen
+    torch.testing.assert_close(out, expected)
+    assert_gradients_equal(out, expected, [*leaves, *layer.parameters()] if layer.far is not None else leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_text_is_as_no_text(kind):
+    """Whatever stands in it, and whichever dtype; a mask of only text that is there changes nothing."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        layer, layout, qkv, hidden = make_case(kind=kind, **KINDS[kind])
+        layer, qkv, hidden = layer.to(dtype), [x.to(dtype) for x in qkv], hidden.to(dtype)
+        text_mask = torch.tensor([[True, False, True, True, False]]).expand(2, -1)
+        out, *_ = call(layer, layout, qkv, hidden, text_mask=text_mask)
+        words = torch.cat((text_mask[0], torch.ones(layout.image_length, dtype=torch.bool))).nonzero()[:, 0]
+        shorter = layout._replace(text_length=3)
+        expected, *_ = call(layer, shorter, [x[:, words] for x in qkv], hidden)
+        torch.testing.assert_close(out[:, words], expected)
+        garbage = [x.clone() for x in qkv]
+        for x in garbage[1:]:
+            x[:, [1, 4]] = 300
+        assert torch.equal(call(layer, layout, garbage, hidden, text_mask=text_mask)[0][:, words], out[:, words])
+        everything = torch.ones(2, TEXT, dtype=torch.bool)
+        torch.testing.assert_close(
+            call(layer, layout, qkv, hidden, text_mask=everything)[0], call(layer, layout, qkv, hidden)[0]
+        )
+
+
+def test_maps_before_the_projection():
+    layer, layout, qkv, hidden = make_case(window=(3, 3), maps="before", kv_heads=1, gate="token", gate_init=0.25)
+    to_q, to_k = torch.nn.Linear(WIDTH, HEADS * HEAD_DIM).double(), torch.nn.Linear(WIDTH, HEAD_DIM).double()
+    far_query, far_key, gate = layer.far_inputs(hidden, None, None, to_q=to_q, to_k=to_k)
+    for found, project, up_down, heads in ((far_query, to_q, layer.map_q, HEADS), (far_key, to_k, layer.map_k, 1)):
+        expected = project(hidden + up_down(hidden))
+        assert found.shape == (2, layout.image_length, heads, HEAD_DIM) and up_down.up.out_features == WIDTH
+        torch.testing.assert_close(found.flatten(2), expected)
+    assert gate.shape == (2, layout.image_length, HEADS, 1) and torch.equal(gate, torch.full_like(gate, 0.25))
+
+
+def test_a_gate_starts_where_it_is_told():
+    for gate in ("head", "channel"):
+        layer, layout, qkv, hidden = make_case(window=(3, 3), gate=gate, gate_init=1)
+        out, far_query, far_key = call(layer, layout, qkv, hidden)
+        far = oracles.linear(far_query, far_key, layout.split(qkv[2])[1])
+        torch.testing.assert_close(layout.split(out)[1], far)
+    assert HybridAttention(64, 2, 16, window=(3, 3)).map_q.down.out_features == 4  # a sixteenth of the width
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(kind="softmax"), "unknown layer kind 'softmax': use one of hybrid, window, linear, dense"),
+        (dict(gate="door"), "unknown gate 'door'"),
+        (dict(mixer="mamba"), "unknown mixer 'mamba': use one of linear"),
+        (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu"),
+        (dict(maps="beside"), "unknown maps 'beside'"),
+        (dict(kv_heads=4), "6 heads cannot share 4 heads of keys and values"),
+        (dict(window=None), "a layer of kind 'hybrid' needs a window"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        HybridAttention(**dict(width=12, heads=6, head_dim=2, window=(3, 3)) | change)
+    assert "\n" not in str(error.value)
+
+
+def test_another_mixer_is_a_row(monkeypatch):
+    """A layer asks its mixer for the result and for the cost of it."""
+
+    class Mean(torch.nn.Module):
+        def __init__(self, heads, head_dim, *, feature_map):
+            super().__init__()
+
+        def forward(self, query, key, value, *, near=None, gate=None, key_mask=None):
+            return near + gate * (value.mean(1, keepdim=True) - near)
+
+        def flops(self, queries, keys):
+            return {"products": 5, "normalization": 7}
+
+    monkeypatch.setitem(mixers.MIXERS, "mean", Mean)
+    layer, layout, qkv, hidden = make_case(window=(3, 3), mixer="mean", gate_init=1)
+    mean = layout.split(qkv[2])[1].mean(1, keepdim=True)
+    image = layout.split(call(layer, layout, qkv, hidden)[0])[1]
+    torch.testing.assert_close(image, mean.expand_as(image))
+    parts = layer.flops_by_part(layout)
+    assert (parts["far"], parts["normalization"]) == (5, 7)
+
+
+def test_the_names_in_the_config_are_the_rows():
+    assert tuple(mixers.MIXERS) == config.MIXERS and tuple(FEATURE_MAPS) == config.FEATURE_MAPS
+
+
+# width 32 in 2 heads of 16, one head of keys, N = 30, T = 7, window 3 x 3 of 6 x 5, rank 2
+COUNTED = dict(width=32, heads=2, head_dim=16, map_rank=2)
+LAYOUT = TokenLayout(7, ((6, 5),), True)
+
+
+def test_flops_by_hand():
+    text, near = 4 * 7 * 37 * 32, 4 * 30 * (9 + 7) * 32
+    far, sums = 2 * (30 + 30) * 32 * 16, 2 * (30 + 30) * 32
+    maps = 2 * 30 * (32 * 2 + 2 * 32) + 2 * 30 * (32 * 2 + 2 * 16)
+    hybrid = HybridAttention(**COUNTED, kv_heads=1, window=(3, 3))
+    expected = {"text": text, "near": near, "far": far, "normalization": sums, "maps": maps}
+    assert hybrid.flops_by_part(LAYOUT) == expected and hybrid.flops(LAYOUT) == sum(expected.values())
+    window = HybridAttention(**COUNTED, kind="window", window=(3, 3))
+    assert window.flops_by_part(LAYOUT) == {"text": text, "near": near}
+    linear = HybridAttention(**COUNTED, kv_heads=1, kind="linear")
+    expected = {"text": text, "far": 2 * (30 + 37) * 32 * 16, "normalization": 2 * (30 + 37) * 32, "maps": maps}
+    assert linear.flops_by_part(LAYOUT) == expected
+    assert HybridAttention(**COUNTED, kind="dense").flops_by_part(LAYOUT) == {"dense": 4 * 37 * 37 * 32}
+    # before the projection the maps are as wide as the input, and a hybrid layer projects once more
+    both = 2 * 2 * 30 * (32 * 2 + 2 * 32)
+    assert HybridAttention(**COUNTED, maps="before", kind="linear").flops_by_part(LAYOUT)["maps"] == both
+    before = HybridAttention(**COUNTED, maps="before", window=(3, 3))
+    assert before.flops_by_part(LAYOUT)["maps"] == both + 2 * 30 * 32 * (32 + 32)
+
+
+def test_a_dilated_window_ends_with_its_residue_class():
+    layer = HybridAttention(**COUNTED, kind="window", window=(3, 4), dilation=(1, 2))
+    pairs = int(oracles.window_mask((6, 5), (3, 4), dilation=(1, 2)).sum())
+    assert layer.flops_by_part(LAYOUT)["near"] == 4 * (pairs + 30 * 7) * 32
+
+
+def test_work_by_hand():
+    # numbers of 2 bytes; 37 tokens of 2 heads, or of the one head that keys and values have
+    def work(kind, direction, layout=LAYOUT):
+        layer = HybridAttention(**COUNTED, kv_heads=1, kind=kind, window=(3, 3))
+        return layer.work(layout, 2)[direction]
+
+    products = 4 * 7 * 37 * 32 + 4 * 30 * (9 + 7) * 32 + 2 * (30 + 30) * 32 * 16
+    read, written = 37 * (32 + 16 + 16) + 30 * (32 + 16), 37 * 32
+    assert work("hybrid", "forward") == (2 * (read + written), products)
+    # back: the inputs, the output and its gradient are read, the inputs' gradients written
+    assert work("hybrid", "backward") == (2 * (2 * read + 2 * written), 2 * products)
+    assert work("hybrid", "forward + backward") == (2 * (3 * read + 3 * written), 3 * products)
+    assert work("dense", "forward") == (2 * (37 * 64 + written), 4 * 37 * 37 * 32)
+    # text queries need q and k, far's own replace the image's; only the text has a softmax
+    read = 7 * 32 + 37 * 16 + 37 * 16 + 30 * (32 + 16)
+    assert work("linear", "forward").bytes == 2 * (read + written)
+    assert work("linear", "backward").bytes == 2 * (2 * read + written + 7 * 32)
+    alone = LAYOUT._replace(text_length=0)
+    assert work("linear", "forward", alone).bytes == 2 * 30 * (32 + 16 + 16 + 32)
+    assert dense_work(37, 32, 2) == HybridAttention(**COUNTED, kind="dense").work(LAYOUT, 2)
+    assert dense_flops(37, 32) == 4 * 37 * 37 * 32

@@ -235,6 +235,30 @@ def test_join_with_another_branch(gate_shape, dtype):
         assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("join", [False, True])
+def test_keys_that_a_mask_leaves_out(join, dtype):
+    """As if they were not among the keys: in the sums, in what these are divided by, and in every gradient."""
+    inputs, weight = random_inputs((3, 50, 40, 2, 24, 16), dtype)
+    key_mask = torch.stack((torch.arange(40) < 11, torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.5,
+                            torch.ones(40) > 0))  # fmt: skip
+    options = {}
+    if join:
+        options = {"near": torch.randn(weight.shape).to(dtype), "gate": torch.full((2, 1), 0.4, dtype=torch.float64)}
+    out = linear_attention(*inputs, key_mask=key_mask, eps=0.5, **options)
+    query, key, value = inputs
+    parts = [oracles.linear(query[b, None], key[b, None, seen], value[b, None, seen], eps=0.5)
+             for b, seen in enumerate(key_mask)]  # fmt: skip
+    expected = torch.cat(parts)
+    if join:
+        expected = options["near"].double() + 0.4 * (expected - options["near"].double())
+    assert out.dtype == dtype and relative_error(out, expected) < TOLERANCE[dtype]
+    grads = torch.autograd.grad(out, inputs, weight)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, inputs, weight.double()), strict=True):
+        assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
+    assert all(grad[~key_mask].eq(0).all() for grad in grads[1:])
+
+
 def test_a_closed_gate_leaves_the_other_branch_as_it_is():
     inputs, _ = random_inputs(SHAPES[0], torch.bfloat16)
     near = torch.randn(2, 37, 3, 24).bfloat16()
@@ -262,6 +286,9 @@ def test_nan_stays_nan():
         (dict(value=torch.zeros(1, 3, 2, 4, dtype=torch.float64)), "one dtype"),
         (dict(value=torch.zeros(1, 3, 2, 4, device="meta")), "use one device"),
         (dict(backend="cuda"), "unknown linear attention backend 'cuda'"),
+        (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu"),
+        (dict(key_mask=torch.ones(1, 3)), r"key_mask must be bool \(1, 3\), got torch.float32 \(1, 3\)"),
+        (dict(key_mask=torch.ones(1, 4, dtype=torch.bool)), r"key_mask must be bool \(1, 3\)"),
         (dict(near=torch.zeros(1, 3, 2, 4)), "near and gate come together"),
         (dict(near=torch.zeros(1, 3, 2, 5), gate=torch.zeros(2, 1)), "near must have the result's shape"),
         (dict(near=torch.zeros(1, 3, 2, 4), gate=torch.zeros(3, 1)), "gate must broadcast"),

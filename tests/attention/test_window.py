@@ -14,6 +14,7 @@ BACKENDS = ["auto", "tiled", "dense"]  # those that have gradients everywhere
 EVERY_BACKEND = ["auto", *window.BACKENDS]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+TEXT = {name: torch.zeros(1, 3, 2, 8) for name in ("text_key", "text_value")}
 GRIDS = [(1, 1), (1, 19), (23, 1), (5, 7), (16, 16), (9, 26), (20, 13), (33, 10)]
 
 
@@ -118,6 +119,69 @@ def test_non_contiguous_input(backend):
 def test_scale(backend):
     inputs, weight = random_inputs((18, 18), 2, 1, 24, 1)
     assert_equal_to_oracle(inputs, weight, (3, 3), (1, 1), (1, 1), 1e-11, backend=backend, scale=0.7)
+
+
+def masked_neighborhood(inputs, text_mask, window, stride, dilation, scale=None):
+    """The oracle, sample by sample, without the text that the mask hides."""
+    outs = []
+    for b, seen in enumerate(text_mask):
+        image, text = [x[b, None] for x in inputs[:3]], [x[b, None, seen] for x in inputs[3:]]
+        outs.append(oracles.neighborhood(*image, *text, window, stride, dilation, scale))
+    return torch.cat(outs)
+
+
+def text_mask_of(text):
+    """Of three samples: their text's first part, some of it, none of it."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack((torch.arange(text) < 2, torch.rand(text, generator=generator) < 0.5, torch.zeros(text) > 0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "flex"])
+@pytest.mark.parametrize("grid, text, width", [((16, 16), 7, 24), ((14, 21), 150, 64), ((9, 26), 150, 72)])
+def test_padded_text_is_not_seen(backend, dtype, grid, text, width):
+    """Short text stands behind every tile's keys, long text is merged by its log-sum-exp: of no token, too."""
+    inputs, weight = random_inputs(grid, text, 2, width, 3, dtype)
+    text_mask, geometry = text_mask_of(text), ((5, 6), (1, 2), (1, 1))
+    for scale in (None, 0.7):
+        with torch.set_grad_enabled(backend != "flex"):  # which has no gradients on a CPU
+            out = attend(inputs, *geometry, backend=backend, text_mask=text_mask, scale=scale)
+        expected = masked_neighborhood(inputs, text_mask, *geometry, scale)
+        assert out.dtype == dtype and out.shape == expected.shape
+        assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+        if backend == "flex":
+            continue
+        grads = torch.autograd.grad(out, inputs, weight)
+        references = torch.autograd.grad(expected, inputs, weight.double())
+        for grad, reference in zip(grads, references, strict=True):
+            assert grad.dtype == dtype
+            assert (grad.double() - reference).norm() <= TOLERANCE[dtype] * reference.norm()
+        assert all(grad[~text_mask].eq(0).all() for grad in grads[3:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_stands_in_padded_text_makes_no_difference(backend):
+    for dtype, largest in ((torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float16, 6e4)):
+        inputs, _ = random_inputs((18, 19), 150, 1, 64, 3, dtype)
+        text_mask = text_mask_of(150)
+        # scores of real keys far from zero, on both sides
+        inputs = [x.detach() * 8 for x in inputs]
+        out = attend(inputs, (5, 6), backend=backend, text_mask=text_mask)
+        for text in inputs[3:]:
+            text[~text_mask] = largest if text is inputs[3] else 7
+        assert torch.equal(attend(inputs, (5, 6), backend=backend, text_mask=text_mask), out)
+        expected = masked_neighborhood(inputs, text_mask, (5, 6), (1, 1), (1, 1))
+        assert (out.double() - expected).norm() <= 1.5e-2 * expected.norm()
+
+
+def test_a_text_mask_in_a_compiled_model():
+    def function(text_mask, *inputs):
+        return attend(inputs, (5, 4), text_mask=text_mask)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for grid in ((12, 12), (21, 30), (17, 18)):  # from the second size on torch traces with symbolic sizes
+        inputs, _ = random_inputs(grid, 7, 1, 24, 3)
+        torch.testing.assert_close(compiled(text_mask_of(7), *inputs), function(text_mask_of(7), *inputs))
 
 
 def case_of(inputs, window_size, stride, dilation, gradients):
@@ -302,6 +366,10 @@ def test_auto_never_makes_a_square_mask_on_a_large_grid():
         (dict(text_key=torch.zeros(1, 3, 2, 8)), "come together"),
         (dict(text_key=torch.zeros(1, 3, 2, 9), text_value=torch.zeros(1, 3, 2, 9)), "text_key and text_value must be"),
         (dict(text_key=torch.zeros(1, 3, 2, 8), text_value=torch.zeros(1, 2, 2, 8)), "text_key and text_value must be"),
+        (dict(text_mask=torch.ones(1, 3, dtype=torch.bool)), "text_mask needs text_key and text_value"),
+        (dict(**TEXT, text_mask=torch.ones(1, 3)), r"text_mask must be bool \(1, 3\), got torch.float32 \(1, 3\)"),
+        (dict(**TEXT, text_mask=torch.ones(1, 4, dtype=torch.bool)), r"text_mask must be bool \(1, 3\)"),
+        (dict(**TEXT, text_mask=torch.ones(1, 3, dtype=torch.bool, device="meta")), "several devices"),
         (dict(backend="cuda"), "unknown window attention backend 'cuda'"),
     ],
 )

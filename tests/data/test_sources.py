@@ -11,8 +11,9 @@ from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipel
 
 from hybriddit import HybridConfig
 from hybriddit.data.image_folder import captioned_images, image_folder, read_image
+from hybriddit.data.sources import make_data
 from hybriddit.training.config import DistillConfig
-from hybriddit.training.distill import distill, draw_batches, make_data
+from hybriddit.training.distill import distill, draw_batches
 from hybriddit.training.recipes import recipe_of
 
 
@@ -166,7 +167,7 @@ def test_distilling_on_trajectories(family):
     config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
     config.train.steps, config.train.batch_size, config.optim.lr = 30, 8, 1e-2
     config.optim.warmup_steps, config.optim.gate_lr_factor, config.optim.ema_decay = 3, 5.0, 0.8
-    data = make_data(pipeline, config, progress=False)
+    data = make_data(pipeline, config.data, progress=False)
     recipe = recipe_of(pipeline)
     (batch,) = draw_batches(data, recipe, config, 0, 0.0, (8, 8), pipeline.scheduler)
     rows = data.rows(range(8))
@@ -208,6 +209,6 @@ def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
     config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
     config.train.steps, config.train.batch_size = 1, 2
     config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path / "run"), 1, 2
-    distill(pipeline, make_data(pipeline, config, progress=False), config)
+    distill(pipeline, make_data(pipeline, config.data, progress=False), config)
     with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
         assert grid.size == (128, 128) and np.asarray(grid).std() > 1

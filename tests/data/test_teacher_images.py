@@ -5,9 +5,12 @@ import torch
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
+from hybriddit.data import latents
 from hybriddit.data import teacher_images as module
-from hybriddit.data.latents import LatentData, LatentInfo, save_table
-from hybriddit.data.teacher_images import load_pipeline, read_prompts
+from hybriddit.data.latents import LatentData, LatentInfo
+from hybriddit.data.prompts import read_prompts
+from hybriddit.data.shards import save_shard
+from hybriddit.pipelines.loading import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,8 @@ def test_a_cache_is_made_once_and_gives_the_same(flux, tmp_path, monkeypatch):
     def unexpected(*arguments, **kwargs):
         raise AssertionError("the cache is whole")
 
-    monkeypatch.setattr(module, "encode_prompts", unexpected)
+    for user in (module, latents):
+        monkeypatch.setattr(user, "encode_prompts", unexpected)
     monkeypatch.setattr(module, "sample", unexpected)
     cached = tiny_data(flux, images=6, cache=tmp_path)
     order = [5, 0, 3, 4]
@@ -97,18 +101,37 @@ def test_a_cache_made_otherwise_or_damaged_is_refused(flux, tmp_path):
         tiny_data(flux, images=4, cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changed, named",
+    [
+        ({"steps": 3}, "steps"),
+        ({"max_sequence_length": 5}, "max_sequence_length"),
+        ({"states": 1}, "states"),
+        ({"height": 32}, "height"),
+        ({"images": 3}, "images, prompts"),
+        ({"dtype": torch.bfloat16}, "dtype"),
+    ],
+)
+def test_all_that_the_rows_depend_on_is_part_of_a_caches_identity(flux, tmp_path, changed, named):
+    tiny_data(flux, images=4, cache=tmp_path)
+    other, changed = copy.copy(flux), dict(changed)
+    other.transformer = copy.deepcopy(flux.transformer).to(changed.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=f"other values of {named}:"):
+        tiny_data(other, **{"images": 4, **changed}, cache=tmp_path)
+
+
 def test_a_table_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "table.safetensors"
-    save_table(path, {"a": torch.ones(2)})
+    save_shard(path, {"a": torch.ones(2)})
     before = path.read_bytes()
 
     def half(partial, tensors):
         partial.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hybriddit.data.latents.write_tensors", half)
+    monkeypatch.setattr("hybriddit.data.shards.write_tensors", half)
     with pytest.raises(OSError, match="no space"):
-        save_table(path, {"a": torch.zeros(2)})
+        save_shard(path, {"a": torch.zeros(2)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

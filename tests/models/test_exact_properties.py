@@ -20,6 +20,7 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
+from hybriddit.models import FLUX
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -246,19 +247,15 @@ def test_positional_arguments():
 
 def test_flux_grid_from_bf16_ids_past_256():
     """bf16 cannot tell row 256 from 257; the grid is counted, not measured by the largest id."""
-    from hybriddit.models.hybrid_flux import flux_token_layout
-
     model = make("flux-schnell", dtype=torch.float32)
     for grid in [(300, 2), (2, 300), (259, 3), (1, 7), (7, 1)]:
         inputs = make_inputs(model, grid)
         expected = TokenLayout(TEXT, (grid,), True)
-        assert flux_token_layout(model, {**inputs, "img_ids": inputs["img_ids"].bfloat16()}) == expected
-        assert flux_token_layout(model, {**inputs, "img_ids": inputs["img_ids"][None]}) == expected
+        assert FLUX.token_layout(model, {**inputs, "img_ids": inputs["img_ids"].bfloat16()}) == expected
+        assert FLUX.token_layout(model, {**inputs, "img_ids": inputs["img_ids"][None]}) == expected
 
 
 def test_flux_reference_grids_are_told_apart():
-    from hybriddit.models.hybrid_flux import flux_token_layout
-
     model = make("flux-schnell", dtype=torch.float32)
     image, reference = (make_inputs(model, grid) for grid in [(4, 6), (3, 5)])
     reference["img_ids"][:, 0] = 1
@@ -267,7 +264,7 @@ def test_flux_reference_grids_are_told_apart():
         "hidden_states": torch.cat([image["hidden_states"], reference["hidden_states"]], 1),
         "img_ids": torch.cat([image["img_ids"], reference["img_ids"]]),
     }
-    assert flux_token_layout(model, inputs) == TokenLayout(TEXT, ((4, 6), (3, 5)), True)
+    assert FLUX.token_layout(model, inputs) == TokenLayout(TEXT, ((4, 6), (3, 5)), True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -111,5 +111,8 @@ assert "torch" in sys.modules and "diffusers" not in sys.modules
 def test_every_public_name_is_there():
     import hybriddit
 
-    for name in hybriddit.__all__:
+    models = ("PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+    pipelines = ("PixArtSigmaPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+    for name in (*hybriddit.__all__, *(f"Hybrid{name}" for name in (*models, *pipelines))):
         assert getattr(hybriddit, name) is not None
+        assert name in dir(hybriddit)

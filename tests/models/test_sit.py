@@ -206,7 +206,7 @@ def test_presets(size, patch):
     width = {"S": 384, "B": 768, "L": 1024, "XL": 1152}[size]
     assert model.pos_embed.shape == (1, (32 // patch) ** 2, width)
     assert len(model.transformer_blocks) == {"S": 12, "B": 12, "L": 24, "XL": 28}[size]
-    assert model.transformer_blocks[0].ff.net[2].in_features == 4 * width
+    assert model.transformer_blocks[0].ff.fc2.in_features == 4 * width
     assert model.proj_out.out_features == 8 * patch**2
 
 
@@ -247,17 +247,17 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
         return heads_of(tokens @ w[f"to_{part}.weight"].T + w[f"to_{part}.bias"])
 
     def mapped(part):
-        hidden = x @ w[f"map_{part}.down.weight"].T + w[f"map_{part}.down.bias"]
+        hidden = x @ w[f"hybrid.map_{part}.down.weight"].T + w[f"hybrid.map_{part}.down.bias"]
         centred = hidden - hidden.mean(-1, keepdim=True)
         hidden = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        hidden = hidden * w[f"map_{part}.norm.weight"] + w[f"map_{part}.norm.bias"]
+        hidden = hidden * w[f"hybrid.map_{part}.norm.weight"] + w[f"hybrid.map_{part}.norm.bias"]
         hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
-        return project(part, x + hidden @ w[f"map_{part}.up.weight"].T + w[f"map_{part}.up.bias"])
+        return project(part, x + hidden @ w[f"hybrid.map_{part}.up.weight"].T + w[f"hybrid.map_{part}.up.bias"])
 
     value = project("v", x)
     query, key = (rotate(norm(getattr(layer, f"norm_{part}"), project(part, x))) for part in "qk")
     near, far = oracles.softmax_attention(query, key, value, mask), None
-    if hasattr(layer, "map_q"):
+    if hasattr(layer.hybrid, "map_q"):
         query, key = (norm(getattr(layer, f"norm_{part}"), mapped(part)) for part in "qk")
         far = oracles.linear(query, key, value)
     return near, far, value
@@ -267,7 +267,7 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
 @pytest.mark.parametrize("map_rank", [None, 5])
 def test_linear_is_the_definition(grid, map_rank):
     model, inputs = make(attention="linear", map_rank=map_rank), make_inputs(grid)
-    assert model.transformer_blocks[1].attn.map_q.down.out_features == (map_rank or WIDTH)
+    assert model.transformer_blocks[1].attn.hybrid.map_q.down.out_features == (map_rank or WIDTH)
 
     def attend(w, name, x, grid):
         return near_and_far(model, name, x, grid)[1].flatten(2)
@@ -298,9 +298,9 @@ def test_hybrid_joins_near_and_far(grid, gate):
         near, far, _ = near_and_far(model, name, x, grid, mask)
         state = model.get_submodule(name.replace("blocks.", "transformer_blocks.")).state_dict()
         if gate == "token":
-            share = (x @ state["gate.weight"].T + state["gate.bias"]).unsqueeze(-1)
+            share = (x @ state["hybrid.gate.weight"].T + state["hybrid.gate.bias"]).unsqueeze(-1)
         else:
-            share = state["gate"]
+            share = state["hybrid.gate"]
             assert share.shape == (HEADS, WIDTH // HEADS if gate == "channel" else 1)
         return (near + share * (far - near)).flatten(2)
 
@@ -314,7 +314,8 @@ def test_the_gate_starts_where_it_is_told(gate):
         make(attention=kind, window=6, gate=gate, **({"gate_init": 1.0} if kind == "hybrid" else {}))
         for kind in ("softmax", "linear", "hybrid")
     )
-    start = SiTTransformer2DModel(**TINY, attention="hybrid", gate=gate, gate_init=0.25).transformer_blocks[0].attn
+    start = SiTTransformer2DModel(**TINY, attention="hybrid", gate=gate, gate_init=0.25)
+    start = start.transformer_blocks[0].attn.hybrid
     assert torch.equal(
         start.gate.bias if gate == "token" else start.gate.flatten(),
         torch.full((HEADS if gate != "channel" else WIDTH,), 0.25),
@@ -324,7 +325,7 @@ def test_the_gate_starts_where_it_is_told(gate):
         with torch.no_grad():
             hybrid.load_state_dict(other.state_dict(), strict=False)
             for block in hybrid.transformer_blocks:
-                for parameter in [block.attn.gate] if gate != "token" else block.attn.gate.parameters():
+                for parameter in [block.attn.hybrid.gate] if gate != "token" else block.attn.hybrid.gate.parameters():
                     parameter.fill_(value if parameter.ndim != 2 or gate != "token" else 0)
         torch.testing.assert_close(run(hybrid, inputs), run(other, inputs), rtol=1e-9, atol=1e-9)
 
@@ -341,8 +342,8 @@ def test_layers_of_several_kinds():
     model = make(attention=patterns, num_layers=4)
     kinds = ["softmax", "window", "softmax", "linear"]
     assert [block.attn.kind for block in model.transformer_blocks] == kinds
-    assert [hasattr(block.attn, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
-    assert not any(hasattr(block.attn, "gate") for block in model.transformer_blocks)
+    assert [hasattr(block.attn.hybrid, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
+    assert not any(hasattr(block.attn.hybrid, "gate") for block in model.transformer_blocks)
     inputs = make_inputs((4, 7))
     mask = oracles.window_mask((4, 7), (3, 3))
 
@@ -377,7 +378,7 @@ def test_qk_norm(kind):
 
 
 def w_gate(model, name):
-    return model.get_submodule(name.replace("blocks.", "transformer_blocks.")).gate.detach()
+    return model.get_submodule(name.replace("blocks.", "transformer_blocks.")).hybrid.gate.detach()
 
 
 def test_rms_norm():
@@ -388,14 +389,14 @@ def test_rms_norm():
 
 def test_swiglu():
     model, inputs = make(activation_fn="swiglu"), make_inputs((4, 7))
-    hidden = model.transformer_blocks[0].ff.net[2].in_features
+    hidden = model.transformer_blocks[0].ff.fc2.in_features
     assert hidden == 64  # two thirds of 96
 
     def mlp(w, name, x):
         w = model.get_submodule(name.replace("blocks.", "transformer_blocks.").replace("mlp", "ff")).state_dict()
-        x = x @ w["net.0.proj.weight"].T + w["net.0.proj.bias"]
+        x = x @ w["fc1.weight"].T + w["fc1.bias"]
         x = x[..., :hidden] * x[..., hidden:] / (1 + torch.exp(-x[..., hidden:]))
-        return x @ w["net.2.weight"].T + w["net.2.bias"]
+        return x @ w["fc2.weight"].T + w["fc2.bias"]
 
     close(run(model, inputs), plain_of(model, inputs, mlp=mlp))
     counts = {
@@ -495,16 +496,16 @@ def test_initial_weights():
         block.attn.to_k: width + 3 * width,
         block.attn.to_v: width + 3 * width,
         block.attn.to_out: 2 * width,
-        block.attn.map_q.down: 2 * width,
-        block.attn.map_k.up: 2 * width,
-        block.ff.net[0].proj: 5 * width,
-        block.ff.net[2]: 5 * width,
+        block.attn.hybrid.map_q.down: 2 * width,
+        block.attn.hybrid.map_k.up: 2 * width,
+        block.ff.fc1: 5 * width,
+        block.ff.fc2: 5 * width,
     }
     for layer, fans in xavier.items():
         assert std(layer.weight) == pytest.approx(math.sqrt(2 / fans), rel=0.02), layer
         assert layer.weight.abs().max() <= math.sqrt(6 / fans) and layer.bias.abs().max() == 0
-    assert std(model.patch_embed.weight) == pytest.approx(math.sqrt(2 / (width + 16)), rel=0.02)
-    assert model.patch_embed.bias.abs().max() == 0
+    assert std(model.patch_embed.proj.weight) == pytest.approx(math.sqrt(2 / (width + 16)), rel=0.02)
+    assert model.patch_embed.proj.bias.abs().max() == 0
     for layer in (model.label_embed, model.time_embed.linear_1, model.time_embed.linear_2):
         assert std(layer.weight) == pytest.approx(0.02, rel=0.02)
     for layer in (block.modulation, model.modulation_out, model.proj_out):
@@ -827,8 +828,8 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ({"width": 48}, r"of another size: pos_embed is \(1, 36, 48\), and \(1, 36, 24\) in this model"),
         ({"tokens": 64}, r"of another size: pos_embed is \(1, 64, 24\)"),
         ({"classes": 7}, r"of another size: label_embed.weight is \(8, 24\)"),
-        ({"patch": 4}, "of another size: patch_embed.weight"),
-        ({"channels": 4}, "of another size: patch_embed.weight"),
+        ({"patch": 4}, "of another size: patch_embed.proj.weight"),
+        ({"channels": 4}, "of another size: patch_embed.proj.weight"),
     ],
 )
 def test_a_checkpoint_of_another_size_is_refused(size, message, tmp_path):
@@ -860,5 +861,7 @@ def test_keys_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"sit\.pt: the state dict lacks 1 keys"):
         load_original(SiTTransformer2DModel(**TINY), tmp_path / "sit.pt")
     torch.save(state, tmp_path / "sit.pt")
-    with pytest.raises(ValueError, match=r"it has no transformer_blocks\.0\.attn\.map_k.*build a softmax model"):
+    with pytest.raises(
+        ValueError, match=r"it has no transformer_blocks\.0\.attn\.hybrid\.map_k.*build a softmax model"
+    ):
         load_original(SiTTransformer2DModel(**TINY, attention="linear"), tmp_path / "sit.pt")

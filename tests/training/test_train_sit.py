@@ -1,7 +1,6 @@
 """Training a SiT from scratch: what is learned, resuming, stopping, several processes, and settings that cannot work."""
 
 import functools
-import importlib
 import json
 import os
 import random
@@ -25,7 +24,9 @@ from tiny_vae import tiny_vae
 
 import hybriddit
 from hybriddit.cli import main
-from hybriddit.data.class_images import ClassData, ClassInfo, make_cache, open_set
+from hybriddit.data.class_cache import make_cache
+from hybriddit.data.class_data import ClassData, ClassInfo
+from hybriddit.data.sources import open_class_data
 from hybriddit.generate import read_record
 from hybriddit.models.flops import sit_flops
 from hybriddit.pipelines.sit import load_sit_pipeline
@@ -138,15 +139,14 @@ def test_a_run_leaves_a_model_and_tells_how_it_was_made(unbroken):
     assert f"pipeline saved to {unbroken / 'pipeline'}" in (unbroken.parent / "out.txt").read_text()
 
 
-def test_a_run_is_what_the_commands_open(unbroken, tmp_path, monkeypatch):
+def test_a_run_is_what_the_commands_open(unbroken, tmp_path):
     out = ["--steps", "2", "--out", str(tmp_path / "a.png"), "--json"]
     assert main(["generate", "--model", str(unbroken), "--class-label", "light", "--class-label", "0", *out]) == 0
     records = [read_record(tmp_path / f"a-000{i}.png") for i in (1, 2)]
     assert [(record["class_label"], record["class_name"]) for record in records] == [(1, "light"), (0, "dark")]
     assert records[0]["weights"] == f"EMA 0.9, step {STEPS}"
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     sample = ["--num", "4", "--class-balanced", "--steps", "2", "--out", str(tmp_path / "a.npz"), "--quiet"]
-    assert importlib.import_module("sample_50k").main([str(unbroken), *sample]) == 0
+    assert main(["sample", str(unbroken), *sample]) == 0
     assert json.loads((tmp_path / "a.json").read_text())["weights"] == f"EMA 0.9, step {STEPS}"
 
 
@@ -358,7 +358,7 @@ def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
         with torch.no_grad():
             encoded = tiny_vae().encode(pixels).latent_dist.mean
             expected = tiny_vae().decode(encoded).sample
-        data = open_set(cache, (2, 4, 4))
+        data = open_class_data(cache, (2, 4, 4))
         seen, _ = data.draw([0], torch.tensor([False]), torch.zeros(1, 2, 4, 4))  # the mean, as the model sees it
         torch.testing.assert_close(seen, (encoded - (shift or 0)) * 0.5, rtol=0, atol=2e-3)  # the cache is of fp16
         found = pipeline._images(seen, "pt")

@@ -10,7 +10,8 @@ from PIL import Image
 from runs import quarters
 from tiny_vae import tiny_vae
 
-from hybriddit.data.class_images import make_cache, open_set
+from hybriddit.data.class_cache import make_cache
+from hybriddit.data.sources import open_class_data
 from hybriddit.metrics import to_uint8
 from hybriddit.training import watch
 from hybriddit.training.config import MetricsConfig, load_config
@@ -81,7 +82,7 @@ def by_hand(model, count, guidance=1.0):
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_it_is_the_distance_of_the_averaged_model_s_samples_to_the_training_set(images, tmp_path, guidance):
     model = run(load_config(write_config(tmp_path, images, guidance=guidance)))
-    reference = open_set(images, (1, 8, 8), progress=False).rows(range(10))["images"]
+    reference = open_class_data(images, (1, 8, 8), progress=False).rows(range(10))["images"]
     expected = distance(quarters(by_hand(model, 6, guidance)), quarters(reference))
     found = logged(tmp_path)
     assert list(found) == [2, 4] and found[4] == pytest.approx(expected, rel=1e-4)
@@ -115,7 +116,7 @@ def inception(images):
 
 def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "load_inception", lambda device: inception)
-    data = open_set(images, (1, 8, 8), progress=False)
+    data = open_class_data(images, (1, 8, 8), progress=False)
     samples = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     others = samples.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
     mean, covariance = np.full(4, 100.0), np.eye(4) * 50
@@ -186,6 +187,6 @@ def test_what_cannot_work_is_told_before_the_first_step(images, tmp_path, monkey
 
 
 def test_processes_make_equal_shares(images):
-    data = open_set(images, (1, 8, 8), progress=False)
+    data = open_class_data(images, (1, 8, 8), progress=False)
     with pytest.raises(ValueError, match="metrics.samples 6 does not divide into 4 processes"):
         watch.FrechetDistance(MetricsConfig(1, 6), data, None, torch.device("cpu"), processes=4)

@@ -19,20 +19,17 @@ from hybriddit.cli import main
 context = multiprocessing.get_context("forkserver")
 
 
-def start(*arguments, output=None, before=None, main=main):
-    """Begin `hybriddit <arguments>`; what it prints goes to the file `output`; `before` is called first.
-
-    main: of another program, in the place of hybriddit's.
-    """
+def start(*arguments, output=None, before=None):
+    """Begin `hybriddit <arguments>`; what it prints goes to the file `output`; `before` is called first."""
     context.set_forkserver_preload(["runs", "hybriddit.training.distill", "accelerate"])
-    process = context.Process(target=_run, args=([str(a) for a in arguments], output, before, main))
+    process = context.Process(target=_run, args=([str(a) for a in arguments], output, before))
     process.start()
     return process
 
 
-def finish(*arguments, output=None, before=None, main=main, timeout=300):
+def finish(*arguments, output=None, before=None, timeout=300):
     """As `start`, and wait; returns the exit code."""
-    process = start(*arguments, output=output, before=before, main=main)
+    process = start(*arguments, output=output, before=before)
     process.join(timeout)
     if process.is_alive():
         process.kill()
@@ -101,7 +98,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.01)
 
 
-def _run(arguments, output, before, main):
+def _run(arguments, output, before):
     torch.set_num_threads(1)
     if output is not None:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

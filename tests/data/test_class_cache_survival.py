@@ -1,12 +1,10 @@
-"""scripts/cache_latents.py: killed anywhere, alone or beside another process, it ends with the cache of an unbroken run."""
+"""`hybriddit cache`: killed anywhere, alone or beside another process, it ends with the cache of an unbroken run."""
 
 import functools
-import importlib.util
 import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,23 +12,14 @@ from PIL import Image
 from runs import finish, start, wait_for
 from tiny_vae import tiny_vae
 
-from hybriddit.data import class_images
+from hybriddit.data import class_cache
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_latents.py"
 SHARDS = 12
-
-
-def cache(arguments):
-    """The script's main."""
-    spec = importlib.util.spec_from_file_location("cache_latents", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.main(arguments)
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Of the script, without --out: twenty-four images, two to a shard."""
+    """Of the command, without --out: twenty-four images, two to a shard."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(2 * SHARDS):
@@ -38,13 +27,13 @@ def arguments(tmp_path_factory):
         Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"class-{i % 3}" / f"{i}.png")
     vae = tmp_path_factory.mktemp("vae")
     tiny_vae().save_pretrained(vae)
-    return [folder, "--vae", vae, "--size", "8", "--shard-size", "2"]
+    return ["cache", folder, "--vae", vae, "--size", "8", "--shard-size", "2"]
 
 
 @pytest.fixture(scope="module")
 def unbroken(arguments, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "cache"
-    assert finish(*arguments, "--out", out, main=cache) == 0
+    assert finish(*arguments, "--out", out) == 0
     return files_of(out)
 
 
@@ -54,7 +43,7 @@ def files_of(folder):
 
 def slowly():
     """A tenth of a second to write half of each shard, that there is something to kill."""
-    write = class_images.save_table
+    write = class_cache.save_shard
 
     def slow(path, tensors):
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as `replacing` names it
@@ -62,7 +51,7 @@ def slowly():
         time.sleep(0.1)
         write(path, tensors)
 
-    class_images.save_table = slow
+    class_cache.save_shard = slow
 
 
 def slow_share(rank):
@@ -79,7 +68,7 @@ def test_killed_at_random_moments(arguments, unbroken, tmp_path):
     out, chance = tmp_path / "cache", random.Random(0)
     for _ in range(3):
         goal = done(out) + 1
-        process = start(*arguments, "--out", out, output=tmp_path / "out.txt", before=slowly, main=cache)
+        process = start(*arguments, "--out", out, output=tmp_path / "out.txt", before=slowly)
         wait_for(lambda process=process, goal=goal: done(out) >= goal or not process.is_alive(), 300)
         time.sleep(chance.uniform(0, 0.15))
         process.kill()
@@ -87,7 +76,7 @@ def test_killed_at_random_moments(arguments, unbroken, tmp_path):
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "out.txt").read_text()
         assert 0 < done(out) < SHARDS and not (out / "index.json").exists()
     assert list(out.glob(".shard-*.tmp")), "a kill in the middle of a shard"
-    assert finish(*arguments, "--out", out, output=tmp_path / "out.txt", main=cache) == 0
+    assert finish(*arguments, "--out", out, output=tmp_path / "out.txt") == 0
     assert files_of(out) == unbroken
     assert "24 images in" in (tmp_path / "out.txt").read_text().splitlines()[-1]
 
@@ -103,7 +92,6 @@ def test_one_of_two_processes_is_killed(arguments, unbroken, tmp_path):
                 out,
                 output=tmp_path / f"out.{rank}",
                 before=functools.partial(slow_share, rank),
-                main=cache,
             )
             for rank in range(2)
         ]

@@ -1,23 +1,21 @@
-"""scripts/sample_50k.py: the npz, whole after kills and the same for any number of processes."""
+"""`hybriddit sample`: the npz, whole after kills and the same for any number of processes."""
 
-import importlib.util
+import functools
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import start, wait_for
 
-from hybriddit import SiTPipeline, SiTTransformer2DModel
+from hybriddit import SiTPipeline, SiTTransformer2DModel, cli
+from hybriddit import sample as module
 from hybriddit.metrics import read_images
+from hybriddit.pipelines.sit import SAMPLERS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "sample_50k.py"
 COMMON = ["--class-balanced", "--steps", "3", "--guidance", "2", "--batch-size", "2", "--quiet"]
 
 
@@ -35,18 +33,14 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script as a module, with parts of four images."""
-    spec = importlib.util.spec_from_file_location("sample_50k", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts of four images."""
     monkeypatch.setattr(module, "PART", 4)
-    return module
 
 
 def arguments(model, out, *more, num=10):
-    return [str(word) for word in (model, "--num", num, "--out", out, *COMMON, *more)]
+    return [str(word) for word in ("sample", model, "--num", num, "--out", out, *COMMON, *more)]
 
 
 def arrays(path):
@@ -54,9 +48,9 @@ def arrays(path):
         return file["arr_0"], file["arr_1"]
 
 
-def test_every_image_is_the_pipelines_own(model, script, tmp_path):
+def test_every_image_is_the_pipelines_own(model, tmp_path):
     out = tmp_path / "new" / "samples.npz"
-    assert script.main(arguments(model, out, "--seed", 5)) == 0
+    assert cli.main(arguments(model, out, "--seed", 5)) == 0
     images, labels = arrays(out)
     assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
@@ -73,16 +67,24 @@ def test_every_image_is_the_pipelines_own(model, script, tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["samples.json", "samples.npz"]
 
 
-def test_random_labels_are_of_the_seed(model, script, tmp_path):
-    labels = script.make_labels(3000, 3, False, 1)
-    assert torch.equal(labels, script.make_labels(3000, 3, False, 1))
-    assert not torch.equal(labels, script.make_labels(3000, 3, False, 2))
+def test_the_command_knows_the_samplers(capsys):
+    """The command line lists them without importing torch; another one is a wrong call."""
+    assert cli.SAMPLERS == SAMPLERS
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["sample", "model", "--out", "a.npz", "--random", "--sampler", "none"])
+    assert exit.value.code == 2 and "invalid choice: 'none'" in capsys.readouterr().err
+
+
+def test_random_labels_are_of_the_seed(model, tmp_path):
+    labels = module.make_labels(3000, 3, False, 1)
+    assert torch.equal(labels, module.make_labels(3000, 3, False, 1))
+    assert not torch.equal(labels, module.make_labels(3000, 3, False, 2))
     assert torch.bincount(labels).min() > 900
 
 
-def test_killed_and_resumed_is_unbroken(model, script, tmp_path, capsys, monkeypatch):
-    assert script.main(arguments(model, tmp_path / "whole.npz")) == 0
-    sample, calls = script.sample, []
+def test_killed_and_resumed_is_unbroken(model, tmp_path, capsys, monkeypatch):
+    assert cli.main(arguments(model, tmp_path / "whole.npz")) == 0
+    sample, calls = module.sample, []
 
     def dies(*args):
         calls.append(1)
@@ -90,20 +92,20 @@ def test_killed_and_resumed_is_unbroken(model, script, tmp_path, capsys, monkeyp
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(script, "sample", dies)
+    monkeypatch.setattr(module, "sample", dies)
     out = tmp_path / "broken.npz"
-    with pytest.raises(KeyboardInterrupt):
-        script.main(arguments(model, out))
+    assert cli.main(arguments(model, out)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
     assert not out.exists(), "whole or absent"
     folder = tmp_path / "broken.npz.parts"
     (folder / ".part-00001.safetensors.1.tmp").write_bytes(b"half")
     calls[:] = [1] * 10
     # other settings do not mix with what is there
-    assert script.main(arguments(model, out, "--seed", 1)) == 1
+    assert cli.main(arguments(model, out, "--seed", 1)) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert f"{folder} was made with seed 0, not 1: give another --out, or delete it" in error
-    assert script.main(arguments(model, out)) == 0
+    assert cli.main(arguments(model, out)) == 0
     assert len(calls) == 10 + 3, "the first part was kept"
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "whole.npz"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -111,26 +113,26 @@ def test_killed_and_resumed_is_unbroken(model, script, tmp_path, capsys, monkeyp
     # once more: it is there already, and the parts of a run that was killed just before the end go
     folder.mkdir()
     capsys.readouterr()
-    assert script.main(arguments(model, out)) == 0
+    assert cli.main(arguments(model, out)) == 0
     assert "is there already, made with these settings" in capsys.readouterr().out and len(calls) == 13
     assert not folder.exists()
-    assert script.main(arguments(model, out, "--guidance", "3")) == 1
+    assert cli.main(arguments(model, out, "--guidance", "3")) == 1
     assert "was made with guidance 2.0, not 3.0" in capsys.readouterr().err
 
 
-def test_damaged_parts_are_made_again(model, script, tmp_path, capsys, monkeypatch):
-    assert script.main(arguments(model, tmp_path / "whole.npz")) == 0
+def test_damaged_parts_are_made_again(model, tmp_path, capsys, monkeypatch):
+    assert cli.main(arguments(model, tmp_path / "whole.npz")) == 0
     out = tmp_path / "damaged.npz"
-    write = script.write_result
-    monkeypatch.setattr(script, "write_result", lambda *args: None)
-    assert script.main(arguments(model, out)) == 0
-    part = script.part_path(tmp_path / "damaged.npz.parts", 1)
+    write = module.write_result
+    monkeypatch.setattr(module, "write_result", lambda *args: None)
+    assert cli.main(arguments(model, out)) == 0
+    part = module.part_path(tmp_path / "damaged.npz.parts", 1)
     data = bytearray(part.read_bytes())
     data[-5] ^= 4
     part.write_bytes(data)
-    monkeypatch.setattr(script, "write_result", write)
+    monkeypatch.setattr(module, "write_result", write)
     capsys.readouterr()
-    assert script.main(arguments(model, out)) == 0
+    assert cli.main(arguments(model, out)) == 0
     assert capsys.readouterr().err.splitlines() == [f"{part} is damaged, and is made again"]
     np.testing.assert_array_equal(arrays(out)[0], arrays(tmp_path / "whole.npz")[0])
 
@@ -147,65 +149,50 @@ def test_damaged_parts_are_made_again(model, script, tmp_path, capsys, monkeypat
         (["--guidance-interval", "0.7", "0.2"], "a time interval is 0 <= start < end <= 1"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(more, message, model, script, tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_is_told_in_one_line(more, message, model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert script.main(arguments(model, "samples.npz", *more)) == 1
+    assert cli.main(arguments(model, "samples.npz", *more)) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
-    assert script.main(arguments("/nowhere", "samples.npz")) == 1
+    assert cli.main(arguments("/nowhere", "samples.npz")) == 1
     assert "no SiTPipeline at '/nowhere'" in capsys.readouterr().err
-    assert script.main(arguments(model, "samples.npz", num=2)) == 0, "the mistake binds no later run"
+    assert cli.main(arguments(model, "samples.npz", num=2)) == 0, "the mistake binds no later run"
 
 
-# of one thread, as this process
-LAUNCH = """
-import importlib.util, sys, torch
-torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("sample_50k", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.PART = 4
-sys.exit(module.main(sys.argv[2:]))
-"""
+def one_of(count, rank, port):
+    """What torchrun sets for its processes; parts of four images, as here."""
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    module.PART = 4
 
 
-def start(words, count):
+def start_all(words, count, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(SCRIPT), *words],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return [start(*words, output=output, before=functools.partial(one_of, count, rank, port)) for rank in range(count)]
 
 
-def test_killed_by_the_system_and_resumed(model, script, tmp_path):
-    out, words = tmp_path / "samples.npz", ["--steps", "30"]
-    [process] = start(arguments(model, out, *words, num=120), 1)
-    folder, until = tmp_path / "samples.npz.parts", time.monotonic() + 300
-    while len(list(folder.glob("part-*"))) < 2 and not out.exists() and time.monotonic() < until:
-        assert process.poll() in (None, 0), process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def test_killed_by_the_system_and_resumed(model, tmp_path):
+    out, said, words = tmp_path / "samples.npz", tmp_path / "out.txt", ["--steps", "30"]
+    [process] = start_all(arguments(model, out, *words, num=120), 1, said)
+    folder = tmp_path / "samples.npz.parts"
+    wait_for(lambda: len(list(folder.glob("part-*"))) >= 2 or not process.is_alive(), 300)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not out.exists(), said.read_text()
     for path in (out, tmp_path / "whole.npz"):
-        assert script.main(arguments(model, path, *words, num=120)) == 0
+        assert cli.main(arguments(model, path, *words, num=120)) == 0
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "whole.npz"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_two_processes_make_what_one_makes(model, script, tmp_path):
-    out = tmp_path / "two.npz"
-    for process in start(arguments(model, out), 2):
-        # the first waits for the second
-        assert process.wait(timeout=300) == 0, process.stderr.read()
-    assert script.main(arguments(model, tmp_path / "one.npz")) == 0
+def test_two_processes_make_what_one_makes(model, tmp_path):
+    out, said = tmp_path / "two.npz", tmp_path / "out.txt"
+    for process in start_all(arguments(model, out), 2, said):
+        process.join(300)  # the first waits for the second
+        assert process.exitcode == 0, said.read_text()
+    assert cli.main(arguments(model, tmp_path / "one.npz")) == 0
     for ours, theirs in zip(arrays(out), arrays(tmp_path / "one.npz"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert json.loads(out.with_suffix(".json").read_text())["processes"] == 2

@@ -1,0 +1,235 @@
+"""Caches of class folders: pixels, or a VAE's latents of every image and of its mirror image, in shards on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torchvision.transforms.v2.functional import horizontal_flip
+from tqdm import tqdm
+
+from ..files import checksum, read_tensors, replacing
+from .class_data import ClassData, ClassInfo, to_model_range
+from .class_images import class_images, read_images
+from .shards import SETTINGS, ShardFile, save_shard, write_or_check_settings
+
+INDEX = "index.json"  # written last: a cache without it is not finished
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none."""
+    try:
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no AutoencoderKL at {path!r}: {' '.join(str(error).split())}") from error
+
+
+def run(
+    folder: Path,
+    out: Path,
+    *,
+    vae: str | None = None,
+    size: int = 256,
+    channels: int = 3,
+    batch_size: int = 64,
+    shard_size: int = 4096,
+    quiet: bool = False,
+) -> None:
+    """What `hybriddit cache` does, in one process or in each of torchrun's. vae: folder or repository of the VAE."""
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    make_cache(
+        folder,
+        out,
+        size=size,
+        channels=channels,
+        vae=load_vae(vae).to(device) if vae else None,
+        vae_name=vae,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        rank=rank,
+        processes=processes,
+        progress=rank == 0 and not quiet,
+    )
+    if (out / INDEX).exists() and not quiet:
+        index = read_index(out)
+        print(f"{index['images']} images in {out}, {len(index['skipped'])} left out (see {out / INDEX})")
+
+
+def make_cache(
+    folder: str | Path,
+    cache: str | Path,
+    *,
+    size: int,
+    channels: int = 3,
+    vae: AutoencoderKL | None = None,
+    vae_name: str | None = None,
+    batch_size: int = 64,
+    shard_size: int = 4096,
+    rank: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> None:
+    """Cache class folders (see `class_images`) in shards on disk: the moments of latents, or without a VAE pixels.
+
+    Every shard is whole or absent; a run that was stopped goes on where it stopped. Several processes, told apart by
+    rank, make the shards in turn, and the last to finish writes the index: number of images, checksums, mean and
+    standard deviation of each channel as the model would see it, and which images could not be read.
+
+    size: of the square images, in pixels. vae_name: noted as the VAE's place.
+
+    Raises ValueError for a cache that was made with other settings, for numbers and a VAE that do not fit, and where
+    no image can be read.
+    """
+    folder, cache = Path(folder), Path(cache)
+    for name, number in (("size", size), ("batch size", batch_size), ("shard size", shard_size)):
+        if number < 1:
+            raise ValueError(f"{name} must be 1 or more, not {number}")
+    if vae is not None:
+        unit = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        if channels != vae.config.in_channels or size % unit:
+            raise ValueError(
+                f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
+                f"not of {channels} and {size}"
+            )
+    paths, labels, classes = class_images(folder)
+    shape = (channels, size, size)
+    info = ClassInfo(shape, classes)
+    if vae is not None:
+        with torch.no_grad():
+            moments = _moments(vae, torch.zeros(1, *shape, dtype=torch.uint8))
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        digest = checksum({name: value.float().cpu() for name, value in vae.state_dict().items()})
+        info = ClassInfo(shape, classes, vae_name, digest, scaling, shift)
+    # a broken link has no size; it is left out later as an image that cannot be read
+    files = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in paths]
+    settings = {**asdict(info), "size": size, "images": len(paths), "shard_size": shard_size}
+    settings["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    write_or_check_settings(cache, settings, "--out")
+
+    starts = range(0, len(paths), shard_size)
+    own = range(rank, len(starts), processes)
+    for number in tqdm(own, desc="caching", unit="shard", disable=not progress):
+        record, shard = (cache / f"shard-{number:05d}.{ending}" for ending in ("json", "safetensors"))
+        if record.exists() and (shard.exists() or not json.loads(record.read_text())["images"]):
+            continue
+        part = slice(starts[number], starts[number] + shard_size)
+        images, kept, skipped = read_images(paths[part], labels[part], size, channels)
+        line = {"images": len(kept), "skipped": {str(Path(p).relative_to(folder)): why for p, why in skipped.items()}}
+        if kept:
+            table = {"images": torch.stack(images), "labels": torch.tensor(kept)}
+            if vae is not None:
+                table = {**_encode(vae, table["images"], batch_size), "labels": table["labels"]}
+            save_shard(shard, table)
+            line |= {"checksum": checksum(table), **_sums(table, info)}
+        with replacing(record) as partial:
+            partial.write_text(json.dumps(line))
+    if all((cache / f"shard-{number:05d}.json").exists() for number in range(len(starts))):
+        _write_index(cache, len(starts))
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
+    """The moments of the latents of images and of their mirror images, fp16 [N, 2 C, h, w] each."""
+    batches = images.split(batch_size)
+    return {
+        "moments": torch.cat([_moments(vae, batch) for batch in batches]).half(),
+        "flipped": torch.cat([_moments(vae, horizontal_flip(batch)) for batch in batches]).half(),
+    }
+
+
+def _moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    pixels = to_model_range(images).to(vae.device, vae.dtype)
+    return vae.encode(pixels).latent_dist.parameters.float().cpu()
+
+
+def _sums(table: Mapping[str, torch.Tensor], info: ClassInfo) -> dict[str, list[float]]:
+    """Sums of values and of squares over images and positions, from which each channel's mean and variance come."""
+    if "images" in table:
+        x = table["images"].double() / 127.5 - 1
+        variance = torch.zeros_like(x)
+    else:
+        mean, logvar = table["moments"].double().chunk(2, dim=1)
+        x = (mean - info.shift_factor) * info.scaling_factor
+        variance = logvar.clamp(-30, 20).exp() * info.scaling_factor**2
+    return {"sum": x.sum((0, 2, 3)).tolist(), "square": (x**2 + variance).sum((0, 2, 3)).tolist()}
+
+
+def _write_index(cache: Path, shards: int) -> None:
+    lines = [json.loads((cache / f"shard-{number:05d}.json").read_text()) for number in range(shards)]
+    count = sum(line["images"] for line in lines)
+    skipped = {path: why for line in lines for path, why in line["skipped"].items()}
+    if not count:
+        raise ValueError(f"none of the {len(skipped)} images can be read: {next(iter(skipped.values()))}")
+    shape = json.loads((cache / SETTINGS).read_text())["shape"]
+    positions = count * shape[1] * shape[2]
+    full = [line for line in lines if line["images"]]
+    mean = [sum(values) / positions for values in zip(*(line["sum"] for line in full), strict=True)]
+    square = [sum(values) / positions for values in zip(*(line["square"] for line in full), strict=True)]
+    index = {
+        "images": count,
+        "mean": mean,
+        "std": [max(0.0, s - m * m) ** 0.5 for m, s in zip(mean, square, strict=True)],
+        "shards": {
+            f"shard-{number:05d}.safetensors": line["checksum"] for number, line in enumerate(lines) if line["images"]
+        },
+        "skipped": skipped,
+    }
+    with replacing(cache / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n")
+    for left in cache.glob(".shard-*.tmp"):  # of killed processes: every shard exists, none is being written
+        left.unlink(missing_ok=True)
+
+
+def read_index(cache: str | Path) -> dict:
+    """The index of a finished cache. Raises ValueError where it is missing or damaged."""
+    path = Path(cache) / INDEX
+    if not path.exists():
+        raise ValueError(f"the cache {cache} is not finished: run `hybriddit cache` again, it goes on from there")
+    try:
+        index = json.loads(path.read_text())
+        return {name: index[name] for name in ("images", "mean", "std", "shards", "skipped")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it and run `hybriddit cache` again"
+        ) from None
+
+
+def open_cache(cache: str | Path, *, memory: bool = False) -> ClassData:
+    """Open a finished cache; each shard is compared with its checksum when it is first read.
+
+    memory: read everything now. Raises ValueError where the cache is not finished, damaged or mixed with another.
+    """
+    cache = Path(cache)
+    try:
+        settings = json.loads((cache / SETTINGS).read_text())
+        names = ("classes", "vae", "vae_sha256", "scaling_factor", "shift_factor")
+        info = ClassInfo(tuple(settings["shape"]), **{name: settings[name] for name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{cache / SETTINGS} is damaged, or not of a cache by `hybriddit cache` "
+            f"({type(error).__name__}: {error}): use another folder, or make the cache anew"
+        ) from None
+    index = read_index(cache)
+    missing = [name for name in index["shards"] if not (cache / name).exists()]
+    if missing:
+        raise ValueError(f"{cache} lacks {missing[0]}: run `hybriddit cache` again, it makes what is not there")
+    shards = list(_open_shards(cache, index["shards"], memory))
+    if memory:
+        shards = [{key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}]
+    return ClassData(shards, info)
+
+
+def _open_shards(cache: Path, shards: Mapping[str, str], memory: bool) -> Iterator[Mapping]:
+    for name, expected in shards.items():
+        shard = ShardFile(cache / name)
+        if shard.checksum != expected:
+            raise ValueError(f"{cache / name} is not the one of {INDEX}: delete it and run `hybriddit cache` again")
+        yield read_tensors(cache / name) if memory else shard

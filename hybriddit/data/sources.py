@@ -1,0 +1,130 @@
+"""Where training data can come from: one function and one row per source. Imports torch only when data is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .prompts import read_prompts
+
+if TYPE_CHECKING:
+    from .class_data import ClassData
+    from .latents import LatentData
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of training data.
+
+    make: (model, settings, progress) -> the data set. model: the teacher's pipeline, or the SiT that is trained;
+        settings: the run's `data` section; progress: whether to show progress bars.
+    count: (settings) -> how many images it will have, told without a model. Raises FileNotFoundError or ValueError for
+        files that are missing or unusable. None: only `make` can tell.
+    job: what it is for, "distill" or "train".
+    reads: the setting that names its files, "prompts", "folder" or "path".
+    teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
+    """
+
+    make: Callable[[Any, Any, bool], Any]
+    count: Callable[[Any], int] | None
+    job: str
+    reads: str
+    teacher_made: bool = False
+    trajectories: bool = False
+
+
+def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
+    """Images that the teacher makes from prompts. states: how many of each image's sampling to keep."""
+    from .teacher_images import teacher_images
+
+    return teacher_images(
+        pipeline,
+        read_prompts(settings.prompts),
+        images=settings.images,
+        seed=settings.seed,
+        states=states,
+        **_common(settings, progress),
+    )
+
+
+def trajectories(pipeline, settings, progress: bool) -> LatentData:
+    """The teacher's way from noise to its images of the prompts."""
+    return teacher(pipeline, settings, progress, settings.states)
+
+
+def captioned_folder(pipeline, settings, progress: bool) -> LatentData:
+    """A folder of images with captions."""
+    from .image_folder import image_folder
+
+    return image_folder(pipeline, settings.folder, **_common(settings, progress))
+
+
+def _common(settings, progress: bool) -> dict[str, Any]:
+    names = ("height", "width", "steps", "guidance_scale", "max_sequence_length", "batch_size", "cache")
+    return {name: getattr(settings, name) for name in names} | {"progress": progress}
+
+
+def labelled_images(model, settings, progress: bool) -> ClassData:
+    """Images or latents with class labels, of the size that a SiT takes."""
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    return open_class_data(settings.path, shape, memory=settings.memory, progress=progress)
+
+
+def open_class_data(
+    path: str | Path, shape: tuple[int, int, int], *, memory: bool = False, progress: bool = True
+) -> ClassData:
+    """The labelled images at `path`: a cache, class folders, or MNIST's files, for a model with inputs (C, H, W).
+
+    memory: read all of a cache now. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
+    where its images are of another shape or cannot be used.
+    """
+    from . import class_cache, class_images, shards
+
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder at {str(path)!r} (data.path)")
+    if (path / shards.SETTINGS).exists():
+        data = class_cache.open_cache(path, memory=memory)
+    elif any(path.glob(f"{class_images.MNIST_IMAGES}*")):
+        data = class_images.read_mnist(path)
+    else:
+        data = class_images.read_folder(path, shape, progress=progress)
+    if data.info.shape != tuple(shape):
+        what = "latents" if data.info.vae else "images"
+        here, wanted = (" x ".join(map(str, sides)) for sides in (data.info.shape, shape))
+        raise ValueError(
+            f"{path} holds {what} of {here}, and the model takes {wanted}: set model.in_channels and "
+            "model.sample_size, or use another data.path"
+        )
+    return data
+
+
+def _count_prompted(settings) -> int:
+    read_prompts(settings.prompts)
+    return settings.images
+
+
+def _count_captioned(settings) -> int:
+    from .image_folder import captioned_images
+
+    return len(captioned_images(settings.folder))
+
+
+SOURCES = {
+    "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True),
+    "folder": Source(captioned_folder, _count_captioned, "distill", "folder"),
+    "trajectories": Source(trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True),
+    "classes": Source(labelled_images, None, "train", "path"),
+}
+
+
+def make_data(pipeline, settings, *, progress: bool = True) -> LatentData:
+    """The set that a distillation's `data` section asks for, made with the teacher's pipeline."""
+    return SOURCES[settings.source].make(pipeline, settings, progress)
+
+
+def sources_of(job: str) -> tuple[str, ...]:
+    """The names of the sources for a job, "distill" or "train"."""
+    return tuple(name for name, source in SOURCES.items() if source.job == job)

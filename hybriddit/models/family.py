@@ -1,0 +1,300 @@
+"""What hybriddit has to know of a kind of transformer, in one class, and the families that are registered.
+
+A family is one file with a subclass of `Family`, and one call of `register`. Everything else in the package asks the
+family of a model: nothing outside `models/` knows a diffusers class by name. docs/adding-a-family.md walks through one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from inspect import signature
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from ..attention import TokenLayout
+from .recipe import Recipe, flow_noise
+
+TASKS = ("text-to-image", "image-to-image", "inpainting")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model of a family, known by its repository: `--dry-run` and `benchmark` build it from shapes alone.
+
+    arguments: of the transformer's class, those that differ from its defaults.
+    shape: its name in `hybriddit benchmark`; None: it is not in its tables.
+    vae_scale_factor: pixels a latent, along each axis.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    shape: str | None = None
+    vae_scale_factor: int = 8
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one attention layer: channels of its input, heads of queries and of keys and values, and their width."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Family(ABC):
+    """One kind of transformer: its layers, its tokens, its prompts, and how its teacher was trained.
+
+    Class attributes without a default, and the abstract methods, are what a family has to say; `register` names those
+    that are missing. The other methods are right for most transformers.
+
+    name: in tables and messages, such as "FLUX".
+    dense_class, hybrid_class: the diffusers class, and `hybrid_class(dense_class)` of `models.hybrid_model`.
+    layers: fnmatch patterns of the attention modules whose cost is quadratic in image tokens.
+    teacher_processor: the processor that diffusers puts on every attention module.
+    hybrid_processor: replaces it on converted layers; takes the keyword `token_layout`.
+    dense_processor: replaces it on the other layers: it accepts the layout and ignores it. None: the teacher's stays.
+    attention_kwargs: the argument of forward whose entries reach the processors. None where there is none that does:
+        then processors find the layout in their `layout_holder`, see `models.processing.LayoutHolder`.
+    joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
+        image's.
+    pipelines: diffusers' pipeline classes by task, a part of TASKS.
+    scheduler: the pipeline's usual scheduler class.
+    guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
+    middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
+    recipes: by name; the names are unique among families.
+    published: by repository.
+    """
+
+    name: ClassVar[str]
+    dense_class: ClassVar[type[nn.Module]]
+    hybrid_class: ClassVar[type[nn.Module]]
+    layers: ClassVar[tuple[str, ...]]
+    teacher_processor: ClassVar[type]
+    hybrid_processor: ClassVar[type]
+    dense_processor: ClassVar[type | None]
+    attention_kwargs: ClassVar[str | None]
+    joint: ClassVar[bool]
+    text_first: ClassVar[bool] = False
+    pipelines: ClassVar[Mapping[str, type]]
+    scheduler: ClassVar[type]
+    guided: ClassVar[bool] = True
+    middle_time: ClassVar[float] = 0.5
+    recipes: ClassVar[Mapping[str, Recipe]]
+    published: ClassVar[Mapping[str, Published]] = {}
+
+    # Layers
+
+    def attentions(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Every attention module of the model, by name."""
+        return {name: module for name, module in model.named_modules() if hasattr(module, "set_processor")}
+
+    def converts(self, layer: str) -> bool:
+        """Whether the attention module of this name is one that hybrid attention can replace."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.layers)
+
+    def layer_shape(self, attn: nn.Module) -> LayerShape:
+        """Of a layer with projections to_q and to_k and an attribute `heads`."""
+        head_dim = attn.to_q.out_features // attn.heads
+        return LayerShape(attn.to_q.in_features, attn.heads, attn.to_k.out_features // head_dim, head_dim)
+
+    def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
+        """Those linear layers of an attention module whose output matters, by their names within it."""
+        names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        modules = dict(attn.named_modules())
+        return {name: modules[name] for name in names if modules.get(name) is not None}
+
+    def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
+        """The layout of the tokens that this layer sees, of the model's."""
+        return token_layout
+
+    def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+        """The parts of a layer's output that the model goes on with, [B, tokens, width] each."""
+        return output if isinstance(output, tuple) else (output,)
+
+    # Tokens
+
+    def token_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:
+        """The layout of one call, of the arguments of forward: of latents [B, C, h, w] that the model cuts in patches."""
+        patch = model.config.patch_size
+        grid = tuple(side // patch for side in inputs["hidden_states"].shape[-2:])
+        text_length = inputs["encoder_hidden_states"].shape[1] if self.joint else 0
+        return TokenLayout(text_length, (grid,), self.text_first)
+
+    def latents_per_token(self, config: Mapping[str, Any]) -> int:
+        """Latents of one token, along each axis. config: the transformer's."""
+        return config["patch_size"]
+
+    def token_pixels(self, config: Mapping[str, Any], vae_scale_factor: int) -> int:
+        """Pixels of one token, along each axis: sizes of images are multiples of it. config: the transformer's."""
+        return vae_scale_factor * self.latents_per_token(config)
+
+    def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
+        """Of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
+        return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents, [B, C, h, w], as the transformer takes them."""
+        return latents
+
+    # Prompts
+
+    @abstractmethod
+    def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
+        """The prompts' tensors, a row each, under the names that the pipeline's call takes them by.
+
+        They are what a cache keeps. length: max_sequence_length, or nothing for the pipeline's default.
+        """
+
+    @abstractmethod
+    def example_text(
+        self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors as `encode_prompts` gives them, for `count` prompts of `length` tokens; make(*shape) gives the values.
+
+        config: the transformer's.
+        """
+
+    def text_length(self, max_sequence_length: int | None = None, tokenizer_length: int = 77) -> int:
+        """Text tokens that the transformer is given; None is the pipeline's default.
+
+        tokenizer_length: the longest text of the pipeline's first tokenizer.
+        """
+        if max_sequence_length is None:
+            call = signature(self.pipelines["text-to-image"].__call__)
+            max_sequence_length = call.parameters["max_sequence_length"].default
+        return max_sequence_length
+
+    def sampling_arguments(
+        self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
+        if not self.guided:
+            return dict(text)
+        negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
+        return {**text, **negative}
+
+    # The teacher
+
+    def default_recipe(self, config: Mapping[str, Any]) -> str:
+        """The name of the recipe that fits a transformer of this config."""
+        return next(iter(self.recipes))
+
+    def takes_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the transformer is given the guidance scale as an input."""
+        return bool(config.get("guidance_embeds"))
+
+    @abstractmethod
+    def model_inputs(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        grid: tuple[int, int],
+        guidance: float | None,
+    ) -> dict[str, Any]:
+        """The keyword arguments of the transformer's forward.
+
+        noisy: latents as the transformer takes them. times: [B], as the recipes draw them. text: as `encode_prompts`
+        gives it. grid: (rows, columns) in tokens. guidance: the scale, where `takes_guidance`, else None.
+        """
+
+    def times_of(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The inverse of `model_inputs` in the times: from what the transformer is given to the recipes' unit."""
+        return timestep
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noisy latents, and what the teacher was trained to predict from them; all shaped like `latents`."""
+        return flow_noise(latents, noise, times)
+
+    def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The part of the transformer's output that predicts the target, shaped like `latents`."""
+        return output
+
+    # Not to be overridden
+
+    def recipe(self, config: Mapping[str, Any], name: str | None = None) -> Recipe:
+        """The recipe of this name; None: the one that fits the transformer's config.
+
+        Raises ValueError for an unknown name, and for a recipe of another family.
+        """
+        name = self.default_recipe(config) if name is None else name
+        if name in self.recipes:
+            return self.recipes[name]
+        for other in families():
+            if name in other.recipes:
+                raise ValueError(f"recipe {name!r} is for a {other.pipeline_name}, not for a {self.pipeline_name}")
+        known = (known for family in families() for known in family.recipes)
+        raise ValueError(f"unknown recipe {name!r}: choose from {', '.join(known)}")
+
+    @property
+    def pipeline_name(self) -> str:
+        """The name of the text-to-image pipeline's class."""
+        return self.pipelines["text-to-image"].__name__
+
+
+_FAMILIES: list[Family] = []
+
+
+def register(family_class: type[Family]) -> Family:
+    """Add a family: from here on its models are converted, distilled, generated with, measured and described.
+
+    Returns its one instance. Raises ValueError where it lacks a part or repeats what another one has.
+    """
+    own = {name for name in Family.__annotations__ if not hasattr(family_class, name)}
+    missing = sorted(own | getattr(family_class, "__abstractmethods__", frozenset()))
+    named = getattr(family_class, "name", family_class.__name__)
+    if missing:
+        raise ValueError(f"the family {named} lacks {', '.join(missing)}: see hybriddit.models.family.Family")
+    if "text-to-image" not in family_class.pipelines or not set(family_class.pipelines) <= set(TASKS):
+        raise ValueError(
+            f"the family {named}: pipelines must have text-to-image, and of the rest {', '.join(TASKS[1:])}"
+        )
+    for other in _FAMILIES:
+        taken = {family_class.name} & {other.name} | set(family_class.recipes) & set(other.recipes)
+        taken |= {c.__name__ for c in (family_class.dense_class,)} & {other.dense_class.__name__}
+        if taken:
+            raise ValueError(f"the family {named} repeats {', '.join(sorted(taken))} of the family {other.name}")
+    family = family_class()
+    _FAMILIES.append(family)
+    return family
+
+
+def unregister(family: Family) -> None:
+    """Undo `register`."""
+    _FAMILIES.remove(family)
+
+
+def families() -> Sequence[Family]:
+    """Those that are registered, in that order."""
+    return tuple(_FAMILIES)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of this model's class, dense or hybrid. Raises ValueError for any other class, subclasses included."""
+    for family in _FAMILIES:
+        if type(model) in (family.dense_class, family.hybrid_class):
+            return family
+    supported = ", ".join(family.dense_class.__name__ for family in _FAMILIES)
+    hint = ": pass its .transformer" if hasattr(model, "transformer") else ""
+    raise ValueError(f"{type(model).__name__} is not supported{hint}: hybridize one of {supported}")
+
+
+def family_of_class(name: str | None) -> Family | None:
+    """The family that has a model class of this name, dense or hybrid, or None."""
+    return next((f for f in _FAMILIES if name in (f.dense_class.__name__, f.hybrid_class.__name__)), None)
+
+
+def find_published(repository: str) -> tuple[Family, Published] | None:
+    """The family and the description of a published model, or None for a repository that no family lists."""
+    return next(((f, f.published[repository]) for f in _FAMILIES if repository in f.published), None)
+
+
+def is_hybrid(model: nn.Module) -> bool:
+    """Whether the model has been converted."""
+    return any(type(model) is family.hybrid_class for family in _FAMILIES)

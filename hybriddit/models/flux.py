@@ -1,0 +1,175 @@
+"""FLUX.1: text first; double blocks with projections of their own for text, single blocks with one joined sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from ..attention import TokenLayout
+from .family import Family, Published
+from .hybrid_model import hybrid_class
+from .processing import check_call, far_inputs, project
+from .recipe import Recipe, few_steps, shifted_logit_normal
+
+
+class HybridFluxAttnProcessor:
+    """FluxAttnProcessor with hybrid attention in place of softmax over all tokens."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        check_call(token_layout, attention_mask)
+
+        def heads(name, tokens):
+            return project(attn, name, tokens).unflatten(-1, (-1, attn.head_dim))  # [B, S, heads, D]
+
+        query, key, value = (heads(name, hidden_states) for name in ("to_q", "to_k", "to_v"))
+        image = (hidden_states, query, key)
+        if encoder_hidden_states is None:  # a single block: text and image are one sequence already
+            image = (token_layout.split(tokens)[1] for tokens in image)
+        far = far_inputs(attn, *image)
+
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            text_query, text_key, text_value = (
+                heads(name, encoder_hidden_states) for name in ("add_q_proj", "add_k_proj", "add_v_proj")
+            )
+            query = token_layout.join(attn.norm_added_q(text_query), query)
+            key = token_layout.join(attn.norm_added_k(text_key), key)
+            value = token_layout.join(text_value, value)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        out = attn.hybrid(query, key, value, token_layout, **far).flatten(2).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text, image = token_layout.split(out)
+        return attn.to_out[1](project(attn, "to_out.0", image)), project(attn, "to_add_out", text)
+
+
+class DenseFluxAttnProcessor(FluxAttnProcessor):
+    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+HybridFluxTransformer2DModel = hybrid_class(FluxTransformer2DModel)
+
+
+class Flux(Family):
+    """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps."""
+
+    name = "FLUX"
+    dense_class = FluxTransformer2DModel
+    hybrid_class = HybridFluxTransformer2DModel
+    layers = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
+    teacher_processor = FluxAttnProcessor
+    hybrid_processor = HybridFluxAttnProcessor
+    dense_processor = DenseFluxAttnProcessor
+    attention_kwargs = "joint_attention_kwargs"
+    joint = True
+    text_first = True
+    pipelines = {
+        "text-to-image": FluxPipeline,
+        "image-to-image": FluxImg2ImgPipeline,
+        "inpainting": FluxInpaintPipeline,
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler
+    guided = False  # the guidance scale is distilled into the model
+    recipes = {
+        "flux_dev": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.0, task_needs_teacher_images=True),
+        "flux_schnell": Recipe(few_steps, 0.0, 1.0, 0.5, 0.0),
+    }
+    published = {
+        "black-forest-labs/FLUX.1-dev": Published({"guidance_embeds": True}, shape="flux"),
+        "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}),
+    }
+
+    def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
+        """Text length and image grids of one call.
+
+        img_ids [N, 3] hold (image index, row, column): 0 for the image, 1 and up for reference images (Kontext). The
+        width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
+        Raises ValueError where the ids are no sequence of whole grids.
+        """
+        img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
+        index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
+        counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
+        grids = tuple((count // max(width, 1), width) for count, width in counts)
+        layout = TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
+        if layout.image_length != tokens or index.diff().lt(0).any():
+            raise ValueError(
+                f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
+                "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
+            )
+        return layout
+
+    def latents_per_token(self, config: Mapping[str, Any]) -> int:
+        return 2  # packed by the pipeline; the transformer's own patches are of one packed latent
+
+    def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
+        return (grid[0] * grid[1], config["in_channels"])
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, **length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def example_text(
+        self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        embeds = make(count, length, config["joint_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": make(count, config["pooled_projection_dim"])}
+
+    def default_recipe(self, config: Mapping[str, Any]) -> str:
+        """A model without a guidance embedding is taken for a few-step one: name "flux_dev" where it is none."""
+        return "flux_dev" if config["guidance_embeds"] else "flux_schnell"
+
+    def model_inputs(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        grid: tuple[int, int],
+        guidance: float | None,
+    ) -> dict[str, Any]:
+        embeds = text["prompt_embeds"]
+        rows, columns = torch.meshgrid(*(torch.arange(n, device=noisy.device) for n in grid), indexing="ij")
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": embeds,
+            "pooled_projections": text["pooled_prompt_embeds"].to(noisy),
+            "timestep": times,
+            "guidance": None if guidance is None else torch.full_like(times, guidance),
+            "img_ids": torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).view(-1, 3).to(noisy),
+            "txt_ids": torch.zeros(embeds.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+        }

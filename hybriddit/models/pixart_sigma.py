@@ -1,0 +1,132 @@
+"""PixArt-Sigma: self-attention of the image alone (attn1); the text's cross-attention (attn2) stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from ..attention import TokenLayout
+from .family import Family, Published
+from .hybrid_model import hybrid_class
+from .processing import check_call, far_inputs, norm, project
+from .recipe import Recipe, ddpm_noise, uniform_steps
+
+
+class HybridAttnProcessor:
+    """AttnProcessor2_0 for self-attention, with hybrid attention in place of softmax over all tokens."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor:
+        check_call(token_layout, attention_mask)
+        query, key, value = (
+            project(attn, name, hidden_states).unflatten(-1, (attn.heads, -1))  # [B, N, heads, D]
+            for name in ("to_q", "to_k", "to_v")
+        )
+        far = far_inputs(attn, hidden_states, query, key)
+        query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
+        out = attn.hybrid(query, key, value, token_layout, **far).flatten(2).to(query.dtype)
+        return attn.to_out[1](project(attn, "to_out.0", out))
+
+
+class DenseAttnProcessor(AttnProcessor2_0):
+    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+HybridPixArtTransformer2DModel = hybrid_class(PixArtTransformer2DModel, _repeated_blocks=["BasicTransformerBlock"])
+
+XL = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "in_channels": 4,
+    "out_channels": 8,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "use_additional_conditions": False,
+}
+
+
+class PixArtSigma(Family):
+    """PixArt-Sigma, of all its sizes."""
+
+    name = "PixArt-Sigma"
+    dense_class = PixArtTransformer2DModel
+    hybrid_class = HybridPixArtTransformer2DModel
+    layers = ("transformer_blocks.*.attn1",)
+    teacher_processor = AttnProcessor2_0
+    hybrid_processor = HybridAttnProcessor
+    dense_processor = DenseAttnProcessor
+    attention_kwargs = "cross_attention_kwargs"
+    joint = False
+    pipelines = {"text-to-image": PixArtSigmaPipeline}
+    scheduler = DPMSolverMultistepScheduler
+    middle_time = 500
+    recipes = {"pixart_sigma": Recipe(uniform_steps, 1.0, 0.5, 0.5, 0.1)}
+    published = {
+        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": Published({**XL, "sample_size": 64, "interpolation_scale": 1}),
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Published(
+            {**XL, "sample_size": 128, "interpolation_scale": 2}, shape="pixart-sigma"
+        ),
+    }
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
+        embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **length)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def example_text(
+        self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        embeds = make(count, length, config["caption_channels"])
+        return {"prompt_embeds": embeds, "prompt_attention_mask": embeds.new_ones(count, length)}
+
+    def sampling_arguments(
+        self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, Any]:
+        # the size asked for, not the nearest of a list; and encoded prompts alone
+        own = {"use_resolution_binning": False, "prompt": None, "negative_prompt": None}
+        return {**super().sampling_arguments(text, empty, count), **own}
+
+    def model_inputs(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        grid: tuple[int, int],
+        guidance: float | None,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "encoder_attention_mask": text["prompt_attention_mask"],
+            "timestep": times,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    def add_noise(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ddpm_noise(latents, noise, times, scheduler)
+
+    def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        # the other half of the channels is a variance
+        return output[:, : latents.shape[1]] if output.shape[1] == 2 * latents.shape[1] else output

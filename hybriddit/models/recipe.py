@@ -1,0 +1,76 @@
+"""How teachers were trained, as far as distilling them has to know: times, noise, and the weights of the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# (count, image tokens, scheduler, generator) -> [count] times, on the CPU: steps of the noise schedule (int64) for DDPM
+# teachers, else sigmas in (0, 1] (float32), 1 being pure noise
+DrawTimes = Callable[[int, int, Any, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of teacher is distilled.
+
+    draw_times: the times it is trained at.
+    task, output, layer: weights of the three losses.
+    prompt_dropout: share of samples trained with the empty prompt, for classifier-free guidance.
+    task_needs_teacher_images: a guidance-distilled teacher no longer fits its own training set, so the task loss is
+        right only on images it made itself, with the guidance value that made them.
+    """
+
+    draw_times: DrawTimes
+    task: float
+    output: float
+    layer: float
+    prompt_dropout: float
+    task_needs_teacher_images: bool = False
+
+
+def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
+    """DDPM: every step of the teacher's noise schedule equally often; int64."""
+    return torch.randint(len(scheduler.alphas_cumprod), (count,), generator=generator)
+
+
+def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
+    """Only the times of schedules of 1 to 4 steps: first the schedule is drawn, then one of its steps."""
+    steps = torch.randint(1, 5, (count,), generator=generator)
+    step = (torch.rand(count, generator=generator) * steps).floor()
+    return 1 - step / steps
+
+
+def shifted_logit_normal(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
+    """Flow matching: logit-normal times (SD3, arXiv 2403.03206), moved towards noise as images grow."""
+    sigma = torch.randn(count, generator=generator).sigmoid()
+    shift = scheduler_shift(tokens, scheduler.config)
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def scheduler_shift(tokens: int, config: Mapping[str, Any]) -> float:
+    """How far the scheduler moves the times of so large an image towards noise: the factor on sigma / (1 - sigma)."""
+    if config.get("use_dynamic_shifting"):  # FLUX: the factor's logarithm is linear in the tokens, between two sizes
+        base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return math.exp(base + (top - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
+    # SD3 states its shift for 1024 x 1024 pixels (4096 tokens) and lets it grow with the square root of their number
+    return max(1.0, config.get("shift", 1.0) * math.sqrt(tokens / 4096))
+
+
+def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flow matching: (1 - sigma) latents + sigma noise, and the velocity noise - latents; all shaped like `latents`."""
+    sigma = sigmas.to(latents).view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigma) * latents + sigma * noise, noise - latents
+
+
+def ddpm_noise(
+    latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DDPM: the latents noised as the schedule has it at these steps, and the noise, which the teacher predicts."""
+    keep = scheduler.alphas_cumprod.to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
+    return keep.sqrt() * latents + (1 - keep).sqrt() * noise, noise

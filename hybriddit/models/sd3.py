@@ -1,0 +1,165 @@
+"""Stable Diffusion 3 and 3.5: image first; 3.5-medium's dual attention adds a layer of the image alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+)
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from torch import nn
+
+from ..attention import TokenLayout
+from .family import Family, Published
+from .hybrid_model import hybrid_class
+from .processing import check_call, far_inputs, norm, project
+from .recipe import Recipe, shifted_logit_normal
+
+
+class HybridJointAttnProcessor:
+    """JointAttnProcessor2_0 with hybrid attention in place of softmax over all tokens."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        check_call(token_layout, attention_mask)
+
+        def heads(name, tokens):
+            return project(attn, name, tokens).unflatten(-1, (attn.heads, -1))  # [B, S, heads, D]
+
+        query, key, value = (heads(name, hidden_states) for name in ("to_q", "to_k", "to_v"))
+        far = far_inputs(attn, hidden_states, query, key)
+        query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
+
+        if encoder_hidden_states is None:  # attn2 of a dual block sees the image alone
+            image_layout = TokenLayout(0, token_layout.grids, token_layout.text_first)
+            out = attn.hybrid(query, key, value, image_layout, **far).flatten(2).to(query.dtype)
+            return attn.to_out[1](project(attn, "to_out.0", out))
+
+        text_query, text_key, text_value = (
+            heads(name, encoder_hidden_states) for name in ("add_q_proj", "add_k_proj", "add_v_proj")
+        )
+        query = token_layout.join(norm(attn.norm_added_q, text_query), query)
+        key = token_layout.join(norm(attn.norm_added_k, text_key), key)
+        value = token_layout.join(text_value, value)
+        out = attn.hybrid(query, key, value, token_layout, **far).flatten(2).to(query.dtype)
+        text, image = token_layout.split(out)
+        if not attn.context_pre_only:
+            text = project(attn, "to_add_out", text)
+        return attn.to_out[1](project(attn, "to_out.0", image)), text
+
+
+class DenseJointAttnProcessor(JointAttnProcessor2_0):
+    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_layout: TokenLayout | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+HybridSD3Transformer2DModel = hybrid_class(SD3Transformer2DModel, _repeated_blocks=["JointTransformerBlock"])
+
+
+COMMON = {"sample_size": 128, "in_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096}
+MEDIUM = {**COMMON, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+LARGE = {**COMMON, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5."""
+
+    name = "Stable Diffusion 3"
+    dense_class = SD3Transformer2DModel
+    hybrid_class = HybridSD3Transformer2DModel
+    layers = ("transformer_blocks.*.attn", "transformer_blocks.*.attn2")
+    teacher_processor = JointAttnProcessor2_0
+    hybrid_processor = HybridJointAttnProcessor
+    dense_processor = DenseJointAttnProcessor
+    attention_kwargs = "joint_attention_kwargs"
+    joint = True
+    pipelines = {
+        "text-to-image": StableDiffusion3Pipeline,
+        "image-to-image": StableDiffusion3Img2ImgPipeline,
+        "inpainting": StableDiffusion3InpaintPipeline,
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler
+    recipes = {"sd3": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
+    published = {
+        "stabilityai/stable-diffusion-3-medium-diffusers": Published({**MEDIUM, "pos_embed_max_size": 192}, "sd3"),
+        "stabilityai/stable-diffusion-3.5-medium": Published(
+            {
+                **MEDIUM,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": tuple(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            "sd3.5-medium",
+        ),
+        "stabilityai/stable-diffusion-3.5-large": Published(
+            {**LARGE, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}, "sd3.5-large"
+        ),
+    }
+
+    def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
+        found = super().projections(attn)
+        if attn.context_pre_only:
+            found.pop("add_q_proj", None)  # the last block drops what its text queries find
+        return found
+
+    def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
+        if layer.endswith(".attn2"):  # 3.5-medium's second attention sees the image alone
+            return TokenLayout(0, token_layout.grids, token_layout.text_first)
+        return token_layout
+
+    def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+        parts = super().layer_outputs(attn, output)
+        return parts[:1] if attn.context_pre_only else parts  # the last block's text output is thrown away, unprojected
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **length)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def example_text(
+        self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        embeds = make(count, length, config["joint_attention_dim"])
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": make(count, config["pooled_projection_dim"])}
+
+    def text_length(self, max_sequence_length: int | None = None, tokenizer_length: int = 77) -> int:
+        return super().text_length(max_sequence_length) + tokenizer_length  # CLIP's tokens go before T5's
+
+    def model_inputs(
+        self,
+        noisy: torch.Tensor,
+        times: torch.Tensor,
+        text: Mapping[str, torch.Tensor],
+        grid: tuple[int, int],
+        guidance: float | None,
+    ) -> dict[str, Any]:
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "pooled_projections": text["pooled_prompt_embeds"].to(noisy),
+            "timestep": times * 1000,
+        }
+
+    def times_of(self, timestep: torch.Tensor) -> torch.Tensor:
+        return timestep / 1000
