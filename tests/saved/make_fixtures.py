@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 OUT = Path(__file__).parent / "v0.1.0"
 GRID = (6, 5)  # tokens of the inputs: rows, columns
 
-# name: family, folder of the dense transformer, hybrid config. Every kind of layer, gate and added weight is there.
+# name: folder of the dense transformer, hybrid config. Every kind of layer, gate and added weight is there.
 ADAPTERS = {
     "pixart_sigma": (
         "dense/pixart_sigma",
