@@ -38,11 +38,12 @@ from hybriddit.data.sources import open_class_data
 from hybriddit.demo.run import contact_sheet
 from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
+from hybriddit.machine import git_state
 from hybriddit.metrics import frechet_distance, moments, to_uint8
 from hybriddit.models.sit import SiTTransformer2DModel
 from hybriddit.training.checkpoint import checkpoints
 from hybriddit.training.config import SiTConfig, load_config
-from hybriddit.training.record import git_state, read_log
+from hybriddit.training.record import read_log
 from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the model's width over this

@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attention.work import Work
+from ..machine import device_details, versions
 
 PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
 MIN_REPEATS = 3
@@ -79,51 +78,14 @@ class Limits(NamedTuple):
     max_seconds: float
 
 
-def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """What results depend on and have to name."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found = {
-            "type": "cuda",
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-        }
-    else:
-        name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
-        found = {"type": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
     return {
-        "device": found,
+        "device": device_details(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions(PACKAGES),
     }
-
-
-def _version(package: str) -> str | None:
-    # not by `info`, which wants packages that a GPU machine of only torch and triton lacks
-    if package == "hybriddit":
-        from .. import __version__
-
-        return __version__
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def free_bytes(device: torch.device) -> int:

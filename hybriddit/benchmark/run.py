@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention.work import Work
+from ..machine import device_of_this_machine, git_state
 from . import model
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_cases, layer_work
@@ -30,7 +31,6 @@ from .measure import (
     Limits,
     Outcome,
     Rates,
-    device_of_this_machine,
     free_bytes,
     machine,
     measure,
@@ -403,11 +403,7 @@ def _tidy(device: torch.device) -> None:
 
 
 def _git() -> dict[str, Any] | None:
-    try:
-        from ..training.record import git_state
-    except ModuleNotFoundError:  # a machine of only torch and triton
-        return None
-    state = git_state(Path(__file__).parent)
+    state = git_state()
     return state and {"commit": state["commit"], "changed": len(state["changed"])}
 
 
