@@ -11,9 +11,9 @@ from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipel
 
 from hybriddit import HybridConfig
 from hybriddit.data.image_folder import captioned_images, image_folder, read_image
-from hybriddit.data.sources import make_data
-from hybriddit.training.config import DistillConfig
-from hybriddit.training.distill import distill, draw_batches
+from hybriddit.data.sources import SOURCES, Source, make_data, sources_of
+from hybriddit.training.config import DataConfig, DistillConfig, ModelConfig, OutputConfig
+from hybriddit.training.distill import check_settings, distill, draw_batches
 from hybriddit.training.recipes import recipe_of
 
 
@@ -57,6 +57,31 @@ def folder(tmp_path):
 def encode(pipeline, folder, **kwargs):
     size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
     return image_folder(pipeline, folder, batch_size=2, progress=False, **{**size, **kwargs})
+
+
+def test_a_source_is_a_function_and_a_row(monkeypatch):
+    made = Source(lambda *arguments: arguments, lambda settings: 7, "distill", "folder")
+    with pytest.raises(ValueError, match="data.source must be one of teacher, folder, trajectories, got 'mine'"):
+        DistillConfig(data=DataConfig(source="mine", folder="x"))
+    monkeypatch.setitem(SOURCES, "mine", made)
+    config = DistillConfig(data=DataConfig(source="mine", folder="x"))
+    assert make_data("pipeline", config.data, progress=False) == ("pipeline", config.data, False)
+    check_settings(DistillConfig(ModelConfig("model"), data=config.data, output=OutputConfig(folder="out")))
+    with pytest.raises(ValueError, match="data.folder must be a folder of images"):
+        DistillConfig(data=DataConfig(source="mine"))
+
+
+def test_what_a_row_says_of_its_images_is_so(folder):
+    pipeline = tiny_pipeline("sd3")
+    names = ("teacher", "folder", "trajectories")
+    assert names == sources_of("distill") and sources_of("train") == ("classes",)
+    for name in names:
+        row = SOURCES[name]
+        settings = DataConfig(name, str(folder), 2, PROMPTS, 3, None, 64, 64, 2, 3.5, TEXT_LENGTH)
+        data = make_data(pipeline, settings, progress=False)
+        assert data.info.teacher_made == row.teacher_made
+        assert ("states" in data.rows([0])) == (data.info.states > 0) == row.trajectories
+        assert row.count(settings) == {"folder": 9}.get(name, 3), "told without a model: nothing is opened yet"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
