@@ -226,6 +226,7 @@ def test_a_trajectory_has_no_task_loss(pipelines):
 
 @pytest.mark.parametrize("source", ["folder", "trajectories"])
 def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
+    """The grid's first column is what the teacher's pipeline makes of the first prompts, the second the student's."""
     pipeline = tiny_pipeline("sd3")
     config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
     config.data.source, config.data.folder = source, str(folder)
@@ -234,6 +235,17 @@ def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
     config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
     config.train.steps, config.train.batch_size = 1, 2
     config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path / "run"), 1, 2
+    config.optim.lr = 0.1  # one step then shows
     distill(pipeline, make_data(pipeline, config.data, progress=False), config)
     with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
         assert grid.size == (128, 128) and np.asarray(grid).std() > 1
+        columns = np.split(np.asarray(grid, int), 2, axis=1)
+    # the captions of 0.png and 1.png are the first two prompts
+    called = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH}
+    made = []
+    for drawn in (tiny_pipeline("sd3"), pipeline):
+        generators = [torch.Generator().manual_seed(config.train.seed + i) for i in range(2)]
+        images = drawn(PROMPTS[:2], guidance_scale=config.data.guidance_scale, generator=generators, **called).images
+        made.append(np.concatenate([np.asarray(image, int) for image in images]))
+        assert abs(columns[len(made) - 1] - made[-1]).max() <= 1
+    assert abs(made[0] - made[1]).max() > 8, "the student's are its own"
