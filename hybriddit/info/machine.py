@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import __version__
-from ..benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from ..machine import device_of_this_machine, gpu_name, versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
@@ -68,6 +67,7 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from ..attention.window import WindowCase, choose_backend
+    from ..benchmark.subjects import find_subject
     from ..models import families
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -75,15 +75,14 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
         name = next((published.shape for published in family.published.values() if published.shape), None)
         if name is None:
             continue
-        shape = SHAPES[name]
+        shape = find_subject(name).shape
         for size in SIZES:
-            side = size // PIXELS_PER_TOKEN
             settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
-            choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
+            choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
             yield {
                 "family": family.name,
                 "pixels": size,
-                "grid": [side, side],
+                "grid": list(shape.grid(size)),
                 "window": WINDOW,
                 "heads": shape.heads,
                 "head_dim": shape.head_dim,
