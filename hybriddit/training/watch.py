@@ -10,7 +10,7 @@ import torch
 
 from ..data.class_data import ClassData
 from ..metrics import frechet_distance, load_inception, read_images, to_uint8
-from ..metrics.adm import look, read_reference
+from ..metrics.adm import collect_statistics, read_reference
 from .config import MetricsConfig
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -70,7 +70,7 @@ class FrechetDistance:
     @torch.no_grad()
     def _moments(self, images, name: str, progress: bool = False, shared: bool = True):
         """Mean and covariance of the features."""
-        seen = look(
+        seen = collect_statistics(
             images,
             lambda batch: {"pooled": self.features(batch)},
             name,
