@@ -31,7 +31,7 @@ NAMES = {
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",
     "hybriddit.info": "environment describe",
-    "hybriddit.training.config": (
+    "hybriddit.training.run_config": (
         "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig "
         "SiTConfig ClassDataConfig FlowConfig SiTOptimConfig SiTTrainConfig SiTOutputConfig"
     ),

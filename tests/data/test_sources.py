@@ -7,14 +7,13 @@ import pytest
 import torch
 from family_calls import call
 from PIL import Image
-from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig
 from hybriddit.data.image_folder import captioned_images, image_folder, read_image
 from hybriddit.data.sources import SOURCES, Source, make_data, sources_of
-from hybriddit.training.config import DataConfig, DistillConfig, ModelConfig, OutputConfig
 from hybriddit.training.distill import check_settings, distill, draw_batches
-from hybriddit.training.recipes import recipe_of
+from hybriddit.training.run_config import DataConfig, DistillConfig, ModelConfig, OutputConfig
 
 
 @pytest.fixture(scope="module")
