@@ -234,7 +234,7 @@ def test_a_gpu_without_natten_s_kernels_takes_flex(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "natten", None)
-    monkeypatch.setattr("hybriddit.attention.window.triton_requirements", lambda: [])
+    monkeypatch.setattr("hybriddit.attention.window.flex.triton_requirements", lambda: [])
     found = environment()
     assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
     assert found["window_choices"][-1]["passed_over"] == {"natten": "it is not installed"}

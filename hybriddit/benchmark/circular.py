@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..attention.work import Work, attention_work, softmax_flops
+
 BLOCK = 128  # FlexAttention's own
 
 
@@ -72,6 +74,15 @@ def circular_pairs(grid: tuple[int, int], radius: int) -> int:
         for x in reach
         if x * x + y * y < radius * radius
     )
+
+
+def circular_work(grid: tuple[int, int], text: int, radius: int, width: int, element_size: int) -> dict[str, Work]:
+    """The work of one image, by direction (see `attention_work`); width: heads x head width."""
+    image = grid[0] * grid[1]
+    elements = (text + image) * width
+    pairs = circular_pairs(grid, radius) + image * text + text * (text + image)
+    flops = softmax_flops(pairs, width)
+    return attention_work(3 * elements, elements, flops, element_size, softmax_outputs=elements)
 
 
 def compiled_flex():

@@ -7,7 +7,7 @@ from hybriddit.attention import HybridAttention, TokenLayout, mixers
 from hybriddit.attention.linear import FEATURE_MAPS
 from hybriddit.attention.work import dense_flops, dense_work
 
-WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 2, 24, (11, 9), 5
+WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 4, 24, (11, 9), 5
 
 
 def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
@@ -156,7 +156,7 @@ KINDS = {"hybrid": {"window": (3, 4)}, "window": {"window": (3, 4)}, "linear": {
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kv_heads", [None, 1])
+@pytest.mark.parametrize("kv_heads", [None, 2])
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_against_the_definitions(kind, text_first, kv_heads, masked):

@@ -7,14 +7,16 @@ The backward gathers them again instead of keeping them.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from ..inputs import sum_dtype
+from .case import WindowCase
+from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_mask, class_lengths
 
 TILES = ((8, 8), (8, 16), (16, 16), (32, 32))
 # Measured on a CPU, in query-key pairs of one head of width 64: what gathering a key costs a tile, and what one step of
@@ -24,25 +26,29 @@ GATHER_COST, STEP_COST = 35, 60_000
 SHORT_TEXT = 128
 # Gathered keys of one work item, in elements: about what the cache of a core holds.
 GATHER_ELEMENTS = 2**20
-# Masks up to this size are kept: building one costs as much as attention with it on a small grid.
-CACHED_MASK_ELEMENTS = 2**21
+# It is taken below this share of dense attention's work, by the costs above. The CPU's is measured; those of GPUs are
+# estimated from the pairs computed, unmeasured.
+BREAK_EVEN = {"cpu": 0.65, "gpu": 0.5}
 
 
-def axis_mask(length: int, window: int, stride: int, dilation: int) -> Tensor:
-    """[length, length] bool, on the CPU: which positions of an axis each position sees, by natten's rules.
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
+    """See `dispatch.Backend`."""
+    settings = (list(x) for x in (window, stride, dilation))
+    return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
 
-    The window is centred on the leader of a group of `stride` positions and shifted inwards at the borders. With
-    dilation, every residue class of the axis is an axis of its own; the window is clamped to it, the stride to the
-    window.
-    """
-    position = torch.arange(length, device="cpu")
-    residue, index = position % dilation, position // dilation
-    size = (length - residue + dilation - 1) // dilation
-    windows = size.clamp(max=window)
-    strides = windows.clamp(max=stride)
-    leader = torch.minimum(index // strides * strides + strides // 2, size - 1)
-    start = torch.minimum((leader - windows // 2).clamp(min=0), size - windows).unsqueeze(1)
-    return (residue.unsqueeze(1) == residue) & (index >= start) & (index < start + windows.unsqueeze(1))
+
+def refusal(case: WindowCase) -> str | None:
+    """It runs everywhere."""
+    return None
+
+
+def slower(case: WindowCase) -> str | None:
+    """Why dense attention is faster, or None."""
+    shape = 1, *case.grid, case.heads, case.head_dim
+    settings = case.window, case.stride, case.dilation
+    dense = case.heads * case.head_dim / 64 * case.tokens**2  # by the cost model of a CPU, as the tiles'
+    share = tiled_cost(shape, *settings, best_tile(shape, *settings)) / dense
+    return case.too_much_work(share, BREAK_EVEN["gpu" if case.on_gpu else "cpu"])
 
 
 class AxisTiles(NamedTuple):
@@ -119,7 +125,7 @@ def _residues(length: int, dilation: int, tile: int) -> int:
 def _residue_lengths(length: int, dilation: int, tile: int) -> list[tuple[int, int]]:
     """The axes that an axis is split into, as (length, dilation left)."""
     count = _residues(length, dilation, tile)
-    return [((length - r + count - 1) // count, dilation if count == 1 else 1) for r in range(count)]
+    return [(size, dilation if count == 1 else 1) for size in class_lengths(length, count)]
 
 
 class _Item(NamedTuple):
@@ -147,7 +153,7 @@ def _items(query: Tensor, window, stride, dilation, tile, text_length: int):
                 for tiles in (range(first, min(first + run, count)) for first in range(0, count, run)):
                     patterns = row_part.pattern[row], tuple(column_part.pattern[t] for t in tiles)
                     elements = len(tiles) * row_part.size * column_part.size * keys
-                    make_mask = _mask if elements <= CACHED_MASK_ELEMENTS else _mask.__wrapped__
+                    make_mask = _mask if elements <= KEPT_MASK_ELEMENTS else _mask.__wrapped__
                     mask = make_mask(row_axis, r, column_axis, c, *patterns, text_length, dtype, query.device)
                     for b in batches:
                         yield _Item(
@@ -169,8 +175,7 @@ def _mask(row_axis, row_part, column_axis, column_part, row, columns, text_lengt
     seen = (rows[None, :, None, :, None] & columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2).unsqueeze(1)
     if seen.all():
         return None
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
-    return F.pad(mask, (0, text_length))
+    return additive_mask(seen, text_length, dtype)
 
 
 def _gather_queries(x: Tensor, item: _Item) -> Tensor:
@@ -242,7 +247,7 @@ def _has_fused_kernel(query: Tensor) -> bool:
 def _tile_dtype(x: Tensor) -> torch.dtype:
     """What tiles of x are gathered in. On small tiles the CPU's kernel is slower in bfloat16 than in float32: 1.1 times
     forward, 1.4 times backward."""
-    return _state_dtype(x.dtype) if _has_fused_kernel(x) else x.dtype
+    return sum_dtype(x.dtype) if _has_fused_kernel(x) else x.dtype
 
 
 def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
@@ -274,12 +279,8 @@ def _attend_backward(grad_out, query, key, value, out, log_sum, mask, scale) -> 
 
 
 def _scores(query, key, mask, scale):
-    scores = (query @ key.transpose(-1, -2)).to(_state_dtype(query.dtype)).mul_(scale)
+    scores = (query @ key.transpose(-1, -2)).to(sum_dtype(query.dtype)).mul_(scale)
     return scores if mask is None else scores.add_(mask)
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _residue_grids(grid, dilation, tile):
@@ -308,7 +309,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, W, heads, D], and its log-sum-exp [B, H, W, heads, 1] for the backward."""
     out = query.new_empty(query.shape)
-    log_sum = query.new_empty(*query.shape[:4], 1, dtype=_state_dtype(query.dtype))
+    log_sum = query.new_empty(*query.shape[:4], 1, dtype=sum_dtype(query.dtype))
     tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation))
     with_tiles = text_key is not None and _text_joins_tiles(text_key.shape[1], query.shape[1:3], tile)
     tile_text = (text_key, text_value) if with_tiles else (None, None)
@@ -406,7 +407,7 @@ tiled_attention_backward = torch.library.custom_op("hybriddit::tiled_attention_b
 
 @tiled_attention.register_fake
 def _(query, *args):
-    log_sum = query.new_empty(*query.shape[:4], 1, dtype=_state_dtype(query.dtype))
+    log_sum = query.new_empty(*query.shape[:4], 1, dtype=sum_dtype(query.dtype))
     return query.new_empty(query.shape), log_sum
 
 

@@ -1,17 +1,19 @@
 import random
 
-import oracles
 import pytest
 import torch
+from attention import oracles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybriddit.attention import neighborhood_attention, window, window_tiled
+from hybriddit.attention import neighborhood_attention
+from hybriddit.attention.window import BACKENDS as ROWS
+from hybriddit.attention.window import WindowCase, tiled
 
 BACKENDS = ["auto", "tiled", "dense"]  # those that have gradients everywhere
-EVERY_BACKEND = ["auto", *window.BACKENDS]
+EVERY_BACKEND = ["auto", *ROWS]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 TEXT = {name: torch.zeros(1, 3, 2, 8) for name in ("text_key", "text_value")}
@@ -88,7 +90,7 @@ def test_dtypes(dtype, backend, text):
 def test_arithmetic_for_other_devices(seed, monkeypatch):
     """The plain-torch route of the tiles, which devices without the CPU's fused kernel take."""
 
-    monkeypatch.setattr(window_tiled, "_has_fused_kernel", lambda query: False)
+    monkeypatch.setattr(tiled, "_has_fused_kernel", lambda query: False)
     *geometry, text, heads, width, batch = draw_case(seed)
     inputs, weight = random_inputs(geometry[0], text, heads, width, batch, seed=seed)
     assert_equal_to_oracle(inputs, weight, *geometry[1:], TOLERANCE[torch.float64], backend="tiled")
@@ -113,6 +115,21 @@ def test_non_contiguous_input(backend):
     inputs = [x.requires_grad_() for x in (*image, text[1], text[2])]
     weight = torch.randn(2, 2, 12, 17, 24, dtype=torch.float64).movedim(1, 3)
     assert_equal_to_oracle(inputs, weight, (5, 4), (1, 1), (1, 1), 1e-11, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "dense"])
+def test_a_kept_mask_is_of_its_dtype(backend):
+    """Masks are kept from call to call: one dtype's must not serve another's."""
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    for dtype in [*dtypes, *reversed(dtypes)]:
+        # 25 x 26 tokens: above those for which the dense backend computes bfloat16 in float32
+        inputs, _ = random_inputs((25, 26), 3, 1, 24, 1, dtype)
+        inputs = [x.detach() for x in inputs]
+        out = attend(inputs, (4, 5), backend=backend)
+        expected = oracles.neighborhood(*inputs, (4, 5), (1, 1), (1, 1))
+        assert out.dtype == dtype
+        tolerance = TOLERANCE[torch.bfloat16 if dtype == torch.float16 else dtype]
+        assert (out.double() - expected).norm() <= tolerance * expected.norm(), dtype
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,7 +206,7 @@ def case_of(inputs, window_size, stride, dilation, gradients):
     query, text = inputs[0], inputs[3]
     grid = tuple(query.shape[1:3])
     window_size = tuple(map(min, window_size, grid))
-    return window.WindowCase(
+    return WindowCase(
         query.device,
         query.dtype,
         grid,
@@ -210,7 +227,7 @@ def test_every_backend_and_device(seed, backend, device):
     inputs, weight = random_inputs(geometry[0], text, heads, width, batch, torch.float32, seed)
     inputs = [x if x is None else x.detach().to(device).requires_grad_() for x in inputs]
     cases = [case_of(inputs, *geometry[1:], gradients) for gradients in (True, False)]
-    refusals = [None if backend == "auto" else window.BACKENDS[backend].refusal(case) for case in cases]
+    refusals = [None if backend == "auto" else ROWS[backend].refusal(case) for case in cases]
     tolerance = TOLERANCE[torch.float32] if device == "cpu" else 2e-3  # on a GPU there is TF32
     for refusal, gradients in zip(refusals, (True, False), strict=True):
         with torch.set_grad_enabled(gradients):
@@ -234,7 +251,7 @@ def test_every_backend_and_device(seed, backend, device):
 def test_nan_stays_nan(backend, device):
     inputs, _ = random_inputs((20, 22), 3, 1, 32, 1, torch.float32)
     inputs = [x.detach().to(device) for x in inputs]
-    refusal = backend != "auto" and window.BACKENDS[backend].refusal(case_of(inputs, (5, 4), (1, 1), (1, 1), False))
+    refusal = backend != "auto" and ROWS[backend].refusal(case_of(inputs, (5, 4), (1, 1), (1, 1), False))
     if refusal:
         pytest.skip(f"{backend}: {refusal}")
     seen = oracles.window_mask((20, 22), (5, 4))[:, 10 * 22 + 7].view(20, 22)
@@ -332,8 +349,8 @@ def test_cost_is_linear_and_no_square_tensor_is_made(text):
             torch.ops.hybriddit.tiled_attention_backward(weight, *inputs, *out, *settings)
         # the operators' bodies, so that the counter and the watcher see every step
         with FlopCounterMode(display=False) as run, LargestTensor() as largest:
-            out = window_tiled._forward(*inputs, *settings)
-            window_tiled._backward(weight, *inputs, *out, *settings)
+            out = tiled._forward(*inputs, *settings)
+            tiled._backward(weight, *inputs, *out, *settings)
         assert declared.get_total_flops() == run.get_total_flops() > 0
         return run.get_total_flops(), largest.elements
 

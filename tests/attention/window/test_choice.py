@@ -4,14 +4,14 @@ import sys
 import warnings
 from types import SimpleNamespace
 
-import oracles
 import pytest
 import torch
+from attention import oracles
 from test_window import attend, random_inputs
 
-from hybriddit.attention import aligned_window, trial, window
-from hybriddit.attention.window import WindowCase, choose_backend
-from hybriddit.attention.window_flex import best_layout, flex_window_attention, visited_blocks
+from hybriddit.attention import aligned_window, trial
+from hybriddit.attention.window import WindowCase, choose_backend, dispatch, flex, natten, tiled
+from hybriddit.attention.window.flex import best_layout, visited_blocks
 
 GPU = torch.device("cuda", 0)
 
@@ -24,10 +24,10 @@ def case(**changes):
 @pytest.fixture(autouse=True)
 def fresh():
     """No choice of another test is remembered."""
-    for kept in (window._taken, window._trouble, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
         kept.cache_clear()
     yield
-    for kept in (window._taken, window._trouble, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
         kept.cache_clear()
 
 
@@ -89,9 +89,9 @@ def test_no_large_mask_is_made_for_speed(machine):
 
 def pretend_gpu(monkeypatch, attend):
     """Makes the CPU count as a GPU on which `attend` is the flex backend."""
-    monkeypatch.setattr(window, "_on_gpu", lambda case: True)
-    row = window.Backend(attend, lambda case: None, lambda case: None, tried=True)
-    monkeypatch.setattr(window, "BACKENDS", {"flex": row, **{n: window.BACKENDS[n] for n in ("tiled", "dense")}})
+    monkeypatch.setattr(WindowCase, "on_gpu", property(lambda case: True))
+    row = dispatch.Backend(attend, lambda case: None, lambda case: None, tried=True)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"flex": row, **{n: dispatch.BACKENDS[n] for n in ("tiled", "dense")}})
 
 
 def broken_compiler(*args):
@@ -99,15 +99,15 @@ def broken_compiler(*args):
 
 
 def wrong_output(*args):
-    return window._tiled(*args) * 1.1
+    return tiled.attend(*args) * 1.1
 
 
 def wrong_gradient(query, key, *args):
-    return window._tiled(query, key + (key - key.detach()), *args)
+    return tiled.attend(query, key + (key - key.detach()), *args)
 
 
 def lost_text(query, key, value, text_key, text_value, *args):
-    return window._tiled(query, key, value, text_key.detach(), text_value, *args)
+    return tiled.attend(query, key, value, text_key.detach(), text_value, *args)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,19 @@ def test_the_trial_runs_while_a_model_is_compiled(monkeypatch):
 
 def test_flex_is_tried_and_taken_while_a_model_is_compiled(monkeypatch):
     """One compilation within another's tracing; without gradients, which FlexAttention lacks on a CPU."""
-    pretend_gpu(monkeypatch, flex_window_attention)
+    pretend_gpu(monkeypatch, flex.attend)
     inputs, _ = random_inputs((24, 24), 3, 1, 32, 1, torch.float32)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="window attention does not use flex")
         out = torch.compile(lambda *x: attend(x, 5), backend="aot_eager", fullgraph=True)(*inputs)
     expected = oracles.neighborhood(*inputs, (5, 5), (1, 1), (1, 1))
     assert (out - expected).norm() < 1e-5 * expected.norm()
-    assert window._trouble.cache_info().currsize == 1
+    assert dispatch._trial_failure.cache_info().currsize == 1
 
 
 def test_flex_passes_its_trial_without_gradients():
-    assert window._trouble("flex", torch.device("cpu"), torch.float32, 24, False) is None
-    assert "no gradients" in str(window._flex_refusal(case(device=torch.device("cpu"), gradients=True)))
+    assert dispatch._trial_failure("flex", torch.device("cpu"), torch.float32, 24, False) is None
+    assert "no gradients" in str(flex.refusal(case(device=torch.device("cpu"), gradients=True)))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_flex_passes_its_trial_without_gradients():
 )
 def test_head_widths_for_natten(capability, dtype, width, gradients, padded, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert window._natten_width(GPU, dtype, width, gradients) == padded
+    assert natten.head_width(GPU, dtype, width, gradients) == padded
 
 
 def test_what_natten_is_given(monkeypatch):
@@ -209,13 +209,13 @@ def test_what_natten_is_given(monkeypatch):
     def na2d(query, key, value, *, kernel_size, additional_keys, additional_values, **settings):
         tensors = query, key, value, additional_keys, additional_values
         calls.append([x.shape[-1] for x in tensors] + [x.is_contiguous() for x in tensors])
-        return window._tiled(*tensors, kernel_size, *(settings[name] for name in ("stride", "dilation", "scale")))
+        return tiled.attend(*tensors, kernel_size, *(settings[name] for name in ("stride", "dilation", "scale")))
 
     monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(HAS_LIBNATTEN=True, na2d=na2d))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     inputs, _ = random_inputs((12, 13), 4, 2, 72, 1, torch.bfloat16)
     inputs = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    out = window._natten(*inputs, (3, 4), (1, 2), (1, 1), 72**-0.5)
+    out = natten.attend(*inputs, (3, 4), (1, 2), (1, 1), 72**-0.5)
     assert calls == [[128] * 5 + [True] * 5] and out.shape == inputs[0].shape
     expected = oracles.neighborhood(*inputs, (3, 4), (1, 2), (1, 1))
     assert (out - expected).norm() < 1.5e-2 * expected.norm()

@@ -6,14 +6,14 @@ import shutil
 import time
 import tracemalloc
 
-import oracles
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
+from attention import oracles
 from test_window import attend, draw_case, random_inputs
 
-from hybriddit.attention import window_flex
-from hybriddit.attention.window_flex import BLOCK, best_layout, block_arrays, visited_blocks
+from hybriddit.attention.window import flex
+from hybriddit.attention.window.flex import BLOCK, best_layout, block_arrays, visited_blocks
 
 
 def draw_layout(seed):
@@ -29,7 +29,7 @@ def draw_layout(seed):
 
 
 def block_mask(layout, gradients=True):
-    return window_flex._block_mask(layout, [torch.from_numpy(x) for x in block_arrays(layout, gradients)])
+    return flex._block_mask(layout, [torch.from_numpy(x) for x in block_arrays(layout, gradients)])
 
 
 def elementwise(layout):
@@ -115,7 +115,7 @@ def test_values_and_gradients_by_the_lists(seed, monkeypatch):
     weight = weight[..., : inputs[0].shape[-1]]
     layout = best_layout(grid, window, stride, dilation, text)
     blocks = [torch.from_numpy(x) for x in block_arrays(layout, True)]
-    out = window_flex._attend(*inputs, blocks, layout, 0.3)
+    out = flex._attend(*inputs, blocks, layout, 0.3)
     expected = oracles.neighborhood(*inputs, window, stride, dilation, 0.3)
     torch.testing.assert_close(out, expected)
     leaves = [x for x in inputs if x is not None]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-linear_triton = pytest.importorskip("hybriddit.attention.linear_triton", reason="triton is not installed")
+linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
 if linear_triton.INTERPRETED:
     pytest.skip("Triton's interpreter is on: nothing is compiled", allow_module_level=True)
 

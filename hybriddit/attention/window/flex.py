@@ -7,6 +7,7 @@ follow the image's. Which blocks each block sees is arithmetic on the two axes: 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -18,6 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..trial import TOLERANCE, triton_requirements
+from .case import WindowCase
+from .rule import class_windows, pair
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # takes seconds to import: only where it is used
 
@@ -27,6 +32,31 @@ TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1
 # What masking a partly seen block costs, in seen blocks (estimated, unmeasured).
 MASKING_COST = 0.2
 MIN_HEAD_DIM = 16  # of the kernels; narrower heads are padded with zeros
+MAX_HEAD_DIM = 256
+# It is taken below this share of dense attention's query-key pairs (estimated from the pairs computed, unmeasured).
+BREAK_EVEN = 0.8
+
+
+def refusal(case: WindowCase) -> str | None:
+    """Why FlexAttention cannot do a case, or None."""
+    if case.device.type == "cpu":
+        return "it has no gradients on a CPU" if case.gradients else None
+    if case.device.type not in ("cuda", "xpu"):
+        return f"it does not run on {case.device.type}"
+    if case.dtype not in TOLERANCE:
+        return f"it has no {case.dtype} kernels"
+    if case.head_dim > MAX_HEAD_DIM:
+        return f"it has no kernels for head width {case.head_dim}"
+    missing = triton_requirements()
+    return f"it needs {' and '.join(missing)}" if missing else None
+
+
+def slower(case: WindowCase) -> str | None:
+    """Why another backend is faster, or None."""
+    if not case.on_gpu:
+        return "on a CPU it is not compiled"
+    layout = best_layout(case.grid, case.window, case.stride, case.dilation, case.text_length)
+    return case.too_much_work(visited_blocks(layout)[0] * BLOCK**2 / case.dense_pairs, BREAK_EVEN)
 
 
 class Axis(NamedTuple):
@@ -52,25 +82,15 @@ class Axis(NamedTuple):
 
 
 def axis_windows(axis: Axis, position):
-    """The first position that each position of a reordered axis sees, and how many: natten's rules.
+    """The first position that each position of a reordered axis sees, and how many.
 
     position: ints, a torch tensor or a numpy array. A position that is padding sees what the last real one of its run
     sees, and is seen by none.
     """
-    length, window, stride, dilation, _ = axis
-    if dilation == 1:
-        first, index, size = 0, position, length
-    else:
-        residue = (position // axis.run).clip(max=dilation - 1)
-        first = residue * axis.run
-        index = position - first
-        size = (length - residue + dilation - 1) // dilation
-        window = size.clip(max=window)
-        stride = window.clip(max=stride)
-    leader = index if axis.stride == 1 else index // stride * stride + stride // 2
-    leader = leader.clip(max=size - 1)
-    start = (leader - window // 2).clip(min=0).clip(max=size - window)
-    return first + start, window
+    residue = 0 if axis.dilation == 1 else (position // axis.run).clip(max=axis.dilation - 1)
+    begin = residue * axis.run
+    first, count = class_windows(position - begin, residue, *axis[:4])
+    return begin + first, count
 
 
 class Layout(NamedTuple):
@@ -179,7 +199,7 @@ def best_layout(grid, window, stride, dilation, text_length: int) -> Layout:
     """The layout with the least work. Takes ints and pairs of ints, the window and stride clamped to the grid."""
     case = grid, window, stride, dilation, text_length
     if torch.compiler.is_compiling():
-        from .tracing import constant
+        from ..tracing import constant
 
         return _layout(*case, constant(best_tile, *case))
     return _layout(*case, best_tile(*case))
@@ -315,8 +335,8 @@ def _block_mask(layout: Layout, blocks: list[Tensor]) -> BlockMask:
     )
 
 
-def flex_window_attention(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
-    """[B, H, W, heads, D] and text [B, S, heads, D] or None -> [B, H, W, heads, D]. On a CPU without gradients."""
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
+    """See `dispatch.Backend`. On a CPU without gradients."""
     text_length = 0 if text_key is None else operator.index(text_key.shape[1])
     grid = tuple(operator.index(n) for n in query.shape[1:3])
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
@@ -331,8 +351,8 @@ def flex_window_attention(query, key, value, text_key, text_value, window, strid
         )
         return _attend(query, key, value, text_key, text_value, blocks, *settings)
     blocks = _kept_blocks(layout, gradients, query.device)
-    attend = _compiled(*settings, query.shape, query.dtype, query.device, torch.is_grad_enabled(), gradients)
-    return attend(query, key, value, text_key, text_value, blocks, *settings)
+    compiled = _compiled(*settings, query.shape, query.dtype, query.device, torch.is_grad_enabled(), gradients)
+    return compiled(query, key, value, text_key, text_value, blocks, *settings)
 
 
 def _attend(query, key, value, text_key, text_value, blocks, layout: Layout, scale: float) -> Tensor:
@@ -355,6 +375,54 @@ def _attend(query, key, value, text_key, text_value, blocks, layout: Layout, sca
 @lru_cache(maxsize=128)
 def _compiled(*case: Any) -> Callable[..., Tensor]:
     # torch counts recompilations by code object, and runs uncompiled after eight: every case gets a copy of its own
-    attend = FunctionType(_attend.__code__.replace(), _attend.__globals__)
+    copy = FunctionType(_attend.__code__.replace(), _attend.__globals__)
     backend = "eager" if case[4].type == "cpu" else "inductor"
-    return torch.compile(attend, backend=backend, fullgraph=True, dynamic=False)
+    return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
+
+
+def aligned_window(
+    grid: tuple[int, int], cost: float, *, tile: tuple[int, int] | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A window and stride whose borders are those of tiles: blocks of keys are seen wholly or not at all, none masked.
+
+    With a tile of t positions along an axis of n = c t, the window is b t and the stride a t, a = 1 where b is odd and
+    2 where it is even: windows then start at multiples of t (generalized neighborhood attention, arXiv 2504.16922).
+    Every query sees (b1 t1) (b2 t2) keys, the share b1 b2 / (c1 c2) of dense attention's; the window returned is the
+    one nearest to a square of `cost` times all keys that is not larger.
+
+    Args:
+        grid: (rows, columns) in tokens.
+        cost: the share of dense attention's query-key pairs to stay within, above 0, at most 1; text apart.
+        tile: (rows, columns); None takes the best of the tiles of 128 tokens that the "flex" backend uses.
+
+    Returns (window, stride), each (rows, columns). Raises ValueError where no tile divides the grid, and where one tile
+    is more than `cost`.
+    """
+    grid = pair("grid", grid)
+    if not 0 < cost <= 1:
+        raise ValueError(f"cost must be above 0 and at most 1, got {cost!r}")
+    tiles = TILES if tile is None else (pair("tile", tile),)
+    tiles = [tile for tile in tiles if all(n % t == 0 for n, t in zip(grid, tile, strict=True))]
+    if not tiles:
+        wanted = f"{tile} tokens" if tile else f"{BLOCK} tokens (as 8 x 16)"
+        raise ValueError(f"no tile of {wanted} divides the grid {grid}")
+    budget = cost * math.prod(grid) * (1 + 1e-9)  # a share such as 9 / 64 is meant exactly
+    side = math.sqrt(budget)
+    # a square cut by one axis of the grid may be longer on the other
+    wanted = [min(n, max(side, budget / other)) for n, other in zip(grid, reversed(grid), strict=True)]
+    windows = [
+        ((b1 * t1, b2 * t2), (t1, t2))
+        for t1, t2 in tiles
+        for b1 in range(1, grid[0] // t1 + 1)
+        for b2 in range(1, grid[1] // t2 + 1)
+        if b1 * t1 * b2 * t2 <= budget
+    ]
+    if not windows:
+        least = min(map(math.prod, tiles)) / math.prod(grid)
+        raise ValueError(f"cost {cost:g} is below that of one tile, {least:.4g}")
+
+    def distance(window):
+        return sum(abs(math.log(size / goal)) for size, goal in zip(window[0], wanted, strict=True))
+
+    window, tile = min(windows, key=distance)
+    return window, tuple(t if w // t % 2 else 2 * t for w, t in zip(window, tile, strict=True))

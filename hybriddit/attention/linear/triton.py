@@ -1,4 +1,4 @@
-"""Triton kernels of generalized linear attention: the passes of `linear.py`, with phi and the join fused in.
+"""Triton kernels of generalized linear attention: `formula.py`'s sums, with phi and the join fused in.
 
 Sums over tokens are split over the chip: every program adds up its share of the rows in float32 and writes it apart, and
 the shares are then added in a fixed order, so that results are reproducible bit for bit. Tokens are reached through
@@ -377,7 +377,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
 
     target: 10 * major + minor of a CUDA compute capability, "hip", or "interpreter". The sizes are those that the
-    compiler fits into registers and shared memory on every chip (tests/attention/test_linear_compile.py).
+    compiler fits into registers and shared memory on every chip (tests/attention/linear/test_compile.py).
     """
     block_d, precise = max(16, triton.next_power_of_2(width)), dtype != torch.bfloat16
     block_e = min(max(16, triton.next_power_of_2(out_width)), 128)
@@ -408,7 +408,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
 
 
 def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """See `linear.py`'s operators of these names."""
+    """The sums over the keys: see `dispatch`'s operators of these names."""
     return _sums(key, value, None, None, 1 / max(key.shape[1], 1))
 
 

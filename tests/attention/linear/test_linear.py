@@ -4,16 +4,17 @@ import sys
 import weakref
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
+from attention import oracles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from hybriddit.attention import linear as linear_module
 from hybriddit.attention import linear_attention
+from hybriddit.attention.linear import FEATURE_MAPS, FeatureMap, dispatch, linear_attention_formula
+from hybriddit.attention.linear import torch as passes
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 # batch, query tokens, key tokens, heads, width, value width
@@ -55,6 +56,35 @@ def test_values_and_gradients(shape, dtype, backend):
         )
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_formula_is_the_definition(shape):
+    inputs, weight = random_inputs(shape)
+    out, expected = linear_attention_formula(*inputs, eps=0.5), oracles.linear(*inputs, eps=0.5)
+    assert relative_error(out, expected) < 1e-12
+    for grad, reference in zip(*(torch.autograd.grad(x, inputs, weight) for x in (out, expected)), strict=True):
+        assert (grad - reference).norm() <= 1e-11 * (reference.norm() + 0.01 * weight.norm())
+    key_mask = torch.arange(shape[2]).expand(shape[0], -1) < max(1, shape[2] // 2)
+    masked = linear_attention_formula(*inputs, key_mask=key_mask)
+    seen = [x[:, : max(1, shape[2] // 2)] for x in inputs[1:]]
+    assert relative_error(masked, oracles.linear(inputs[0], *seen)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_feature_map_is_a_row(dtype, monkeypatch):
+    """One that no kernel has is computed by the formula, with the mask and the join."""
+    monkeypatch.setitem(FEATURE_MAPS, "exp", FeatureMap(torch.exp))
+    inputs, weight = random_inputs((2, 30, 20, 3, 8, 12), dtype)
+    key_mask = torch.arange(20).expand(2, -1) < 13
+    near, gate = torch.randn(weight.shape).to(dtype), torch.rand(3, 1, dtype=torch.float64)
+    out = linear_attention(*inputs, near=near, gate=gate, key_mask=key_mask, feature_map="exp", eps=0)
+    query, key, value = (x.double() for x in inputs)
+    weights = torch.einsum("bqhd,bkhd->bhqk", query.exp(), key[:, :13].exp())
+    far = torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True), value[:, :13])
+    assert out.dtype == dtype and relative_error(out, near.double() + gate * (far - near.double())) < TOLERANCE[dtype]
+    with pytest.raises(ValueError, match='backend "torch" does not have feature map \'exp\': use backend "auto"'):
+        linear_attention(*inputs, feature_map="exp", backend="torch")
+
+
 def test_eps_is_added_to_the_denominator():
     inputs, _ = random_inputs(SHAPES[0])
     assert relative_error(linear_attention(*inputs, eps=0.5), oracles.linear(*inputs, eps=0.5)) < 1e-12
@@ -90,8 +120,8 @@ def test_non_contiguous_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_heads_first_input_of_several_ragged_blocks(dtype, monkeypatch):
     """Views of [B, heads, N, D], in blocks of 64 rows of two of the three heads."""
-    monkeypatch.setattr(linear_module, "CPU_ROWS", 64)
-    monkeypatch.setattr(linear_module, "CPU_ELEMENTS", 2 * 64 * 24)
+    monkeypatch.setattr(passes, "CPU_ROWS", 64)
+    monkeypatch.setattr(passes, "CPU_ELEMENTS", 2 * 64 * 24)
     inputs = [torch.randn(2, 3, 150, 24).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     weight = torch.randn(2, 150, 3, 24).to(dtype)
     out, expected = linear_attention(*inputs), oracles.linear(*inputs)
@@ -103,8 +133,8 @@ def test_heads_first_input_of_several_ragged_blocks(dtype, monkeypatch):
 
 @pytest.mark.parametrize("instructions", [(), ("sse2", "neon")], ids=["without", "with"])
 def test_bfloat16_with_and_without_its_instructions(instructions, monkeypatch):
-    monkeypatch.setattr(linear_module, "BFLOAT16_INSTRUCTIONS", instructions)
-    product = linear_module._product_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    monkeypatch.setattr(passes, "BFLOAT16_INSTRUCTIONS", instructions)
+    product = passes._product_dtype(torch.zeros(1, dtype=torch.bfloat16))
     assert product == (torch.bfloat16 if instructions else torch.float32)
     test_values_and_gradients(SHAPES[2], torch.bfloat16, "torch")
     test_join_with_another_branch((3, 1), torch.bfloat16)
@@ -113,8 +143,19 @@ def test_bfloat16_with_and_without_its_instructions(instructions, monkeypatch):
 def test_phi():
     x = torch.tensor([-1e4, -200, -80, -3, -1e-3, 0, 1e-3, 2, 1e4], dtype=torch.float64)
     expected = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
-    torch.testing.assert_close(linear_module._phi(x, torch.float64), expected, rtol=1e-15, atol=0)
-    torch.testing.assert_close(linear_module._phi(x.float(), torch.float32), expected.float(), rtol=1e-6, atol=1e-38)
+    torch.testing.assert_close(passes._features(x, torch.float64), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(passes._features(x.float(), torch.float32), expected.float(), rtol=1e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("zeros", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("attend", [linear_attention, linear_attention_formula])
+def test_the_slope_of_the_features_at_zero_is_one(attend, zeros):
+    """The gradient of a query or key of zeros is then that of its features, all of them 1."""
+    inputs, weight = random_inputs(SHAPES[0])
+    inputs[zeros] = torch.zeros_like(inputs[zeros]).requires_grad_()
+    (grad,) = torch.autograd.grad(attend(*inputs), inputs[zeros], weight)
+    expected = oracles.gradient_of_features(*inputs, weight, zeros)
+    assert expected.norm() > 0.1 and relative_error(grad, expected) < 1e-11
 
 
 def test_extreme_inputs_stay_finite():
@@ -186,7 +227,7 @@ class PeakMemory(TorchDispatchMode):
 def test_memory_beside_the_output_does_not_grow(dtype):
     key, query = (torch.randn(1, 65536, 1, 64).to(dtype).expand(1, 65536, 16, 64) for _ in range(2))
     with torch.no_grad(), PeakMemory() as peak:
-        out = linear_module._output(query, *linear_module._state(key, key), None, None, 1e-4)
+        out = passes.output(query, *passes.state(key, key), None, None, 1e-4)
     assert out.nbytes <= peak.bytes <= 1.1 * out.nbytes
 
 
@@ -197,10 +238,10 @@ def test_flop_formulas_count_what_runs():
     state = operators.linear_state(key, value, False)
     grad_state = [torch.randn_like(x) for x in state]
     for operator, function, args, options in (
-        (operators.linear_state, linear_module._state, (key, value), (False,)),
-        (operators.linear_state_backward, linear_module._state_backward, (*grad_state, key, value), (False,)),
-        (operators.linear_output, linear_module._output, (query, *state, None, None, 1e-4), (False,)),
-        (operators.linear_output_backward, linear_module._output_backward, (weight, query, *state, 1e-4), (False,)),
+        (operators.linear_state, passes.state, (key, value), (False,)),
+        (operators.linear_state_backward, passes.state_backward, (*grad_state, key, value), (False,)),
+        (operators.linear_output, passes.output, (query, *state, None, None, 1e-4), (False,)),
+        (operators.linear_output_backward, passes.output_backward, (weight, query, *state, 1e-4), (False,)),
     ):
         with FlopCounterMode(display=False) as declared:
             operator(*args, *options)
@@ -308,9 +349,9 @@ def test_triton_is_refused_in_one_line():
 
 
 def test_the_kernels_in_triton_s_interpreter():
-    """test_linear_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
+    """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_linear_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
@@ -320,16 +361,16 @@ def test_kernels_that_fail_their_trial_are_left_aside_with_a_warning(monkeypatch
     """A GPU's first use of the kernels; the GPU is pretended."""
     case = torch.device("cuda"), torch.bfloat16, 64, 40, True
     tried = []
-    monkeypatch.setattr(linear_module, "triton_refusal", lambda *case: None)
-    monkeypatch.setattr(linear_module, "trouble", lambda *case: tried.append(case[2:]))
-    linear_module._kept_takes_triton.cache_clear()
-    assert [linear_module._takes_triton("auto", *case) for _ in range(2)] == [True, True]
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda *case: None)
+    monkeypatch.setattr(dispatch, "failure_reason", lambda *case: tried.append(case[2:]))
+    dispatch._kept_takes_triton.cache_clear()
+    assert [dispatch._takes_triton("auto", *case) for _ in range(2)] == [True, True]
     assert tried == [([(1, 70, 2, 64), (1, 90, 2, 64), (1, 90, 2, 40)], *case[:2], True)]  # once
 
-    monkeypatch.setattr(linear_module, "trouble", lambda *case: "its output is wrong on this device")
-    linear_module._kept_takes_triton.cache_clear()
+    monkeypatch.setattr(dispatch, "failure_reason", lambda *case: "its output is wrong on this device")
+    dispatch._kept_takes_triton.cache_clear()
     with pytest.warns(UserWarning, match="does not use triton: its output is wrong"):
-        assert linear_module._takes_triton("auto", *case) is False
+        assert dispatch._takes_triton("auto", *case) is False
     with pytest.raises(ValueError, match='"triton" cannot run this: its output is wrong on this device; use'):
-        linear_module._takes_triton("triton", *case)
-    linear_module._kept_takes_triton.cache_clear()
+        dispatch._takes_triton("triton", *case)
+    dispatch._kept_takes_triton.cache_clear()
