@@ -20,7 +20,7 @@ NAMES = {
         "coefficients interpolate target convert shift_times draw_times flow_loss training_interval "
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
-    "hybriddit.models.families": "Family family_of is_hybrid",
+    "hybriddit.models.family": "Family register family_of is_hybrid",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
     "hybriddit.metrics": (
