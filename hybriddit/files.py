@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and tensors that are read as they were written."""
+"""Writing files and folders so that they are whole or absent, and reading JSON and tensors with damage told in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ CHECKSUM = "hybriddit_sha256"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes `path`'s place when the block ends well, and goes when it does not."""
+    """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends without an error.
+
+    Otherwise the temporary file is removed, and `path` is as it was.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield partial
@@ -31,11 +34,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A place inside `folder`, absent or empty so far, to write to; all moves up into it when the block ends well.
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside `folder`, which it replaces when the block ends without an error.
 
-    When it does not, the folder is as it was. Raises FileExistsError, at the start, for a folder that holds something
-    or is a file.
+    `folder` is never half written: it is the one before, for an instant absent, and then the new one. What a killed
+    process left is removed by the next call for the same folder, so no two processes may write one folder at once.
+    """
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        flush(folder.parent)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`; its content moves up into `folder` when the block ends without an error.
+
+    Otherwise `folder` is as it was, absent or empty. Raises FileExistsError, at the start, for a folder that holds
+    something already, or a file.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder that is new or empty")
@@ -56,7 +83,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file's bytes, or a folder's list of names, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +92,7 @@ def flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. ValueError, naming the file, where it does not."""
+    """Read a JSON file that holds one object. Raises ValueError, naming the file, where it holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -75,8 +102,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file with a checksum in its metadata. OSError, with the reason, where it cannot be written."""
+    """Write a safetensors file with a checksum in its metadata; not atomic: give it a path of `replacing`.
+
+    Raises OSError, with the reason, where it cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -88,7 +124,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """All of a safetensors file, on the CPU. ValueError where it is damaged, by its checksum if it has one."""
+    """Read all tensors of a safetensors file, to the CPU.
+
+    Raises ValueError where the file is damaged or does not match its checksum, if it has one.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -103,7 +142,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    """SHA-256 of tensors on the CPU: over names, dtypes, shapes and bytes, in the order of the names."""
     import torch
 
     digest = hashlib.sha256()

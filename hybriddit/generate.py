@@ -1,27 +1,25 @@
-"""Images from a diffusers pipeline, dense or hybrid, and how each was made. Importing it imports neither torch nor
-diffusers: what a request gets wrong by itself is told before a model is loaded."""
+"""Generate images with a pipeline, dense or hybrid, each with a record of how it was made. Importing this imports neither
+torch nor diffusers, so that wrong settings are refused before a model is loaded."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
-
-from . import __version__
-from .files import replacing
+from .images import open_image, save_png
+from .machine import running_versions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
-RECORD_KEY = "hybriddit"
 MAX_SEED = 2**63 - 1
 
 # generate's argument -> the pipeline's
@@ -39,7 +37,7 @@ ARGUMENTS = {
 
 
 class NoEffectWarning(UserWarning):
-    """A setting that this pipeline, or the other settings, give no effect."""
+    """A setting was given that has no effect with this pipeline or with the other settings."""
 
 
 def generate(
@@ -53,7 +51,7 @@ def generate(
     mask: Image.Image | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
-    """Make images one by one; image i is what `pipeline` makes of a CPU generator seeded with `seed + i`.
+    """Generate images one by one, image i from a CPU generator seeded with `seed + i`.
 
     Args:
         pipeline: text-to-image, of diffusers or hybriddit; with class_labels a SiTPipeline. With `image` its components
@@ -64,15 +62,15 @@ def generate(
         num_images: of the prompt, or of each class label, label by label.
         image: what to start from. Without a height or a width it gives its own, rounded down to what the model takes.
         mask: of the image's size; white is painted anew, black is kept.
-        settings: None, or left out, is the pipeline's default.
+        settings: the pipeline's default is taken for one that is None or left out.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
             true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
             max_sequence_length (text tokens), strength (with `image`: over 0, where it stays, to 1, where it is noise),
             sampler (with class_labels: see SiTPipeline).
 
-    Yields each image with its record: all of the above as actually used, None for what was not, and the versions.
-    Warns (NoEffectWarning) of a setting that changes nothing. Raises ValueError, when called, for settings that cannot
-    work, labels that the pipeline has not, a height or width the model cannot take, and a pipeline that has no such task.
+    Yields (image, record): the record holds all of the above as actually used (None: not used) and the versions.
+    Warns (NoEffectWarning) of settings that change nothing. Raises ValueError, when called, for settings that cannot
+    work, unknown class labels, sizes the model cannot take, and a pipeline that cannot do the task.
     """
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
@@ -114,7 +112,7 @@ def check_settings(
     strength: float | None = None,
     sampler: str | None = None,
 ) -> None:
-    """What needs no model to be told wrong in `generate`'s arguments. Raises ValueError."""
+    """Check `generate`'s arguments as far as that needs no model. Raises ValueError."""
     if (prompt is None) == (class_labels is None):
         raise ValueError("give one of a prompt and class labels")
     of_prompts = {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "max_sequence_length": max_sequence_length}
@@ -149,27 +147,68 @@ def check_settings(
 
 
 def image_count(class_labels: int | str | Sequence[int | str] | None, num_images: int) -> int:
-    """How many images `generate` makes."""
+    """The number of images that `generate` makes."""
     labels = 1 if class_labels is None or isinstance(class_labels, int | str) else len(class_labels)
     return labels * num_images
 
 
-def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """An image file, upright, as "RGB" or "L". FileNotFoundError or ValueError, in one line, where there is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no image file {path}")
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which convert would clip to 8
-                upright = upright.point(lambda level: level / 256, "F")
-            return upright.convert(mode)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or no image: {error}") from error
+def run(
+    model: str,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    adapter: str | None = None,
+    image: Path | None = None,
+    mask: Path | None = None,
+    dtype: str | None = None,
+    quiet: bool = False,
+    announce: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+
+    model, adapter, dtype: see `pipelines.loading.load_for_use`. image, mask: files. settings: those of `generate`.
+    quiet: no progress bars, and no notes on stderr about settings without effect. announce: print each file saved.
+
+    Returns {"files", "seeds", "seconds" of generating, "notes"}. Raises ValueError or OSError, in one line, for what
+    is wrong with the arguments, before the model is loaded where that can be told without it.
+    """
+    class_labels = settings.get("class_labels")
+    paths = output_paths(out, image_count(class_labels, settings.get("num_images", 1)))
+    source = {"model": model, "adapter": adapter, "image": image and str(image), "mask": mask and str(mask)}
+    settings["image"] = open_image(image) if image else None
+    settings["mask"] = open_image(mask, "L") if mask else None
+    check_settings(prompt, **settings)
+    if class_labels and adapter:
+        raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")
+
+    from .pipelines.loading import load_for_use  # torch and diffusers: seconds
+
+    pipeline = load_for_use(model, dtype=dtype, adapter=adapter, of_classes=bool(class_labels), quiet=quiet)
+    if adapter:
+        from .models import load_adapter
+
+        load_adapter(pipeline, adapter)
+    pipeline.set_progress_bar_config(disable=quiet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        images = generate(pipeline, prompt, **settings)
+    notes = [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    if not quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    started, seeds = time.monotonic(), []
+    for path, (picture, record) in zip(paths, images, strict=True):
+        save_png(picture, path, {**source, **record})
+        seeds.append(record["seed"])
+        if announce:
+            print(f"{picture.width} x {picture.height} image saved to {path}")
+    seconds = round(time.monotonic() - started, 3)
+    return {"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
-    """`out` for one image; for more of them out-0001.png, out-0002.png, … beside it.
+    """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
 
     Raises ValueError for a path that no PNG file can be written to.
     """
@@ -189,48 +228,35 @@ def output_paths(out: Path, num_images: int) -> list[Path]:
     return paths
 
 
-def save_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
-    """Write the image, whole or not at all, with the record as JSON in its text chunk "hybriddit"."""
-    info = PngInfo()
-    info.add_itxt(RECORD_KEY, json.dumps(record, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
-
-
-def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record that `save_png` wrote; None for an image without one. ValueError for a damaged file."""
-    try:
-        with Image.open(path) as image:
-            image.load()  # a text chunk may follow the pixels, and a damaged file shows here
-            text = image.info.get(RECORD_KEY)
-        return None if text is None else json.loads(text)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or no image: {error}") from error
-
-
 def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None) -> DiffusionPipeline:
+    """The pipeline itself without an image to start from; else an image-to-image or inpainting one of its components."""
     if image is None:
         return pipeline
-    import diffusers
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-    # by name: diffusers' from_pipe knows neither our pipelines nor our transformers
-    name = next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
-    task = name.replace("Pipeline", "Img2ImgPipeline" if mask is None else "InpaintPipeline")
-    if not hasattr(diffusers, task):
-        raise ValueError(f"diffusers has no {'image-to-image' if mask is None else 'inpainting'} for a {name}")
+    from .models import families
+
+    task, auto = ("image-to-image", AutoPipelineForImage2Image)
+    if mask is not None:
+        task, auto = ("inpainting", AutoPipelineForInpainting)
+    family = next((f for f in families() if isinstance(pipeline, f.pipelines["text-to-image"])), None)
     bars = getattr(pipeline, "_progress_bar_config", {})
-    pipeline = getattr(diffusers, task)(**pipeline.components)
-    pipeline.set_progress_bar_config(**bars)
-    return pipeline
+    if family is None:  # diffusers knows its own pipelines, by their classes' names
+        try:
+            made = auto.from_pipe(pipeline)
+        except ValueError as error:
+            raise ValueError(f"diffusers has no {task} for a {type(pipeline).__name__}") from error
+    elif task not in family.pipelines:
+        raise ValueError(f"diffusers has no {task} for a {family.pipeline_name}")
+    else:
+        made = family.pipelines[task](**pipeline.components)
+    made.set_progress_bar_config(**bars)
+    return made
 
 
 def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Image.Image | None) -> dict[str, Any]:
     """Give the image's size where none is asked for; refuse what diffusers would round, with a log line, or break on."""
-    # FLUX packs 2 x 2 latents into a token without saying so in its patch size
-    config = getattr(getattr(pipeline, "transformer", None), "config", {})
-    patch = 2 if "Flux" in type(pipeline).__name__ else config.get("patch_size") or 1
-    unit = getattr(pipeline, "vae_scale_factor", 1) * patch
+    unit = _token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
         fitted[side] = settings[side]
@@ -243,12 +269,23 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
     return settings | fitted
 
 
+def _token_pixels(pipeline: DiffusionPipeline) -> int:
+    """Sides of images are multiples of this: the pixels of one token, or of one latent where there are no tokens."""
+    from .models.family import family_of_class
+
+    model, scale = getattr(pipeline, "transformer", None), getattr(pipeline, "vae_scale_factor", 1)
+    family = family_of_class(type(model).__name__)
+    if family is not None:
+        return family.token_pixels(model.config, scale)
+    return scale * (getattr(model, "config", {}).get("patch_size") or 1)
+
+
 def _arguments(
     pipeline: DiffusionPipeline, settings: dict[str, Any], subject: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The pipeline's arguments, and the settings as used: its defaults filled in, None where they have no effect.
+    """The arguments of the pipeline's call, and the settings as used: defaults filled in, None where without effect.
 
-    subject: "prompt" or "class_labels", what the images are of.
+    subject: "prompt" or "class_labels", whichever the images are made from.
     """
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if subject == "prompt" and "prompt" not in parameters:
@@ -297,8 +334,7 @@ def _images(
     subjects: Sequence[tuple[dict[str, Any], dict[str, Any]]],
     first_seed: int,
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
-    """subjects: what each image is of, as the pipeline's arguments and as the record has it."""
-    import diffusers
+    """Run the pipeline once per image. subjects: what each image shows, as (pipeline arguments, entries of the record)."""
     import torch
 
     model = getattr(pipeline, "transformer", None)
@@ -308,11 +344,7 @@ def _images(
         "hybrid_config": None if model is None else model.config.get("hybrid_config"),
         "device": str(pipeline.device),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "versions": {
-            "hybriddit": __version__,
-            "diffusers": diffusers.__version__,
-            "torch": str(torch.__version__),
-        },
+        "versions": running_versions(),
     }
     for seed, (subject, said) in enumerate(subjects, first_seed):
         image = pipeline(**subject, **arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]

@@ -11,7 +11,6 @@ the parts that exist.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import zipfile
@@ -19,17 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
-from . import __version__
-from .files import checksum, read_json, read_tensors, replacing, write_tensors
+from .files import checksum, read_json, read_tensors, replacing, write_json, write_tensors
+from .machine import running_versions
 from .metrics.run import processes
-from .pipelines.sit import SiTPipeline, load_sit_pipeline
+from .pipelines.loading import load_sit_pipeline
+from .pipelines.sit import SiTPipeline
 
 PART = 256  # images in a file; a kill loses at most this many of each process
 SAMPLER_OPTIONS = ("atol", "rtol", "diffusion", "diffusion_norm", "last_step", "last_step_size")
@@ -165,11 +164,7 @@ def describe(settings: SampleSettings, pipeline: SiTPipeline) -> dict[str, Any]:
         "guidance_channels": settings.guidance_channels,
         "guidance_interval": list(settings.guidance_interval),
         "dtype": settings.dtype,
-        "versions": {
-            "hybriddit": __version__,
-            "torch": str(torch.__version__),
-            "diffusers": diffusers.__version__,
-        },
+        "versions": running_versions(),
     }
 
 
@@ -244,12 +239,6 @@ def compare(found: dict[str, Any], record: dict[str, Any], where: Path) -> None:
             raise ValueError(
                 f"{where} was made with {name} {found.get(name)}, not {value}: give another --out, or delete it"
             )
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_result(out: Path, folder: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from torch import nn
 
 from hybriddit.data.sources import make_data
@@ -37,6 +36,7 @@ from hybriddit.demo.run import (
     sampling_of,
 )
 from hybriddit.models import hybridize
+from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.config import load_config, to_dict
 from hybriddit.training.distill import distill
 
@@ -79,7 +79,7 @@ def main() -> None:
     prompts, image_seeds = [scene.prompt for scene in SHOWN], list(SEEDS)
     scenes = [scene for scene in SHOWN for _ in image_seeds]
 
-    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline = load_pipeline(str(folder))
     teacher = generate(pipeline, prompts, image_seeds, sampling, "teacher")
     data = None
     results: dict[str, list[dict]] = {"teacher": [judged(teacher, scenes, judge)]}

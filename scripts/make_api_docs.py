@@ -27,7 +27,9 @@ NAMES = {
         "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
-    "hybriddit.generate": "generate check_settings read_record save_png",
+    "hybriddit.pipelines.loading": "load_pipeline load_sit_pipeline",
+    "hybriddit.generate": "generate check_settings",
+    "hybriddit.images": "open_image read_record save_png",
     "hybriddit.info": "environment describe",
     "hybriddit.training.config": (
         "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig "
@@ -37,7 +39,6 @@ NAMES = {
     "hybriddit.training.distill": "run distill",
     "hybriddit.training.train_sit": "run train",
     "hybriddit.training.dry_run": "dry_run",
-    "hybriddit.pipelines.loading": "load_pipeline",
     "hybriddit.data.sources": "Source open_class_data",
     "hybriddit.data.teacher_images": "teacher_images",
     "hybriddit.data.image_folder": "image_folder captioned_images",

@@ -12,7 +12,8 @@ from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 import hybriddit
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import build_parser, main
-from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths, read_record, save_png
+from hybriddit.generate import NoEffectWarning, _for_task, check_settings, generate, output_paths
+from hybriddit.images import read_record, save_png
 from hybriddit.pipelines.sit import SAMPLERS
 
 FAMILIES = {
@@ -342,3 +343,31 @@ def test_what_does_not_go_with_a_class_or_a_prompt(settings, message):
 def test_the_help_names_every_sampler():
     generate_help = next(iter(build_parser()._subparsers._group_actions)).choices["generate"].format_help()
     assert all(name in generate_help for name in SAMPLERS)
+
+
+def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
+    """A UNet: no transformer, no tokens, and sizes in multiples of a latent."""
+    flux = tiny_pipeline("flux_dev")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = diffusers.StableDiffusionPipeline(
+        flux.vae, flux.text_encoder, flux.tokenizer, unet, diffusers.DDIMScheduler(), **parts
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    [(image, record)] = generate(pipeline, "a red shoe", steps=1, width=16, height=8)
+    assert image.size == (16, 8) and record["hybrid_config"] is None
+    with pytest.raises(ValueError, match="width 98 is no multiple of 4, which this model needs"):
+        generate(pipeline, "a red shoe", width=98)
+    for mask, task in ((None, "Img2Img"), (Image.new("L", (96, 64)), "Inpaint")):
+        assert type(_for_task(pipeline, picture(0), mask)).__name__ == f"StableDiffusion{task}Pipeline"
+    with pytest.raises(ValueError, match="diffusers has no inpainting for a DDPMPipeline"):
+        _for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), picture(0), mask)

@@ -1,4 +1,4 @@
-"""The first use of compiled kernels, tried on a small case: what a compiler or driver does is not known beforehand."""
+"""Compiled kernels are tried on a small case before their first use: compilers and drivers may fail, or be wrong."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# What a backend's result on a small case may differ by from plain torch's in float32.
+# How far a backend's result on a small case may be from plain torch's in float32, relative to its norm.
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
 
 
-def trouble(
+def failure_reason(
     run: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     shapes: Sequence[tuple[int, ...]],
@@ -24,9 +24,10 @@ def trouble(
     dtype: torch.dtype,
     gradients: bool,
 ) -> str | None:
-    """What is wrong with run(*inputs) of random tensors of these shapes on this device, or None.
+    """Why run(*inputs) does not work for random tensors of these shapes on this device, in one line; None if it does.
 
-    Its result and, with `gradients`, those of all inputs are compared with reference(*inputs) in float32.
+    Its output and, with `gradients`, the gradients of all inputs are compared with those of reference(*inputs) in
+    float32.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -53,7 +54,7 @@ def trouble(
 
 
 def triton_requirements() -> list[str]:
-    """What compiling with Triton lacks on this machine."""
+    """What this machine lacks for compiling with Triton, in words; empty if nothing."""
     missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         missing.append("a C compiler (gcc or clang), which triton calls")
@@ -62,4 +63,5 @@ def triton_requirements() -> list[str]:
 
 @lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
+    """Warn, unless the same was said before in this process."""
     warnings.warn(message, stacklevel=5)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torchvision.transforms.v2.functional import horizontal_flip
 from tqdm import tqdm
 
-from ..files import checksum, read_tensors, replacing
+from ..files import checksum, read_tensors, write_json
 from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import class_images, read_images
 from .shards import SETTINGS, ShardFile, save_shard, write_or_check_settings
@@ -129,8 +129,7 @@ def make_cache(
                 table = {**_encode(vae, table["images"], batch_size), "labels": table["labels"]}
             save_shard(shard, table)
             line |= {"checksum": checksum(table), **_sums(table, info)}
-        with replacing(record) as partial:
-            partial.write_text(json.dumps(line))
+        write_json(record, line)
     if all((cache / f"shard-{number:05d}.json").exists() for number in range(len(starts))):
         _write_index(cache, len(starts))
 
@@ -182,8 +181,7 @@ def _write_index(cache: Path, shards: int) -> None:
         },
         "skipped": skipped,
     }
-    with replacing(cache / INDEX) as partial:
-        partial.write_text(json.dumps(index, indent=1) + "\n")
+    write_json(cache / INDEX, index)
     for left in cache.glob(".shard-*.tmp"):  # of killed processes: every shard exists, none is being written
         left.unlink(missing_ok=True)
 

@@ -15,9 +15,8 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from ..generate import open_image
+from ..images import IMAGE_ENDINGS, open_image
 from .class_data import ClassData, ClassInfo
-from .image_folder import ENDINGS
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 MODES = {1: "L", 3: "RGB"}  # PIL's, by the number of channels
@@ -35,10 +34,10 @@ def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
         raise FileNotFoundError(f"no image folder at {str(folder)!r}")
     seen = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     found = {path.name: _images_under(path) for path in seen if path.is_dir()}
-    loose = [path for path in seen if path.suffix.lower() in ENDINGS and path.name not in found]
+    loose = [path for path in seen if path.suffix.lower() in IMAGE_ENDINGS and path.name not in found]
     if not any(found.values()):
         if not loose:
-            raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
+            raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
         return loose, [0] * len(loose), [""]
     if loose:
         raise ValueError(
@@ -60,7 +59,9 @@ def _images_under(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_ENDINGS
         ]
     return sorted(found)
 

@@ -11,13 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from ..files import replacing
-from ..generate import open_image
+from ..files import write_json
+from ..images import IMAGE_ENDINGS, open_image, opened
 from ..models import family_of
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
 from .prompts import read_text
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_folder(
@@ -70,8 +68,7 @@ def image_folder(
         progress=progress,
     )
     if cache is not None:  # only now is it certain that the cache is this folder's
-        with replacing(Path(cache) / "skipped.json") as partial:
-            partial.write_text(json.dumps(skipped, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(cache) / "skipped.json", skipped)
     return data
 
 
@@ -94,9 +91,9 @@ def captioned_images(folder: str | Path) -> dict[Path, str | None]:
                 listed[folder / values["file_name"]] = str(values["text"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f'{table}, line {number}: not of the form {{"file_name": ..., "text": ...}}') from None
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if not images:
-        raise ValueError(f"no images in {folder}: {', '.join(ENDINGS)} are read")
+        raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
     return {path: listed.get(path, _caption_beside(path)) for path in images}
 
 
@@ -112,11 +109,11 @@ def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[lis
         try:
             if not caption:
                 raise ValueError("it has no caption")
-            with Image.open(path) as image:
+            with opened(path) as image:
                 image.load()
             good.append(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            skipped[str(path)] = " ".join(str(error).split()) or type(error).__name__
+        except (OSError, ValueError) as error:
+            skipped[str(path)] = str(error)
     return good, skipped
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import CHECKSUM, read_tensors, replacing, write_tensors
+from ..files import CHECKSUM, read_tensors, replacing, write_json, write_tensors
 
 SETTINGS = "data.json"  # in a cache: how it was made
 
@@ -100,8 +100,7 @@ def write_or_check_settings(folder: Path, settings: dict, option: str = "data.ca
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(settings, indent=1))
+        write_json(path, settings)
         return
     try:
         found = dict(json.loads(path.read_text()))

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from ..attention import TokenLayout
 from ..data.sources import make_data
-from ..files import replacing
+from ..files import write_json
+from ..images import save_png
+from ..models import family_of
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
+from ..pipelines.loading import load_pipeline
 from ..training.config import DistillConfig, load_config
 from ..training.distill import distill
 from .canvas import Scene
@@ -92,7 +94,7 @@ def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, 
         for column, image in enumerate(images):
             tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + column * (size + gap), y))
-    sheet.save(path)
+    save_png(sheet, path)
 
 
 def sampling_of(config: DistillConfig) -> dict:
@@ -124,11 +126,13 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     scenes = [scene for scene in SHOWN for _ in seeds]
 
     say(1, f"the teacher, {folder}, makes {len(scenes)} images to compare with and {config.data.images} to learn from")
-    pipeline = FluxPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline = load_pipeline(str(folder))
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
     data = make_data(pipeline, config.data)
 
-    grid = (config.data.height // (pipeline.vae_scale_factor * 2), config.data.width // (pipeline.vae_scale_factor * 2))
+    family = family_of(pipeline.transformer)
+    pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    grid = (config.data.height // pixels, config.data.width // pixels)
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
@@ -157,15 +161,14 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "width": config.data.width,
         "added_parameters": added,
         "attention_flops": attention_flops(
-            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), True)
+            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), family.text_first)
         ),
         "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
         "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),
         "teacher": judged(teacher, scenes, judge),
         "seconds": round(time.monotonic() - started),
     }
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     first = slice(None, None, len(seeds))
     rows = {
         "teacher": teacher[first],

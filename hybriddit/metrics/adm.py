@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..machine import versions
 from .images import as_array, npz_entries, read_entry, read_images
 from .processes import gather, rank_and_size, share, total
 from .statistics import (
@@ -174,7 +174,7 @@ def evaluate(
         },
         "batch_size": batch_size,
         "processes": rank_and_size(distributed)[1],
-        "versions": {package: version for package in packages if (version := _version(package))},
+        "versions": {package: found for package, found in versions(packages).items() if found},
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -277,10 +277,3 @@ def describe_source(source: Source) -> dict[str, Any]:
     if source is not None:
         found |= {"images": len(source), "size": list(source.shape[1:3])}
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..files import replacing
+from ..files import write_json
+from ..machine import device_of_this_machine, gpu_name
 from .adm import evaluate, read_reference
 from .images import read_images
 from .inception import find_inception, load_inception
@@ -48,14 +49,19 @@ def run(
         report = evaluate(samples, reference, extractor, settings=made, **options)
     if rank:
         return None
-    report["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    report["device"] = gpu_name(device) or device.type
     if out is not None:
         try:
-            with replacing(out) as partial:
-                partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_json(out, report)
         except OSError as error:  # a full disk must not cost what took minutes
             raise OSError(f"could not write {out} ({error}); the scores are {json.dumps(report['metrics'])}") from error
     return report
+
+
+def scores_text(report: dict[str, Any], out: Path | None) -> str:
+    """The scores of a report for a terminal, one a line, and the file `out` that they were saved to, if any."""
+    lines = [f"{name:15}  {value:.4f}" for name, value in report["metrics"].items()]
+    return "\n".join([*lines, f"saved to {out}"] if out else lines)
 
 
 def read_settings(path: Path | None, samples: Path) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def processes() -> Iterator[tuple[int, bool, torch.device]]:
     """Rank, whether there are others, and this one's device; under torchrun, the process group too."""
     gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, False, torch.device("cuda" if gpu else "cpu")
+        yield 0, False, device_of_this_machine()
         return
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:

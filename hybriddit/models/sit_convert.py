@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files import read_tensors
 from .sit import SiTTransformer2DModel
+from .sit_names import renamed
 
 # original module -> ours, each with weight and bias unless it is a single tensor
 OUTER = {
@@ -51,11 +52,12 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A softmax SiTTransformer2DModel's state dict in the original layout.
+    """A softmax SiTTransformer2DModel's state dict, of this version or an older one, in the original layout.
 
     Raises ValueError, in one line, for keys that are missing, and for weights that the original has no place for (of
     linear attention, say).
     """
+    state = renamed(state)
     names, fused = _layout(_depth(state, "transformer_blocks"))
     _check_keys(state, {*names.values(), *(part for parts in fused.values() for part in parts)}, "a softmax SiT")
     converted = {original: state[ours] for original, ours in names.items()}

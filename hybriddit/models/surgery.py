@@ -20,7 +20,7 @@ from torch import nn
 
 from ..attention import HybridAttention
 from ..config import HybridConfig
-from ..files import read_tensors, replacing, write_tensors
+from ..files import read_tensors, replacing, write_json, write_tensors
 from .family import Family, family_of, is_hybrid
 from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 
@@ -274,8 +274,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     with replacing(folder / WEIGHTS_NAME) as path:
         write_tensors(path, _hybrid_state(model))
     values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
-    with replacing(folder / CONFIG_NAME) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_NAME, values)
 
 
 def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -> Any:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +16,6 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..files import read_json
 from ..flow import ODE_METHODS, PATHS, PREDICTIONS, SDE_METHODS, guided, sample_ode, sample_sde
 from ..flow.path import check_name
 from ..flow.sample import velocity_field
@@ -305,46 +303,6 @@ def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
     if imagenet and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return imagenet_names() or dict(enumerate(classes))
     return {index: name for index, name in enumerate(classes) if name} or None
-
-
-def find_sit_pipeline(path: str | os.PathLike) -> Path | None:
-    """The folder of a saved SiTPipeline: `path`, or its folder `pipeline`, as in a training run's; None if neither is."""
-    folders = (Path(path), Path(path, "pipeline"))
-    return next((folder for folder in folders if saved_class(folder) == SiTPipeline.__name__), None)
-
-
-def saved_class(folder: Path) -> str | None:
-    """The class of the pipeline, or else of the model, that was saved to a folder; None where neither was."""
-    found = (folder / name for name in ("model_index.json", "config.json"))
-    return next((read_json(path).get("_class_name") for path in found if path.is_file()), None)
-
-
-def refuse_sit(path: str | os.PathLike) -> None:
-    """ValueError where `path` holds a SiT, and what is wanted is a pipeline of prompts."""
-    name = saved_class(find_sit_pipeline(path) or Path(path))
-    if name in (SiTPipeline.__name__, SiTTransformer2DModel.__name__):
-        raise ValueError(
-            f"{str(path)!r} is a {name}, which makes images of classes (hybriddit generate --class-label): prompts, "
-            "convert and distill are for text-to-image pipelines"
-        )
-
-
-def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SiTPipeline:
-    """A SiTPipeline from its folder, a run's folder or a hub repository. FileNotFoundError or ValueError, in one line."""
-    from safetensors import SafetensorError
-
-    folder = find_sit_pipeline(path)
-    if folder is None and (name := saved_class(Path(path))):
-        missing = "it takes no class labels, give generate a --prompt"
-        if name == SiTTransformer2DModel.__name__:
-            missing = "save one with SiTPipeline(transformer, vae).save_pretrained(folder)"
-        raise ValueError(f"{str(path)!r} is a {name}, not a SiTPipeline: {missing}")
-    if folder is None and (Path(path).exists() or Path(path).is_absolute() or str(path).count("/") != 1):
-        raise FileNotFoundError(f"no SiTPipeline at {str(path)!r}: neither the folder nor pipeline/ in it holds one")
-    try:
-        return SiTPipeline.from_pretrained(folder or path, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the pipeline at {str(path)!r} does not load: {error}") from error
 
 
 def _indices_by_name(class_names: Mapping[int, str]) -> dict[str, list[int]]:

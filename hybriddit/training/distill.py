@@ -16,6 +16,7 @@ from ..data.latents import LatentData
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..files import replacing
+from ..images import save_grid
 from ..models import dense_mode, hybridize, is_hybrid, save_adapter
 from ..pipelines.loading import load_pipeline, quiet
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -29,7 +30,6 @@ from .loop import (
     make_accelerator,
     make_optimizer,
     mean_metrics,
-    save_grid,
     stop_signals,
 )
 from .losses import captured_outputs, converted_layers, layer_loss

@@ -22,7 +22,7 @@ from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import dense_mode, family_of
 from ..models.flops import attention_flops
-from ..pipelines.sit import refuse_sit
+from ..pipelines.loading import refuse_sit
 from .config import DistillConfig
 from .distill import check_settings, loss_settings, make_student, planned_grid
 from .losses import captured_outputs, converted_layers, layer_loss

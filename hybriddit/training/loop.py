@@ -134,16 +134,3 @@ def mean_metrics(names: Sequence[str], values: torch.Tensor, done: int) -> dict[
         )
         raise FloatingPointError(f"training stopped: not finite at step {step} ({shown}); earlier checkpoints are kept")
     return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
-
-
-def save_grid(path: Path, columns: list[list]) -> None:
-    """A PNG with one column per list of PIL images."""
-    from PIL import Image
-
-    width, height = columns[0][0].size
-    grid = Image.new(columns[0][0].mode, (width * len(columns), height * len(columns[0])))
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            grid.paste(image, (x * width, y * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)

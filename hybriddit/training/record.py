@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from ..files import replacing
-from ..info import version
+from ..files import replacing, write_json
+from ..machine import git_state, gpu_name, versions
 
 PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "safetensors", "natten", "triton")
 
@@ -27,30 +26,15 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device,
             "from_step": first,
             "command": sys.argv,
             "python": platform.python_version(),
-            "versions": {package: version(package) for package in PACKAGES},
-            "git": git_state(Path(__file__).parent),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "versions": versions(PACKAGES),
+            "git": git_state(),
+            "device": gpu_name(device) or platform.processor() or "cpu",
             "processes": processes,
             "threads": torch.get_num_threads(),
             **notes,
         }
     )
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-
-
-def git_state(folder: Path) -> dict | None:
-    """The commit that `folder` is at, and the files that differ from it; None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain").splitlines()}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    write_json(path, starts)
 
 
 def start_log(folder: Path, first: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +25,9 @@ from tqdm import tqdm
 from ..data.class_cache import load_vae
 from ..data.class_data import ClassData, ClassInfo
 from ..data.sources import SOURCES
-from ..files import checksum, read_json, replacing
+from ..files import checksum, read_json, replacing, replacing_folder
 from ..flow import draw_times, flow_loss, guided, interpolate, sample_ode, training_interval
+from ..images import save_grid
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..models.sit_names import renamed
@@ -42,7 +42,6 @@ from .loop import (
     make_accelerator,
     make_optimizer,
     mean_metrics,
-    save_grid,
     stop_signals,
 )
 from .record import log, plot_log, record_start, start_log
@@ -448,21 +447,13 @@ def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
 
 
 def save_pipeline(pipeline: SiTPipeline, folder: Path, config: SiTConfig, step: int) -> None:
-    """So that `folder` is never half a pipeline: it is the one before, for an instant absent, then this one."""
+    """Write the pipeline so that `folder` is never half a pipeline; its note says which weights these are."""
     pipeline.register_to_config(weights=f"EMA {config.optim.ema_decay}, step {step}")
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for path in (partial, old):
-        shutil.rmtree(path, ignore_errors=True)
     try:
-        pipeline.save_pretrained(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+        with replacing_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from diffusers import (
 from hybriddit import SiTPipeline, SiTTransformer2DModel
 from hybriddit.metrics import to_uint8
 from hybriddit.pipelines import sit as module
+from hybriddit.pipelines.loading import load_sit_pipeline
 
 NAMES = {0: "tabby, tabby cat", 1: "golden retriever", 2: "crane", 3: "crane"}
 
@@ -335,5 +336,5 @@ def test_what_is_no_sit_pipeline_is_told_in_one_line(tmp_path):
         ("damaged", "model_index.json is damaged or no JSON"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-            module.load_sit_pipeline(tmp_path / folder)
+            load_sit_pipeline(tmp_path / folder)
         assert "\n" not in str(caught.value)

@@ -27,9 +27,9 @@ from hybriddit.cli import main
 from hybriddit.data.class_cache import make_cache
 from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.sources import open_class_data
-from hybriddit.generate import read_record
+from hybriddit.images import read_record
 from hybriddit.models.flops import sit_flops
-from hybriddit.pipelines.sit import load_sit_pipeline
+from hybriddit.pipelines.loading import load_sit_pipeline
 from hybriddit.training import loop
 from hybriddit.training import train_sit as module
 from hybriddit.training.config import SiTConfig, load_config, to_dict

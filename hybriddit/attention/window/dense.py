@@ -1,0 +1,66 @@
+"""Window attention as dense attention under a mask: for small grids, and for windows that cover most of one."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import WindowCase
+from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_mask, covers
+
+# Up to here torch's dense attention in bfloat16 is slower on a CPU than in float32, backward by a quarter.
+FLOAT32_TOKENS = 512
+
+
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
+    """See `dispatch.Backend`."""
+    grid, text_length = tuple(query.shape[1:3]), 0 if text_key is None else text_key.shape[1]
+    mask = None
+    if not covers(grid, window, dilation):
+        # under torch.compile and fake tensors the mask is part of the graph; a kept one would leak into it
+        keep = type(query) is Tensor and not torch.compiler.is_compiling()
+        keep = keep and (grid[0] * grid[1]) ** 2 <= KEPT_MASK_ELEMENTS
+        make_mask = _kept_mask if keep else _mask
+        mask = make_mask(grid, window, stride, dilation, text_length, query.dtype, query.device)
+    query, key, value = _join_text(query, key, value, text_key, text_value)
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and query.device.type == "cpu" and math.prod(grid) <= FLOAT32_TOKENS:
+        query, key, value = query.float(), key.float(), value.float()
+        mask = None if mask is None else mask.float()
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).to(dtype)
+    return out.transpose(1, 2).unflatten(1, grid)
+
+
+def refusal(case: WindowCase) -> str | None:
+    """It runs everywhere."""
+    return None
+
+
+def slower(case: WindowCase) -> str | None:
+    """It is what the others are compared with."""
+    return None
+
+
+def _join_text(query, key, value, text_key, text_value):
+    """Image [B, H, W, heads, D] and text [B, S, heads, D] -> query [B, heads, N, D], key and value [B, heads, N + S, D]."""
+    query, key, value = (x.flatten(1, 2) for x in (query, key, value))
+    if text_key is not None:
+        key, value = torch.cat((key, text_key), dim=1), torch.cat((value, text_value), dim=1)
+    return tuple(x.transpose(1, 2) for x in (query, key, value))
+
+
+def _mask(grid, window, stride, dilation, text_length, dtype, device) -> Tensor:
+    """Additive, [N, N + text]."""
+    rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation, strict=True))
+    seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    return additive_mask(seen, text_length, dtype)
+
+
+@lru_cache(maxsize=16)
+def _kept_mask(*case) -> Tensor:
+    with torch.inference_mode(False):  # a mask made in inference mode could not be saved for a later backward
+        return _mask(*case)

@@ -1,0 +1,212 @@
+"""Neighborhood (sliding-window) attention over a 2-D grid, plus text that every query sees: checks and choice of backend."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inputs import autocast, check_device, check_dtype, check_mask, shapes
+from ..trial import failure_reason, warn_once
+from . import dense, flex, natten, tiled
+from .case import WindowCase
+from .rule import covers, pair
+from .text_mask import hide_padded_text
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    scale: float | None = None,
+    text_key: Tensor | None = None,
+    text_value: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of every token to the window around it and to all text.
+
+    natten's semantics per axis: the window shifts inwards at borders, and a group of `stride` tokens shares one. With
+    dilation d each of the d residue classes of an axis is its own axis. A window larger than its axis is clamped to
+    it, then the stride to the window.
+
+    Args:
+        query, key, value: [B, H, W, heads, D].
+        window, stride, dilation: int or (rows, columns), in tokens.
+        scale: of the scores; None is D ** -0.5.
+        text_key, text_value: [B, S, heads, D], both or neither.
+        text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
+        backend: "tiled" and "dense" run on any device; "natten" wants its compiled kernels and an NVIDIA GPU, and takes
+            no window of 1 and none that has to be clamped; "flex" is torch's FlexAttention, compiled on a GPU (it wants
+            Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should be
+            fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
+            it warns and takes another.
+
+    Returns [B, H, W, heads, D]. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
+    stride below 1 or above the window, and a backend that is unknown or cannot do the case.
+
+    Neighborhood attention, and windows with a stride: arXiv 2204.07143, 2504.16922. FlexAttention: arXiv 2412.05496.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown window attention backend {backend!r}: use one of auto, {', '.join(BACKENDS)}")
+    window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
+    query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    if query.numel() == 0:
+        return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
+    masked = text_mask is not None and text_key is not None
+    if masked:
+        text = text_key, text_value, text_mask
+        query, key, value, text_key, text_value = hide_padded_text(query, key, value, *text, scale)
+    # plain ints: torch.compile may hold sizes as symbols, and what runs is chosen for one grid
+    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
+    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
+    case = (
+        query.device,
+        query.dtype,
+        grid,
+        heads,
+        operator.index(query.shape[4]),
+        (min(window[0], grid[0]), min(window[1], grid[1])),
+        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
+        dilation,
+        0 if text_key is None else operator.index(text_key.shape[1]),
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+    )
+    if torch.compiler.is_compiling():
+        from ..tracing import constant
+
+        backend = constant(_take, backend, *case)
+    else:
+        backend = _take(backend, *case)
+    attend = BACKENDS[backend].attend
+    out = attend(query, key, value, text_key, text_value, *case[5:8], scale)
+    return out[..., :head_dim] if masked else out
+
+
+def _cast_and_check(query, key, value, text_key, text_value, text_mask):
+    if (text_key is None) != (text_value is None):
+        raise ValueError("text_key and text_value come together: pass both or neither")
+    image, text = (query, key, value), () if text_key is None else (text_key, text_value)
+    if query.ndim != 5 or not query.shape == key.shape == value.shape:
+        raise ValueError(f"query, key and value must share one shape [B, H, W, heads, D], got {shapes(*image)}")
+    if text:
+        batch, _, _, heads, head_dim = query.shape
+        if (
+            text_key.ndim != 4
+            or text_key.shape != text_value.shape
+            or (text_key.shape[0], *text_key.shape[2:]) != (batch, heads, head_dim)
+        ):
+            raise ValueError(
+                f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {shapes(*text)}"
+            )
+    if text_mask is not None and not text:
+        raise ValueError("text_mask needs text_key and text_value")
+    if text_mask is not None:
+        check_mask("text_mask", text_mask, text_key)
+    check_device(image + text if text_mask is None else (*image, *text, text_mask))
+    tensors = autocast(image + text)
+    check_dtype(tensors)
+    # text of no tokens is no text
+    return tensors if text and text[0].shape[1] else (*tensors[:3], None, None)
+
+
+class Choice(NamedTuple):
+    """The backend that runs, why, and (name, reason) of those before it in BACKENDS that do not."""
+
+    backend: str
+    reason: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+class Backend(NamedTuple):
+    """One way to compute window attention.
+
+    attend: (query, key, value, text_key, text_value, window, stride, dilation, scale) -> [B, H, W, heads, D]; image
+        tensors are [B, H, W, heads, D], text [B, S, heads, D] or None, the others pairs (rows, columns) and a number.
+    refusal: why it cannot do a case, or None.
+    slower: why another is faster, or None.
+    tried: whether its first use on a GPU is tried on a small case.
+    """
+
+    attend: Callable[..., Tensor]
+    refusal: Callable[[WindowCase], str | None]
+    slower: Callable[[WindowCase], str | None]
+    tried: bool = False
+
+
+def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
+    """What `neighborhood_attention` takes for a case with backend "auto"; `tried` also runs a backend's small case."""
+    if covers(case.grid, case.window, case.dilation):
+        return Choice("dense", "the window covers the grid", ())
+    passed_over = []
+    for name, backend in BACKENDS.items():
+        reason = backend.refusal(case) or backend.slower(case)
+        if reason is None and tried and backend.tried and case.on_gpu:
+            reason = _trial_failure(name, case.device, case.dtype, case.head_dim, case.gradients)
+            if reason:
+                warn_once(f"window attention does not use {name}: {reason}")
+        if reason is None:
+            break
+        passed_over.append((name, reason))
+    return Choice(name, _why(name, case), tuple(passed_over))
+
+
+def _why(name: str, case: WindowCase) -> str:
+    if name == "dense":
+        return "no other backend would be faster on so small a grid or so large a window"
+    return "the fastest that can run here" if case.on_gpu else "the fastest on a CPU"
+
+
+def _take(backend: str, *case) -> str:
+    """The name of the backend to run. ValueError where a named one cannot."""
+    return _taken(backend, WindowCase(*case))
+
+
+@lru_cache(maxsize=512)
+def _taken(backend: str, case: WindowCase) -> str:
+    if backend == "auto":
+        return choose_backend(case, tried=True).backend
+    row = BACKENDS[backend]
+    reason = row.refusal(case)
+    if reason is None and row.tried and case.on_gpu:
+        reason = _trial_failure(backend, case.device, case.dtype, case.head_dim, case.gradients)
+    if reason:
+        raise ValueError(f'backend "{backend}" cannot run this: {reason}; use backend "auto"')
+    return backend
+
+
+@lru_cache(maxsize=64)
+def _trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
+    """What is wrong with a small case of a backend, compared with the tiles; None if nothing."""
+    settings = (7, 9), (1, 1), (1, 1), head_dim**-0.5
+    sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
+    return failure_reason(
+        lambda *inputs: BACKENDS[name].attend(*inputs, *settings),
+        lambda *inputs: tiled.attend(*inputs, *settings),
+        sizes,
+        device,
+        dtype,
+        gradients,
+    )
+
+
+# Fastest first.
+BACKENDS = {
+    "natten": Backend(natten.attend, natten.refusal, natten.slower, tried=True),
+    "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True),
+    "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower),
+    "dense": Backend(dense.attend, dense.refusal, dense.slower),
+}

@@ -1,0 +1,79 @@
+"""Which tokens a window holds: natten's rule (arXiv 2204.07143; with a stride arXiv 2504.16922), for one axis at a time.
+
+A window is centred on the leader of a group of `stride` positions, which share it, and shifted inwards at the borders.
+With dilation d each of the d residue classes of an axis (positions 0, d, 2d, …; 1, d + 1, …; …) is an axis of its own.
+A window longer than its axis is clamped to it, then the stride to the window. A grid's window is the product of its
+rows' and its columns'.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Masks up to this size are kept: building one costs as much as attention with it on a small grid.
+KEPT_MASK_ELEMENTS = 2**21
+
+
+def class_windows(index, residue, length: int, window: int, stride: int, dilation: int):
+    """The window of each position of an axis, as (first, count): both within the position's residue class.
+
+    index, residue: the positions, as places within their residue class and which class that is. index is a torch tensor
+    or a numpy array, residue as well, or an int; the result is of their kind.
+    """
+    size = (length - residue + dilation - 1) // dilation  # of the residue class
+    window = _at_most(size, window)
+    leader = index
+    if stride > 1:
+        stride = _at_most(window, stride)
+        leader = index // stride * stride + stride // 2
+    first = leader.clip(max=size - 1) - window // 2
+    return first.clip(min=0).clip(max=size - window), window
+
+
+def _at_most(x, limit: int):
+    return min(x, limit) if isinstance(x, int) else x.clip(max=limit)
+
+
+def class_lengths(length: int, dilation: int) -> list[int]:
+    """How many positions each residue class of an axis has."""
+    return [(length - residue + dilation - 1) // dilation for residue in range(dilation)]
+
+
+def axis_mask(length: int, window: int, stride: int, dilation: int) -> Tensor:
+    """[length, length] bool, on the CPU: which positions of an axis (columns) each position (row) sees."""
+    position = torch.arange(length, device="cpu")
+    residue, index = position % dilation, position // dilation
+    first, count = class_windows(index, residue, length, window, stride, dilation)
+    first, count = first.unsqueeze(1), count.unsqueeze(1)
+    return (residue.unsqueeze(1) == residue) & (index >= first) & (index < first + count)
+
+
+def additive_mask(seen: Tensor, text_length: int, dtype: torch.dtype) -> Tensor:
+    """[..., keys] bool -> what is added to scores, [..., keys + text]: 0 where a key is seen, as all text is, else -inf."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+    return F.pad(mask, (0, text_length))
+
+
+def covers(grid: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether every token sees the whole grid; the window is one within the grid."""
+    return window == grid and all(d == 1 or n == 1 for n, d in zip(grid, dilation, strict=True))
+
+
+def seen_pairs(grid: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """How many pairs there are of a token of the grid and one that it sees."""
+    axes = zip(grid, window, dilation, strict=True)
+    return math.prod(sum(n * min(w, n) for n in class_lengths(length, d)) for length, w, d in axes)
+
+
+def pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
+    """An int or (rows, columns) as a pair. Raises ValueError, naming it, for anything else and for sizes below 1."""
+    if type(size) is int and size >= 1:
+        return size, size
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sides):
+        raise ValueError(f"{name} must be an int of at least 1 or two of them (rows, columns), got {size!r}")
+    return sides

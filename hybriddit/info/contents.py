@@ -1,0 +1,265 @@
+"""Describe what a file or folder holds: a pipeline, a model, an adapter or a generated image."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..config import HybridConfig
+from ..files import read_json, read_tensors
+from ..images import opened, read_record
+
+SHOWN_NAMES = 10  # of a pipeline's classes
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
+
+    A SiT's training run is described by the pipeline in its folder `pipeline`. An adapter's bytes are all read and
+    checked; of a model only the weight files' headers and lengths.
+
+    Raises FileNotFoundError where there is nothing, and ValueError for what is damaged or none of these.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".png":
+        return {"kind": "image", **_image(path)}
+    if path.is_file():
+        raise ValueError(f"{path} is no PNG: give that, or a folder with a pipeline, a model or an adapter")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder {path}")
+    for name, kind, read in (
+        ("model_index.json", "pipeline", _pipeline),
+        ("hybrid_config.json", "adapter", _adapter),
+        ("config.json", "model", _model),
+        ("pipeline/model_index.json", "pipeline", lambda run: _pipeline(run / "pipeline")),
+    ):
+        if (path / name).is_file():
+            return {"kind": kind, **read(path)}
+    raise ValueError(
+        f"{path} has no model_index.json, config.json or hybrid_config.json: no pipeline, model or adapter"
+    )
+
+
+def _image(path: Path) -> dict[str, Any]:
+    record = read_record(path)
+    with opened(path) as image:
+        return {"width": image.width, "height": image.height, "record": record}
+
+
+def _pipeline(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / "model_index.json")
+    components = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise ValueError(f"{folder} lacks the folder of its {name}")
+        # a tokenizer or a scheduler has no config.json
+        components[name] = _model(part) if (part / "config.json").is_file() else {"class": entry[-1]}
+    found = {"class": index.get("_class_name"), "components": components}
+    if "sit" in components.get("transformer", {}):
+        found |= {name: index.get(name) for name in ("path", "prediction", "weights", "id2label")}
+    return found
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    values = read_json(folder / "config.json")
+    name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
+    files = _weight_files(folder)
+    sizes = {key: size for file in files for key, size in _tensor_sizes(file).items()}
+    model = {
+        "class": name,
+        "family": _family_name(name),
+        "parameters": sum(sizes.values()),
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+    if "hybrid_config" in values:
+        config = _hybrid_config(folder / "config.json", values["hybrid_config"] or {})
+        layers = _converted_layers(name, sizes)
+        bare = [layer for layer in layers if config.kind(layer) in ("hybrid", "linear")
+                and not any(key.startswith(f"{layer}.hybrid.") for key in sizes)]  # fmt: skip
+        if bare:
+            raise ValueError(f"{folder} lacks the hybrid weights of {len(bare)} layers ({bare[0]}, …)")
+        model["hybrid"] = _hybrid(config, sizes, layers)
+    if model["family"] == "SiT":
+        model["sit"] = _sit(folder / "config.json", values)
+    return model
+
+
+def _sit(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A SiT's size, the number of its layers of each kind of attention, and the settings that these kinds use."""
+    from ..models.sit import SIT_SIZES, SiTTransformer2DModel, layer_kinds  # torch
+
+    parameters = inspect.signature(SiTTransformer2DModel.__init__).parameters.values()
+    fields = {p.name: values.get(p.name, p.default) for p in parameters if p.name != "self"}
+    try:
+        kinds = Counter(layer_kinds(fields["attention"], fields["num_layers"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no config of a SiT: {error}") from error
+    shape = ("num_layers", "num_attention_heads", "attention_head_dim")
+    size = next((name for name, own in SIT_SIZES.items() if own == {key: fields[key] for key in shape}), None)
+    near, far = bool({"window", "hybrid"} & set(kinds)), bool({"linear", "hybrid"} & set(kinds))
+    used = {"window": near, "stride": near, "map_rank": far, "gate": "hybrid" in kinds}
+    names = ("sample_size", "in_channels", "patch_size", "num_classes")
+    return {
+        "size": size and f"{size}/{fields['patch_size']}",
+        **{name: fields[name] for name in (*shape, *names)},
+        "layers": dict(kinds),
+        **{name: fields[name] for name, has in used.items() if has},
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    values = read_json(folder / "hybrid_config.json")
+    config = _hybrid_config(folder / "hybrid_config.json", values)
+    weights = folder / "hybrid_adapter.safetensors"
+    if not weights.is_file():
+        raise ValueError(f"{folder} has no {weights.name}")
+    sizes = {key: tensor.numel() for key, tensor in read_tensors(weights).items()}
+    layers = sorted({key.partition(".hybrid.")[0] for key in sizes})
+    base = values.get("_base_class")
+    return {
+        "base_class": base,
+        "family": _family_name(base),
+        "bytes": weights.stat().st_size,
+        "hybrid": _hybrid(config, sizes, layers),
+    }
+
+
+def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "added_parameters": sum(size for key, size in sizes.items() if ".hybrid." in key),
+        "layers": dict(Counter(config.kind(layer) for layer in layers)),
+    }
+
+
+def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
+    """The names of the attention layers that conversion replaces, those that the config keeps dense included."""
+    from ..models.family import family_of_class
+
+    family = family_of_class(model_class)
+    if family is None or model_class != family.hybrid_class.__name__:
+        raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
+    layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))
+    return sorted(layer for layer in layers if family.converts(layer))
+
+
+def _family_name(model_class: str | None) -> str | None:
+    """The name of the family that has a model class of this name; "SiT" for a SiT; else None."""
+    from ..models import SiTTransformer2DModel
+    from ..models.family import family_of_class
+
+    if model_class == SiTTransformer2DModel.__name__:
+        return "SiT"
+    family = family_of_class(model_class)
+    return family and family.name
+
+
+def _hybrid_config(path: Path, values: Any) -> HybridConfig:
+    try:
+        return HybridConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no hybrid config: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading the folder would read."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")
+            return files
+        if whole.is_file():
+            return [whole]
+    raise ValueError(f"{folder} has no weights in safetensors")
+
+
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    """The number of elements of each tensor, from the header of a safetensors file. ValueError for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def description_text(found: dict[str, Any]) -> str:
+    """Format what `describe` found for a terminal."""
+    if found["kind"] == "image":
+        lines = [f"image, {found['width']} x {found['height']}"]
+        if found["record"] is None:
+            return f"{lines[0]}, with no record of how it was made"
+        return "\n".join(lines + [f"  {key:20} {_value(value)}" for key, value in found["record"].items()])
+    if found["kind"] == "adapter":
+        lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
+        return "\n".join(lines + _hybrid_lines(found["hybrid"]))
+    if found["kind"] == "model":
+        return "\n".join([_model_line(found), *_hybrid_lines(found.get("hybrid")), *_sit_lines(found.get("sit"))])
+    lines = [f"pipeline, {found['class']}"]
+    for name, component in found["components"].items():
+        lines.append(f"  {name:16} {_model_line(component) if 'parameters' in component else component['class']}")
+        lines += ["  " + line for line in _hybrid_lines(component.get("hybrid")) + _sit_lines(component.get("sit"))]
+    sit = found["components"].get("transformer", {}).get("sit")
+    if sit is not None:
+        lines.append(f"  {'trained for':16} path {found['path']}, prediction {found['prediction']}")
+        lines.append(f"  {'weights':16} {found['weights'] or 'no note on them'}")
+        lines.append(f"  {'class names':16} {_class_names(found['id2label'], sit['num_classes'])}")
+    return "\n".join(lines)
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    family = f" ({model['family']})" if model["family"] else ""
+    return f"{model['class']}{family}, {model['parameters']:,} parameters, {_megabytes(model['bytes'])}"
+
+
+def _hybrid_lines(hybrid: dict[str, Any] | None) -> list[str]:
+    if hybrid is None:
+        return []
+    config = ", ".join(f"{key} {_value(value)}" for key, value in hybrid["config"].items())
+    layers = ", ".join(f"{count} {kind}" for kind, count in hybrid["layers"].items())
+    return [
+        f"  config  {config}",
+        f"  layers  {layers or 'none with weights'}; {hybrid['added_parameters']:,} parameters added",
+    ]
+
+
+def _sit_lines(sit: dict[str, Any] | None) -> list[str]:
+    if sit is None:
+        return []
+    size = (
+        f"{sit['size'] or 'of its own'}: {sit['num_layers']} layers, {sit['num_attention_heads']} heads of "
+        f"{sit['attention_head_dim']}, patch {sit['patch_size']}"
+    )
+    inputs = f"{sit['in_channels']} x {sit['sample_size']} x {sit['sample_size']}, {sit['num_classes']} classes"
+    settings = {name: sit[name] for name in ("window", "stride", "map_rank", "gate") if name in sit}
+    if settings.get("map_rank", 0) is None:
+        settings["map_rank"] = f"{sit['num_attention_heads'] * sit['attention_head_dim']} (the width)"
+    described = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())
+    layers = ", ".join(f"{count} {kind}" for kind, count in sit["layers"].items())
+    return [f"  size    {size}", f"  inputs  {inputs}", f"  layers  {layers}" + (f"; {described}" if described else "")]
+
+
+def _class_names(id2label: dict[str, str] | None, classes: int) -> str:
+    if not id2label:
+        return "ImageNet's, where torchvision is installed" if classes == 1000 else "none"
+    names = [repr(id2label[index]) for index in sorted(id2label, key=int)]  # the file has them as 0, 1, 10, 2
+    return f"{len(names)}: {', '.join(names[:SHOWN_NAMES])}" + (", …" if len(names) > SHOWN_NAMES else "")
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,129 @@
+"""Describe what this machine offers hybriddit: versions, device, attention backends and which of them is chosen."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+from .. import __version__
+from ..machine import device_of_this_machine, gpu_name, versions
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
+SIZES, WINDOW = (512, 1024, 4096), 16  # pixels and tokens: what the choice of window attention is shown for
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the device, and the attention backends as {name: {"available": bool, "note": str}}.
+
+    `window_choices` lists which window attention backend is chosen for each family at several image sizes, and why.
+    """
+    import torch
+
+    from ..attention.linear import triton_refusal
+
+    device = device_of_this_machine().type
+    if device == "cuda":
+        described = {"type": "cuda", "name": gpu_name(), "count": torch.cuda.device_count()}
+    else:
+        described = {"type": "cpu", "name": platform.processor() or platform.machine()}
+    triton = triton_refusal(device, torch.bfloat16, 128)
+    return {
+        "hybriddit": __version__,
+        "python": platform.python_version(),
+        "packages": versions(PACKAGES),
+        "device": {**described, "threads": torch.get_num_threads()},
+        "window_attention": {
+            name: {"available": available, "note": note} for name, available, note in _window_backends(device)
+        },
+        "window_choices": list(_window_choices(device)),
+        "linear_attention": {
+            "triton": {"available": triton is None, "note": triton or ""},
+            "torch": {"available": True, "note": ""},
+        },
+    }
+
+
+def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
+    """(name, available, note) of every backend of window attention, fastest first; the note says what is missing."""
+    missing = ["an NVIDIA GPU"] if device == "cpu" else []
+    if not _natten_has_kernels():
+        missing.append("natten with its compiled kernels (the NATTEN project's wheel for your torch and CUDA)")
+    yield "natten", not missing, f"needs {' and '.join(missing)}" if missing else ""
+    if device == "cpu":
+        yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
+    else:
+        from ..attention.trial import triton_requirements
+
+        missing = triton_requirements()
+        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else "compiled and tried on first use"
+    yield "tiled", True, ""
+    yield "dense", True, "where the window covers most of the grid"
+
+
+def _window_choices(device: str) -> Iterator[dict[str, Any]]:
+    """The backend that `neighborhood_attention` chooses in generation, per family and image size; nothing is run."""
+    import torch
+
+    from ..attention.window import WindowCase, choose_backend
+    from ..benchmark.subjects import find_subject
+    from ..models import families
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for family in families():
+        name = next((published.shape for published in family.published.values() if published.shape), None)
+        if name is None:
+            continue
+        shape = find_subject(name).shape
+        for size in SIZES:
+            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
+            choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
+            yield {
+                "family": family.name,
+                "pixels": size,
+                "grid": list(shape.grid(size)),
+                "window": WINDOW,
+                "heads": shape.heads,
+                "head_dim": shape.head_dim,
+                "text_length": shape.text,
+                "backend": choice.backend,
+                "reason": choice.reason,
+                "passed_over": dict(choice.passed_over),
+            }
+
+
+def _natten_has_kernels() -> bool:
+    try:
+        return bool(importlib.import_module("natten").HAS_LIBNATTEN)
+    except (ImportError, OSError):  # built for another torch
+        return False
+
+
+def environment_text(found: dict[str, Any]) -> str:
+    """Format what `environment` found for a terminal."""
+    device = found["device"]
+    where = f"CPU, {device['threads']} threads" if device["type"] == "cpu" else f"{device['count']} x {device['name']}"
+    lines = [f"{'hybriddit':13} {found['hybriddit']}", f"{'python':13} {found['python']}"]
+    for package, version in found["packages"].items():
+        hint = ": pip install peft, to load LoRA files" if package == "peft" else ""
+        lines.append(f"{package:13} {version or 'not installed' + hint}")
+    lines.append(f"{'device':13} {where}")
+    for kind in ("window_attention", "linear_attention"):
+        lines.append(kind.replace("_", " "))
+        for name, backend in found[kind].items():
+            note = f": {backend['note']}" if backend["note"] else ""
+            lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
+        if kind == "window_attention":
+            lines += _choice_lines(found["window_choices"])
+    return "\n".join(lines)
+
+
+def _choice_lines(choices: list[dict[str, Any]]) -> list[str]:
+    """One line per family with its backends by image size, then each backend's reason, once."""
+    lines = [f"  taken for a window of {WINDOW} when generating, by size in pixels:"]
+    for family in dict.fromkeys(choice["family"] for choice in choices):
+        sizes = (f"{c['pixels']} {c['backend']}" for c in choices if c["family"] == family)
+        lines.append(f"    {family:20} {', '.join(sizes)}")
+    reasons = dict.fromkeys((choice["backend"], choice["reason"]) for choice in choices)
+    return lines + [f"    {backend}: {reason}" for backend, reason in reasons]

@@ -1,0 +1,99 @@
+"""What a result depends on beyond its settings: package versions, the git commit, the device. Importing it imports no
+torch, and nothing here needs more than torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGE_FOLDER = Path(__file__).parent
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    if package == "hybriddit":
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each package, by name."""
+    return {package: version(package) for package in packages}
+
+
+def running_versions() -> dict[str, str]:
+    """hybriddit's, diffusers' and torch's own versions, torch's with its build ("2.11.0+cu130"): a record of images."""
+    import diffusers
+    import torch
+
+    return {"hybriddit": __version__, "diffusers": diffusers.__version__, "torch": str(torch.__version__)}
+
+
+def git_state(folder: Path = PACKAGE_FOLDER) -> dict[str, Any] | None:
+    """{"commit", "changed": lines of `git status`} of the checkout that holds `folder`; None outside a git checkout."""
+    try:
+        return {
+            "commit": _output("git", "-C", str(folder), "rev-parse", "HEAD"),
+            "changed": _output("git", "-C", str(folder), "status", "--porcelain").splitlines(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_of_this_machine() -> torch.device:
+    """The GPU where torch sees one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpu_name(device: torch.device | None = None) -> str | None:
+    """The name of a GPU (default: this machine's first), such as "NVIDIA H100 80GB HBM3"; None for a CPU."""
+    import torch
+
+    device = device or device_of_this_machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def device_details(device: torch.device) -> dict[str, Any]:
+    """Type, name and capability of a device; of a GPU also its memory in bytes, CUDA's version and the driver's."""
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "type": "cuda",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "driver": gpu_driver(),
+        }
+    name = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+    return {"type": "cpu", "name": name, "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def gpu_driver() -> str | None:
+    """The version of the NVIDIA driver; None without one."""
+    try:
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", timeout=30).split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _output(*command: str, timeout: float | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    return done.stdout.rstrip()  # a line of `git status` may begin with a space

@@ -1,0 +1,138 @@
+"""The Triton kernels compiled for the chips they are meant for, none of which is needed: registers, spills, shared memory.
+
+Run with -rP to see what each kernel takes.
+"""
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
+if linear_triton.INTERPRETED:
+    pytest.skip("Triton's interpreter is on: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+KILO = 1024
+# bytes of shared memory that one program may have
+SHARED = {
+    80: 163 * KILO,
+    86: 99 * KILO,
+    89: 99 * KILO,
+    90: 227 * KILO,
+    100: 227 * KILO,
+    120: 99 * KILO,
+    "gfx942": 64 * KILO,
+}
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "gate"}
+TENSORS = FLOAT32 | {
+    "x",
+    "y",
+    "query",
+    "key",
+    "value",
+    "near",
+    "out",
+    "grad_out",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+}
+KERNELS = [
+    ("sum", {"SCALED": False}),
+    ("sum", {"SCALED": True}),
+    ("output", {"JOIN": False, "GATE_PER_ROW": False}),
+    ("output", {"JOIN": True, "GATE_PER_ROW": True}),
+    ("output", {"JOIN": True, "GATE_PER_ROW": False}),
+    ("output_backward", {}),
+    ("state_backward", {}),
+]
+# what models run in on every chip; the rest on one chip of each kind
+CASES = [(torch.bfloat16, width, chip) for width in (64, 72, 128) for chip in SHARED]
+CASES += [
+    (dtype, width, chip)
+    for dtype, width in ((torch.float16, 128), (torch.float32, 128), (torch.bfloat16, 32), (torch.bfloat16, 256))
+    for chip in (86, 90, "gfx942")
+]
+# bytes that Triton 3.6 spills where 3.9 does not
+SPILLED_BY_3_6 = {("output_backward", torch.float32): 72, ("sum", torch.bfloat16): 12}
+
+
+def compiled(name, options, dtype, width, chip, unit=8):
+    kernel = getattr(linear_triton, f"_{name}_kernel")
+    target = chip if isinstance(chip, int) else "hip"
+    launch = linear_triton.launch_options(name, dtype, width, width, target)
+    stages = {key: launch.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants = {"WIDTH": width, "OUT_WIDTH": width, "UNIT": unit, **options, **launch}
+    names = kernel.arg_names
+    signature = {
+        argument: "constexpr" if argument in constants
+        else ("*fp32" if argument in FLOAT32 else POINTER[dtype]) if argument in TENSORS
+        else "fp32" if argument in ("factor", "eps")
+        else "i32"
+        for argument in names
+    }  # fmt: skip
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(key),): value for key, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names) if argument in TENSORS},
+    )
+    device = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
+    return triton.compile(source, target=device, options=stages)
+
+
+def resources(kernel, chip, folder):
+    """Registers a thread, bytes or registers spilled, and bytes of shared memory."""
+    if not isinstance(chip, int):
+        registers, spills = (
+            int(re.search(rf"\.vgpr_{key}:\s*(\d+)", kernel.asm["amdgcn"])[1]) for key in ("count", "spill_count")
+        )
+        return registers, spills, kernel.metadata.shared
+    source = folder / "kernel.ptx"
+    source.write_text(kernel.asm["ptx"])
+    arch = nvidia.sm_arch_from_capability(chip)
+    command = [nvidia.get_ptxas(chip).path, "-v", f"--gpu-name={arch}", source, "-o", folder / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return (
+        int(re.search(r"Used (\d+) registers", report)[1]),
+        sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())),
+        kernel.metadata.shared,
+    )
+
+
+@pytest.mark.parametrize("dtype, width, chip", CASES, ids=lambda x: str(x).removeprefix("torch."))
+def test_fits(dtype, width, chip, tmp_path):
+    failures = []
+    for name, options in KERNELS:
+        registers, spills, shared = resources(compiled(name, options, dtype, width, chip), chip, tmp_path)
+        line = f"{name} {options}: {registers} registers, {spills} spilled, {shared} of {SHARED[chip]} bytes shared"
+        print(line)
+        allowed = SPILLED_BY_3_6.get((name, dtype), 0) if triton.__version__.startswith("3.6") else 0
+        if spills > allowed or shared > SHARED[chip]:
+            failures.append(line)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("name, options", [KERNELS[0], KERNELS[2], *KERNELS[5:]], ids=lambda x: str(x))
+@pytest.mark.parametrize("width", [72, 128])
+def test_loads_are_wide(name, options, width):
+    """16 bytes a thread: at width 72 thanks to strides in units of 8, without which they are single elements."""
+    wide, narrow = (
+        re.findall(
+            r"(?:ld\.global|cp\.async)\S*[^\n]*", compiled(name, options, torch.bfloat16, width, 80, unit).asm["ptx"]
+        )
+        for unit in (8, 1)
+    )
+
+    def single(lines):  # loads of one bf16, into a 16-bit register
+        return sum(".b16 " in line or ".u16 " in line for line in lines)
+
+    assert single(wide) == 0
+    assert single(narrow) > 0

@@ -1,0 +1,336 @@
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from attention import oracles
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from hybriddit.attention import linear_attention
+from hybriddit.attention.linear import dispatch
+from hybriddit.attention.linear import torch as passes
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+# batch, query tokens, key tokens, heads, width, value width
+SHAPES = [
+    (2, 37, 37, 3, 24, 24),
+    (1, 1, 1, 1, 32, 32),
+    (1, 300, 77, 2, 64, 40),
+    (1, 2300, 2100, 2, 72, 72),
+    (2, 65, 65, 5, 128, 128),
+]
+
+
+def random_inputs(shape, dtype=torch.float64, seed=0):
+    batch, queries, keys, heads, width, value_width = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (queries, width), (keys, width), (keys, value_width), (queries, value_width)
+    tensors = [torch.randn(batch, n, heads, d, generator=generator).to(dtype) for n, d in sizes]
+    return [x.requires_grad_() for x in tensors[:3]], tensors[3]
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_values_and_gradients(shape, dtype, backend):
+    inputs, weight = random_inputs(shape, dtype)
+    out = linear_attention(*inputs, backend=backend)
+    expected = oracles.linear(*inputs)
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    grads = torch.autograd.grad(out, inputs, weight)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, inputs, weight.double()), strict=True):
+        assert grad.dtype == dtype
+        assert (grad.double() - reference).norm() <= TOLERANCE[dtype] * (
+            reference.norm() + 0.01 * weight.double().norm()
+        )
+
+
+def test_eps_is_added_to_the_denominator():
+    inputs, _ = random_inputs(SHAPES[0])
+    assert relative_error(linear_attention(*inputs, eps=0.5), oracles.linear(*inputs, eps=0.5)) < 1e-12
+
+
+def test_gradcheck():
+    inputs, _ = random_inputs((2, 5, 4, 2, 3, 4))
+    assert torch.autograd.gradcheck(linear_attention, inputs)
+
+
+def test_operator_registration():
+    inputs, _ = random_inputs((2, 5, 4, 2, 3, 4))
+    query, key, value = inputs
+    torch.library.opcheck(torch.ops.hybriddit.linear_state, (key, value, False))
+    state, mean = (x.detach().requires_grad_() for x in torch.ops.hybriddit.linear_state(key, value, False))
+    torch.library.opcheck(torch.ops.hybriddit.linear_output, (query, state, mean, None, None, 1e-4, False))
+    near, gate = torch.randn(2, 5, 2, 4, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
+    joined = (query, state, mean, near.requires_grad_(), gate.requires_grad_(), 1e-4, False)
+    torch.library.opcheck(torch.ops.hybriddit.linear_output, joined)
+
+
+def test_non_contiguous_input():
+    joined = torch.randn(2, 50, 3, 3 * 8, dtype=torch.float64)
+    inputs = [x[:, 7:].requires_grad_() for x in joined.chunk(3, dim=-1)]
+    out = linear_attention(*inputs)
+    expected = oracles.linear(*inputs)
+    weight = torch.randn(2, 3, 43, 8, dtype=torch.float64).transpose(1, 2)
+    assert relative_error(out, expected) < 1e-12
+    for grad, reference in zip(*(torch.autograd.grad(y, inputs, weight) for y in (out, expected)), strict=True):
+        assert relative_error(grad, reference) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_first_input_of_several_ragged_blocks(dtype, monkeypatch):
+    """Views of [B, heads, N, D], in blocks of 64 rows of two of the three heads."""
+    monkeypatch.setattr(passes, "CPU_ROWS", 64)
+    monkeypatch.setattr(passes, "CPU_ELEMENTS", 2 * 64 * 24)
+    inputs = [torch.randn(2, 3, 150, 24).to(dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    weight = torch.randn(2, 150, 3, 24).to(dtype)
+    out, expected = linear_attention(*inputs), oracles.linear(*inputs)
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    grads = torch.autograd.grad(expected, inputs, weight.double())
+    for grad, reference in zip(torch.autograd.grad(out, inputs, weight), grads, strict=True):
+        assert relative_error(grad, reference.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("instructions", [(), ("sse2", "neon")], ids=["without", "with"])
+def test_bfloat16_with_and_without_its_instructions(instructions, monkeypatch):
+    monkeypatch.setattr(passes, "BFLOAT16_INSTRUCTIONS", instructions)
+    product = passes._product_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    assert product == (torch.bfloat16 if instructions else torch.float32)
+    test_values_and_gradients(SHAPES[2], torch.bfloat16, "torch")
+    test_join_with_another_branch((3, 1), torch.bfloat16)
+
+
+def test_phi():
+    x = torch.tensor([-1e4, -200, -80, -3, -1e-3, 0, 1e-3, 2, 1e4], dtype=torch.float64)
+    expected = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    torch.testing.assert_close(passes._features(x, torch.float64), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(passes._features(x.float(), torch.float32), expected.float(), rtol=1e-6, atol=1e-38)
+
+
+def test_extreme_inputs_stay_finite():
+    inputs = [x.detach() * 200 for x in random_inputs(SHAPES[0], torch.float32)[0]]
+    assert linear_attention(*inputs).isfinite().all()
+
+
+def test_empty_batch():
+    inputs, weight = random_inputs((0, 6, 6, 2, 4, 4))
+    out = linear_attention(*inputs)
+    assert out.shape == (0, 6, 2, 4)
+    assert [grad.shape for grad in torch.autograd.grad(out, inputs, weight)] == [x.shape for x in inputs]
+
+
+def test_compile_checkpoint_and_inference_mode():
+    compiled = torch.compile(linear_attention, backend="aot_eager", fullgraph=True)
+    for shape in SHAPES[:1] + SHAPES[3:4] + SHAPES[2:3]:  # from the second on torch traces with symbolic sizes
+        inputs, weight = random_inputs(shape)
+        expected = torch.autograd.grad(linear_attention(*inputs), inputs, weight)
+        for function in (compiled, lambda *x: checkpoint(linear_attention, *x, use_reentrant=False)):
+            for grad, reference in zip(torch.autograd.grad(function(*inputs), inputs, weight), expected, strict=True):
+                torch.testing.assert_close(grad, reference)
+        with torch.inference_mode():
+            torch.testing.assert_close(linear_attention(*inputs), linear_attention(*(x.detach() for x in inputs)))
+
+
+def test_autocast_keeps_the_sums_in_float32():
+    inputs, weight = random_inputs((1, 3000, 3000, 1, 32, 32), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_attention(*inputs)
+        grads = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+    rounded = [x.detach().bfloat16() for x in inputs]
+    assert out.dtype == torch.bfloat16 and grads[0].dtype == torch.float32
+    assert relative_error(out, oracles.linear(*rounded)) < TOLERANCE[torch.bfloat16]
+
+
+def test_cost_is_linear():
+    """The counter sees the operators' own products, and they grow with the tokens, not with their square."""
+
+    def flops(tokens):
+        inputs, weight = random_inputs((1, tokens, tokens, 2, 16, 16), torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            linear_attention(*inputs).backward(weight)
+        return counter.get_total_flops()
+
+    assert flops(4096) == 4 * flops(1024) > 0
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made under it hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.bytes = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        others = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in others:
+                self.made.append(weakref.ref(x))
+        self.made = [x for x in self.made if x() is not None]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (y() for y in self.made)}
+        self.bytes = max(self.bytes, sum(storages.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_beside_the_output_does_not_grow(dtype):
+    key, query = (torch.randn(1, 65536, 1, 64).to(dtype).expand(1, 65536, 16, 64) for _ in range(2))
+    with torch.no_grad(), PeakMemory() as peak:
+        out = passes.output(query, *passes.state(key, key), None, None, 1e-4)
+    assert out.nbytes <= peak.bytes <= 1.1 * out.nbytes
+
+
+def test_flop_formulas_count_what_runs():
+    (query, key, value), weight = random_inputs((2, 30, 20, 3, 8, 12), torch.float32)
+    query, key, value = query.detach(), key.detach(), value.detach()
+    operators = torch.ops.hybriddit
+    state = operators.linear_state(key, value, False)
+    grad_state = [torch.randn_like(x) for x in state]
+    for operator, function, args, options in (
+        (operators.linear_state, passes.state, (key, value), (False,)),
+        (operators.linear_state_backward, passes.state_backward, (*grad_state, key, value), (False,)),
+        (operators.linear_output, passes.output, (query, *state, None, None, 1e-4), (False,)),
+        (operators.linear_output_backward, passes.output_backward, (weight, query, *state, 1e-4), (False,)),
+    ):
+        with FlopCounterMode(display=False) as declared:
+            operator(*args, *options)
+        in_place = {
+            torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm].__wrapped__
+        }  # unknown to the counter
+        with FlopCounterMode(display=False, custom_mapping=in_place) as run:
+            function(*args)
+        assert declared.get_total_flops() == run.get_total_flops() > 0
+
+
+# of the result [2, 50, 3, 16]: per head, per channel, per token, one for all
+GATES = [(3, 1), (3, 16), (2, 50, 3, 1), (1,)]
+
+
+@pytest.mark.parametrize("gate_shape", GATES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_join_with_another_branch(gate_shape, dtype):
+    inputs, weight = random_inputs((2, 50, 40, 3, 24, 16), dtype)
+    near = torch.randn(weight.shape).to(dtype).requires_grad_()
+    gate = torch.randn(gate_shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_()
+    out = linear_attention(*inputs, near=near, gate=gate)
+    expected = near.double() + gate * (oracles.linear(*inputs) - near.double())
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    leaves = (*inputs, near, gate)
+    grads = torch.autograd.grad(out, leaves, weight)
+    for leaf, grad, reference in zip(
+        leaves, grads, torch.autograd.grad(expected, leaves, weight.double()), strict=True
+    ):
+        assert grad.dtype == leaf.dtype
+        assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("join", [False, True])
+def test_keys_that_a_mask_leaves_out(join, dtype):
+    """As if they were not among the keys: in the sums, in what these are divided by, and in every gradient."""
+    inputs, weight = random_inputs((3, 50, 40, 2, 24, 16), dtype)
+    key_mask = torch.stack((torch.arange(40) < 11, torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.5,
+                            torch.ones(40) > 0))  # fmt: skip
+    options = {}
+    if join:
+        options = {"near": torch.randn(weight.shape).to(dtype), "gate": torch.full((2, 1), 0.4, dtype=torch.float64)}
+    out = linear_attention(*inputs, key_mask=key_mask, eps=0.5, **options)
+    query, key, value = inputs
+    parts = [oracles.linear(query[b, None], key[b, None, seen], value[b, None, seen], eps=0.5)
+             for b, seen in enumerate(key_mask)]  # fmt: skip
+    expected = torch.cat(parts)
+    if join:
+        expected = options["near"].double() + 0.4 * (expected - options["near"].double())
+    assert out.dtype == dtype and relative_error(out, expected) < TOLERANCE[dtype]
+    grads = torch.autograd.grad(out, inputs, weight)
+    for grad, reference in zip(grads, torch.autograd.grad(expected, inputs, weight.double()), strict=True):
+        assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
+    assert all(grad[~key_mask].eq(0).all() for grad in grads[1:])
+
+
+def test_a_closed_gate_leaves_the_other_branch_as_it_is():
+    inputs, _ = random_inputs(SHAPES[0], torch.bfloat16)
+    near = torch.randn(2, 37, 3, 24).bfloat16()
+    assert linear_attention(*inputs, near=near, gate=torch.zeros(3, 1)).equal(near)
+
+
+def test_nan_stays_nan():
+    for tensor in range(3):
+        inputs = [x.detach() for x in random_inputs((1, 40, 40, 2, 8, 8), torch.float32)[0]]
+        inputs[tensor][0, 3, 1, 5] = float("nan")
+        out = linear_attention(*inputs).isnan()
+        assert not out[:, :, 0].any()
+        if tensor == 0:  # one query
+            assert out[0, 3, 1].all() and out.sum() == 8
+        else:  # a key spoils its head's denominators, a value its channel
+            assert out[:, :, 1].all() if tensor == 1 else out[:, :, 1, 5].all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(query=torch.zeros(2, 3, 4)), "takes .B, N, heads, D."),
+        (dict(query=torch.zeros(1, 3, 2, 5)), "query and key must agree"),
+        (dict(value=torch.zeros(1, 4, 2, 4)), "key and value must agree"),
+        (dict(value=torch.zeros(1, 3, 2, 4, dtype=torch.float64)), "one dtype"),
+        (dict(value=torch.zeros(1, 3, 2, 4, device="meta")), "use one device"),
+        (dict(backend="cuda"), "unknown linear attention backend 'cuda'"),
+        (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu"),
+        (dict(key_mask=torch.ones(1, 3)), r"key_mask must be bool \(1, 3\), got torch.float32 \(1, 3\)"),
+        (dict(key_mask=torch.ones(1, 4, dtype=torch.bool)), r"key_mask must be bool \(1, 3\)"),
+        (dict(near=torch.zeros(1, 3, 2, 4)), "near and gate come together"),
+        (dict(near=torch.zeros(1, 3, 2, 5), gate=torch.zeros(2, 1)), "near must have the result's shape"),
+        (dict(near=torch.zeros(1, 3, 2, 4), gate=torch.zeros(3, 1)), "gate must broadcast"),
+    ],
+)
+def test_bad_input(change, message):
+    args = {name: torch.zeros(1, 3, 2, 4) for name in ("query", "key", "value")} | change
+    with pytest.raises(ValueError, match=message) as error:
+        linear_attention(**args)
+    assert "\n" not in str(error.value)
+
+
+def test_triton_is_refused_in_one_line():
+    x = torch.zeros(1, 3, 2, 4)
+    with pytest.raises(ValueError, match='"triton" cannot run this: .* use backend "auto"'):
+        linear_attention(x, x, x, backend="triton")
+
+
+def test_the_kernels_in_triton_s_interpreter():
+    """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+
+
+def test_kernels_that_fail_their_trial_are_left_aside_with_a_warning(monkeypatch):
+    """A GPU's first use of the kernels; the GPU is pretended."""
+    case = torch.device("cuda"), torch.bfloat16, 64, 40, True
+    tried = []
+    monkeypatch.setattr(dispatch, "triton_refusal", lambda *case: None)
+    monkeypatch.setattr(dispatch, "failure_reason", lambda *case: tried.append(case[2:]))
+    dispatch._kept_takes_triton.cache_clear()
+    assert [dispatch._takes_triton("auto", *case) for _ in range(2)] == [True, True]
+    assert tried == [([(1, 70, 2, 64), (1, 90, 2, 64), (1, 90, 2, 40)], *case[:2], True)]  # once
+
+    monkeypatch.setattr(dispatch, "failure_reason", lambda *case: "its output is wrong on this device")
+    dispatch._kept_takes_triton.cache_clear()
+    with pytest.warns(UserWarning, match="does not use triton: its output is wrong"):
+        assert dispatch._takes_triton("auto", *case) is False
+    with pytest.raises(ValueError, match='"triton" cannot run this: its output is wrong on this device; use'):
+        dispatch._takes_triton("triton", *case)
+    dispatch._kept_takes_triton.cache_clear()

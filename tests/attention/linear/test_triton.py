@@ -1,0 +1,307 @@
+"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, where test_linear.py runs
+this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a kernel)."""
+
+import importlib
+
+import pytest
+import torch
+from attention import oracles
+from torch.utils import deterministic
+
+from hybriddit.attention import linear_attention
+
+linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
+if not (torch.cuda.is_available() or linear_triton.INTERPRETED):
+    pytest.skip("no GPU; test_linear.py runs this file in Triton's interpreter", allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+DEVICE = "cpu" if linear_triton.INTERPRETED else "cuda"
+# the interpreter truncates where chips round, and tf32x3 has less than float32's bits
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+# batch, query tokens, key tokens, heads, width, value width
+SHAPES = [
+    (1, 1, 1, 1, 32, 32),
+    (2, 5, 3, 3, 64, 64),
+    (2, 33, 31, 2, 24, 24),
+    (1, 300, 177, 2, 64, 40),
+    (1, 130, 210, 2, 72, 72),
+    (2, 65, 64, 1, 128, 128),
+    (1, 70, 90, 1, 40, 200),
+    (1, 33, 65, 1, 256, 256),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New tensors are full of NaN: what a kernel does not write is seen."""
+    fill, on = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(on)
+    deterministic.fill_uninitialized_memory = fill
+
+
+def fenced(shape, dtype, generator):
+    """Random [B, N, heads, D] amid NaN on all sides: what a kernel reads beyond is seen."""
+    batch, length, heads, width = shape
+    fence = torch.full((batch + 1, length + 70, heads + 1, width + 8), float("nan"), dtype=dtype, device=DEVICE)
+    inside = fence[:batch, 2 : length + 2, :heads, 8:]
+    inside.copy_(torch.randn(shape, generator=generator))
+    return inside.detach().requires_grad_()
+
+
+def random_inputs(shape, dtype, seed=0):
+    batch, queries, keys, heads, width, value_width = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (queries, width), (keys, width), (keys, value_width), (queries, value_width)
+    tensors = [fenced((batch, n, heads, d), dtype, generator) for n, d in sizes]
+    return tensors[:3], tensors[3].detach()
+
+
+def assert_equal_to_oracle(inputs, weight, join=(), tolerance=None, **options):
+    tolerance = TOLERANCE[inputs[0].dtype] if tolerance is None else tolerance
+    options |= dict(zip(("near", "gate"), join, strict=False))
+    out = linear_attention(*inputs, backend="triton", **options)
+    expected = oracles.linear(*inputs, eps=options.get("eps", 1e-4))
+    if join:
+        expected = join[0].double() + join[1].double() * (expected - join[0].double())
+    assert out.dtype == inputs[0].dtype and out.shape == expected.shape
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
+    leaves = [*inputs, *join]
+    grads = torch.autograd.grad(out, leaves, weight)
+    references = torch.autograd.grad(expected, leaves, weight.double())
+    for leaf, grad, reference in zip(leaves, grads, references, strict=True):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+        # of one key alone the gradients of query and key nearly cancel: what is left is rounding
+        bound = reference.double().norm() + 0.02 * weight.double().norm()
+        assert (grad.double() - reference.double()).norm() <= tolerance * bound
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype):
+    assert_equal_to_oracle(*random_inputs(shape, dtype))
+
+
+def test_eps_is_added_to_the_denominator():
+    assert_equal_to_oracle(*random_inputs(SHAPES[2], torch.float32), eps=0.5)
+
+
+# of the result [2, 33, 2, 24]: per head, per channel, per token, one for all, for each element
+@pytest.mark.parametrize("gate_shape", [(2, 1), (2, 24), (2, 33, 2, 1), (1,), (2, 33, 2, 24)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_join_with_another_branch(gate_shape, dtype):
+    inputs, weight = random_inputs(SHAPES[2], dtype)
+    near = fenced(weight.shape, dtype, torch.Generator().manual_seed(1))
+    gate = torch.randn(gate_shape, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
+    assert_equal_to_oracle(inputs, weight, (near, gate), tolerance=1.5 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", ["heads first", "one projection", "odd strides", "last dimension strided"])
+@pytest.mark.parametrize("width", [72, 64])
+def test_strides(layout, width):
+    generator = torch.Generator().manual_seed(0)
+    if layout == "heads first":
+        tensors = [torch.randn(2, 3, 40, width, generator=generator).to(DEVICE).transpose(1, 2) for _ in range(4)]
+    elif layout == "one projection":
+        tensors = torch.randn(2, 40, 3, 4 * width, generator=generator).to(DEVICE).chunk(4, dim=-1)
+    elif layout == "odd strides":
+        tensors = [torch.randn(2, 41, 3, width + 1, generator=generator).to(DEVICE)[:, 1:, :, 1:] for _ in range(4)]
+    else:
+        tensors = [torch.randn(2, 40, 3, 2 * width, generator=generator).to(DEVICE)[..., ::2] for _ in range(4)]
+    *inputs, weight = (x.bfloat16() if layout == "heads first" else x for x in tensors)
+    assert_equal_to_oracle([x.detach().requires_grad_() for x in inputs], weight)
+
+
+def test_results_do_not_change_from_run_to_run():
+    inputs, weight = random_inputs((1, 500, 500, 2, 32, 32), torch.float32)
+    first, second = (linear_attention(*inputs, backend="triton") for _ in range(2))
+    assert first.equal(second)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, weight) for out in (first, second)), strict=True):
+        assert a.equal(b)
+
+
+split_columns = linear_triton._columns
+
+
+@triton.jit
+def _columns_kernel(x, out, COUNT: tl.constexpr):
+    n = tl.arange(0, COUNT)
+    columns = split_columns(tl.load(x + n), tl.bfloat16)
+    tl.store(out + n, tl.sum(columns.to(tl.float32), axis=1))
+
+
+def test_columns_keep_what_bfloat16_loses():
+    x = torch.randn(32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    out = torch.empty_like(x)
+    _columns_kernel[(1,)](x, out, COUNT=32)
+    assert (out - x).norm() < 2**-14 * x.norm()
+
+
+@pytest.mark.parametrize("programs", [1, 7, 10**6])
+def test_any_number_of_splits(programs, monkeypatch):
+    inputs, weight = random_inputs((1, 517, 517, 2, 32, 32), torch.float32)
+
+    def splits(x, pairs, block_rows):
+        blocks = -(-x.shape[1] // block_rows)
+        count = min(programs, blocks)
+        return -(-blocks // -(-blocks // count)), -(-blocks // count) * block_rows
+
+    monkeypatch.setattr(linear_triton, "_splits", splits)
+    assert_equal_to_oracle(inputs, weight)
+
+
+def test_splits_cover_the_rows_once():
+    for length in (1, 31, 32, 33, 500, 4097):
+        x = torch.zeros(1, length, 1, 1, device=DEVICE)
+        for programs in (1, 2, 5, 1000):
+            splits, rows = linear_triton._splits(x, programs, 32)
+            assert rows % 32 == 0 and (splits - 1) * rows < length <= splits * rows
+
+
+@pytest.mark.parametrize(
+    "shape, strides",
+    [((1, 270, 2, 16), (1, 2**23, 16, 1)), ((2, 20, 2, 16), (2**31 + 2**20, 32, 16, 1))],
+    ids=["rows", "batches"],
+)
+def test_offsets_beyond_32_bits(shape, strides):
+    """Elements more than 2**31 apart in one buffer; only the pages that hold rows are touched."""
+    deterministic.fill_uninitialized_memory = False
+    memory = torch.empty(2**31 + 2**28, dtype=torch.bfloat16, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [memory.as_strided(shape, strides, 4096 * i) for i in range(4)]
+    for x in tensors:
+        x.copy_(torch.randn(shape, generator=generator))
+    *inputs, weight = tensors
+    assert_equal_to_oracle([x.detach().requires_grad_() for x in inputs], weight)
+
+
+def test_the_backend_named_is_the_one_that_runs(monkeypatch):
+    inputs, _ = random_inputs(SHAPES[2], torch.float32)
+    inputs = [x.detach() for x in inputs]
+    expected = linear_attention(*inputs, backend="triton")
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(linear_triton, name)
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_sum_kernel", "_output_kernel", "_output_backward_kernel", "_state_backward_kernel"):
+        monkeypatch.setattr(linear_triton, name, Recorder(name))
+    inputs = [x.requires_grad_() for x in inputs]
+    out = linear_attention(*inputs, backend="triton")
+    assert launched == ["_sum_kernel", "_output_kernel"] and out.equal(expected)
+    out.sum().backward()
+    assert launched[2:] == ["_output_backward_kernel", "_sum_kernel", "_state_backward_kernel"]
+    linear_attention(*inputs, backend="torch").sum().backward()
+    assert len(launched) == 5
+
+
+def test_operator_registration():
+    (query, key, value), _ = random_inputs((2, 5, 4, 2, 16, 16), torch.float32)
+    operators = torch.ops.hybriddit
+    torch.library.opcheck(operators.linear_state, (key, value, True), atol=1e-5, rtol=1e-5)
+    state, mean = (x.detach().requires_grad_() for x in operators.linear_state(key, value, True))
+    near, gate = torch.randn_like(query).requires_grad_(), torch.randn(2, 1, device=DEVICE).requires_grad_()
+    for join in ((None, None), (near, gate)):
+        torch.library.opcheck(operators.linear_output, (query, state, mean, *join, 1e-4, True), atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_whole():
+    def function(query, key, value, near, gate):
+        return linear_attention(query, key, value, near=near, gate=gate, backend="triton") * 2
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for shape in (SHAPES[2], SHAPES[5], (2, 40, 40, 2, 24, 24)):  # from the second on torch traces with symbolic sizes
+        inputs, weight = random_inputs(shape, torch.float32)
+        near = torch.randn(weight.shape, device=DEVICE).requires_grad_()
+        leaves = [*inputs, near, torch.randn(shape[3], 1, device=DEVICE).requires_grad_()]
+        for grad, reference in zip(
+            *(torch.autograd.grad(run(*leaves), leaves, weight) for run in (compiled, function)), strict=True
+        ):
+            torch.testing.assert_close(grad, reference)
+
+
+def test_autocast():
+    inputs, weight = random_inputs(SHAPES[3], torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = linear_attention(*inputs, backend="triton")
+        grads = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+    expected = oracles.linear(*(x.detach().bfloat16() for x in inputs))
+    assert out.dtype == torch.bfloat16 and grads[0].dtype == torch.float32
+    assert (out.double() - expected).norm() < TOLERANCE[torch.bfloat16] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nan_stays_nan(dtype):
+    for tensor in range(3):
+        inputs = [x.detach().clone() for x in random_inputs((1, 40, 40, 2, 32, 32), dtype)[0]]
+        inputs[tensor][0, 3, 1, 5] = float("nan")
+        out = linear_attention(*inputs, backend="triton").isnan()
+        assert not out[:, :, 0].any()
+        if tensor == 0:  # one query
+            assert out[0, 3, 1].all() and out.sum() == 32
+        else:  # a key spoils its head's denominators, a value its channel
+            assert out[:, :, 1].all() if tensor == 1 else out[:, :, 1, 5].all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; of the branch that is not taken
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_extreme_inputs_stay_finite(dtype):
+    inputs, weight = random_inputs((1, 64, 64, 2, 32, 32), dtype)
+    inputs = [(x.detach() * 200).requires_grad_() for x in inputs]
+    out = linear_attention(*inputs, backend="triton")
+    assert out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, inputs, weight))
+
+
+def test_nothing_to_do():
+    for shape in ((0, 6, 6, 2, 32, 32), (2, 0, 6, 2, 32, 32), (2, 6, 6, 2, 32, 0)):
+        inputs, weight = random_inputs(shape, torch.float32)
+        out = linear_attention(*inputs, backend="triton")
+        assert out.shape == weight.shape
+        grads = torch.autograd.grad(out, inputs, weight)
+        assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, inputs, strict=True))
+
+
+def test_what_the_kernels_cannot_take_is_refused_by_name_and_left_to_torch_otherwise():
+    for change, message in (
+        (dict(dtype=torch.float64), "take bfloat16, float16 and float32, not float64"),
+        (dict(width=264), "widths up to 256, not 264"),
+    ):
+        options = {"dtype": torch.float32, "width": 32} | change
+        x = torch.randn(1, 4, 1, options["width"], dtype=options["dtype"], device=DEVICE)
+        with pytest.raises(ValueError, match=f'"triton" cannot run this: .*{message}; use backend "auto"'):
+            linear_attention(x, x, x, backend="triton")
+        expected = oracles.linear(x, x, x)
+        assert (linear_attention(x, x, x) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_trial_of_a_first_use(dtype, monkeypatch):
+    linear = importlib.import_module("hybriddit.attention.linear")
+    shapes = [(1, 70, 2, 72), (1, 90, 2, 72), (1, 90, 2, 40)]
+
+    def tried():
+        return linear.trouble(linear._in_triton, linear._in_torch, shapes, torch.device(DEVICE), dtype, True)
+
+    assert tried() is None
+    backward = linear_triton.state_backward
+    monkeypatch.setattr(linear_triton, "state_backward", lambda *args: [1.1 * x for x in backward(*args)])
+    assert tried() == "its gradient is wrong on this device"
+    monkeypatch.setattr(linear_triton, "output", lambda query, *args: torch.full_like(query, float("nan"))[..., :40])
+    assert tried() == "its output is wrong on this device"
+
+    def fails(*args):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    monkeypatch.setattr(linear_triton, "output", fails)
+    assert tried() == "it failed with RuntimeError: out of resource: shared memory"

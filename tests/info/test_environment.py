@@ -1,0 +1,83 @@
+"""What `hybriddit info` says of this machine."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from hybriddit.attention.window import WindowCase, choose_backend
+from hybriddit.cli import main
+from hybriddit.info import environment, environment_text
+
+
+def test_this_machine(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert found["device"]["type"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert all(found["window_attention"][name]["available"] for name in ("tiled", "dense"))
+    triton = found["linear_attention"]["triton"]
+    assert triton["available"] == (triton["note"] == "") and (triton["available"] or "GPU" in triton["note"])
+
+
+def test_choices_are_those_of_the_dispatch(capsys):
+    assert main(["info", "--json"]) == 0
+    choices = json.loads(capsys.readouterr().out)["window_choices"]
+    assert [(c["family"], c["pixels"]) for c in choices] == [
+        (family, size) for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX") for size in (512, 1024, 4096)
+    ]
+    flux = choices[-1]
+    assert flux["grid"] == [256, 256] and (flux["heads"], flux["head_dim"], flux["text_length"]) == (24, 128, 512)
+    for choice in choices:
+        case = WindowCase(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            tuple(choice["grid"]),
+            choice["heads"],
+            choice["head_dim"],
+            (choice["window"],) * 2,
+            text_length=choice["text_length"],
+        )
+        expected = choose_backend(case)
+        assert (choice["backend"], choice["reason"]) == expected[:2]
+        assert choice["passed_over"] == dict(expected.passed_over)
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        f"FLUX                 512 {choices[6]['backend']}, 1024 {choices[7]['backend']}, 4096 {flux['backend']}"
+        in text
+    )
+    assert f"    {flux['backend']}: {flux['reason']}" in text
+
+
+def test_a_gpu_without_natten_s_kernels_takes_flex(monkeypatch):
+    """What a GPU machine is told, made up on this one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "natten", None)
+    monkeypatch.setattr("hybriddit.attention.window.flex.triton_requirements", lambda: [])
+    found = environment()
+    assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
+    assert found["window_choices"][-1]["passed_over"] == {"natten": "it is not installed"}
+    assert "FLUX                 512 flex, 1024 flex, 4096 flex" in environment_text(found)
+
+
+@pytest.mark.parametrize("gpu, kernels, triton, compiler", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1), (0, 0, 0, 0)])
+def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("hybriddit.info.machine._natten_has_kernels", lambda: bool(kernels))
+    monkeypatch.setattr("hybriddit.attention.trial.importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("hybriddit.attention.trial.shutil.which", lambda name: "/bin/cc" if compiler else None)
+    monkeypatch.delenv("CC", raising=False)
+    found = environment()
+    natten, flex = (found["window_attention"][name] for name in ("natten", "flex"))
+    assert natten["available"] == bool(gpu and kernels)
+    assert ("GPU" in natten["note"], "kernels" in natten["note"]) == (not gpu, not kernels)
+    assert flex["available"] == (not gpu or bool(triton and compiler))
+    if gpu:
+        assert ("triton" in flex["note"], "C compiler" in flex["note"]) == (not triton, not compiler)
+    assert f"natten      {'yes' if natten['available'] else 'no: needs'}" in environment_text(found)
