@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -24,8 +24,7 @@ from torch import nn
 
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
-from hybriddit.attention import TokenLayout
-from hybriddit.models.family import Family, LayerShape, Processors, Published, family_of, register, unregister
+from hybriddit.models.family import Family, LayerShape, Processors, Published, register, unregister
 from hybriddit.models.hybrid_model import hybrid_class
 from hybriddit.models.processing import check_call, far_inputs, project
 from hybriddit.models.recipe import Recipe, shifted_logit_normal
