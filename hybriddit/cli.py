@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .benchmark.shapes import PARTS, SHAPES, VARIANTS
+from .benchmark.shapes import PARTS, VARIANTS
 
 # of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample.py holds them to be the same)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
@@ -425,7 +425,13 @@ def add_benchmark(commands) -> None:
         "--part attention --shapes flux --sizes 512 1024 --out outputs/benchmark",
     )
     sub.add_argument("--part", dest="parts", nargs="+", choices=PARTS, help="(default: all; generation on a GPU only)")
-    sub.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="(default: all; two of them on a CPU)")
+    sub.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="NAME",
+        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, sit-xl and those of families of your own "
+        "(default: all; two of them on a CPU)",
+    )
     sub.add_argument(
         "--sizes",
         nargs="+",
@@ -456,8 +462,14 @@ def benchmark(options: argparse.Namespace) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from .benchmark.run import run, settings
+    from .benchmark.subjects import find_subject
     from .machine import device_of_this_machine
 
+    for name in options.shapes or ():
+        try:
+            find_subject(name)
+        except ValueError as error:
+            build_parser().error(f"argument --shapes: {error}")
     chosen = settings(device_of_this_machine(), **_given(options, "out", "quiet"))
     report = run(chosen, options.out, options.quiet)
     if options.json:

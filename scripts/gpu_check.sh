@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that a GPU has to show, under 25 minutes on an H100: environment, tests, benchmark, and the targets of both.
+# Everything to run on a GPU, under 25 minutes on an H100: environment, tests, benchmark, and whether targets are reached.
 #     scripts/gpu_check.sh [folder of wheels]
 # Needs a GPU, and Python with torch and triton ($PYTHON, default python3). No network: what the machine lacks (pytest,
-# matplotlib, diffusers and what it needs, natten) comes from the folder of wheels, if one is given; what is
-# still missing is said and left out. Results go to benchmarks/results/<device>/, and are copied to $OUT if that is set.
-# Exits with 1 where there is no GPU, a test fails or a measurement breaks; a missed target is told, and no error.
+# matplotlib, diffusers and what it needs, natten) comes from the folder of wheels, if one is given; steps for which
+# something is still missing are left out, with a note. Results go to benchmarks/results/<device>/, and are copied to $OUT
+# if that is set. Exits with 1 where there is no GPU, a test fails or a measurement breaks; a missed target is no error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -35,7 +35,7 @@ trap finish EXIT
 
 if [ -n "$wheels" ]; then
     "$python" -m venv --system-site-packages --without-pip "$work/venv"
-    # where $python is of a virtual environment itself, its packages are no "system" ones
+    # if $python is itself in a virtual environment, --system-site-packages leaves out that environment's packages
     "$python" -c 'import site; print("\n".join(site.getsitepackages()))' > "$work/outer"
     cp "$work/outer" "$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     for wheel in "$wheels"/*.whl; do
@@ -60,13 +60,13 @@ echo "== environment"
 
 echo "== tests"
 if has pytest; then
-    timeout 480 "$python" -m pytest tests/attention tests/test_benchmark.py 2>&1 | tee "$work/tests" || failed=1
+    timeout 480 "$python" -m pytest tests/attention tests/benchmark 2>&1 | tee "$work/tests" || failed=1
     tail -n 1 "$work/tests" > "$results/tests.txt"
 else
     echo "left out: the tests need pytest"
 fi
 
-# Ctrl-C is what the benchmark keeps its results at
+# stopped by SIGINT (Ctrl-C): the benchmark then keeps what it has measured
 bench() {
     local limit=$1 code=0
     shift
@@ -78,17 +78,15 @@ bench() {
     fi
 }
 
-echo "== attention layer"
-bench 660 --part attention --shapes flux pixart-sigma sd3 --sizes 512 1024 2048 4096 8192 16384 --max-seconds 12 \
-    --out "$results"
-
-echo "== transformer"
+echo "== benchmark: attention layer, transformer, generation"
 if has diffusers && has accelerate; then
+    bench 660 --part attention --shapes flux pixart-sigma sd3 --sizes 512 1024 2048 4096 8192 16384 --max-seconds 12 \
+        --out "$results"
     bench 200 --part transformer --shapes pixart-sigma flux --sizes 256 512 1024 --compile --out "$results/transformer"
     bench 120 --part generation --shapes flux pixart-sigma --sizes 1024 2048 4096 --max-seconds 15 \
         --out "$results/generation"
 else
-    echo "left out: whole transformers and generation need diffusers and accelerate"
+    echo "left out: the benchmark needs diffusers and accelerate"
 fi
 
 echo "== targets"

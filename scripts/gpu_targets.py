@@ -1,4 +1,4 @@
-"""What the attention on a GPU is to reach, against what `scripts/gpu_check.sh` measured.
+"""Speed targets of the attention on a GPU, compared with what `scripts/gpu_check.sh` measured.
 
     python scripts/gpu_targets.py benchmarks/results/<device>
 
@@ -13,31 +13,31 @@ from hybriddit.benchmark.report import fastest_dense, read
 # of the measured copy bandwidth, from this many tokens on
 BANDWIDTH = {"forward": 0.70, "backward": 0.55}
 FROM_TOKENS = 16384
-# fastest dense time over the hybrid layer's, FLUX, forward, by the side of the grid in tokens
+# time of the fastest dense variant over the hybrid layer's, FLUX, forward, by the side of the grid in tokens
 SPEEDUP = {64: 0.95, 128: 2.0, 256: 8.0, 512: 30.0}
-# compiled hybrid over compiled dense time, one step
+# time of a compiled hybrid step over that of a compiled dense one, at most
 STEP = 1.05
 
 
 def attention_targets(report):
     """Yields (target, reached or None, what was found)."""
-    for case in report["cases"]:
-        if case["variant"] == "linear" and case["image_tokens"] >= FROM_TOKENS and case["direction"] in BANDWIDTH:
-            wanted = BANDWIDTH[case["direction"]]
-            name = f"linear {case['direction']}, {case['shape']}, {case['image_tokens']} tokens"
+    for row in report["cases"]:
+        if row["variant"] == "linear" and row["image_tokens"] >= FROM_TOKENS and row["direction"] in BANDWIDTH:
+            wanted = BANDWIDTH[row["direction"]]
+            name = f"linear {row['direction']}, {row['shape']}, {row['image_tokens']} tokens"
             name += f": at least {wanted:.0%} of the copy bandwidth"
-            if "seconds" not in case:
-                yield name, None, case["not_measured"]
+            if "seconds" not in row:
+                yield name, None, row["not_measured"]
                 continue
-            rate = case["floor"]["bytes"] / case["seconds"]["median"] / report["rates"]["bytes_per_second"]
+            rate = row["floor"]["bytes"] / row["seconds"]["median"] / report["rates"]["bytes_per_second"]
             yield name, rate >= wanted, f"{rate:.0%}"
     for side, wanted in SPEEDUP.items():
         name = f"hybrid layer, flux, {side} x {side} tokens: at least {wanted:g} times dense"
         found = [
-            case
-            for case in report["cases"]
-            if (case["shape"], case["variant"], case["direction"]) == ("flux", "hybrid", "forward")
-            and case["image_tokens"] == side * side
+            row
+            for row in report["cases"]
+            if (row["shape"], row["variant"], row["direction"]) == ("flux", "hybrid", "forward")
+            and row["image_tokens"] == side * side
         ]
         if not found or "seconds" not in found[0]:
             yield name, None, found[0]["not_measured"] if found else "not in the results"
@@ -48,15 +48,15 @@ def attention_targets(report):
 
 
 def step_targets(report):
-    """The same, of compiled transformers."""
-    for case in report["cases"]:
-        if case["variant"] == "hybrid" and case["direction"] == "forward" and case["px"] <= 1024:
-            name = f"compiled step, {case['shape']}, {case['px']} px: at most {STEP:g} of dense"
-            dense = fastest_dense(report, case)
-            if "seconds" not in case or dense is None:
-                yield name, None, case.get("not_measured", "dense was not measured")
+    """Yields (target, reached or None, what was found) of compiled transformers."""
+    for row in report["cases"]:
+        if row["variant"] == "hybrid" and row["direction"] == "forward" and row["px"] <= 1024:
+            name = f"compiled step, {row['shape']}, {row['px']} px: at most {STEP:g} of dense"
+            dense = fastest_dense(report, row)
+            if "seconds" not in row or dense is None:
+                yield name, None, row.get("not_measured", "dense was not measured")
                 continue
-            ratio = case["seconds"]["median"] / dense
+            ratio = row["seconds"]["median"] / dense
             yield name, ratio <= STEP, f"{ratio:.3f}"
 
 

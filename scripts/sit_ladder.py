@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hybriddit.benchmark.measure import Limits, Side, measure
+from hybriddit.benchmark.measure import Case, Limits, measure
 from hybriddit.data.class_data import ClassData
 from hybriddit.data.sources import open_class_data
 from hybriddit.demo.run import contact_sheet
@@ -265,7 +265,7 @@ def speeds(config: SiTConfig, folder: Path) -> dict:
     """Images a second, forward and backward, and the most memory they hold, of all variants in turns in this process."""
     batch = config.train.batch_size
     generator = torch.Generator().manual_seed(SEED)
-    sides = []
+    cases = []
     for name in VARIANTS:
         model = make_model(of_variant(config, name, 0, folder))
         own = model.config
@@ -273,8 +273,8 @@ def speeds(config: SiTConfig, folder: Path) -> dict:
         t = torch.rand(batch, generator=generator)
         y = torch.randint(own.num_classes, (batch,), generator=generator)
 
-        sides.append(Side(name, partial(predict, model, x, t, y), [p for p in model.parameters() if p.requires_grad]))
-    outcomes = measure(sides, True, torch.device("cpu"), Limits(repeats=9, max_seconds=60))
+        cases.append(Case(name, partial(predict, model, x, t, y), [p for p in model.parameters() if p.requires_grad]))
+    outcomes = measure(cases, True, torch.device("cpu"), Limits(repeats=9, max_seconds=60))
     found = {
         name: {
             "images_per_second": batch / float(np.median(outcome.samples["forward + backward"])),

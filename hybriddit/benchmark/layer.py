@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
-from .circular import circular_attention, circular_block_mask, circular_pairs, compiled_flex
-from .measure import Side, Work
-from .shapes import PIXELS_PER_TOKEN, Shape
+from ..attention.work import Work, dense_work
+from .circular import circular_attention, circular_block_mask, circular_work, compiled_flex
+from .measure import Case
+from .shapes import Shape, is_dense
 
 SDPA = {
     "dense-flash": SDPBackend.FLASH_ATTENTION,
@@ -28,13 +29,14 @@ def device_variants(device: torch.device) -> tuple[str, ...]:
 
 
 def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> int:
-    """Of the tensors that a layer's variants share, and of their gradients; one output is among them."""
-    image = (px // PIXELS_PER_TOKEN) ** 2
+    """Bytes of the tensors that a layer's variants share, one output and all their gradients included."""
+    rows, columns = shape.grid(px)
+    image = rows * columns
     elements = shape.heads * shape.head_dim * (4 * (image + shape.text) + 2 * image)
     return elements * dtype.itemsize * (2 if backward else 1)
 
 
-def layer_sides(
+def layer_cases(
     shape: Shape,
     px: int,
     variants: Sequence[str],
@@ -43,14 +45,14 @@ def layer_sides(
     dtype: torch.dtype,
     device: torch.device,
     backward: bool,
-) -> list[Side]:
-    """One side per variant, on random inputs of batch 1 that they share.
+) -> list[Case]:
+    """One case per variant, on random inputs of batch 1 that they share.
 
-    Projections and the query and key maps are apart: every side starts from q, k, v, and the hybrid from the far
+    Projections and the query and key maps are apart: every case starts from q, k, v, and the hybrid from the far
     branch's q and k too. backward: the inputs need gradients.
     """
-    side_length = px // PIXELS_PER_TOKEN
-    grid, image = (side_length, side_length), side_length**2
+    grid = shape.grid(px)
+    image = grid[0] * grid[1]
     layout = TokenLayout(shape.text, (grid,), shape.text_first)
 
     def random(length: int) -> Tensor:
@@ -63,27 +65,27 @@ def layer_sides(
     text = {"text_key": text_key, "text_value": text_value} if shape.text else {}
     gradients: dict[torch.Size, Tensor] = {}
 
-    def hybrid() -> Side:
-        layer = HybridAttention(1, shape.heads, shape.head_dim, window=(window, window)).to(device)
+    def hybrid() -> Case:
+        layer = _hybrid_layer(shape, window).to(device)
         layer.gate.data.uniform_()
         inputs = [query, key, value, far_query, far_key, layer.gate]
-        return side(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
+        return case(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
 
     # the branches' gradients end at the image's part: what takes it out of the sequence is not theirs
-    def near() -> Side:
+    def near() -> Case:
         inputs = [image_query, image_key, image_value, *text.values()]
 
         def forward() -> Tensor:
             heads = (x.unflatten(1, grid) for x in inputs[:3])
             return neighborhood_attention(*heads, window=window, **text).flatten(1, 2)
 
-        return side(forward, inputs)
+        return case(forward, inputs)
 
-    def linear() -> Side:
+    def linear() -> Case:
         inputs = [far_query, far_key, image_value]
-        return side(lambda: linear_attention(*inputs), inputs)
+        return case(lambda: linear_attention(*inputs), inputs)
 
-    def dense(backend: SDPBackend | None = None) -> Side:
+    def dense(backend: SDPBackend | None = None) -> Case:
         def forward() -> Tensor:
             heads = (x.transpose(1, 2) for x in (query, key, value))
             if backend is None:
@@ -91,9 +93,9 @@ def layer_sides(
             with sdpa_kernel([backend]):
                 return F.scaled_dot_product_attention(*heads).transpose(1, 2)
 
-        return side(forward, [query, key, value])
+        return case(forward, [query, key, value])
 
-    def circular() -> Side:
+    def circular() -> Case:
         attend, mask = compiled_flex(), None
 
         def forward() -> Tensor:
@@ -103,50 +105,44 @@ def layer_sides(
             return circular_attention(query, key, value, mask, attend)
 
         refusal = "FlexAttention has no backward pass on a CPU" if device.type == "cpu" else None
-        return side(forward, [query, key, value], no_backward=refusal)
+        return case(forward, [query, key, value], no_backward=refusal)
 
-    def side(forward, inputs: list[Tensor], **kwargs) -> Side:
-        return Side("", forward, inputs, gradients=gradients, **kwargs)
+    def case(forward, inputs: list[Tensor], **kwargs) -> Case:
+        return Case("", forward, inputs, gradients=gradients, **kwargs)
 
     makers = {"hybrid": hybrid, "window": near, "linear": linear, "dense": dense, "circular": circular}
     makers |= {name: lambda backend=backend: dense(backend) for name, backend in SDPA.items()}
-    sides = []
+    cases = []
     for name in variants:
         made = makers[name]()
         made.name = name
-        sides.append(made)
-    return sides
+        cases.append(made)
+    return cases
 
 
 def layer_work(
     variant: str, shape: Shape, grid: tuple[int, int], window: int, radius: int, element: int
 ) -> dict[str, Work]:
-    """The least that each direction has to move and compute; `element` is the size of a number in bytes.
+    """The least that each direction has to move and compute, as the layers count it (see `attention.work`).
 
-    Every input is read once and every output written once; a backward pass also reads what softmax's derivative needs
-    (its own output). FLOPs are those of the matrix products, nothing computed twice, masked pairs left out.
+    "window" and "linear" are the hybrid layer's branches alone. `radius` is the circular window's, `element` the size
+    of a number in bytes. The query and key maps, which no variant runs, are left out.
     """
-    width, text = shape.heads * shape.head_dim, shape.text
-    image = grid[0] * grid[1]
-    whole = image + text
-    near = image * (min(window, grid[0]) * min(window, grid[1]) + text)
-    softmax, linear = 4 * width, 4 * width * shape.head_dim  # FLOPs of a pair, of a token
-    # tokens moved forward, tokens moved backward, FLOPs forward
+    layout = TokenLayout(shape.text, (grid,), shape.text_first)
+    tokens, width = layout.text_length + layout.image_length, shape.heads * shape.head_dim
+    if variant == "circular":
+        return circular_work(grid, shape.text, radius, width, element)
+    if is_dense(variant):
+        return dense_work(tokens, width, element)
+    with torch.device("meta"):
+        layer = _hybrid_layer(shape, window)
+    if variant == "window":
+        return layer.near_work(layout, element)
     if variant == "linear":
-        forward, backward, flops = 4 * image, 7 * image, linear * image
-    elif variant == "window":
-        forward, backward, flops = 4 * image + 2 * text, 8 * image + 4 * text, softmax * near
-    elif variant == "hybrid":
-        forward, backward = 4 * whole + 2 * image, 8 * whole + 4 * image
-        flops = softmax * (near + text * whole) + linear * image
-    elif variant == "circular":
-        pairs = circular_pairs(grid, radius) + image * text + text * whole
-        forward, backward, flops = 4 * whole, 8 * whole, softmax * pairs
-    else:
-        forward, backward, flops = 4 * whole, 8 * whole, softmax * whole**2
-    bytes_per_token = width * element
-    return {
-        "forward": Work(forward * bytes_per_token, flops),
-        "backward": Work(backward * bytes_per_token, 2 * flops),
-        "forward + backward": Work((forward + backward) * bytes_per_token, 3 * flops),
-    }
+        return layer.far.work(layout.image_length, layout.image_length, element)
+    return layer.work(layout, element)
+
+
+def _hybrid_layer(shape: Shape, window: int) -> HybridAttention:
+    """The layer without what its maps would take: the far branch's queries and keys are given."""
+    return HybridAttention(1, shape.heads, shape.head_dim, window=(window, window))

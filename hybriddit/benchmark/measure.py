@@ -1,4 +1,7 @@
-"""Times and memory of calls on one device: taken in turns, in one process, and nothing that was not taken."""
+"""Interleaved timing and peak memory of calls on one device; returns measured values only.
+
+Cases that are compared are called in turns in one process, so that a clock that slows down slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +25,30 @@ PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
 MIN_REPEATS = 3
 # a sample lasts about this long: a GPU's clock and queue need more than one short kernel
 SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
-MAX_CALLS = 200
-SHORT_SECONDS = 0.1
-RATE_SECONDS = 2.0
+MAX_CALLS = 200  # of one sample
+SHORT_SECONDS = 0.1  # below it, the profiler's own time distorts a call's
+RATE_SECONDS = 2.0  # spent on each of the device's two rates
 OUT_OF_MEMORY = "out of memory"
 
 
 class Rates(NamedTuple):
-    """What this device reaches: copying (bytes read and written per second), and matrix products in the dtype."""
+    """Measured rates of the device: bytes read and written per second in a copy, FLOP/s of matrix products."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def floor(self, work: Work) -> float:
-        """Seconds below which memory and arithmetic units of this speed cannot do the work."""
+        """The least seconds the work takes at these rates: by memory or by arithmetic, whichever is longer."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 
 @dataclass
-class Side:
-    """One of the things that are compared.
+class Case:
+    """One of the computations that are compared.
 
-    forward: makes the output. inputs: what the backward pass gives gradients to. steps: a call is so many steps, and
-    times are of one. no_backward: why it has no backward pass.
+    name: its variant. forward: computes the output. inputs: the tensors that the backward pass gives gradients to.
+    steps: sampler steps in one call; times are per step. no_backward: why there is no backward pass, None if there is.
+    gradients: the output's gradients, by the output's shape; cases that are compared share one dictionary.
     """
 
     name: str
@@ -52,12 +56,15 @@ class Side:
     inputs: list[Tensor]
     steps: int = 1
     no_backward: str | None = None
-    # of the outputs, by their shape: shared by the sides that take turns
     gradients: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False)
 
 
 class Outcome(NamedTuple):
-    """Samples, seconds per call, by direction; calls behind each sample; bytes allocated beyond the inputs."""
+    """What was measured of a case.
+
+    samples: seconds per call (or step), by direction. calls: each sample is the mean of so many calls. peak_bytes: the
+    most memory that a call held beyond its inputs and weights.
+    """
 
     samples: dict[str, list[float]]
     calls: int
@@ -65,8 +72,10 @@ class Outcome(NamedTuple):
 
 
 class Limits(NamedTuple):
+    """Samples of each case at most, and seconds that all its calls may take, compiling apart."""
+
     repeats: int
-    max_seconds: float  # for all calls of one side, compiling apart
+    max_seconds: float
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a call may still take."""
+    """Bytes of memory that a call may still take, within a container's own limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -97,7 +106,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """The fastest of up to 30 copies of `copy_bytes`, and of as many products of square matrices of that side."""
+    """Rates of the fastest of up to 30 copies of `copy_bytes` bytes and of up to 30 products of square matrices.
+
+    matrix: their rows.
+    """
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
     copy = _fastest(partial(one.copy_, other), device)
     one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
@@ -106,45 +118,50 @@ def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, mat
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    side = Side("", call, [])
+    """Seconds of the fastest of 3 to 30 calls, of at most RATE_SECONDS together beyond the third."""
+    case = Case("", call, [])
     samples, begin = [], time.perf_counter()
     while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
-        samples.append(sample(side, False, 1, device)["forward"])
+        samples.append(sample(case, False, 1, device)["forward"])
     return min(samples)
 
 
-def sample(side: Side, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
-    """Seconds per call, by direction: forward alone, or backward and forward + backward of the same calls."""
+def sample(case: Case, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
+    """Mean seconds per call of `calls` calls, by direction.
+
+    backward False: "forward", without autograd, or "step" for a sampler. True: "backward" and "forward + backward" of
+    the same calls.
+    """
     stamp, seconds_between, wait = _clock(device)
     wait()
     begin, backward_spans = stamp(), []
     for _ in range(calls):
         if backward:
-            out = side.forward()
+            out = case.forward()
             before = stamp()
-            _gradients(side, out)
+            _gradients(case, out)
             backward_spans.append((before, stamp()))
             del out
         else:
             with torch.no_grad():
-                side.forward()
+                case.forward()
     end = stamp()
     wait()
-    whole = seconds_between(begin, end) / calls / side.steps
+    whole = seconds_between(begin, end) / calls / case.steps
     if not backward:
-        return {"step" if side.steps > 1 else "forward": whole}
+        return {"step" if case.steps > 1 else "forward": whole}
     alone = sum(seconds_between(*span) for span in backward_spans) / calls
     return {"backward": alone, "forward + backward": whole}
 
 
-def _gradients(side: Side, out: Tensor) -> None:
-    if out.shape not in side.gradients:
-        side.gradients[out.shape] = torch.randn_like(out)
-    torch.autograd.grad(out, side.inputs, side.gradients[out.shape], allow_unused=True)
+def _gradients(case: Case, out: Tensor) -> None:
+    if out.shape not in case.gradients:
+        case.gradients[out.shape] = torch.randn_like(out)
+    torch.autograd.grad(out, case.inputs, case.gradients[out.shape], allow_unused=True)
 
 
 def _clock(device: torch.device):
-    """A function that marks a moment, one for the seconds between two marks, and one that waits for the device."""
+    """Three functions: mark a moment, seconds between two marks, wait for the device (before marks are compared)."""
     if device.type == "cpu":
         return time.perf_counter, lambda start, end: end - start, lambda: None
 
@@ -157,7 +174,7 @@ def _clock(device: torch.device):
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call holds at once beyond what was held before it, by torch's allocator."""
+    """The most bytes that a call allocates at once, beyond those allocated before it, by torch's allocator."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(device)
@@ -167,7 +184,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells stderr that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -179,67 +196,67 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def measure(
-    sides: Iterable[Side],
+    cases: Iterable[Case],
     backward: bool,
     device: torch.device,
     limits: Limits,
 ) -> dict[str, Outcome | str]:
-    """Every side's times, taken in turns, or why there are none.
+    """Measure all cases in turns. Returns, by the case's name, its outcome or the reason why there is none.
 
-    A side is called once unmeasured (it may compile), once for its memory and a first idea of its time, and then
-    `limits.repeats` times, fewer where that would take longer than `limits.max_seconds`.
+    A case is called once unmeasured (it may compile), once for its memory and an estimate of its time, and then for
+    `limits.repeats` samples, fewer where those would take longer than `limits.max_seconds`.
     """
     outcomes: dict[str, Outcome | str] = {}
-    running: list[tuple[Side, int, int]] = []
-    for side in sides:
-        if backward and side.no_backward:
-            outcomes[side.name] = side.no_backward
+    running: list[tuple[Case, int, int]] = []
+    for case in cases:
+        if backward and case.no_backward:
+            outcomes[case.name] = case.no_backward
             continue
         try:
-            _call(side, backward)
+            _call(case, backward)
             seconds = []
 
-            def timed(side=side, seconds=seconds):
-                seconds.extend(sample(side, backward, 1, device).values())
+            def timed(case=case, seconds=seconds):
+                seconds.extend(sample(case, backward, 1, device).values())
 
             peak = peak_bytes(timed, device)
         except torch.OutOfMemoryError:
-            outcomes[side.name] = OUT_OF_MEMORY
-        except Exception as error:  # one kernel that a machine cannot run must not cost the others' figures
-            outcomes[side.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            outcomes[case.name] = OUT_OF_MEMORY
+        except Exception as error:  # the other cases are measured even if this one's kernel fails
+            outcomes[case.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
         else:
-            one = max(seconds) * side.steps
-            if one < SHORT_SECONDS:  # the profiler took a share of that
-                one = max(sample(side, backward, 1, device).values()) * side.steps
+            one = max(seconds) * case.steps
+            if one < SHORT_SECONDS:  # measured again, without the profiler
+                one = max(sample(case, backward, 1, device).values()) * case.steps
             affordable = int(limits.max_seconds / one) - 2
             if affordable < min(MIN_REPEATS, limits.repeats):
-                outcomes[side.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
+                outcomes[case.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
             else:
                 calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS[device.type] / one)))
                 repeats = min(limits.repeats, max(affordable // calls, MIN_REPEATS))
-                outcomes[side.name] = Outcome({}, calls, peak)
-                running.append((side, calls, repeats))
+                outcomes[case.name] = Outcome({}, calls, peak)
+                running.append((case, calls, repeats))
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for turn in range(max((repeats for _, _, repeats in running), default=0)):
-        for side, calls, repeats in running:
-            if turn < repeats and isinstance(outcomes[side.name], Outcome):
+        for case, calls, repeats in running:
+            if turn < repeats and isinstance(outcomes[case.name], Outcome):
                 try:
-                    taken = sample(side, backward, calls, device)
-                except torch.OutOfMemoryError:  # the memory lies in pieces by now
-                    outcomes[side.name] = OUT_OF_MEMORY
+                    taken = sample(case, backward, calls, device)
+                except torch.OutOfMemoryError:  # memory is fragmented by now
+                    outcomes[case.name] = OUT_OF_MEMORY
                     continue
                 for direction, seconds in taken.items():
-                    outcomes[side.name].samples.setdefault(direction, []).append(seconds)
+                    outcomes[case.name].samples.setdefault(direction, []).append(seconds)
     return outcomes
 
 
-def _call(side: Side, backward: bool) -> None:
+def _call(case: Case, backward: bool) -> None:
     if backward:
-        _gradients(side, side.forward())
+        _gradients(case, case.forward())
     else:
         with torch.no_grad():
-            side.forward()
+            case.forward()
 
 
 def _first_line(error: Exception) -> str:

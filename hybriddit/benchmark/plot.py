@@ -1,4 +1,4 @@
-"""The log-log plot of a report: tokens against time, one panel for each shape, part and direction."""
+"""The plot of a report: image tokens against time, both logarithmic, one panel for each shape, part and direction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import math
 from typing import Any
 
-from .shapes import DIRECTIONS, PARTS, PIXELS_PER_TOKEN, is_dense
+from .shapes import DIRECTIONS, PARTS, is_dense
 
 # Okabe and Ito's colours, which colour-blind people tell apart
 COLORS = {
@@ -24,18 +24,18 @@ INK = "#333333"
 
 
 def draw(report: dict[str, Any]):
-    """A matplotlib Figure; None without matplotlib or without a measured case."""
-    cases = [case for case in report["cases"] if "seconds" in case and case["direction"] != "backward"]
-    if not cases or importlib.util.find_spec("matplotlib") is None:
+    """A matplotlib Figure; None without matplotlib or without a measured row."""
+    measured = [row for row in report["cases"] if "seconds" in row and row["direction"] != "backward"]
+    if not measured or importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
-    rows = list(dict.fromkeys(case["shape"] for case in cases))
+    shapes = list(dict.fromkeys(row["shape"] for row in measured))
     columns = sorted(
-        {(case["part"], case["direction"]) for case in cases},
+        {(row["part"], row["direction"]) for row in measured},
         key=lambda column: (PARTS.index(column[0]), DIRECTIONS.index(column[1])),
     )
-    figure = Figure(figsize=(PANEL[0] * len(columns), PANEL[1] * len(rows) + 0.9), layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * len(columns), PANEL[1] * len(shapes) + 0.9), layout="constrained")
     figure.set_facecolor("white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     device, settings = report["machine"]["device"], report["settings"]
@@ -45,10 +45,12 @@ def draw(report: dict[str, Any]):
         fontsize=10,
         color=INK,
     )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for row, shape in zip(axes, rows, strict=True):
-        for axis, (part, direction) in zip(row, columns, strict=True):
-            found = [c for c in cases if (c["shape"], c["part"], c["direction"]) == (shape, part, direction)]
+    axes = figure.subplots(len(shapes), len(columns), squeeze=False)
+    for panels, shape in zip(axes, shapes, strict=True):
+        for axis, (part, direction) in zip(panels, columns, strict=True):
+            found = [
+                row for row in measured if (row["shape"], row["part"], row["direction"]) == (shape, part, direction)
+            ]
             if found:
                 _panel(axis, shape, part, direction, found)
             else:
@@ -56,28 +58,29 @@ def draw(report: dict[str, Any]):
     return figure
 
 
-def _panel(axis, shape: str, part: str, direction: str, cases: list[dict[str, Any]]) -> None:
+def _panel(axis, shape: str, part: str, direction: str, rows: list[dict[str, Any]]) -> None:
+    """Draw the lines of one shape, part and direction, and their floors, with a logarithmic scale on both axes."""
     lines = {
-        variant: sorted((c for c in cases if c["variant"] == variant), key=lambda case: case["image_tokens"])
+        variant: sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["image_tokens"])
         for variant in COLORS
     }
     lines = {variant: found for variant, found in lines.items() if found}
     labels = []
     for variant, found in lines.items():
-        tokens = [case["image_tokens"] for case in found]
-        times = [case["seconds"]["median"] for case in found]
+        tokens = [row["image_tokens"] for row in found]
+        times = [row["seconds"]["median"] for row in found]
         spread = [
-            [time - case["seconds"]["p10"] for time, case in zip(times, found, strict=True)],
-            [case["seconds"]["p90"] - time for time, case in zip(times, found, strict=True)],
+            [time - row["seconds"]["p10"] for time, row in zip(times, found, strict=True)],
+            [row["seconds"]["p90"] - time for time, row in zip(times, found, strict=True)],
         ]
         color, strong = COLORS[variant], variant == "hybrid" or is_dense(variant)
         axis.errorbar(tokens, times, spread, color=color, marker="o", markersize=4, linewidth=2 if strong else 1.4,
                       elinewidth=1, capsize=2, zorder=3 if strong else 2)  # fmt: skip
-        floors = [case["floor"]["seconds"] for case in found]
+        floors = [row["floor"]["seconds"] for row in found]
         axis.plot(tokens, floors, color=color, linestyle=(0, (4, 3)), linewidth=0.9, alpha=0.65, zorder=1)
         labels.append((tokens[-1], times[-1], variant, color))
 
-    sizes = sorted({(case["image_tokens"], case["px"]) for case in cases})
+    sizes = sorted({(row["image_tokens"], row["px"]) for row in rows})
     from matplotlib.ticker import LogLocator
 
     axis.set_xscale("log", base=2)
@@ -87,7 +90,7 @@ def _panel(axis, shape: str, part: str, direction: str, cases: list[dict[str, An
     axis.set_xticks([count for count, _ in sizes], [f"{count:,}\n{px} px" for count, px in sizes], fontsize=8)
     axis.minorticks_off()
     bottom, top = axis.get_ylim()
-    if top < 4 * bottom:  # a difference of a few per cent is not to look like a gulf
+    if top < 4 * bottom:  # or a few per cent would look like a gulf
         middle = math.sqrt(bottom * top)
         bottom, top = middle / 2, middle * 2
         axis.set_ylim(bottom, top)
@@ -95,10 +98,11 @@ def _panel(axis, shape: str, part: str, direction: str, cases: list[dict[str, An
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(_time)
     axis.tick_params(colors=INK, labelsize=8)
-    kind = {"attention": "attention layer", "transformer": "transformer", "generation": "generation"}[part]
-    blocks = next((f", {case['layers'][0]} of {case['layers'][1]} blocks" for case in cases if "layers" in case), "")
+    kind = "attention layer" if part == "attention" else part
+    blocks = next((f", {row['layers'][0]} of {row['layers'][1]} blocks" for row in rows if "layers" in row), "")
     axis.set_title(f"{shape}: {kind}{blocks}\n{direction}", fontsize=10, color=INK, loc="left")
-    axis.set_xlabel(f"image tokens, and the side of the image ({PIXELS_PER_TOKEN} px a token)", fontsize=8, color=INK)
+    pixels = sizes[0][1] // math.isqrt(sizes[0][0])  # along the side of a token
+    axis.set_xlabel(f"image tokens, and the side of the image ({pixels} px a token)", fontsize=8, color=INK)
     if part == "generation":
         axis.set_ylabel("per step", fontsize=9, color=INK)
     axis.grid(color="#DDDDDD", linewidth=0.6)
@@ -109,12 +113,16 @@ def _panel(axis, shape: str, part: str, direction: str, cases: list[dict[str, An
 
 
 def _time(seconds: float, position=None) -> str:
+    """The label of a tick; matplotlib also gives the tick's position."""
     scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if seconds >= 0.999 * s), (1e-6, "µs"))
     return f"{seconds / scale:,.3g} {unit}"
 
 
 def _label(axis, labels: list[tuple[int, float, str, str]]) -> None:
-    """Names on the right of the panel, in the lines' colours and the order of their ends, moved apart."""
+    """Write each line's name right of the panel, in its colour and at the height of its end, moved apart.
+
+    labels: (image tokens and seconds of the line's last point, name, colour).
+    """
     bottom, top = (math.log10(limit) for limit in axis.get_ylim())
     gap = 0.068 * (top - bottom)  # a line of text
     labels = sorted(labels, key=lambda label: label[1])

@@ -1,4 +1,8 @@
-"""Results: what may be written, and how. A speed is there where samples of it were taken, on this machine, just now."""
+"""The results of a run: a JSON file, a table in Markdown and a plot.
+
+A report is the JSON file's content, a dictionary. Its `cases` is a list of rows, one for each part, shape, size, variant
+and direction: a row holds the times that `summary` makes of samples, or the reason why there are none.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .shapes import BRANCHES, DIRECTIONS, MODEL_VARIANTS, PARTS, SHAPES, VARIANTS, is_dense
+from .shapes import BRANCHES, MODEL_VARIANTS, VARIANTS, is_dense
 
 FORMAT = 1
 NAMES = ("benchmark.json", "benchmark.md", "benchmark.png")
-KEYS = {"part", "shape", "px", "image_tokens", "text_tokens", "variant", "direction"}
-MEASURED = {"seconds", "peak_bytes", "floor"}
-OPTIONAL = {"layers", "batch"}
+REPORT_KEYS = {"machine", "settings", "command", "started", "git", "load_average", "rates", "elapsed_seconds"}
+REPORT_KEYS |= {"complete", "cases"}
+ROW_KEYS = {"part", "shape", "px", "image_tokens", "text_tokens", "variant", "direction"}
+MEASURED_KEYS = {"seconds", "peak_bytes", "floor"}
 TITLES = {"attention": "attention layer", "transformer": "transformer, one denoising step", "generation": "generation"}
 
 
 def summary(samples: list[float], calls: int) -> dict[str, Any]:
-    """The times of one case in seconds: samples, each the mean of so many calls, and their quantiles."""
-    quantiles = {name: quantile(samples, q) for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
+    """The times of one row in seconds: the samples, each the mean of `calls` calls, with their median and spread.
+
+    Every time in a report comes from here. Raises ValueError where there are no samples, or one is no positive time.
+    """
+    if not samples:
+        raise ValueError("no speed without a measurement: there are no samples")
+    if not all(0 < sample < math.inf for sample in samples):
+        raise ValueError("no speed without a measurement: a sample is no positive number of seconds")
+    quantiles = {name: _quantile(samples, q) for name, q in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))}
     return {**quantiles, "calls_per_sample": calls, "samples": list(samples)}
 
 
-def quantile(samples: list[float], q: float) -> float:
-    """By linear interpolation. Raises ValueError where there are no samples: then there is nothing to tell."""
-    if not samples:
-        raise ValueError("no speed without a measurement: there are no samples")
+def _quantile(samples: list[float], q: float) -> float:
+    """By linear interpolation between neighbours."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)
     low = math.floor(at)
@@ -37,83 +47,35 @@ def quantile(samples: list[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def check(report: dict[str, Any]) -> None:
-    """Raise ValueError for a report that tells a speed nobody measured, or is no report.
+def identity(row: dict[str, Any]) -> tuple:
+    """What tells a row from the others of its report."""
+    return tuple(row[key] for key in ("part", "shape", "px", "variant", "direction"))
 
-    A case has its samples, positive, and the quantiles that follow from them, or the reason why it was not measured,
-    never both. All samples together took no longer than the run. There is no room for a speed elsewhere: an unknown
-    key is refused.
-    """
+
+def check(report: dict[str, Any]) -> None:
+    """Raise ValueError for what is no report of this format: a key is missing, or a row has neither times nor reason."""
     if report.get("format") != FORMAT:
         raise ValueError(f"no benchmark result of format {FORMAT}")
-    needed = {"format", "machine", "settings", "command", "started", "git", "rates", "elapsed_seconds", "complete"}
-    _keys("the report", report, needed | {"cases", "load_average"}, set())
-    total, seen = 0.0, set()
-    for case in report["cases"]:
-        name = case_name(case)
-        identity = tuple(case.get(key) for key in ("part", "shape", "px", "variant", "direction"))
-        if identity in seen:
-            raise ValueError(f"{name} is there twice")
-        seen.add(identity)
-        for key, allowed in (
-            ("part", PARTS),
-            ("shape", SHAPES),
-            ("variant", VARIANTS | MODEL_VARIANTS),
-            ("direction", DIRECTIONS),
-        ):
-            if case.get(key) not in allowed:
-                raise ValueError(f"{name}: unknown {key} {case.get(key)!r}")
-        if "not_measured" in case:
-            _keys(name, case, KEYS | {"not_measured"}, OPTIONAL)
-            if not isinstance(case["not_measured"], str) or not case["not_measured"]:
-                raise ValueError(f"{name} was not measured, and does not say why")
-            continue
-        _keys(name, case, KEYS | MEASURED, OPTIONAL)
-        taken = _check_times(name, case["seconds"])
-        total += taken if case["direction"] != "backward" else 0  # within forward + backward
-        floor = case["floor"]
-        _keys(f"{name}, floor", floor, {"bytes", "flops", "seconds"}, set())
-        rates = report["rates"]
-        bound = max(floor["bytes"] / rates["bytes_per_second"], floor["flops"] / rates["flops_per_second"])
-        if not math.isclose(floor["seconds"], bound):
-            raise ValueError(f"{name}: the floor does not follow from its bytes, its FLOPs and the measured rates")
-    if total > report["elapsed_seconds"]:
-        raise ValueError("the samples took longer than the run: they were not measured in it")
+    _need(report, REPORT_KEYS, "it")
+    for row in report["cases"]:
+        _need(row, ROW_KEYS, "a case")
+        measured = not MEASURED_KEYS.isdisjoint(row)
+        if measured:
+            _need(row, MEASURED_KEYS, "a measured case")
+        if measured == bool(row.get("not_measured")):
+            name = ", ".join(map(str, identity(row)))
+            raise ValueError(f"{name}: a case has its times or the reason why there are none")
 
 
-def _keys(name: str, values: dict[str, Any], needed: set[str], optional: set[str]) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} is damaged: {values!r}")
-    missing, unknown = needed - set(values), set(values) - needed - optional
+def _need(values: dict[str, Any], keys: set[str], what: str) -> None:
+    missing = keys - values.keys()
     if missing:
-        raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
-    if unknown:
-        raise ValueError(f"{name}: {', '.join(sorted(unknown))} was not measured here")
-
-
-def _check_times(name: str, seconds: dict[str, Any]) -> float:
-    """Returns the time that the samples stand for."""
-    _keys(f"{name}, seconds", seconds, {"median", "p10", "p90", "calls_per_sample", "samples"}, set())
-    samples, calls = seconds["samples"], seconds["calls_per_sample"]
-    if not isinstance(samples, list) or not samples:
-        raise ValueError(f"{name} has a speed, but no samples: it was not measured")
-    if not all(isinstance(s, float) and math.isfinite(s) and s > 0 for s in samples):
-        raise ValueError(f"{name}: a sample is no positive number of seconds")
-    if type(calls) is not int or calls < 1:
-        raise ValueError(f"{name}: {calls!r} calls per sample")
-    if seconds != summary(samples, calls):
-        raise ValueError(f"{name}: the median or the spread is not that of its samples")
-    return sum(samples) * calls
+        raise ValueError(f"{what} lacks {', '.join(sorted(missing))}")
 
 
 def busy(machine: dict[str, Any], load: float) -> bool:
     """Whether other programs take a share of the processor that is measured."""
     return machine["device"]["type"] == "cpu" and load > 0.5
-
-
-def case_name(case: dict[str, Any]) -> str:
-    words = [case.get(key) for key in ("part", "shape", "variant", "direction")]
-    return f"{', '.join(map(str, words))}, {case.get('px')} px"
 
 
 def check_folder(folder: Path, device: dict[str, Any]) -> None:
@@ -132,33 +94,30 @@ def check_folder(folder: Path, device: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file, checked. ValueError, naming the file, for what this command did not write."""
+    """The report in a JSON file, its medians and spreads taken from its samples anew.
+
+    Raises ValueError, naming the file, where `check` or `summary` does.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         check(report)
+        for row in report["cases"]:
+            if "seconds" in row:
+                row["seconds"] = summary(row["seconds"]["samples"], row["seconds"]["calls_per_sample"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no benchmark result: {error}") from error
     return report
 
 
 def save(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write the JSON, the table and the plot, all or none; the names written.
+    """Write the JSON, the table and the plot, all or none. Returns the names of the files written.
 
-    Raises ValueError for a report that `check` refuses or that another machine made: speeds are told where they were
-    measured. The plot needs matplotlib, and a case that was measured.
+    The plot needs matplotlib, and a row that was measured. Raises ValueError where `check` does.
     """
-    from ..machine import device_of_this_machine
-    from .measure import machine
     from .plot import draw
 
     check(report)
-    here = machine(device_of_this_machine())
-    if report["machine"] != here:
-        raise ValueError(
-            f"these results are of {report['machine']['device']['name']} or of other versions, not of this machine "
-            f"({here['device']['name']}) as it is: measure here, or keep their own files"
-        )
-    check_folder(folder, here["device"])
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         paths = [stack.enter_context(replacing(folder / name)) for name in NAMES[:2]]
         paths[0].write_text(to_json(report), encoding="utf-8")
@@ -171,25 +130,30 @@ def save(report: dict[str, Any], folder: Path) -> list[str]:
 
 
 def to_json(report: dict[str, Any]) -> str:
-    """One case a line: a result file is read by people, and compared."""
+    """The report as JSON, one row a line: people read result files, and compare them."""
     head = json.dumps({key: value for key, value in report.items() if key != "cases"}, indent=1)
-    cases = ",\n".join(f"  {json.dumps(case)}" for case in report["cases"])
-    return f'{head.removesuffix("}").rstrip()},\n "cases": [\n{cases}\n ]\n}}\n'
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in report["cases"])
+    return f'{head.removesuffix("}").rstrip()},\n "cases": [\n{rows}\n ]\n}}\n'
 
 
-def fastest_dense(report: dict[str, Any], case: dict[str, Any]) -> float | None:
-    """The median of the fastest dense variant measured for the same part, shape, size and direction; None without."""
+def fastest_dense(report: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """Median time, in seconds, of the fastest dense variant of the row's part, shape, size and direction; None without."""
     keys = ("part", "shape", "px", "direction")
     medians = [
         other["seconds"]["median"]
         for other in report["cases"]
-        if "seconds" in other and is_dense(other["variant"]) and all(other[key] == case[key] for key in keys)
+        if "seconds" in other and is_dense(other["variant"]) and all(other[key] == row[key] for key in keys)
     ]
     return min(medians, default=None)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """The report in Markdown: how it was measured, and a table for each part, shape and direction.
+
+    Raises ValueError for a shape that no registered family has.
+    """
+    from .subjects import find_subject  # diffusers, which reading a report does not need
+
     machine, settings, rates = report["machine"], report["settings"], report["rates"]
     device = machine["device"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
@@ -225,39 +189,40 @@ def table(report: dict[str, Any]) -> str:
         lines += ["**Not complete: the run was stopped, or is still going.**", ""]
     lines += [f"Left out: {note}." for note in settings["left_out"]] + [""] * bool(settings["left_out"])
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for case in report["cases"]:
-        groups.setdefault((case["part"], case["shape"], case["direction"]), []).append(case)
-    for (part, shape, direction), cases in groups.items():
-        layers = sorted({tuple(case["layers"]) for case in cases if "layers" in case})
+    for row in report["cases"]:
+        groups.setdefault((row["part"], row["shape"], row["direction"]), []).append(row)
+    for (part, shape, direction), rows in groups.items():
+        layers = sorted({tuple(row["layers"]) for row in rows if "layers" in row})
         timed = "".join(f", {count} of {of} blocks" for count, of in layers)
-        what = f"{SHAPES[shape].heads} heads x {SHAPES[shape].head_dim}"
+        layer = find_subject(shape).shape
+        what = f"{layer.heads} heads x {layer.head_dim}"
         lines += [
             f"## {shape}: {TITLES[part]}, {direction}{timed}",
             "",
-            f"{what}, {cases[0]['text_tokens']} text tokens"
+            f"{what}, {rows[0]['text_tokens']} text tokens"
             + ("; seconds are per step of the sampler." if part == "generation" else "."),
             "",
             "| px | image tokens | variant | time | x dense | floor | time / floor | memory |",
             "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for case in cases:
-            start = f"| {case['px']} | {case['image_tokens']} | {case['variant']} |"
-            if "not_measured" in case:
-                lines.append(f"{start} not measured: {case['not_measured'].replace('|', '/')} | | | | |")
+        for row in rows:
+            start = f"| {row['px']} | {row['image_tokens']} | {row['variant']} |"
+            if "seconds" not in row:
+                lines.append(f"{start} not measured: {row['not_measured'].replace('|', '/')} | | | | |")
                 continue
-            seconds, floor = case["seconds"], case["floor"]["seconds"]
+            seconds, floor = row["seconds"], row["floor"]["seconds"]
             # a branch is a whole layer only where there is no text
-            branch = part == "attention" and case["variant"] in BRANCHES and case["text_tokens"] > 0
-            dense = None if branch else fastest_dense(report, case)
+            branch = part == "attention" and row["variant"] in BRANCHES and row["text_tokens"] > 0
+            dense = None if branch else fastest_dense(report, row)
             ratio = "" if dense is None else f"{dense / seconds['median']:.2f}"
             lines.append(
                 f"{start} {_ms(seconds['median'])} ({_ms(seconds['p10'])} to {_ms(seconds['p90'])}) ms | {ratio} | "
-                f"{_ms(floor)} ms | {seconds['median'] / floor:.1f} | {case['peak_bytes'] / 2**20:.1f} MiB |"
+                f"{_ms(floor)} ms | {seconds['median'] / floor:.1f} | {row['peak_bytes'] / 2**20:.1f} MiB |"
             )
         lines.append("")
-    shown = {case["variant"] for case in report["cases"] if case["part"] == "attention"}
+    shown = {row["variant"] for row in report["cases"] if row["part"] == "attention"}
     lines += [f"- {name}: {VARIANTS[name]}" for name in VARIANTS if name in shown]
-    if any(case["part"] != "attention" for case in report["cases"]):
+    if any(row["part"] != "attention" for row in report["cases"]):
         lines += [f"- {name}, of a whole transformer: {about}" for name, about in MODEL_VARIANTS.items()]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,44 +1,63 @@
-"""What `hybriddit benchmark` does: plans the cases, measures what can be measured here, writes what was measured."""
+"""`hybriddit benchmark`: plan the rows of a report, measure those that can be measured here, write the results.
+
+Rows are measured in groups of one part, subject and size, whose variants take turns.
+"""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..attention.work import Work
 from ..machine import device_of_this_machine, git_state
+from . import model
 from . import report as reports
-from .layer import device_variants, input_bytes, layer_sides, layer_work
+from .layer import device_variants, input_bytes, layer_cases, layer_work
 from .measure import (
     MIN_REPEATS,
     OUT_OF_MEMORY,
     Limits,
+    Outcome,
     Rates,
     free_bytes,
     machine,
     measure,
     measure_rates,
 )
-from .shapes import MODEL_VARIANTS, PARTS, PIXELS_PER_TOKEN, SHAPES, SIZES, tokens
+from .shapes import MODEL_VARIANTS, PARTS, SIZES
+from .subjects import Subject, find_subject, subjects
 
-# share of the free memory that a case may be expected to take
-MEMORY_SHARE = 0.9
+MEMORY_SHARE = 0.9  # of the free memory: what a case may be expected to take
+CPU_LAYERS = 2  # blocks of a transformer by default, where there is no GPU
+NOT_REACHED = "not reached yet"
+
+
+class Group(NamedTuple):
+    """What is measured together: all variants of one part of a subject, for square images of `px` pixels a side."""
+
+    part: str
+    subject: Subject
+    px: int
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run, everything decided."""
+    """The command's options for one run, defaults filled in.
+
+    shapes: names of subjects. left_out: parts of the default that these options leave nothing of, and why.
+    """
 
     parts: tuple[str, ...]
     shapes: tuple[str, ...]
@@ -52,10 +71,10 @@ class Settings:
     compile: bool
     repeats: int
     max_seconds: float
-    left_out: tuple[str, ...] = ()  # what the defaults would measure and this machine or project cannot
+    left_out: tuple[str, ...] = ()
 
     def command(self) -> str:
-        """The command that measures the same, whatever the defaults of the device."""
+        """The command that measures the same on any device, defaults written out."""
         words = ["hybriddit", "benchmark", "--part", *self.parts, "--shapes", *self.shapes]
         words += ["--sizes", *map(str, self.sizes), "--variants", *self.variants]
         for name in ("window", "radius", "dtype", "repeats"):
@@ -70,13 +89,15 @@ class Settings:
 def settings(device: torch.device, **given: Any) -> Settings:
     """Settings with this device's defaults where an option is None. Raises ValueError for what cannot be measured."""
     gpu = device.type == "cuda"
+    shapes = given["shapes"] or (tuple(subjects()) if gpu else ("pixart-sigma", "sd3"))
+    few = CPU_LAYERS if all(find_subject(name).blocks >= CPU_LAYERS for name in shapes) else None
     defaults = {
         "parts": PARTS if gpu else ("attention", "transformer"),
-        "shapes": tuple(SHAPES) if gpu else ("pixart-sigma", "sd3"),
+        "shapes": shapes,
         "sizes": SIZES if gpu else (256, 512, 1024, 2048),
         "variants": device_variants(device),
         "dtype": "bfloat16" if gpu else "float32",
-        "layers": None if gpu else 2,
+        "layers": None if gpu else few,
         "repeats": 20 if gpu else 5,
         "max_seconds": 10.0 if gpu else 15.0,
     }
@@ -99,20 +120,18 @@ def settings(device: torch.device, **given: Any) -> Settings:
 
 def _part_refusal(part: str, variants: tuple[str, ...]) -> str | None:
     """Why a part cannot be measured, or None."""
-    if not part_variants(part, variants):
-        return f"--variants {' '.join(variants)} has none of it"
-    if part == "attention":
-        return None
-    missing = [name for name in ("diffusers", "accelerate") if importlib.util.find_spec(name) is None]
-    return f"needs {' and '.join(missing)}, not installed here" if missing else None
+    return None if part_variants(part, variants) else f"--variants {' '.join(variants)} has none of it"
 
 
 def _check(chosen: Settings, device: torch.device) -> None:
-    for px in chosen.sizes:
-        if px < PIXELS_PER_TOKEN or px % PIXELS_PER_TOKEN:
-            raise ValueError(
-                f"--sizes {px}: an image side is a positive multiple of {PIXELS_PER_TOKEN} px, the size of a token"
-            )
+    """Raise ValueError, naming the option, for what cannot be measured on this device."""
+    chosen_subjects = [find_subject(name) for name in chosen.shapes]
+    for pixels in dict.fromkeys(subject.shape.pixels for subject in chosen_subjects):
+        for px in chosen.sizes:
+            if px < pixels or px % pixels:
+                raise ValueError(
+                    f"--sizes {px}: an image side is a positive multiple of {pixels} px, the size of a token"
+                )
     for name in ("window", "radius", "repeats", "max_seconds"):
         if not 0 < getattr(chosen, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(chosen, name)}")
@@ -125,10 +144,8 @@ def _check(chosen: Settings, device: torch.device) -> None:
     if refusals or not chosen.parts:
         raise ValueError(f"--part {'; '.join(refusals or chosen.left_out)}")
     if chosen.layers is not None and chosen.parts != ("attention",):
-        from .model import plan
-
-        for name in chosen.shapes:
-            plan(SHAPES[name], chosen.sizes[0], chosen.layers)
+        for subject in chosen_subjects:
+            subject.check_layers(chosen.layers)
     dtype = getattr(torch, chosen.dtype)
     if (
         device.type == "cuda"
@@ -144,7 +161,7 @@ def _check(chosen: Settings, device: torch.device) -> None:
 
 
 def part_variants(part: str, variants: tuple[str, ...]) -> tuple[str, ...]:
-    """Those that the part has; a whole transformer's dense one is torch's own choice."""
+    """Those of the variants that the part has; a whole transformer's dense attention is by torch's own choice."""
     if part == "attention":
         return variants
     plain = ("dense" if reports.is_dense(variant) else variant for variant in variants)
@@ -152,9 +169,9 @@ def part_variants(part: str, variants: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
-    """Measure, and write `folder`/benchmark.{json,md,png} after every size; the report.
+    """Measure, and write `folder`/benchmark.{json,md,png} after every size. Returns the report.
 
-    Ctrl-C keeps what was measured up to then, the rest marked as interrupted, and is raised again. Raises ValueError
+    Ctrl-C keeps what was measured up to then, marks the rest as interrupted, and is raised again. Raises ValueError
     for a folder with another device's results, OSError for one that cannot be written.
     """
     device = device_of_this_machine()
@@ -184,19 +201,19 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
         "complete": False,
         "cases": _planned(chosen),
     }
-    waiting = {_identity(case): case for case in report["cases"]}
+    waiting = {reports.identity(row): row for row in report["cases"]}
 
     def save() -> list[str]:
         report["elapsed_seconds"] = time.perf_counter() - started
         return reports.save(report, folder)
 
     try:
-        for part, name, px in groups(chosen):
-            with progress.group(part, name, px):
-                for case in _measure_group(chosen, part, name, px, rates, device, report["cases"]):
-                    planned = waiting[_identity(case)]
+        for group in groups(chosen):
+            with progress.group(group):
+                for row in _measure_group(chosen, group, rates, device, report["cases"]):
+                    planned = waiting[reports.identity(row)]
                     planned.clear()
-                    planned.update(case)
+                    planned.update(row)
             save()
         report["complete"] = True
         written = save()
@@ -204,10 +221,10 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
             progress.say("no plot: it needs matplotlib, and a case that was measured")
         progress.say(f"written to {folder}: {', '.join(written)}")
     except KeyboardInterrupt:
-        for case in report["cases"]:
-            if case.get("not_measured") == NOT_REACHED:
-                case["not_measured"] = "interrupted"
-        if any("seconds" in case for case in report["cases"]):
+        for row in report["cases"]:
+            if row.get("not_measured") == NOT_REACHED:
+                row["not_measured"] = "interrupted"
+        if any("seconds" in row for row in report["cases"]):
             save()
             progress.say(f"stopped: what was measured is in {folder}")
         elif not there and next(folder.iterdir(), None) is None:
@@ -216,25 +233,26 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
     return report
 
 
-NOT_REACHED = "not reached yet"
-
-
-def groups(chosen: Settings) -> Iterator[tuple[str, str, int]]:
+def groups(chosen: Settings) -> Iterator[Group]:
+    """In the order in which they are measured."""
     for part in chosen.parts:
         for name in chosen.shapes:
-            yield from ((part, name, px) for px in chosen.sizes)
+            subject = find_subject(name)
+            yield from (Group(part, subject, px) for px in chosen.sizes)
 
 
 def _planned(chosen: Settings) -> list[dict[str, Any]]:
-    cases = []
-    for part, name, px in groups(chosen):
-        for direction in _directions(chosen, part):
-            for variant in part_variants(part, chosen.variants):
-                cases.append(_case(chosen, part, name, px, variant, direction) | {"not_measured": NOT_REACHED})
-    # of one table after the other, sizes within it
-    order = [(case["part"], case["shape"], case["direction"]) for case in cases]
-    firsts = {key: i for i, key in reversed(list(enumerate(order)))}
-    return [cases[i] for i in sorted(range(len(cases)), key=lambda i: (firsts[order[i]], i))]
+    """All rows of the report, none measured, in the order of its tables; sizes in order within each."""
+    rows = [
+        _row(chosen, group, variant, direction) | {"not_measured": NOT_REACHED}
+        for group in groups(chosen)
+        for direction in _directions(chosen, group.part)
+        for variant in part_variants(group.part, chosen.variants)
+    ]
+    tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault((row["part"], row["shape"], row["direction"]), []).append(row)
+    return [row for table in tables.values() for row in table]
 
 
 def _directions(chosen: Settings, part: str) -> tuple[str, ...]:
@@ -244,75 +262,78 @@ def _directions(chosen: Settings, part: str) -> tuple[str, ...]:
     return ("forward", "backward", "forward + backward") if both else ("forward",)
 
 
-def _case(chosen: Settings, part: str, name: str, px: int, variant: str, direction: str) -> dict[str, Any]:
-    shape = SHAPES[name]
-    case = {"part": part, "shape": name, "px": px, "image_tokens": tokens(px)}
-    case["text_tokens"] = shape.text if part == "attention" else shape.prompt
-    case |= {"variant": variant, "direction": direction}
-    if part != "attention":
-        from .model import batch_of, plan
-
-        case["layers"] = list(plan(shape, px, chosen.layers)[2])
-        case["batch"] = batch_of(part, shape)
-    return case
-
-
-def _identity(case: dict[str, Any]) -> tuple:
-    return tuple(case[key] for key in ("part", "shape", "px", "variant", "direction"))
+def _row(chosen: Settings, group: Group, variant: str, direction: str) -> dict[str, Any]:
+    """A row of the report without its result."""
+    part, subject, px = group
+    grid = subject.shape.grid(px)
+    row = {"part": part, "shape": subject.name, "px": px, "image_tokens": grid[0] * grid[1]}
+    row["text_tokens"] = subject.shape.text if part == "attention" else subject.prompt
+    row |= {"variant": variant, "direction": direction}
+    if part == "attention":
+        return row
+    if subject.blocks:
+        row["layers"] = [chosen.layers or subject.blocks, subject.blocks]
+    return row | {"batch": model.batch_of(part, subject)}
 
 
-def _measure_group(chosen, part, name, px, rates: Rates, device, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cases of one part, shape and size, measured or with the reason why not."""
+def _measure_group(
+    chosen: Settings, group: Group, rates: Rates, device: torch.device, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of one group, each measured or with the reason why not. known: the report's rows so far."""
     found = []
-    for backward in (False, True) if "backward" in _directions(chosen, part) else (False,):
-        directions = [d for d in _directions(chosen, part) if ("backward" in d) == backward]
-        outcomes, works = _outcomes(chosen, part, name, px, backward, directions[-1], rates, device, known)
+    all_directions = _directions(chosen, group.part)
+    for backward in (False, True) if "backward" in all_directions else (False,):
+        directions = [direction for direction in all_directions if ("backward" in direction) == backward]
+        outcomes, works = _outcomes(chosen, group, backward, directions[-1], rates, device, known)
         for direction in directions:
-            for variant in part_variants(part, chosen.variants):
-                case = _case(chosen, part, name, px, variant, direction)
-                outcome = outcomes[variant]
+            for variant in part_variants(group.part, chosen.variants):
+                row, outcome = _row(chosen, group, variant, direction), outcomes[variant]
                 if isinstance(outcome, str):
-                    found.append(case | {"not_measured": outcome})
+                    found.append(row | {"not_measured": outcome})
                     continue
                 work = works[variant][direction]
-                found.append(
-                    case
-                    | {
-                        "seconds": reports.summary(outcome.samples[direction], outcome.calls),
-                        "peak_bytes": outcome.peak_bytes,
-                        "floor": {**work._asdict(), "seconds": rates.floor(work)},
-                    }
-                )
+                result = {
+                    "seconds": reports.summary(outcome.samples[direction], outcome.calls),
+                    "peak_bytes": outcome.peak_bytes,
+                    "floor": {**work._asdict(), "seconds": rates.floor(work)},
+                }
+                found.append(row | result)
         _tidy(device)
     return found
 
 
-def _outcomes(chosen, part, name, px, backward, direction, rates, device, known):
-    """Outcome or reason by variant, and the work of each by direction."""
-    shape, dtype = SHAPES[name], getattr(torch, chosen.dtype)
+def _outcomes(
+    chosen: Settings,
+    group: Group,
+    backward: bool,
+    direction: str,
+    rates: Rates,
+    device: torch.device,
+    known: list[dict[str, Any]],
+) -> tuple[dict[str, Outcome | str], dict[str, dict[str, Work]]]:
+    """Outcome or reason by variant, and the work of each by direction. direction: the longest of those measured."""
+    part, subject, px = group
+    shape, dtype = subject.shape, getattr(torch, chosen.dtype)
     variants = part_variants(part, chosen.variants)
     limits = Limits(chosen.repeats, chosen.max_seconds)
     free = MEMORY_SHARE * free_bytes(device)
     if part == "attention":
         needed, what = input_bytes(shape, px, dtype, backward), "the inputs and an output do"
     else:
-        from . import model
-
-        needed, what = model.weight_bytes(shape, px, chosen.layers, dtype), "the weights do"
+        needed, what = model.weight_bytes(subject, px, chosen.layers, dtype), "the weights do"
     if needed > free:
         hint = "; --layers takes fewer blocks" if part != "attention" else ""
         return dict.fromkeys(variants, f"{what} not fit into the {_gib(free)} that are free{hint}"), {}
-    grid = (px // PIXELS_PER_TOKEN,) * 2
     if part == "attention":
-        sizes = (shape, grid, chosen.window, chosen.radius, dtype.itemsize)
+        sizes = (shape, shape.grid(px), chosen.window, chosen.radius, dtype.itemsize)
         works = {variant: layer_work(variant, *sizes) for variant in variants}
     else:
-        works = model.model_work(part, shape, px, variants, chosen.window, chosen.layers, dtype)
-    outcomes = {}
+        works = model.model_work(part, subject, px, variants, chosen.window, chosen.layers, dtype)
+    outcomes: dict[str, Outcome | str] = {}
     for variant in variants:
         steps = model.SAMPLER_STEPS if part == "generation" else 1
         floor = rates.floor(works[variant][direction])
-        before = _before(known, part, name, px, variant, direction)
+        before = _before(known, _row(chosen, group, variant, direction))
         reason = _too_much(before, px, floor, steps, needed, free, limits)
         if reason:
             outcomes[variant] = reason
@@ -321,31 +342,29 @@ def _outcomes(chosen, part, name, px, backward, direction, rates, device, known)
         return outcomes, works
     try:
         if part == "attention":
-            sides = layer_sides(shape, px, left, chosen.window, chosen.radius, dtype, device, backward)
+            cases = layer_cases(shape, px, left, chosen.window, chosen.radius, dtype, device, backward)
         else:
-            sides = model.model_sides(
-                part, shape, px, left, chosen.window, chosen.layers, chosen.compile, dtype, device, backward
+            cases = model.model_cases(
+                part, subject, px, left, chosen.window, chosen.layers, chosen.compile, dtype, device, backward
             )
     except torch.OutOfMemoryError:
         return outcomes | dict.fromkeys(left, OUT_OF_MEMORY), works
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that torch leaves out: their reason is in the table
-        return outcomes | measure(sides, backward, device, limits), works
+        return outcomes | measure(cases, backward, device, limits), works
 
 
-def _before(known, part, name, px, variant, direction) -> dict[str, Any] | None:
-    """The same case at the largest smaller size."""
-    same = [
-        case
-        for case in known
-        if (case["part"], case["shape"], case["variant"], case["direction"]) == (part, name, variant, direction)
-        and case["px"] < px
-    ]
-    return max(same, key=lambda case: case["px"], default=None)
+def _before(known: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row that differs from this one in its size alone, at the largest smaller size; None for the smallest."""
+    keys = ("part", "shape", "variant", "direction")
+    smaller = [other for other in known if all(other[k] == row[k] for k in keys) and other["px"] < row["px"]]
+    return max(smaller, key=lambda other: other["px"], default=None)
 
 
-def _too_much(before, px: int, floor: float, steps: int, needed: int, free: float, limits: Limits) -> str | None:
-    """Why a case is not tried, by its floor and by the size before; None where it is.
+def _too_much(
+    before: dict[str, Any] | None, px: int, floor: float, steps: int, needed: int, free: float, limits: Limits
+) -> str | None:
+    """Why a case is not tried, by its floor in seconds and by the row of the size before; None where it is.
 
     Time is taken to grow as the floor does, memory as the tokens do.
     """
@@ -389,10 +408,11 @@ def _git() -> dict[str, Any] | None:
 
 
 class Progress:
-    """Tells stderr what is being measured, and about how long the rest takes."""
+    """Tells stderr which group is being measured, and about how long the rest takes."""
 
     def __init__(self, chosen: Settings, quiet: bool):
-        self.groups, self.quiet, self.taken = list(groups(chosen)), quiet, {}
+        self.groups, self.quiet = [_key(group) for group in groups(chosen)], quiet
+        self.taken: dict[tuple[str, str, int], float] = {}  # seconds, by group
         directions = {part: 1 + ("backward" in _directions(chosen, part)) for part in chosen.parts}
         self.most = {
             part: chosen.max_seconds * count * len(part_variants(part, chosen.variants))
@@ -403,27 +423,26 @@ class Progress:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def group(self, part: str, name: str, px: int) -> Progress:
-        at = self.groups.index((part, name, px))
+    @contextmanager
+    def group(self, group: Group) -> Iterator[None]:
+        """Around the measuring of one group."""
+        key = _key(group)
+        at = self.groups.index(key)
         left = self.seconds_left(at)
         time_left = "" if left is None else f", about {_duration(left)} left"
-        self.say(f"[{at + 1}/{len(self.groups)}] {part}, {name}, {px} px{time_left}")
-        self.now = (part, name, px)
-        return self
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *error) -> None:
-        self.taken[self.now] = time.perf_counter() - self.begin
+        self.say(f"[{at + 1}/{len(self.groups)}] {key[0]}, {key[1]}, {key[2]} px{time_left}")
+        begin = time.perf_counter()
+        yield
+        self.taken[key] = time.perf_counter() - begin
 
     def seconds_left(self, at: int) -> float | None:
-        expected = [self.expected(group) for group in self.groups[at:]]
+        """Seconds that the groups from this one on may take, as far as that can be told."""
+        expected = [self.expected(key) for key in self.groups[at:]]
         return None if None in expected else sum(expected)
 
-    def expected(self, group: tuple[str, str, int]) -> float | None:
+    def expected(self, key: tuple[str, str, int]) -> float | None:
         """Seconds: as other shapes took at this size, else by what the size before took; None at the very start."""
-        part, name, px = group
+        part, name, px = key
         same = [seconds for (p, _, size), seconds in self.taken.items() if (p, size) == (part, px)]
         if same:
             return sum(same) / len(same)
@@ -433,6 +452,10 @@ class Progress:
             return sum(self.taken.values()) / len(self.taken) if self.taken else None
         before = self.expected((part, name, sizes[at - 1]))
         return None if before is None else min(2 * before, self.most[part])
+
+
+def _key(group: Group) -> tuple[str, str, int]:
+    return group.part, group.subject.name, group.px
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Flow matching for training from scratch, in SiT's convention: time 0 is noise, time 1 is data. Imports torch."""
+"""Flow matching in SiT's convention (time 0 is noise, time 1 is data): paths, loss, samplers, guidance, likelihood."""
 
 from .guidance import guided
 from .likelihood import log_likelihood

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598) as a wrapper of the model."""
+"""Classifier-free guidance (arXiv 2207.12598): a conditional model becomes a guided one."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def guided(
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model function (x, t) -> null + scale (labelled - null), for a sampler.
+    """A guided model function for a sampler: (x, t) -> unlabelled + scale (labelled - unlabelled).
 
     Args:
-        model: (x [2 B, C, ...], t [2 B], labels [2 B]) -> prediction like x. It is called once, with the labels in the
-            first half of the batch and the null labels in the second.
-        labels: [B]. null_labels: the label that stands for none, or [B] of them.
-        scale: 1 is no guidance, and costs none.
-        channels: guide the first ones only; the rest are predicted with the label. None: all. The published SiT and DiT
-            numbers were made with 3 of 4.
-        interval: (low, high), guided where low <= t <= high (arXiv 2404.07724); elsewhere the model is called with the
-            labels alone, at half the cost.
+        model: (x [2 B, C, ...], t [2 B], labels [2 B]) -> prediction, shaped as x. One call predicts both: the first
+            half of the batch has the labels, the second half the null labels.
+        labels: [B] class labels. null_labels: the label that means "no label", or [B] of them.
+        scale: guidance scale; at 1 the model is called with the labels alone, at half the cost.
+        channels: guide only the first so many channels; the rest are predicted with the label. None guides all. The
+            published SiT and DiT numbers were made with 3 of 4.
+        interval: (low, high), the times that are guided, ends included (arXiv 2404.07724); at other times the model is
+            called with the labels alone.
 
-    Over all channels it is the same field whichever kind the prediction is; over some it depends on the kind.
-    Raises ValueError for an interval outside [0, 1] and for batches or channels that do not fit.
+    If all channels are guided, guiding velocities, scores, noise or data gives the same samples; if only some are, it
+    does not. Raises ValueError for an interval outside [0, 1] and for batches or channels that do not fit.
     """
     check_interval(interval)
     if channels is not None and channels < 1:

@@ -35,21 +35,24 @@ def log_likelihood(
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(data) in nats, [B], and the noise that it came from, [B, ...].
+    """Log-likelihood of each sample in nats, [B], and the noise that the ODE takes it back to, [B, ...].
 
-    The ODE is solved back to noise; log p gains the velocity's divergence on the way and ends as that of the standard
-    normal distribution.
+    The ODE is solved from data to noise. log p(data) is the standard normal log-density of that noise plus the integral
+    of the velocity's divergence along the way.
 
     Args:
-        model, path, prediction, method, steps, atol, rtol, interval: as in `sample_ode`. The model is differentiated in
-            x, and must not mix the samples of a batch.
-        probes: vectors of +-1 for Hutchinson's estimate of the divergence, a backward pass each, the same over the whole
-            trajectory: the estimate is unbiased, and the ODE stays smooth. None: exact, a pass for each dimension.
-        generator: of the probes; one, or a list of one for each sample.
-        callback: called as (step, time reached, [B, D + 1] of flat x and what log p has gained) after every step.
+        model, path, prediction, method, steps, atol, rtol, interval: as in `sample_ode`. The model is differentiated
+            with respect to x; it must not mix the samples of a batch (no batch norm).
+        probes: number of random +-1 vectors in Hutchinson's estimate of the divergence; each takes a backward pass.
+            They stay the same along the trajectory, so that the ODE is smooth; the estimate is unbiased. None computes
+            the divergence exactly, with a backward pass for each dimension.
+        generator: draws the probes; one, or a list with one for each sample.
+        callback: called after every step as (step, time reached, state); the state is [B, D + 1]: x flattened, then the
+            integral of the divergence so far.
 
-    Where the interval ends before 1 (on the VP path) it is the density of x at that time; and the VP path's time 0 is
-    standard normal only up to alpha = 0.0066. Raises ValueError as `sample_ode`, and for less than one probe.
+    On the VP path the interval ends before time 1, and the result is the density of x at that time; its time 0 is only
+    almost standard normal (alpha is 0.0066 there, not 0). Raises ValueError as `sample_ode` does, and for less than one
+    probe.
     """
     if probes is not None and probes < 1:
         raise ValueError(f"at least one probe, or None for the exact divergence, got {probes}")
@@ -58,7 +61,7 @@ def log_likelihood(
     field = velocity_field(model, path, prediction)
     x = data.to(torch.promote_types(data.dtype, torch.float32))
     dimensions = x[0].numel()
-    # sign(0) is 0: >= instead
+    # >= and not sign(): sign(0) is 0
     vectors = [torch.where(normal_like(x, generator) >= 0, 1.0, -1.0).to(x) for _ in range(probes or 0)]
 
     def with_divergence(state: Tensor, t: Tensor) -> Tensor:
@@ -75,12 +78,12 @@ def log_likelihood(
     )  # fmt: skip
     noise, gained = state[:, :-1], state[:, -1]
     prior = -0.5 * (noise**2).sum(1) - 0.5 * dimensions * math.log(2 * math.pi)
-    # integrated backwards in time, the divergence has its sign already
+    # added, not subtracted: the divergence was integrated backwards in time
     return prior + gained, noise.reshape(data.shape)
 
 
 def _divergence(velocity: Tensor, x: Tensor, vectors: list[Tensor]) -> Tensor:
-    """[B]: the mean of v^T J v over the vectors, or, without any, the trace of J."""
+    """The divergence of the velocity with respect to x, [B]: the mean of v^T J v over `vectors`, or the trace of J."""
     if vectors:
         products = [torch.autograd.grad(velocity, x, v, retain_graph=True)[0] * v for v in vectors]
         return torch.stack(products).mean(0).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""Training a model on a path: how times are drawn, and the loss of each prediction."""
+"""The training side of flow matching: random times, and the loss for each kind of prediction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .path import (
 
 WEIGHTINGS = ("none", "velocity", "likelihood")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-# what the loss may be multiplied by, at most, for an end of time to be left in
+# training stays away from an end of time where the loss is multiplied by more than this
 LARGEST_WEIGHT = 1e6
 
 
@@ -35,15 +35,16 @@ def draw_times(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`count` training times, [count], on `device` (the generator's where none is given).
+    """Draw random training times, [count], on `device` (None: the generator's device).
 
     Args:
-        distribution: "uniform", or "logit_normal": sigmoid(mean + std n), n normal (arXiv 2403.03206; its time runs the
-            other way, so that its mean m is -m here: a negative mean draws more noise).
-        shift: applied to the drawn times, see `shift_times`.
-        interval: (start, end) that [0, 1] is mapped to, see `training_interval`.
+        distribution: "uniform", or "logit_normal": sigmoid(mean + std n) with n standard normal (arXiv 2403.03206). A
+            negative mean draws times closer to noise; time runs the other way in that paper, so its means have the
+            opposite sign.
+        shift: moves the drawn times towards noise, see `shift_times`.
+        interval: (start, end), the times that 0 and 1 are mapped to, see `training_interval`.
 
-    The numbers are drawn on the generator's device, so that they do not depend on `device`. Raises ValueError for an
+    The numbers are drawn on the generator's device, so they are the same whatever `device` is. Raises ValueError for an
     unknown distribution, a std or shift that is not positive, and an interval outside [0, 1].
     """
     check_name("distribution of times", distribution, TIME_DISTRIBUTIONS)
@@ -63,9 +64,9 @@ def draw_times(
 def training_interval(
     path: str, prediction: str = "velocity", weighting: str = "none", *, eps: float | None = None
 ) -> tuple[float, float]:
-    """The times to train on: [0, 1], less `eps` at an end where the target or its weight grows without bound.
+    """The interval of training times: [0, 1], cut by `eps` at an end where the target or its weight is unbounded.
 
-    eps: SiT's by default, 1e-5 on the VP path and 1e-3 on the others.
+    eps: None takes SiT's values, 1e-5 on the VP path and 1e-3 on the others.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("weighting", weighting, WEIGHTINGS)
@@ -89,16 +90,17 @@ def flow_loss(
     prediction: str = "velocity",
     weighting: str = "none",
 ) -> Tensor:
-    """SiT's loss of each sample: the weighted mean square of prediction - target, [B], in float32 at the least.
+    """SiT's loss for each sample, [B]: weighted mean squared error of the prediction, in float32 or wider.
 
     Args:
-        output: [B, ...], what the model returned for `interpolate(data, noise, t, path)`. data, noise: [B, ...]. t: [B].
-        prediction: "velocity", "score", "noise" or "data". The score is compared as noise: |sigma score + noise|^2.
-        weighting: "none": the prediction's own error; "velocity": the error that it makes in the velocity; "likelihood":
-            that, divided by g of velocity = (alpha' / alpha) x + g score. The last two (arXiv 2401.08740) give a field
-            the same loss whichever way it is predicted.
+        output: [B, ...], the model's output for `interpolate(data, noise, t, path)`. data, noise: [B, ...]. t: [B].
+        prediction: what the model predicts: "velocity", "score", "noise" or "data". For the score, the error is that of
+            the noise it implies: |sigma score + noise|^2.
+        weighting: "none": the error of the prediction itself; "velocity": the error of the velocity it implies;
+            "likelihood": the same divided by g, where velocity = (alpha' / alpha) x + g score. With the last two (arXiv
+            2401.08740) the loss does not depend on the kind of prediction.
 
-    Raises ValueError for unknown names and for shapes that differ.
+    Raises ValueError for unknown names and for tensors whose shapes differ.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("weighting", weighting, WEIGHTINGS)
@@ -107,7 +109,7 @@ def flow_loss(
     at = coefficients(path, times_like(t, data))
     dtype = torch.promote_types(output.dtype, torch.float32)
     output, data, noise = (x.to(dtype) for x in (output, data, noise))
-    if prediction == "score":  # its own target, -noise / sigma, has no bound
+    if prediction == "score":  # its own target, -noise / sigma, is unbounded
         output, prediction = -at.sigma * output, "noise"
     error = output - target(data, noise, t, path, prediction)
     return (_weight(at, prediction, weighting) * error**2).flatten(1).mean(1)

@@ -1,7 +1,7 @@
-"""Interpolants between noise and data in SiT's convention (arXiv 2401.08740): time 0 is noise, time 1 is data.
+"""Paths between noise and data in SiT's convention (arXiv 2401.08740): time 0 is noise, time 1 is data.
 
-x_t = alpha_t data + sigma_t noise. A path is a function from times to its coefficients; what a model predicts (velocity,
-score, noise or data) is converted by them.
+x_t = alpha_t data + sigma_t noise. A path is a function that returns the coefficients at given times; with them, any
+prediction (velocity, score, noise or data) is converted to any other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PREDICTIONS = ("velocity", "score", "noise", "data")
 
 
 class Coefficients(NamedTuple):
-    """alpha and sigma of a path and their derivatives in time, each shaped like the times."""
+    """A path's alpha and sigma and their time derivatives; each has the shape of the times."""
 
     alpha: Tensor
     sigma: Tensor
@@ -25,23 +25,23 @@ class Coefficients(NamedTuple):
 
 
 def linear(t: Tensor) -> Coefficients:
-    """alpha = t, sigma = 1 - t."""
+    """The straight path: alpha = t, sigma = 1 - t."""
     one = torch.ones_like(t)
     return Coefficients(_positive(t), _positive(1 - t), one, -one)
 
 
 def gvp(t: Tensor) -> Coefficients:
-    """alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
+    """The generalized variance-preserving path: alpha = sin(pi t / 2), sigma = cos(pi t / 2)."""
     half = math.pi / 2
-    # the cosine as the sine of the rest: exact near time 1, where cos(pi / 2) rounds to either side of zero
+    # cos(x) as sin(pi / 2 - x): exact near time 1, where cos(pi / 2) may round to a negative number
     alpha, sigma = torch.sin(half * t), torch.sin(half * (1 - t))
     return Coefficients(_positive(alpha), _positive(sigma), half * sigma, -half * alpha)
 
 
 def vp(t: Tensor) -> Coefficients:
-    """SiT's variance preserving path: alpha = exp(-(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2), sigma^2 = 1 - alpha^2.
+    """SiT's variance-preserving path: alpha = exp(-(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2), sigma^2 = 1 - alpha^2.
 
-    alpha is 0.0066 at time 0, not zero, and sigma's derivative grows without bound towards time 1.
+    At time 0 alpha is 0.0066 and not zero; towards time 1 sigma's derivative is unbounded.
     """
     rest = 1 - t
     beta = 0.1 + (20 - 0.1) * rest
@@ -55,13 +55,13 @@ PATHS = {"linear": linear, "gvp": gvp, "vp": vp}
 
 
 def coefficients(path: str, t: Tensor) -> Coefficients:
-    """(alpha, sigma, alpha', sigma') of the path at times t of any shape, in [0, 1]; a named tuple.
+    """The path's alpha, sigma and their derivatives at times t in [0, 1], which may have any shape.
 
-    path: "linear" (t, 1 - t), "gvp" (sin and cos of pi t / 2) or "vp" (SiT's variance preserving path, beta 0.1 to 20).
+    path: "linear" (t, 1 - t), "gvp" (sin and cos of pi t / 2) or "vp" (SiT's variance-preserving path, beta 0.1 to 20).
 
-    In the times' dtype, float32 at the least. Exact to rounding; only, alpha and sigma never fall below the root of the
-    dtype's smallest normal number (1e-19 in float32), so that quotients by them stay finite at the ends of time.
-    Raises ValueError for an unknown path and for times outside [0, 1] (looked at where that waits for no GPU).
+    The result is in the times' dtype, float32 or wider, and exact to rounding, except that alpha and sigma are clamped
+    to the root of the dtype's smallest normal number (1e-19 in float32), so that divisions by them stay finite.
+    Raises ValueError for an unknown path and, on a CPU, for times outside [0, 1]; a check on a GPU would wait for it.
     """
     check_name("path", path, PATHS)
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= 1)).all()):
@@ -70,30 +70,30 @@ def coefficients(path: str, t: Tensor) -> Coefficients:
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear") -> Tensor:
-    """x_t = alpha_t data + sigma_t noise: [B, ...] each, t [B]."""
+    """The noisy input at time t, alpha_t data + sigma_t noise. data, noise: [B, ...]; t: [B]; returns [B, ...]."""
     at = coefficients(path, times_like(t, data))
     return at.alpha * data + at.sigma * noise
 
 
 def target(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear", prediction: str = "velocity") -> Tensor:
-    """What a model of this prediction is trained to return on average at x_t: [B, ...], t [B].
+    """The regression target of a prediction, [B, ...]; the best model returns its mean given x_t. t: [B].
 
-    velocity: alpha' data + sigma' noise; score: -noise / sigma; noise and data themselves.
+    "velocity": alpha' data + sigma' noise; "score": -noise / sigma; "noise"; "data".
     """
     check_name("prediction", prediction, PREDICTIONS)
     return _from_pair(data, noise, coefficients(path, times_like(t, data)), prediction)
 
 
 def convert(output: Tensor, x: Tensor, t: Tensor, path: str, source: str, target: str) -> Tensor:
-    """A prediction at (x, t) as the prediction of another kind; an identity of the field, for any model.
+    """Convert a model's output at (x, t) from one kind of prediction to another; exact for any output.
 
     Args:
-        output: [B, ...], what the model returned. x: [B, ...]. t: [B], or one time.
+        output: [B, ...], what the model returned. x: [B, ...]. t: [B], or one time for all.
         source, target: "velocity", "score", "noise" or "data".
 
-    At an end of time some kinds leave another open: noise and score say nothing of the data where alpha is zero (time
-    0; not on the VP path), velocity and data nothing of the score where sigma is zero (time 1). The result is finite
-    there, and wrong where output is off by more than rounding; `sampling_interval` keeps away from such ends.
+    Some conversions are undefined at an end of time: noise or score do not determine the data where alpha is zero (time
+    0; not on the VP path), velocity or data do not determine the score where sigma is zero (time 1). The result is
+    finite there, but amplifies any error of the output; `sampling_interval` cuts such ends off.
     """
     check_name("prediction", source, PREDICTIONS)
     check_name("prediction", target, PREDICTIONS)
@@ -106,7 +106,7 @@ def convert(output: Tensor, x: Tensor, t: Tensor, path: str, source: str, target
 
 
 def _to_pair(output: Tensor, x: Tensor, at: Coefficients, source: str) -> tuple[Tensor, Tensor]:
-    """(data, noise), from x = alpha data + sigma noise and one more equation."""
+    """The data and noise that a prediction implies, solved from it and x = alpha data + sigma noise."""
     if source == "velocity":
         determinant = at.alpha * at.d_sigma - at.sigma * at.d_alpha
         return (
@@ -128,12 +128,12 @@ def _from_pair(data: Tensor, noise: Tensor, at: Coefficients, target: str) -> Te
 
 
 def score_factor(at: Coefficients) -> Tensor:
-    """g of velocity = (alpha' / alpha) x + g score, sigma (alpha' sigma - alpha sigma') / alpha; not negative."""
+    """The factor g in velocity = (alpha' / alpha) x + g score; it is >= 0."""
     return at.sigma * (at.d_alpha * at.sigma - at.alpha * at.d_sigma) / at.alpha
 
 
 def velocity_factor(at: Coefficients, prediction: str) -> Tensor:
-    """By how much the velocity at a fixed (x, t) moves with the prediction: d velocity / d prediction."""
+    """The derivative d velocity / d prediction at fixed x and t."""
     if prediction == "velocity":
         return torch.ones_like(at.alpha)
     factor = score_factor(at)
@@ -143,9 +143,9 @@ def velocity_factor(at: Coefficients, prediction: str) -> Tensor:
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Times moved towards noise for larger images (shift > 1): t / (t + shift (1 - t)); 0 and 1 stay.
+    """Shift times towards noise, as larger images need (shift > 1): t / (t + shift (1 - t)); 0 and 1 stay.
 
-    It is SD3's shift (arXiv 2403.03206), s u / (1 + (s - 1) u), of the noise level u = 1 - t: there 1 is noise.
+    This is SD3's shift (arXiv 2403.03206), s u / (1 + (s - 1) u), applied to the noise level u = 1 - t.
     """
     if not (shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift is a positive number, got {shift}")
@@ -164,12 +164,12 @@ def check_interval(interval: tuple[float, float]) -> None:
 
 
 def times_like(t: Tensor, x: Tensor) -> Tensor:
-    """Times shaped to multiply [B, ...]."""
+    """Reshape times, [B] or one for all, to broadcast against x, [B, ...]. Raises ValueError for another number."""
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(x))):
         raise ValueError(f"times are one for each sample: got {list(t.shape)} for a batch of {len(x)}")
     return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def _positive(x: Tensor) -> Tensor:
-    """Away from zero by so little that only a quotient can tell; its square and its inverse's are finite."""
+    """Clamped to the smallest normal number's root, so that divisions by it, and by its square, stay finite."""
     return x.clamp(min=math.sqrt(torch.finfo(x.dtype).tiny))

@@ -1,7 +1,7 @@
 """Samplers: from noise to data along a path, by the probability flow ODE or by an SDE with the same marginals.
 
-A sampler is a function of a model function (x [B, ...], t [B]) -> prediction and of the noise to start from. It works in
-the noise's dtype, float32 at the least, and calls the model with that.
+A sampler takes a model function (x [B, ...], t [B]) -> prediction and the noise to start from. It computes, and calls the
+model, in the noise's dtype, or in float32 if that is narrower.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 # (step, time reached, state), after every step
 Callback = Callable[[int, float, Tensor], None]
 
-# The SDE's g(t) in dx = (velocity + g score) dt + sqrt(2 g) dW: any g >= 0 has the path's marginals. Forms as in SiT.
+# g(t) in dx = (velocity + g score) dt + sqrt(2 g) dW. Any g >= 0 keeps the path's marginals; these are SiT's forms.
 DIFFUSIONS = {
     "constant": lambda t, at, norm: norm * torch.ones_like(t),
     "sbdm": lambda t, at, norm: norm * score_factor(at),
@@ -39,7 +39,7 @@ DIFFUSIONS = {
     "decreasing": lambda t, at, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
     "increasing-decreasing": lambda t, at, norm: norm * torch.sin(math.pi * t) ** 2,
 }
-# by how much a prediction may be enlarged on its way to the velocity for an end of time to be left in
+# sampling stays away from an end of time where converting a prediction to the velocity multiplies it by more than this
 LARGEST_FACTOR = 1e6
 
 
@@ -59,19 +59,21 @@ def sample_ode(
     reverse: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Solve dx = velocity dt from noise to data.
+    """Sample by the probability flow ODE: solve dx = velocity dt from noise to data.
 
     Args:
-        model: (x [B, ...], t [B]) -> what `prediction` says: "velocity", "score", "noise" or "data".
-        noise: [B, ...], where to start.
-        method: "euler", "heun" (two calls a step), or "dopri5", whose steps fit the tolerances `atol` and `rtol` and are
-            the same for the whole batch. The others take `steps` steps, `shift`ed towards noise (see `shift_times`).
-        interval: (start, end) of time; None takes `sampling_interval`'s.
-        reverse: from end to start, data to noise.
-        callback: called as (step, time reached, x) after every step.
+        model: (x [B, ...], t [B]) -> the prediction. prediction: its kind, "velocity", "score", "noise" or "data".
+        noise: [B, ...], the state to start from.
+        method: "euler", "heun" (two model calls a step) or "dopri5" (adaptive: step sizes follow the tolerances `atol`
+            and `rtol`, and are the same for the whole batch).
+        steps: number of steps of "euler" and "heun". shift: moves their times towards noise, see `shift_times`.
+        interval: (start, end) of time; None takes `sampling_interval`.
+        reverse: solve from end to start, from data to noise.
+        callback: called after every step as (step, time reached, x).
 
-    Returns x at the end, [B, ...]. SiT's num_steps counts points: its n are n - 1 steps here. Raises ValueError for
-    unknown names, less than one step, and an interval outside [0, 1]; RuntimeError where dopri5 finds no step.
+    Returns x at the end, [B, ...]. SiT's num_steps = n means n - 1 steps here: it counts the points between them. Raises
+    ValueError for unknown names, less than one step, and an interval outside [0, 1]; RuntimeError if dopri5 finds no
+    step size that meets the tolerances.
     """
     interval = interval or sampling_interval(path, prediction)
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
@@ -100,23 +102,24 @@ def sample_sde(
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Solve dx = (velocity + g score) dt + sqrt(2 g) dW from noise to data.
+    """Sample by an SDE: solve dx = (velocity + g score) dt + sqrt(2 g) dW from noise to data.
 
     Args:
         model, noise, prediction, shift, callback: as in `sample_ode`.
-        method: "euler" (Euler-Maruyama) or "heun" (SiT's: the step's noise first, then a Heun step; two calls a step).
-        steps: all of them, the last one included; `shift` spreads the others.
-        diffusion: g(t): "constant", "sbdm" (of velocity = (alpha' / alpha) x + g score, score-based diffusion's own),
-            "sigma", "linear" (1 - t), "decreasing" ((1 + norm cos pi t)^2 / 4) or "increasing-decreasing" (sin^2 pi t);
-            times `diffusion_norm`, which "decreasing" has inside.
-        last_step: a last step without noise, of `last_step_size`: "mean" (of the SDE), "euler" (of the ODE) or "tweedie"
-            (to the predicted data); None: all steps are alike.
-        interval: (start, end) of time, last step included; None takes `sampling_interval`'s.
-        generator: of the noise; one, or a list of one for each sample, whose noise then depends on no other. It is drawn
-            on the generator's device.
+        method: "euler" (Euler-Maruyama) or "heun" (SiT's: add the step's noise, then take a Heun step; two model calls).
+        steps: number of steps, the last one included. shift applies to the others.
+        diffusion: the form of g(t): "constant", "sbdm" (the g in velocity = (alpha' / alpha) x + g score, that of
+            score-based diffusion), "sigma", "linear" (1 - t), "decreasing" ((1 + norm cos pi t)^2 / 4) or
+            "increasing-decreasing" (sin^2 pi t).
+        diffusion_norm: multiplies g; in "decreasing" it is the norm inside.
+        last_step: a last step without noise, `last_step_size` long: "mean" (the SDE's drift), "euler" (the ODE's
+            velocity) or "tweedie" (to the predicted data). None: the last step is like the others.
+        interval: (start, end) of time, last step included; None takes `sampling_interval`.
+        generator: draws the noise, on its own device; one, or a list with one for each sample, so that a sample's noise
+            does not depend on the rest of the batch.
 
-    Returns x at the end, [B, ...]. With a last step, SiT's num_steps and `steps` are the same. Raises ValueError for
-    unknown names, too few steps, and intervals or sizes that do not fit.
+    Returns x at the end, [B, ...]. With a last step, `steps` is SiT's num_steps. Raises ValueError for unknown names, too
+    few steps, and intervals or sizes that do not fit.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("SDE sampler", method, SDE_METHODS)
@@ -142,11 +145,11 @@ def sample_sde(
         velocity, eps = (convert(output, x, t, path, prediction, kind) for kind in ("velocity", "noise"))
         shaped = times_like(t, x)
         at = coefficients(path, shaped)
-        # g score; the quotient stays finite at time 1 where g falls with sigma
+        # velocity + g score, as noise: g / sigma stays finite at time 1 for a g that vanishes with sigma
         return velocity - DIFFUSIONS[diffusion](shaped, at, diffusion_norm) / at.sigma * eps
 
     def spread(x: Tensor, time: float, after: float) -> Tensor:
-        """The step's noise."""
+        """The noise of one step, sqrt(2 g dt) times a normal draw."""
         t = torch.full((), time, dtype=x.dtype, device=x.device)
         g = DIFFUSIONS[diffusion](t, coefficients(path, t), diffusion_norm)
         return (2 * g * (after - time)).sqrt() * normal_like(x, generator)
@@ -180,13 +183,13 @@ def sampling_interval(
     last_step: str | None = None,
     eps: float = 1e-3,
 ) -> tuple[float, float]:
-    """The times to sample over: [0, 1], less `eps` (SiT's by default) at an end that a solver cannot stand on.
+    """The interval of sampling times: [0, 1], cut by `eps` (by default SiT's) at an end where the field is undefined.
 
-    diffusion: the SDE's form; None for the ODE. last_step: the SDE's rule; with one, nothing is evaluated at time 1.
+    diffusion: the form of the SDE's g; None means the ODE. last_step: the SDE's; with one, no model call is at time 1.
 
-    The start is cut where noise or score predict, or diffusion "sbdm" divides by, what alpha = 0 leaves open; the end of
-    an ODE where the path's velocity grows without bound (VP) or data predicts; the end of an SDE, whose drift has the
-    score, where it has no last step.
+    The start is cut off where converting divides by alpha = 0: for noise and score predictions and for diffusion "sbdm".
+    The end of an ODE is cut off where the velocity is unbounded: on the VP path and for data predictions. The end of an
+    SDE without a last step is cut off because its drift contains the score.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("diffusion form", diffusion, (None, *DIFFUSIONS))
@@ -203,7 +206,10 @@ def sampling_interval(
 
 
 def time_grid(steps: int, interval: tuple[float, float], shift: float = 1.0) -> list[float]:
-    """steps + 1 times over the interval, evenly spaced before the shift. Numbers, so that no step waits for a GPU."""
+    """steps + 1 times from start to end of the interval, evenly spaced before the shift.
+
+    They are plain numbers, so that no step of a sampler waits for a GPU. Raises ValueError for less than one step.
+    """
     if steps < 1:
         raise ValueError(f"a sampler takes at least one step, got {steps}")
     check_interval(interval)
@@ -213,7 +219,7 @@ def time_grid(steps: int, interval: tuple[float, float], shift: float = 1.0) -> 
 
 
 def velocity_field(model: Model, path: str, prediction: str) -> Model:
-    """The model function as one of velocity."""
+    """The model function with its output converted to the velocity."""
     check_name("prediction", prediction, PREDICTIONS)
     return lambda x, t: convert(model(x, t), x, t, path, prediction, "velocity")
 
@@ -231,7 +237,7 @@ def solve_ode(
     reverse: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """The state [B, ...] after dx = field(x, t [B]) dt over the interval; arguments as in `sample_ode`."""
+    """Solve dx = field(x, t [B]) dt over the interval; returns the state at its end, [B, ...]. Else as `sample_ode`."""
     check_name("ODE sampler", method, ODE_METHODS)
     times = time_grid(steps, interval, shift)
     times = times[::-1] if reverse else times
@@ -269,23 +275,23 @@ def _dopri5(field: Model, x: Tensor, start: float, end: float, atol: float, rtol
     accepted = 0
 
     def function(t: Tensor, x: Tensor) -> Tensor:
-        # the solver tries its first step before it knows where the interval ends
+        # the solver's first trial step may go past the end of the interval
         return field(x, t.clamp(low, high).to(x).expand(len(x)))
 
     def accept(t: Tensor, x: Tensor, dt: Tensor) -> None:
         nonlocal accepted
-        if accepted and callback is not None:  # the state given is the one before the step
+        if accepted and callback is not None:  # called with the state before the step: the first is the start
             callback(accepted, float(t), x)
         accepted += 1
 
     function.callback_accept_step = accept
     times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
     try:
-        # a step has to end on the end, or the solver passes it and interpolates back
+        # step_t makes a step end exactly at the end; without it the solver goes past and interpolates back
         x = odeint(function, x, times, method="dopri5", atol=atol, rtol=rtol, options={"step_t": times[1:]})[-1]
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values")):
-            raise  # not the solver's, but the model's
+            raise  # the model's own assertion
         raise RuntimeError(
             f"dopri5 finds no step that meets atol {atol:g} and rtol {rtol:g}: the model is not finite, or too steep"
         ) from error
@@ -312,7 +318,7 @@ def check_generators(generator: Generators, x: Tensor) -> None:
 
 
 def normal_like(x: Tensor, generator: Generators) -> Tensor:
-    """Normal numbers like x, drawn where the generator is; each sample by its own where it is a list."""
+    """Normal noise shaped as x, drawn on the generator's device; a list has one generator for each sample."""
     if generator is None:
         return torch.randn_like(x)
     if isinstance(generator, list):

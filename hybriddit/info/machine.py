@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import __version__
-from ..benchmark.shapes import PIXELS_PER_TOKEN, SHAPES
 from ..machine import device_of_this_machine, gpu_name, versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
@@ -68,22 +67,25 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from ..attention.window import WindowCase, choose_backend
-    from ..models import families
 
+    try:
+        from ..benchmark.subjects import find_subject
+        from ..models import families
+    except ModuleNotFoundError:  # a machine of torch alone, without diffusers, has no models to choose for
+        return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():
         name = next((published.shape for published in family.published.values() if published.shape), None)
         if name is None:
             continue
-        shape = SHAPES[name]
+        shape = find_subject(name).shape
         for size in SIZES:
-            side = size // PIXELS_PER_TOKEN
             settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
-            choice = choose_backend(WindowCase(torch.device(device), dtype, (side, side), *settings))
+            choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
             yield {
                 "family": family.name,
                 "pixels": size,
-                "grid": [side, side],
+                "grid": list(shape.grid(size)),
                 "window": WINDOW,
                 "heads": shape.heads,
                 "head_dim": shape.head_dim,
@@ -115,7 +117,7 @@ def environment_text(found: dict[str, Any]) -> str:
         for name, backend in found[kind].items():
             note = f": {backend['note']}" if backend["note"] else ""
             lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
-        if kind == "window_attention":
+        if kind == "window_attention" and found["window_choices"]:
             lines += _choice_lines(found["window_choices"])
     return "\n".join(lines)
 

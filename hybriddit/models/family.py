@@ -37,6 +37,20 @@ class Published:
     vae_scale_factor: int = 8
 
 
+class Processors(NamedTuple):
+    """The processors of one kind of attention module.
+
+    teacher: the class that diffusers puts there.
+    hybrid: replaces it on converted layers.
+    dense: replaces it on the other layers, where the layout comes as the keyword `token_layout`, which it accepts and
+        ignores. None: the teacher's stays.
+    """
+
+    teacher: type
+    hybrid: type
+    dense: type | None = None
+
+
 class LayerShape(NamedTuple):
     """Sizes of one attention layer: channels of its input, heads of queries and of keys and values, and their width."""
 
@@ -55,11 +69,10 @@ class Family(ABC):
     name: in tables and messages, such as "FLUX".
     dense_class, hybrid_class: the diffusers class, and `hybrid_class(dense_class)` of `models.hybrid_model`.
     layers: fnmatch patterns of the attention modules whose cost is quadratic in image tokens.
-    teacher_processor: the processor that diffusers puts on every attention module.
-    hybrid_processor: replaces it on converted layers; takes the keyword `token_layout`.
-    dense_processor: replaces it on the other layers: it accepts the layout and ignores it. None: the teacher's stays.
-    attention_kwargs: the argument of forward whose entries reach the processors. None where there is none that does:
-        then processors find the layout in their `layout_holder`, see `models.processing.LayoutHolder`.
+    processors: of each kind of attention module that the model has.
+    attention_kwargs: the argument of forward whose entries reach the processors, the keyword `token_layout` with them.
+        None where there is none that does: then hybrid processors find the layout in `self.layout_holder`, see
+        `models.processing.LayoutHolder`.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
     pipelines: diffusers' pipeline classes by task, a part of TASKS.
@@ -74,9 +87,7 @@ class Family(ABC):
     dense_class: ClassVar[type[nn.Module]]
     hybrid_class: ClassVar[type[nn.Module]]
     layers: ClassVar[tuple[str, ...]]
-    teacher_processor: ClassVar[type]
-    hybrid_processor: ClassVar[type]
-    dense_processor: ClassVar[type | None]
+    processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False

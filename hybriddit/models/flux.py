@@ -17,7 +17,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from ..attention import TokenLayout
-from .family import Family, Published
+from .family import Family, Processors, Published
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, project
 from .recipe import Recipe, few_steps, shifted_logit_normal
@@ -90,9 +90,7 @@ class Flux(Family):
     dense_class = FluxTransformer2DModel
     hybrid_class = HybridFluxTransformer2DModel
     layers = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
-    teacher_processor = FluxAttnProcessor
-    hybrid_processor = HybridFluxAttnProcessor
-    dense_processor = DenseFluxAttnProcessor
+    processors = (Processors(FluxAttnProcessor, HybridFluxAttnProcessor, DenseFluxAttnProcessor),)
     attention_kwargs = "joint_attention_kwargs"
     joint = True
     text_first = True

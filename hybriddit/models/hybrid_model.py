@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import HybridConfig
 from .processing import CheckpointWithLayout
@@ -36,7 +37,8 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
     __init__.__signature__ = inspect.Signature([*parameters, added])
     # the gates are few, and near zero: bf16 would round their steps away
     attributes["_keep_in_fp32_modules"] = [*(dense_class._keep_in_fp32_modules or ()), "gate"]
-    attributes["_skip_layerwise_casting_patterns"] = [*(dense_class._skip_layerwise_casting_patterns or ()), "gate"]
+    patterns = dense_class._skip_layerwise_casting_patterns or ()
+    attributes["_skip_layerwise_casting_patterns"] = [*patterns, r"\.hybrid\.gate$"]
     name = f"Hybrid{dense_class.__name__}"
     members = {
         "__init__": register_to_config(__init__),
@@ -68,7 +70,7 @@ class HybridModelMixin:
         reset_processors(self)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint
     ) -> None:
         if enable and self._layout_holder is not None:
             gradient_checkpointing_func = CheckpointWithLayout(gradient_checkpointing_func, self._layout_holder)
@@ -90,6 +92,11 @@ class HybridModelMixin:
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # diffusers goes by one part of a name: it kept the dense model's own layers called "gate" in fp32 too
+        if "gate" not in (super()._keep_in_fp32_modules or ()):
+            for name, parameter in model.named_parameters():
+                if "gate" in name.split(".") and ".hybrid." not in name:
+                    parameter.data = parameter.data.to(model.dtype)
         # diffusers leaves weights that the file lacks on the meta device, with a warning
         offloaded = getattr(model, "hf_device_map", None)  # whose weights wait elsewhere, on meta too
         missing = [] if offloaded else [name for name, p in model.named_parameters() if p.is_meta]

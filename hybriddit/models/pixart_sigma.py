@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from ..attention import TokenLayout
-from .family import Family, Published
+from .family import Family, Processors, Published
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
 from .recipe import Recipe, ddpm_noise, uniform_steps
@@ -73,9 +73,7 @@ class PixArtSigma(Family):
     dense_class = PixArtTransformer2DModel
     hybrid_class = HybridPixArtTransformer2DModel
     layers = ("transformer_blocks.*.attn1",)
-    teacher_processor = AttnProcessor2_0
-    hybrid_processor = HybridAttnProcessor
-    dense_processor = DenseAttnProcessor
+    processors = (Processors(AttnProcessor2_0, HybridAttnProcessor, DenseAttnProcessor),)
     attention_kwargs = "cross_attention_kwargs"
     joint = False
     pipelines = {"text-to-image": PixArtSigmaPipeline}

@@ -38,18 +38,24 @@ def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Te
 
 
 def far_inputs(
-    attn: nn.Module, hidden_states: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    attn: nn.Module,
+    hidden_states: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    norms: tuple[nn.Module | None, nn.Module | None] | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """HybridAttention's far_query, far_key and gate; empty for a layer without a far branch.
 
-    hidden_states [B, N, width] and query, key [B, N, heads, D], raw projections, all of the image tokens alone. The
-    layer's own norms are applied here, rotary embedding is not: phi after it would lose its sign.
+    hidden_states [B, N, width], query [B, N, heads, D] and key [B, N, kv_heads, D], raw projections, all of the image
+    tokens alone. norms: the layer's own of queries and keys; None: its `norm_q` and `norm_k`. They are applied here,
+    rotary embedding is not: phi after it would lose its sign.
     """
     hybrid: HybridAttention = attn.hybrid
     if hybrid.far is None:
         return {}
+    norm_q, norm_k = (attn.norm_q, attn.norm_k) if norms is None else norms
     far_query, far_key, gate = hybrid.far_inputs(hidden_states, query, key)
-    return {"far_query": norm(attn.norm_q, far_query), "far_key": norm(attn.norm_k, far_key), "gate": gate}
+    return {"far_query": norm(norm_q, far_query), "far_key": norm(norm_k, far_key), "gate": gate}
 
 
 def norm(module: nn.Module | None, heads: torch.Tensor) -> torch.Tensor:
@@ -57,8 +63,8 @@ def norm(module: nn.Module | None, heads: torch.Tensor) -> torch.Tensor:
     return heads if module is None else module(heads)
 
 
-def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | None) -> None:
-    """ValueError where a hybrid processor lacks the layout, or is given a mask, which it cannot heed."""
+def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | None = None) -> None:
+    """Raise ValueError where a hybrid processor lacks the layout, or is given a mask, which it cannot heed."""
     if token_layout is None:
         raise ValueError(
             "hybrid attention needs `token_layout`: call the whole model, or pass one in its attention kwargs"

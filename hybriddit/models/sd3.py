@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
 
 from ..attention import TokenLayout
-from .family import Family, Published
+from .family import Family, Processors, Published
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
 from .recipe import Recipe, shifted_logit_normal
@@ -90,9 +90,7 @@ class StableDiffusion3(Family):
     dense_class = SD3Transformer2DModel
     hybrid_class = HybridSD3Transformer2DModel
     layers = ("transformer_blocks.*.attn", "transformer_blocks.*.attn2")
-    teacher_processor = JointAttnProcessor2_0
-    hybrid_processor = HybridJointAttnProcessor
-    dense_processor = DenseJointAttnProcessor
+    processors = (Processors(JointAttnProcessor2_0, HybridJointAttnProcessor, DenseJointAttnProcessor),)
     attention_kwargs = "joint_attention_kwargs"
     joint = True
     pipelines = {

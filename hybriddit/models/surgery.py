@@ -98,10 +98,11 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     """The part of `hybridize` that the Hybrid classes' constructors share: all but the change of class."""
     family = family_of(model)
     attentions = family.attentions(model)
+    teachers = [row.teacher for row in family.processors]
     for name, attn in attentions.items():
-        if type(attn.processor) is not family.teacher_processor:
+        if type(attn.processor) not in teachers:
             raise ValueError(
-                f"{name} runs {type(attn.processor).__name__} instead of {family.teacher_processor.__name__} "
+                f"{name} runs {type(attn.processor).__name__} instead of {' or '.join(t.__name__ for t in teachers)} "
                 "(PAG, an IP-Adapter, fused projections, …): undo that before converting"
             )
         _check_not_fused(name, attn)
@@ -122,7 +123,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     for name, attn in attentions.items():
         if name in hybrids:
             attn.hybrid = hybrids[name]
-        attn.set_processor(_new_processor(model, family, attn))
+        attn.set_processor(_new_processor(model, family, name))
     if model._layout_holder is not None:
         for module in _checkpointing(model):
             checkpoint = module._gradient_checkpointing_func
@@ -136,17 +137,18 @@ def _checkpointing(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
-def _new_processor(model: nn.Module, family: Family, attn: nn.Module) -> Any:
-    """What runs an attention module of a hybrid model, converted or not."""
-    if hasattr(attn, "hybrid"):
-        processor = family.hybrid_processor()
+def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
+    """What runs the attention module of this name in a hybrid model, converted or not."""
+    teacher, own = model._dense_processors[name], _own_processor(model, family, name)
+    if hasattr(model.get_submodule(name), "hybrid"):
+        processor = own()
         if model._layout_holder is not None:
             processor.layout_holder = model._layout_holder
         return processor
-    if family.dense_processor is None:
-        return attn.processor
-    processor = family.dense_processor()
-    vars(processor).update(vars(attn.processor))  # its attention backend
+    if own is type(teacher):
+        return teacher
+    processor = own()
+    vars(processor).update(vars(teacher))  # its attention backend
     return processor
 
 
@@ -184,7 +186,7 @@ def _hybrid_attention(
         for name, module in projections.items():
             delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
             hybrid.deltas[delta_name(name)] = delta
-    hybrid.to(next(iter(projections.values())).weight.device).train(attn.training)
+    hybrid.to(next(attn.parameters()).device).train(attn.training)
     for name, parameter in hybrid.named_parameters():
         if not name.startswith("gate"):
             parameter.data = parameter.data.to(dtype)
@@ -222,7 +224,7 @@ def check_processors(model: nn.Module) -> None:
     family = family_of(model)
     for name in model._dense_processors:
         attn = model.get_submodule(name)
-        expected = _own_processor(family, attn)
+        expected = _own_processor(model, family, name)
         if type(attn.processor) is not expected:
             raise ValueError(
                 f"{name} runs {type(attn.processor).__name__} in place of {expected.__name__}: hybrid models do not "
@@ -237,15 +239,15 @@ def reset_processors(model: nn.Module) -> None:
     family = family_of(model)
     for name in model._dense_processors:
         attn = model.get_submodule(name)
-        expected = _own_processor(family, attn)
-        if type(attn.processor) is not expected:
-            attn.set_processor(_new_processor(model, family, attn))
+        if type(attn.processor) is not _own_processor(model, family, name):
+            attn.set_processor(_new_processor(model, family, name))
 
 
-def _own_processor(family: Family, attn: nn.Module) -> type:
-    if hasattr(attn, "hybrid"):
-        return family.hybrid_processor
-    return family.dense_processor or family.teacher_processor
+def _own_processor(model: nn.Module, family: Family, name: str) -> type:
+    """The class of processor that conversion gives to the attention module of this name."""
+    teacher = type(model._dense_processors[name])
+    row = next(row for row in family.processors if row.teacher is teacher)
+    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or teacher
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:

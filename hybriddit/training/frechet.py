@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..metrics import frechet_distance, load_inception, read_images
-from ..metrics.adm import look, read_reference
+from ..metrics.adm import collect_statistics, read_reference
 from .run_config import MetricsConfig
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -80,7 +80,7 @@ class FrechetDistance:
     @torch.no_grad()
     def _moments(self, images, name: str, progress: bool = False, shared: bool = True):
         """Mean and covariance of the features."""
-        seen = look(
+        seen = collect_statistics(
             images,
             lambda batch: {"pooled": self.features(batch)},
             name,

@@ -8,8 +8,10 @@ import pytest
 import torch
 from attention import oracles
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import SiTTransformer2DModel
+from hybriddit.models.flops import sit_flops
 from hybriddit.models.sit import SIT_SIZES
 from hybriddit.models.sit_convert import from_original, load_original, read_original, to_original
 
@@ -214,6 +216,25 @@ def test_presets(size, patch):
 def test_unknown_presets_are_refused(name):
     with pytest.raises(ValueError, match="unknown SiT size .*S, B, L, XL"):
         SiTTransformer2DModel.preset(name)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("map_rank", [None, 5])
+def test_flops_are_torch_s_count_and_the_formulas_of_each_kind(grid, map_rank):
+    latents, times, labels = make_inputs(grid, batch=1, dtype=torch.float32)
+    model = make(torch.float32, activation_fn="swiglu")
+    with FlopCounterMode(display=False) as counter:
+        run(model, (latents, times, labels))
+    assert sit_flops(model, grid) == counter.get_total_flops()
+    tokens, rank, layers = grid[0] * grid[1], map_rank or WIDTH, 2
+    outside = sit_flops(model, grid) - layers * 4 * tokens**2 * WIDTH
+    near = 4 * tokens * min(3, grid[0]) * min(3, grid[1]) * WIDTH
+    maps = 2 * 2 * tokens * 2 * WIDTH * rank  # of queries and keys, down and up
+    far = 2 * tokens * WIDTH * (2 * WIDTH // HEADS + 2)  # keys with values, queries with that, two sums below
+    again = 2 * 2 * tokens * WIDTH**2  # queries and keys are projected for each branch
+    for kind, expected in (("window", near), ("linear", maps + far), ("hybrid", near + maps + far + again)):
+        other = make(torch.float32, activation_fn="swiglu", attention=kind, map_rank=map_rank)
+        assert sit_flops(other, grid) == outside + layers * expected, kind
 
 
 # --- the forward pass ----------------------------------------------------------------------------------------------

@@ -1,0 +1,575 @@
+"""A made-up family, in this file alone and registered by one call, that does what none of the supported ones does.
+
+Its text lies before the image and is padded, with a mask of its keys; queries share heads of keys and values; the
+attention's output has a gate; one kind of block has q, k, v and the MLP in one projection; layers are not named as
+diffusers names them; its velocity and its times run the other way; and nothing but the model's own arguments reaches
+its attention processors. Everything that hybriddit does with a family has to work on it.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from tiny_models import perturb_hybrid, run, window_mask
+from torch import nn
+
+import hybriddit
+from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
+from hybriddit.models.family import Family, LayerShape, Processors, Published, register, unregister
+from hybriddit.models.hybrid_model import hybrid_class
+from hybriddit.models.processing import check_call, far_inputs, project
+from hybriddit.models.recipe import Recipe, shifted_logit_normal
+
+# The model, its processors and its pipeline, as a library might have them
+
+
+class ToyAttention(nn.Module, AttentionModuleMixin):
+    """Grouped-query attention with a gate on its output."""
+
+    def __init__(self, width, heads, kv_heads, head_dim):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.query = nn.Linear(width, heads * head_dim)
+        self.key_value = nn.Linear(width, 2 * kv_heads * head_dim)
+        self.query_norm, self.key_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.gate = nn.Linear(width, heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, width)
+        self.set_processor(ToyProcessor())
+
+    def forward(self, tokens, text_mask):
+        return self.processor(self, tokens, text_mask)
+
+
+class ToyFusedAttention(nn.Module, AttentionModuleMixin):
+    """Attention and MLP side by side: one projection into both, one out of both."""
+
+    def __init__(self, width, heads, kv_heads, head_dim):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.hidden = heads, kv_heads, head_dim, 2 * width
+        self.qkv_mlp = nn.Linear(width, (heads + 2 * kv_heads) * head_dim + self.hidden)
+        self.query_norm, self.key_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.out_mlp = nn.Linear(heads * head_dim + self.hidden, width)
+        self.set_processor(ToyFusedProcessor())
+
+    def forward(self, tokens, text_mask):
+        return self.processor(self, tokens, text_mask)
+
+    def parts(self, fused):
+        """The fused projection's output, as query, key, value [B, S, heads, D] and the MLP's hidden layer."""
+        sizes = (self.heads * self.head_dim, *2 * (self.kv_heads * self.head_dim,), self.hidden)
+        *qkv, hidden = fused.split(sizes, dim=-1)
+        return *(part.unflatten(-1, (-1, self.head_dim)) for part in qkv), hidden
+
+
+def toy_softmax(query, key, value, text_mask, pairs=None):
+    """Softmax attention by its formula; pairs: bool [S, S], which keys (columns) a query sees."""
+    query = query.unflatten(2, (key.shape[2], -1))  # [B, S, kv_heads, group, D]
+    scores = torch.einsum("bikgd,bjkd->bkgij", query, key) / math.sqrt(query.shape[-1])
+    if text_mask is not None:
+        seen = F.pad(text_mask, (0, key.shape[1] - text_mask.shape[1]), value=True)
+        scores = scores.masked_fill(~seen[:, None, None, None], -math.inf)
+    if pairs is not None:
+        scores = scores.masked_fill(~pairs, -math.inf)
+    return torch.einsum("bkgij,bjkd->bikgd", scores.softmax(-1), value).flatten(2)
+
+
+class ToyProcessor:
+    pairs = None
+
+    def __call__(self, attn, tokens, text_mask):
+        query = attn.query_norm(attn.query(tokens).unflatten(-1, (attn.heads, -1)))
+        key, value = attn.key_value(tokens).unflatten(-1, (2, attn.kv_heads, -1)).unbind(-3)
+        out = toy_softmax(query, attn.key_norm(key), value, text_mask, self.pairs)
+        return attn.out(out * attn.gate(tokens).sigmoid())
+
+
+class ToyFusedProcessor:
+    pairs = None
+
+    def __call__(self, attn, tokens, text_mask):
+        query, key, value, hidden = attn.parts(attn.qkv_mlp(tokens))
+        out = toy_softmax(attn.query_norm(query), attn.key_norm(key), value, text_mask, self.pairs)
+        return attn.out_mlp(torch.cat([out, F.gelu(hidden)], dim=-1))
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, attention, width, *sizes):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = attention(width, *sizes)
+
+    def forward(self, tokens, time, text_mask):
+        return tokens + self.attention(self.norm(tokens) + time, text_mask)
+
+
+class ToyFusedBlock(ToyBlock):
+    pass
+
+
+class ToyTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
+    """Text, then image, in one sequence; predicts the way from noise to image, at times from 0 (noise) to 1."""
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["ToyBlock", "ToyFusedBlock"]
+
+    @register_to_config
+    def __init__(
+        self, in_channels=4, patch_size=2, heads=4, kv_heads=2, head_dim=8, text_width=12, layers=1, fused_layers=1
+    ):
+        super().__init__()
+        width, sizes = heads * head_dim, (heads, kv_heads, head_dim)
+        self.text_in = nn.Linear(text_width, width)
+        self.image_in = nn.Linear(in_channels * patch_size**2, width)
+        self.time_in = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(ToyBlock(ToyAttention, width, *sizes) for _ in range(layers))
+        self.fused_blocks = nn.ModuleList(ToyFusedBlock(ToyFusedAttention, width, *sizes) for _ in range(fused_layers))
+        self.image_out = nn.Linear(width, in_channels * patch_size**2)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, encoder_attention_mask=None, timestep=None, return_dict=True
+    ):
+        patch, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
+        image = self.image_in(F.unfold(hidden_states, patch, stride=patch).transpose(1, 2))
+        rows, columns = torch.meshgrid(
+            *(torch.arange(side // patch, device=image.device) for side in (height, width)), indexing="ij"
+        )
+        waves = torch.arange(image.shape[-1], device=image.device)
+        place = (rows.flatten()[:, None] * (waves + 1) / 7 + columns.flatten()[:, None] * (waves + 2) / 5).sin()
+        text = self.text_in(encoder_hidden_states)
+        tokens = torch.cat([text, image + place.to(image)], dim=1)
+        times = timestep[:, None, None] * torch.arange(1, 9, device=image.device)
+        time = self.time_in(times.to(image).cos())
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
+        for block in (*self.blocks, *self.fused_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, time, mask)
+            else:
+                tokens = block(tokens, time, mask)
+        patches = self.image_out(tokens[:, text.shape[1] :]).transpose(1, 2)
+        sample = F.fold(patches, (height, width), patch, stride=patch)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class ToyTextEncoder(ModelMixin, ConfigMixin):
+    """An embedding of the prompt's bytes."""
+
+    @register_to_config
+    def __init__(self, width=12):
+        super().__init__()
+        self.embed = nn.Embedding(256, width)
+
+    def forward(self, ids):
+        return self.embed(ids)
+
+
+class ToyPipeline(DiffusionPipeline):
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+
+    def __init__(self, transformer, text_encoder, vae, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, text_encoder=text_encoder, vae=vae, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(self.vae_scale_factor)
+
+    def encode_prompt(self, prompts, max_sequence_length=8):
+        """Embeddings [B, length, width] and their mask [B, length]; the start of a text counts even if it is empty."""
+        texts = [b"\0" + prompt.encode()[: max_sequence_length - 1] for prompt in prompts]
+        ids = torch.tensor([list(text.ljust(max_sequence_length, b"\0")) for text in texts])
+        mask = torch.tensor([[i < len(text) for i in range(max_sequence_length)] for text in texts])
+        device = self.text_encoder.device
+        return self.text_encoder(ids.to(device)).to(self.transformer.dtype), mask.to(device)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt=None, negative_prompt=None, height=32, width=32, num_inference_steps=2, guidance_scale=2.0,
+        max_sequence_length=8, generator=None, prompt_embeds=None, prompt_mask=None, negative_prompt_embeds=None,
+        negative_prompt_mask=None, output_type="pil",
+    ):  # fmt: skip
+        if prompt is not None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            negative = [negative_prompt or ""] * len(prompt)
+            prompt_embeds, prompt_mask = self.encode_prompt(prompt, max_sequence_length)
+            negative_prompt_embeds, negative_prompt_mask = self.encode_prompt(negative, max_sequence_length)
+        guided = guidance_scale > 1
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
+        mask = torch.cat([negative_prompt_mask, prompt_mask]) if guided else prompt_mask
+        config, scale = self.transformer.config, self.vae_scale_factor
+        shape = (len(prompt_embeds), config.in_channels, height // scale, width // scale)
+        device, dtype = prompt_embeds.device, prompt_embeds.dtype
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            inputs = torch.cat([latents, latents]) if guided else latents
+            times = (1 - t / 1000).expand(len(inputs))
+            velocity = -self.transformer(inputs, embeds, mask, times, return_dict=False)[0]
+            if guided:
+                without, with_prompt = velocity.chunk(2)
+                velocity = without + guidance_scale * (with_prompt - without)
+            latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        if output_type == "latent":
+            return ImagePipelineOutput(images=latents)
+        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        return ImagePipelineOutput(images=self.image_processor.postprocess(pixels, output_type=output_type))
+
+
+# The family: all that hybriddit has to be told
+
+
+class HybridToyProcessor:
+    def __call__(self, attn, tokens, text_mask):
+        token_layout = self.layout_holder.token_layout
+        check_call(token_layout)
+        query = project(attn, "query", tokens).unflatten(-1, (attn.heads, -1))
+        key, value = project(attn, "key_value", tokens).unflatten(-1, (2, attn.kv_heads, -1)).unbind(-3)
+        norms = (attn.query_norm, attn.key_norm)
+        far = far_inputs(attn, *(token_layout.split(x)[1] for x in (tokens, query, key)), norms)
+        query, key = norms[0](query), norms[1](key)
+        out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2)
+        return project(attn, "out", out * project(attn, "gate", tokens).sigmoid())
+
+
+class HybridToyFusedProcessor:
+    def __call__(self, attn, tokens, text_mask):
+        token_layout = self.layout_holder.token_layout
+        check_call(token_layout)
+        query, key, value, hidden = attn.parts(project(attn, "qkv_mlp", tokens))
+        norms = (attn.query_norm, attn.key_norm)
+        far = far_inputs(attn, *(token_layout.split(x)[1] for x in (tokens, query, key)), norms)
+        query, key = norms[0](query), norms[1](key)
+        out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2)
+        return project(attn, "out_mlp", torch.cat([out, F.gelu(hidden)], dim=-1))
+
+
+class Toy(Family):
+    name = "Toy"
+    dense_class = ToyTransformer2DModel
+    hybrid_class = hybrid_class(ToyTransformer2DModel)
+    layers = ("blocks.*.attention", "fused_blocks.*.attention")
+    processors = (
+        Processors(ToyProcessor, HybridToyProcessor),
+        Processors(ToyFusedProcessor, HybridToyFusedProcessor),
+    )
+    attention_kwargs = None
+    joint = True
+    text_first = True
+    pipelines = {"text-to-image": ToyPipeline}
+    scheduler = FlowMatchEulerDiscreteScheduler
+    recipes = {"toy": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
+    published = {"toys/toy-large": Published({"layers": 2, "fused_layers": 2}, shape="toy", vae_scale_factor=4)}
+
+    def layer_shape(self, attn):
+        width = (attn.query if isinstance(attn, ToyAttention) else attn.qkv_mlp).in_features
+        return LayerShape(width, attn.heads, attn.kv_heads, attn.head_dim)
+
+    def projections(self, attn):
+        names = ("query", "key_value", "gate", "out", "qkv_mlp", "out_mlp")
+        return {name: getattr(attn, name) for name in names if hasattr(attn, name)}
+
+    def encode_prompts(self, pipeline, prompts, **length):
+        embeds, mask = pipeline.encode_prompt(prompts, **length)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
+
+    def example_text(self, config, count, length, make):
+        embeds = make(count, length, config["text_width"])
+        return {"prompt_embeds": embeds, "prompt_mask": torch.ones(count, length, dtype=bool, device=embeds.device)}
+
+    def model_inputs(self, noisy, times, text, grid, guidance):
+        return {
+            "hidden_states": noisy,
+            "encoder_hidden_states": text["prompt_embeds"],
+            "encoder_attention_mask": text["prompt_mask"],
+            "timestep": 1 - times,
+        }
+
+    def times_of(self, timestep):
+        return 1 - timestep
+
+    def prediction(self, output, latents):
+        return -output
+
+
+@pytest.fixture(autouse=True)
+def toy():
+    """The family, registered for one test."""
+    family = register(Toy)
+    yield family
+    unregister(family)
+
+
+# Tiny models and inputs
+
+TEXT, GRID = 5, (6, 7)
+CLOSE = {"rtol": 0, "atol": 1e-10}
+
+
+def make(dtype=torch.float64, seed=0, **sizes):
+    """A random toy in which every weight matters."""
+    torch.manual_seed(seed)
+    model = ToyTransformer2DModel(**sizes).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "attention" in name:
+                parameter.mul_(3)  # sharp attention: a wrong mask shows
+    return model
+
+
+def make_inputs(model, grid=GRID, batch=2, seed=1, padded=True):
+    """Arguments of forward; the first text ends after two tokens, the others are whole."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    mask[0, 2:] = not padded
+    return {
+        "hidden_states": random(batch, 4, 2 * grid[0], 2 * grid[1]),
+        "encoder_hidden_states": random(batch, TEXT, 12),
+        "encoder_attention_mask": mask,
+        "timestep": torch.linspace(0.3, 0.8, batch, dtype=model.dtype),
+    }
+
+
+def added(model):
+    return {name: parameter for name, parameter in model.named_parameters() if ".hybrid." in name}
+
+
+def masked_dense(model, inputs, grid, window):
+    """The dense model's output with the window as a mask between image tokens, by the toy's own formula."""
+    pairs = torch.ones(2 * (TEXT + grid[0] * grid[1],), dtype=torch.bool)
+    pairs[TEXT:, TEXT:] = window_mask(grid, window)
+    masked = copy.deepcopy(model)
+    for module in masked.modules():
+        if isinstance(module, AttentionModuleMixin):
+            module.processor.pairs = pairs
+    return run(masked, inputs)
+
+
+# Conversion
+
+
+def test_window_over_the_grid_is_the_dense_model():
+    model = make()
+    inputs = make_inputs(model)
+    dense = run(model, inputs)
+    hybridize(model, HybridConfig(window=7))
+    torch.testing.assert_close(run(model, inputs), dense, **CLOSE)
+
+
+def test_smaller_window_is_the_masked_dense_model():
+    model = make(layers=2)
+    inputs = make_inputs(model)
+    expected = masked_dense(model, inputs, GRID, (3, 4))
+    assert (expected - run(model, inputs)).abs().max() > 1e-2
+    hybridize(model, HybridConfig(window=(3, 4)))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_padded_text_is_not_seen():
+    """By image tokens of hybrid and of linear layers: what stands there does not matter, what is text does."""
+    for config in (HybridConfig(window=3), HybridConfig(window=None)):
+        model = perturb_hybrid(hybridize(make(), config))
+        inputs = make_inputs(model)
+        out = run(model, inputs)
+        for place, matters in ((3, False), (1, True)):
+            text = inputs["encoder_hidden_states"].clone()
+            text[0, place] += 1
+            changed = (run(model, {**inputs, "encoder_hidden_states": text}) - out).abs().amax((1, 2, 3))
+            assert (changed[0] > 1e-6) == matters and changed[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["blocks", "fused_blocks"])
+@pytest.mark.parametrize("gate", ["head", "token"])
+def test_an_open_layer_against_the_formulas(kind, gate):
+    """One layer's image tokens, recomputed from its input: softmax in the window, linear attention, the gate."""
+    grid = (4, 5)
+    model = perturb_hybrid(hybridize(make(), HybridConfig(window=(3, 2), gate=gate)))
+    attn, seen = model.get_submodule(f"{kind}.0.attention"), {}
+    attn.register_forward_hook(lambda module, args, out: seen.update(tokens=args[0], mask=args[1], out=out))
+    run(model, make_inputs(model, grid))
+    tokens, count = seen["tokens"], grid[0] * grid[1]
+    with torch.no_grad():
+        if kind == "blocks":
+            query = attn.query(tokens).unflatten(-1, (4, 8))
+            key, value = attn.key_value(tokens).unflatten(-1, (2, 2, 8)).unbind(2)
+        else:
+            query, key, value, hidden = attn.parts(attn.qkv_mlp(tokens))
+        pairs = torch.ones(TEXT + count, TEXT + count, dtype=torch.bool)
+        pairs[TEXT:, TEXT:] = window_mask(grid, (3, 2))
+        expected = toy_softmax(attn.query_norm(query), attn.key_norm(key), value, seen["mask"], pairs)
+        near = expected[:, TEXT:].unflatten(-1, (4, 8))
+        x = tokens[:, TEXT:]
+        far_query = F.elu(attn.query_norm(query[:, TEXT:] + attn.hybrid.map_q(x).unflatten(-1, (4, 8)))) + 1
+        far_key = F.elu(attn.key_norm(key[:, TEXT:] + attn.hybrid.map_k(x).unflatten(-1, (2, 8)))) + 1
+        weights = torch.einsum("bikgd,bjkd->bkgij", far_query.unflatten(2, (2, 2)), far_key)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-4 * count)
+        far = torch.einsum("bkgij,bjkd->bikgd", weights, value[:, TEXT:]).flatten(2, 3)
+        g = attn.hybrid.gate(x.float()).unsqueeze(-1) if gate == "token" else attn.hybrid.gate
+        expected[:, TEXT:] = (near + g * (far - near)).flatten(2)
+        if kind == "blocks":
+            expected = attn.out(expected * attn.gate(tokens).sigmoid())
+        else:
+            expected = attn.out_mlp(torch.cat([expected, F.gelu(hidden)], -1))
+    torch.testing.assert_close(seen["out"], expected, rtol=0, atol=2e-7)
+
+
+def test_layers_stay_dense_and_deltas_count():
+    model = make()
+    inputs = make_inputs(model)
+    plain = run(hybridize(make(), HybridConfig(window=3, layers={"fused*": "dense"})), inputs)
+    config = HybridConfig(window=3, layers={"fused*": "dense"}, delta_rank=2)
+    hybridize(model, config)
+    assert {name.split(".")[0] for name in added(model)} == {"blocks"}
+    assert torch.equal(run(model, inputs), plain)
+    model = hybridize(make(), HybridConfig(window=3, delta_rank=2))
+    out = run(model, inputs)
+    ups = {name: p for name, p in added(model).items() if name.endswith("_delta.up.weight")}
+    assert len(ups) == 4 + 2
+    with torch.no_grad():
+        for name, parameter in ups.items():
+            parameter.add_(1)
+            assert (run(model, inputs) - out).abs().max() > 1e-6, name
+            parameter.sub_(1)
+
+
+def test_restore_dense_mode_and_deepcopy():
+    model = make()
+    inputs, attributes = make_inputs(model), set(vars(model))
+    dense, processors = run(model, inputs), dict(model.attn_processors)
+    perturb_hybrid(hybridize(model, HybridConfig(window=3, delta_rank=2)))
+    student = run(model, inputs)
+    with dense_mode(model):
+        assert torch.equal(run(model, inputs), dense)
+    twin = copy.deepcopy(model)
+    run(model, make_inputs(model, (3, 4)))  # leaves its own layout behind, not the twin's
+    assert torch.equal(run(twin, inputs), student)
+    restore_dense(model)
+    assert type(model) is ToyTransformer2DModel and set(vars(model)) == attributes
+    assert model.attn_processors == processors and torch.equal(run(model, inputs), dense)
+    assert torch.equal(run(twin, inputs), student)
+    assert torch.equal(run(restore_dense(twin), inputs), dense)
+
+
+def test_a_model_that_lost_a_processor_is_refused():
+    model = hybridize(make(), HybridConfig(window=3, layers={"fused*": "dense"}))
+    inputs = make_inputs(model)
+    out = run(model, inputs)
+    for block, other in ((model.blocks[0], ToyProcessor()), (model.fused_blocks[0], ToyProcessor())):
+        block.attention.set_processor(other)
+        with pytest.raises(ValueError, match="in place of"):
+            run(model, inputs)
+        model.set_default_attn_processor()
+        assert torch.equal(run(model, inputs), out)
+    with pytest.raises(ValueError, match="instead of ToyProcessor or ToyFusedProcessor"):
+        dense = make()
+        dense.blocks[0].attention.set_processor(HybridToyProcessor())
+        hybridize(dense, HybridConfig(window=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded(dtype, tmp_path):
+    """An adapter and a whole model. A gate of the model's own is in the model's precision, hybrid attention's in fp32."""
+    model = make(torch.float32)
+    model.save_pretrained(tmp_path / "dense")
+    perturb_hybrid(hybridize(model, HybridConfig(window=3, gate="token")))
+    model.save_pretrained(tmp_path / "whole")
+    save_adapter(model, tmp_path / "adapter")
+
+    whole = hybriddit.HybridToyTransformer2DModel.from_pretrained(tmp_path / "whole", torch_dtype=dtype)
+    adapted = ToyTransformer2DModel.from_pretrained(tmp_path / "dense", torch_dtype=dtype)
+    assert load_adapter(adapted, tmp_path / "adapter") is adapted and type(adapted) is type(whole)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in make_inputs(model).items()
+    }
+    for loaded in (whole, adapted):
+        dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+        assert all(found is (torch.float32 if ".hybrid.gate" in name else dtype) for name, found in dtypes.items())
+        out = run(copy.deepcopy(loaded), inputs)  # copied: mapped weights round differently
+        torch.testing.assert_close(
+            out, run(model, make_inputs(model)).to(dtype), rtol=0, atol=1e-5 if dtype is torch.float32 else 0.1
+        )
+    assert torch.equal(run(copy.deepcopy(whole), inputs), run(copy.deepcopy(adapted), inputs))
+
+
+# Where the layout waits, as no argument brings it to the processors
+
+
+def gradients(model, inputs, between=None):
+    """Of what conversion added; `between` the forward and the backward pass, the model runs on those inputs."""
+    model.zero_grad()
+    loss = model(**inputs).sample.square().mean()
+    if between is not None:
+        run(model, between)
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in added(model).items()}
+
+
+@pytest.mark.parametrize("order", ["checkpointing first", "conversion first"])
+def test_checkpointed_blocks_recompute_under_their_own_layout(order):
+    model = make(layers=2)
+    if order == "checkpointing first":
+        model.enable_gradient_checkpointing()
+    perturb_hybrid(hybridize(model, HybridConfig(window=3)))
+    if order == "conversion first":
+        model.enable_gradient_checkpointing()
+    plain = perturb_hybrid(hybridize(make(layers=2), HybridConfig(window=3)))
+    # as many tokens in another grid: a wrong layout would break nothing, and give other gradients
+    inputs, other = make_inputs(model), make_inputs(model, (7, 6))
+    expected = gradients(plain, inputs)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for candidate in (model, copy.deepcopy(model)):
+        found = gradients(candidate, inputs, between=other)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(run(candidate, other), run(plain, other), **CLOSE)  # none is left behind
+
+
+def test_checkpointing_is_diffusers_own_again():
+    model = make()
+    model.enable_gradient_checkpointing()
+    own = model._gradient_checkpointing_func
+    hybridize(model, HybridConfig(window=3))
+    assert model._gradient_checkpointing_func is not own
+    restore_dense(model)
+    assert model._gradient_checkpointing_func is own
+    hybridize(model, HybridConfig(window=3))
+    model.disable_gradient_checkpointing()
+    assert not model.gradient_checkpointing
+    restore_dense(model)
+    assert vars(model).keys() == vars(make()).keys() | {"_gradient_checkpointing_func"}
+    model.disable_gradient_checkpointing()
+    dense = make()
+    dense.disable_gradient_checkpointing()
+    assert model._gradient_checkpointing_func is dense._gradient_checkpointing_func
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled(whole):
+    """Without a break in the graph, the model at once or block by block, on two grids, checkpointed in training."""
+    torch._dynamo.reset()
+    model = perturb_hybrid(hybridize(make(torch.float32), HybridConfig(window=3)))
+    sizes = [make_inputs(model, grid) for grid in [(4, 5), (5, 4)]]
+    outputs, slope = [run(model, inputs) for inputs in sizes], gradients(model, sizes[0])
+    model.enable_gradient_checkpointing()
+    if whole:
+        model.compile(backend="aot_eager", fullgraph=True)
+    else:
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    for inputs, out in zip(sizes, outputs, strict=True):
+        torch.testing.assert_close(run(model, inputs), out, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients(model, sizes[0], between=sizes[1]).items():
+        torch.testing.assert_close(gradient, slope[name], rtol=1e-3, atol=1e-4 * slope[name].abs().max().item())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
