@@ -33,8 +33,8 @@ NAMES = {
     "hybriddit.images": "open_image read_record save_png",
     "hybriddit.info": "environment describe",
     "hybriddit.training.run_config": (
-        "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig "
-        "SiTConfig ClassDataConfig FlowConfig SiTOptimConfig SiTTrainConfig SiTOutputConfig"
+        "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig MetricsConfig OutputConfig "
+        "SiTConfig ClassDataConfig FlowConfig SiTOptimConfig SiTTrainConfig SiTMetricsConfig SiTOutputConfig"
     ),
     "hybriddit.training.distill": "run distill",
     "hybriddit.training.train_sit": "run train",

@@ -97,12 +97,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
-    fit(
-        Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid),
-        config,
-        accelerator,
-        resume=resume,
-    )
+    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid)
+    fit(job, config, accelerator, resume=resume)
 
     if accelerator.is_fsdp2:
         return base
@@ -202,7 +198,9 @@ class Distillation(Job):
         cost = step_cost(self.model, self.grid, text, 1, bf16=self.config.train.precision == "bf16")
         return cost["teacher"] + cost["student"] + cost["backward"]
 
-    def finish(self, folder: Path, step: int) -> None:
+    def finish(self, folder: Path | None, step: int) -> nn.Module:
+        if folder is None:
+            return self.model
         model = self.model
         if self.accelerator.is_fsdp2:  # what the adapter holds, in a copy without the rest
             added = gather((name, tensor) for name, tensor in model.state_dict().items() if ".hybrid." in name)
@@ -211,6 +209,7 @@ class Distillation(Job):
             model.load_state_dict(added, strict=False, assign=True)
         if self.accelerator.is_main_process:
             save_adapter(model, folder / "adapter")
+        return self.model
 
     def _frechet(self) -> FrechetDistance:
         """Measures against the teacher's images of the same prompts and noise, where the config names no file."""

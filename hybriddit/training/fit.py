@@ -70,11 +70,11 @@ class Job(ABC):
         """FLOPs of one image in one step, forward and backward. Called before the model is prepared."""
 
     @abstractmethod
-    def finish(self, folder: Path, step: int) -> None:
-        """Write the result of the run. With shards every process must call, and the main one writes."""
+    def finish(self, folder: Path | None, step: int) -> nn.Module:
+        """Write the result of the run, if there is a folder, and return the model. Every process calls."""
 
     def checkpointed(self, folder: Path, step: int) -> None:  # noqa: B027
-        """Write what goes with a checkpoint, by the averaged model. With shards every process must call."""
+        """Write what goes with a checkpoint, by the averaged model. With shards every process calls, else the main one."""
 
     def notes(self, first: int) -> dict[str, Any]:
         """More of a start for run.json."""
@@ -85,8 +85,8 @@ class Job(ABC):
         return tensors
 
 
-def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> None:
-    """Train `job.model` for `config.train.steps` steps; it then holds the averaged weights.
+def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> nn.Module:
+    """Train `job.model` for `config.train.steps` steps; returns what `job.finish` makes of it, with averaged weights.
 
     What a run's folder receives, resuming, signals and errors: see `distill` and `train`, which call this.
     """
@@ -173,14 +173,14 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     average.copy_to(parameters)
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if gathers:
-        job.finish(folder, config.train.steps)
+    result = job.finish(folder, config.train.steps)
     if writes:
         plot_log(folder, (*names, "fd"))
     if folder is not None:
         accelerator.end_training()
     if config.train.gradient_checkpointing:
         job.model.disable_gradient_checkpointing()
+    return result
 
 
 def prepare(job: Job, config, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:

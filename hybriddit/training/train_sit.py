@@ -83,8 +83,7 @@ def train(
     job = SiTTraining(base, data, config, accelerator)
     if folder is not None and accelerator.is_main_process and not resume:
         write_json(folder / "data.json", described(data))
-    fit(job, config, accelerator, resume=resume)
-    return whole_model(base)
+    return fit(job, config, accelerator, resume=resume)
 
 
 class SiTTraining(Job):
@@ -149,13 +148,15 @@ class SiTTraining(Job):
         return renamed(tensors)
 
     def checkpointed(self, folder: Path, step: int) -> None:
+        self.finish(folder, step)
+
+    def finish(self, folder: Path | None, step: int) -> SiTTransformer2DModel:
         whole = whole_model(self.model)
-        if self.accelerator.is_main_process:
+        if folder is not None and self.accelerator.is_main_process:
             self.pipeline.transformer = whole
             save_pipeline(self.pipeline, folder / "pipeline", self.config, step)
             self.pipeline.transformer = self.model
-
-    finish = checkpointed
+        return whole
 
     def _frechet(self) -> FrechetDistance:
         config, info = self.config, self.data.info

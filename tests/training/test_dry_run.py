@@ -115,6 +115,7 @@ def test_every_known_repository_is_a_shipped_config():
     assert {repository for family in families() for repository in family.published} <= shipped
 
 
+@pytest.mark.slow
 def test_a_full_size_model_takes_little_memory_and_no_network():
     code = """
 import resource, socket, sys

@@ -109,6 +109,7 @@ def held_at_the_fourth(released):
     distill_module.draw_batches = held
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken, tmp_path):
     run, cache, chance = tmp_path / "run", tmp_path / "run-cache", random.Random(0)
 
@@ -182,6 +183,7 @@ def launch(*arguments):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(config, tmp_path):
     run, alone, few = tmp_path / "run", tmp_path / "alone", "train.steps=12"  # rounding grows with the steps
     done = launch(config, *options(run, "train.accumulation=2", few))
@@ -199,6 +201,7 @@ def test_two_processes_give_the_result_of_one(config, tmp_path):
         assert line == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_shard_each_give_the_result_of_one_and_resume_each_other_s_runs(config, tmp_path):
     """By FSDP2: teacher and student pass through the same shards, and samples and checkpoints are of both processes."""
     run, alone, out = tmp_path / "run", tmp_path / "alone", tmp_path / "out.txt"
@@ -237,6 +240,7 @@ def assert_close_runs(folder, other):
         assert line == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_leaves_it_to_resume(config, tmp_path):
     run = tmp_path / "run"
     process = launch(config, *options(run, "train.steps=100000", "output.log_every=1"))

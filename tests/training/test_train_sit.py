@@ -240,6 +240,7 @@ def test_a_full_disk_is_one_line_and_a_run_to_resume(config, unbroken, tmp_path)
         assert_same_run(where, unbroken)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(config, unbroken, tmp_path):
     where = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -265,6 +266,7 @@ def assert_close_runs(folder, other):
         assert line == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_shard_each_give_the_result_of_one_and_resume_each_other_s_runs(
     config, unbroken, tmp_path
 ):
@@ -424,9 +426,7 @@ def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
         found = pipeline._images(seen, "pt")
         torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-3)
         # and as the sample grids show it
-        (shown,) = pipeline._images(seen, "pil")
-        levels = (127.5 * expected[0].permute(1, 2, 0) + 127.5).clamp(0, 255)
-        np.testing.assert_allclose(np.array(shown), levels.numpy(), rtol=0, atol=1.3)
+        torch.testing.assert_close(pipeline.decode(seen), expected, rtol=0, atol=1e-2)
 
 
 def test_latents_are_not_trained_on_without_their_vae(latents, tmp_path):
