@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or absent, and nothing that needs unpickling."""
+"""Checkpoints of a training run: each whole or absent, in safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import flush, read_tensors, write_tensors
 
-# Settings that the first checkpoints do not hold, and what their runs had.
-YOUNGER_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
+# Settings that were added later, with the values that the runs before them had.
+ADDED_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
 
 
 def save_checkpoint(
@@ -29,11 +29,10 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
-    It appears under its name only when complete; then all but the newest `keep` are removed. The random numbers and
-    the order of the data depend on the step alone, so the step is all there is to keep of them.
+    It appears under its name only when complete; then all but the newest `keep` are removed. Random numbers and the
+    order of the data depend on the step alone, so no other state is needed.
 
-    Where each process has a shard of the tensors, every one must call, and one of them write: what is written is the
-    same for any number of processes.
+    With shards every process must call, and one of them writes; the files do not depend on the number of processes.
     """
     tensors = gather(_state(parameters, average, optimizer), keep=write)
     if not write:
@@ -71,9 +70,9 @@ def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]
 
 
 def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors, those of which each process has a shard whole, on the CPU: then every process must call.
+    """The tensors by name; those in shards are made whole on the CPU, for which every process must call.
 
-    A process that keeps none takes part, and never holds more than one.
+    keep: False takes part and returns nothing, holding one tensor at a time.
     """
     whole = {}
     for name, tensor in named:
@@ -84,11 +83,11 @@ def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> d
 
 
 def shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`value` on the device of `like`; of one in shards, this process's shard."""
+    """`value` on the device of `like`; if that is in shards, this process's shard of it."""
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value
-    # every process has read all of it, so that none has to send
+    # every process has read the whole value: nothing to send
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -103,7 +102,7 @@ def read_state(path: Path, settings: dict) -> dict:
         state = dict(json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise _damaged(path, error) from None
-    found = {**YOUNGER_SETTINGS, **state.get("settings", {})}
+    found = {**ADDED_SETTINGS, **state.get("settings", {})}
     other = [key for key in settings if found.get(key) != settings[key]]
     if other:
         raise ValueError(
@@ -126,9 +125,9 @@ def load_checkpoint(
     *,
     rename: Callable[[dict], dict] = dict,
 ) -> int:
-    """Put everything back in place, and return the step to go on from.
+    """Load weights, their average and the optimizer's state in place; returns the step to go on from.
 
-    rename: gives tensors of a checkpoint of an older version ("weight/NAME", …) the names of this one.
+    rename: gives the tensors of an older version's checkpoint ("weight/NAME", …) today's names.
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """

@@ -1,4 +1,4 @@
-"""What a run's folder tells of the run: how it was started, its metrics step by step, and their plot."""
+"""The record in a run's folder: how it was started (run.json), its metrics (log.jsonl) and their plot (loss.png)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "sa
 
 
 def record_start(folder: Path, first: int, processes: int, device: torch.device, **notes) -> None:
-    """Add one entry, with `notes`, to `folder/run.json`: a list, one entry for every start or resumption of the run."""
+    """Append an entry, with `notes`, to the list in `folder/run.json`: one for every start or resumption of the run."""
     path = folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     starts.append(
@@ -38,7 +38,7 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device,
 
 
 def start_log(folder: Path, first: int) -> None:
-    """Make `folder/log.jsonl` end at step `first`: what a stopped run logged beyond its checkpoint is done again."""
+    """Cut `folder/log.jsonl` after step `first`: steps that a stopped run logged beyond its checkpoint are run again."""
     kept = [line for line in read_log(folder) if line["step"] <= first]
     with replacing(folder / "log.jsonl") as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -51,7 +51,7 @@ def log(folder: Path, values: dict[str, float]) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of `folder/log.jsonl`; one that a killed run left half written is no line."""
+    """The lines of `folder/log.jsonl`, without one that a killed run left half written."""
     path = folder / "log.jsonl"
     if not path.exists():
         return []
@@ -65,7 +65,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def plot_log(folder: Path, names: tuple[str, ...]) -> None:
-    """Draw the metrics `names` of `folder/log.jsonl` over the steps, one panel each, into `folder/loss.png`."""
+    """Plot the metrics `names` of `folder/log.jsonl` over the steps, one panel each, into `folder/loss.png`."""
     from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
     lines = read_log(folder)
