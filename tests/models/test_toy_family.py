@@ -7,12 +7,14 @@ its attention processors. Everything that hybriddit does with a family has to wo
 """
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -24,10 +26,23 @@ from torch import nn
 
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
-from hybriddit.models.family import Family, LayerShape, Processors, Published, register, unregister
+from hybriddit.cli import main
+from hybriddit.generate import generate
+from hybriddit.info import describe, description_text
+from hybriddit.models.family import (
+    Family,
+    LayerShape,
+    Processors,
+    Published,
+    families,
+    family_of,
+    register,
+    unregister,
+)
 from hybriddit.models.hybrid_model import hybrid_class
 from hybriddit.models.processing import check_call, far_inputs, project
 from hybriddit.models.recipe import Recipe, shifted_logit_normal
+from hybriddit.pipelines.loading import load_pipeline
 
 # The model, its processors and its pipeline, as a library might have them
 
@@ -304,6 +319,9 @@ def toy():
     family = register(Toy)
     yield family
     unregister(family)
+    with pytest.raises(ValueError, match="ToyTransformer2DModel is not supported"):
+        family_of(make())
+    assert not hasattr(hybriddit, "HybridToyTransformer2DModel")
 
 
 # Tiny models and inputs
@@ -573,3 +591,139 @@ def test_compiled(whole):
     for name, gradient in gradients(model, sizes[0], between=sizes[1]).items():
         torch.testing.assert_close(gradient, slope[name], rtol=1e-3, atol=1e-4 * slope[name].abs().max().item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+# Registering
+
+
+def refused(family, match):
+    before = families()
+    with pytest.raises(ValueError, match=match) as caught:
+        register(family)
+    assert "\n" not in str(caught.value) and families() == before
+
+
+def test_missing_parts_are_all_named():
+    class Empty(Family):
+        pass
+
+    class Half(Toy):
+        name, joint, encode_prompts = "Half", False, Family.encode_prompts
+
+    parts = (
+        "attention_kwargs, dense_class, encode_prompts, example_text, hybrid_class, joint, layers, model_inputs, name, "
+        "pipelines, processors, recipes, scheduler"
+    )
+    refused(Empty, f"^the family Empty lacks {parts}: see ")
+    refused(Half, "^the family Half lacks encode_prompts: see ")
+
+
+def test_repeated_names_are_refused(toy):
+    assert family_of(make()) is family_of(hybridize(make(), HybridConfig(window=3))) is toy
+    refused(Toy, "^the family Toy repeats Toy, ToyTransformer2DModel, toy, toys/toy-large of the family Toy$")
+
+    class Other(Toy):
+        name, dense_class, published = "Other", nn.Linear, {}
+        hybrid_class = type("HybridLinear", (nn.Linear,), {})
+        recipes = {"sd3": Toy.recipes["toy"], "other": Toy.recipes["toy"]}
+
+    refused(Other, "^the family Other repeats sd3 of the family Stable Diffusion 3$")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("name", 3, "a text, not 3"),
+        ("dense_class", "ToyTransformer2DModel", "the model's class"),
+        ("hybrid_class", ToyTransformer2DModel, r"hybrid_class\(dense_class\)"),
+        ("hybrid_class", nn.Linear, r"hybrid_class\(dense_class\)"),
+        ("layers", "blocks.*.attention", "a tuple of patterns"),
+        ("layers", (), "a tuple of patterns"),
+        ("processors", (ToyProcessor, HybridToyProcessor), "a tuple of Processors"),
+        ("attention_kwargs", "joint_attention_kwargs", "None or an argument of the model's forward"),
+        ("pipelines", {}, "text-to-image, and where they exist image-to-image and inpainting"),
+        ("pipelines", {"image-to-image": ToyPipeline}, "text-to-image, and where"),
+        ("pipelines", {"text-to-image": ToyPipeline, "text-to-video": ToyPipeline}, "text-to-image, and where"),
+        ("pipelines", {"text-to-image": "ToyPipeline"}, "pipeline classes by task"),
+        ("scheduler", FlowMatchEulerDiscreteScheduler(), "a scheduler's class"),
+        ("recipes", {}, "one Recipe or more"),
+        ("recipes", {"toy": shifted_logit_normal}, "one Recipe or more"),
+        ("published", {"toys/toy": {"layers": 2}}, "a mapping of repositories to Published"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_named(part, value, match):
+    refused(type("Wrong", (Toy,), {part: value}), f"^the family .*: {part} must be .*{match}")
+
+
+# What the rest of the package does with it
+
+
+def tiny_vae():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+
+
+@pytest.fixture
+def pipeline():
+    """Of 32 x 32 pixels: 8 x 8 tokens."""
+    transformer = make(torch.float32)
+    pipeline = ToyPipeline(transformer, ToyTextEncoder(), tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(pipeline, **settings):
+    return [(np.asarray(image), record) for image, record in generate(pipeline, "a red shoe", **settings)]
+
+
+def test_it_generates(pipeline):
+    ((dense, record),) = pixels(pipeline, seed=3, height=24, width=40)
+    expected = pipeline("a red shoe", generator=torch.Generator().manual_seed(3), height=24, width=40).images[0]
+    assert np.array_equal(dense, np.asarray(expected)) and dense.shape == (24, 40, 3)
+    with pytest.raises(ValueError, match="height 26 is no multiple of 4"):
+        pixels(pipeline, height=26)
+    perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)), scale=1.0)
+    ((hybrid, record),) = pixels(pipeline, seed=3, height=24, width=40)
+    assert not np.array_equal(hybrid, dense) and record["hybrid_config"]["window"] == 3
+
+
+def test_a_pipeline_is_saved_loaded_and_described(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "dense")
+    perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)))
+    save_adapter(pipeline.transformer, tmp_path / "adapter")
+    pipeline.save_pretrained(tmp_path / "hybrid")
+    again = hybriddit.HybridToyPipeline.from_pretrained(tmp_path / "dense", adapter=tmp_path / "adapter")
+    again.save_pretrained(tmp_path / "again")
+    ((expected, _),) = pixels(pipeline, seed=1)
+    for loaded in (again, load_pipeline(str(tmp_path / "hybrid")), load_pipeline(str(tmp_path / "again"))):
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded, ToyPipeline)
+        assert type(loaded.transformer) is Toy.hybrid_class
+        ((found, _),) = pixels(loaded, seed=1)
+        assert abs(found.astype(int) - expected).max() <= 1  # mapped weights round differently
+    for folder, name in (
+        ("adapter", "adapter for ToyTransformer2DModel (Toy)"),
+        ("dense", "ToyTransformer2DModel (Toy)"),
+        ("hybrid", "HybridToyTransformer2DModel (Toy)"),
+        ("hybrid/transformer", "HybridToyTransformer2DModel (Toy)"),
+    ):
+        found = description_text(describe(tmp_path / folder))
+        assert name in found and ("2 hybrid" in found) == (folder != "dense"), found
+
+
+def test_it_is_benchmarked(tmp_path, capsys):
+    arguments = ["--shapes", "toy", "--sizes", "32", "--part", "attention", "transformer", "generation"]
+    arguments += ["--variants", "hybrid", "dense", "--window", "3", "--repeats", "1", "--quiet", "--out", str(tmp_path)]
+    assert main(["benchmark", *arguments]) == 0, capsys.readouterr().err
+    cases = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    measured = {(case["part"], case["variant"]) for case in cases if case.get("seconds")}
+    assert measured == {
+        (part, name) for part in ("attention", "transformer", "generation") for name in ("hybrid", "dense")
+    }
