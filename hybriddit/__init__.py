@@ -14,7 +14,7 @@ _HOMES = {
     "load_adapter": ".models",
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",
-    "load_config": ".training.config",
+    "load_config": ".training.run_config",
     # diffusers loads a saved pipeline's component only from a module that exposes the component's base class
     "ModelMixin": "diffusers",
 }

@@ -191,7 +191,7 @@ def add_distill(commands) -> None:
 
 
 def distill(options: argparse.Namespace) -> None:
-    from .training.config import load_config
+    from .training.run_config import load_config
 
     if options.json and not options.dry_run:
         raise ValueError("--json is for --dry-run")
@@ -222,7 +222,7 @@ def add_train(commands) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    from .training.config import load_config
+    from .training.run_config import load_config
 
     config = load_config(options.config, options.overrides, "train")
     from .training.train_sit import run

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
-# the rows of `attention.mixers` and of `attention.linear.features`, named here without torch
+# names of the rows of `attention.mixers` and `attention.linear.features`: here, because this module goes without torch
 MIXERS = ("linear",)
 FEATURE_MAPS = ("elu",)
-MAX_BLOCKS = 128  # of one stack, for every_nth_dense: the longest today has 38
-BLOCK = "*blocks.{}.*"  # one block of every stack: module names carry its index
+MAX_BLOCKS = 128  # blocks of one stack that every_nth_dense writes patterns for: the longest today has 38
+BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HybridConfig:
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
     mixer: the far branch's attention over the whole image: "linear".
-    feature_map: what the mixer makes queries and keys positive by: "elu", which is elu + 1.
+    feature_map: what makes the mixer's queries and keys positive: "elu", which is elu + 1.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
         that matches none is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
@@ -157,17 +157,14 @@ class HybridConfig:
 
 
 class LayerMatch(NamedTuple):
-    """What patterns say of layers: the kind of each layer, None where no pattern matches it, and idle patterns."""
+    """The kind of each layer, None where no pattern matches it; and the patterns that match no layer."""
 
     kinds: list[str | None]
     unmatched: list[str]
 
 
 def match_layers(patterns: Mapping[str, str], names: Sequence[str]) -> LayerMatch:
-    """The kinds that {fnmatch pattern: kind} gives to layers of these names, in order; the first match wins.
-
-    `unmatched` are the patterns that match no name at all.
-    """
+    """Apply {fnmatch pattern: kind} to layers of these names, in order; the first pattern that matches wins."""
     kinds = [next((kind for p, kind in patterns.items() if fnmatchcase(name, p)), None) for name in names]
     return LayerMatch(kinds, [p for p in patterns if not any(fnmatchcase(name, p) for name in names)])
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .files import checksum, read_json, read_tensors, replacing, write_json, write_tensors
 from .machine import running_versions
-from .metrics.run import processes
+from .metrics.processes import process_group
 from .pipelines.loading import load_sit_pipeline
 from .pipelines.sit import SiTPipeline
 
@@ -72,7 +72,7 @@ class SampleSettings:
 
 def run(settings: SampleSettings) -> None:
     """Sample, in one process or in each of torchrun's. Raises ValueError and OSError for what is wrong."""
-    with processes() as (rank, distributed, device):
+    with process_group() as (rank, distributed, device):
         check(settings)
         if settings.quiet or rank > 0:
             disable_progress_bar()

@@ -118,7 +118,7 @@ def time_join(repeats):
 
 
 def peak_growth(dtype, threads, tokens=65536):
-    """The most memory that a process takes beyond what it has before a forward, over the size of the output."""
+    """Peak memory of one forward pass beyond what the process held before it, as a multiple of the output's size."""
     torch.set_num_threads(threads)
     with torch.no_grad():
         linear_attention(*(x.to(dtype) for x in linear_inputs(64)))  # what libraries load and set up once

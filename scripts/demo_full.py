@@ -37,8 +37,8 @@ from hybriddit.demo.run import (
 )
 from hybriddit.models import hybridize
 from hybriddit.pipelines.loading import load_pipeline
-from hybriddit.training.config import load_config, to_dict
 from hybriddit.training.distill import distill
+from hybriddit.training.run_config import load_config, to_dict
 
 VARIANTS = {
     "hybrid": {},

@@ -20,7 +20,8 @@ NAMES = {
         "coefficients interpolate target convert shift_times draw_times flow_loss training_interval "
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
-    "hybriddit.models.families": "Family family_of is_hybrid",
+    "hybriddit.models.family": "Family Published LayerShape register unregister families family_of is_hybrid",
+    "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
     "hybriddit.metrics": (
@@ -31,11 +32,10 @@ NAMES = {
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",
     "hybriddit.info": "environment describe",
-    "hybriddit.training.config": (
+    "hybriddit.training.run_config": (
         "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig OutputConfig "
         "SiTConfig ClassDataConfig FlowConfig SiTOptimConfig SiTTrainConfig SiTOutputConfig"
     ),
-    "hybriddit.training.recipes": "Recipe recipe_of",
     "hybriddit.training.distill": "run distill",
     "hybriddit.training.train_sit": "run train",
     "hybriddit.training.dry_run": "dry_run",

@@ -42,8 +42,8 @@ from hybriddit.machine import git_state
 from hybriddit.metrics import frechet_distance, moments, to_uint8
 from hybriddit.models.sit import SiTTransformer2DModel
 from hybriddit.training.checkpoint import checkpoints
-from hybriddit.training.config import SiTConfig, load_config
-from hybriddit.training.record import read_log
+from hybriddit.training.run_config import SiTConfig, load_config
+from hybriddit.training.run_log import read_log
 from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the model's width over this

@@ -24,7 +24,7 @@ from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_pipeline
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, load_adapter, save_adapter
 from hybriddit.attention import TokenLayout, linear_attention, neighborhood_attention
 from hybriddit.cli import main
-from hybriddit.training.config import load_config
+from hybriddit.training.run_config import load_config
 
 ROWS = {}
 

@@ -1,3 +1,5 @@
+import json
+import math
 import re
 from pathlib import Path
 
@@ -10,12 +12,13 @@ from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
 from hybriddit.data.prompts import read_prompts
-from hybriddit.training.config import DistillConfig, load_config, to_dict
+from hybriddit.models import families
 from hybriddit.training.distill import make_student, run
 from hybriddit.training.dry_run import plan_model
-from hybriddit.training.recipes import RECIPES
+from hybriddit.training.run_config import DistillConfig, load_config, to_dict
 
 ROOT = Path(__file__).parents[1]
+RECIPES = {name for family in families() for name in family.recipes}
 SHIPPED = sorted(ROOT.glob("configs/distill/*.yaml"))
 
 
@@ -47,7 +50,7 @@ def test_the_stated_number_of_trained_parameters_is_the_dry_runs(path, monkeypat
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     (stated,) = re.findall(r"# - parameters trained: ([\d,]+) ", path.read_text())
-    _, model, _, _ = plan_model(config.model.path)
+    model, _, _ = plan_model(config.model.path)
     with torch.device("meta"):
         trained = make_student(model, config)
     assert int(stated.replace(",", "")) == sum(parameter.numel() for parameter in trained.values())
@@ -67,10 +70,29 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
     """.split()
     config = load_config(path, sizes)
     student = run(config)
+    assert load_config(tmp_path / "run" / "config.yaml") == config
     assert type(student).__name__ == f"Hybrid{type(pipeline.transformer).__name__}"
-    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    state, dtype = student.state_dict(), torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for name, weight in pipeline.transformer.state_dict().items():
+        assert torch.equal(state[name], weight.to(dtype)), f"{name} is the teacher's"
     adapter = load_file(tmp_path / "run" / "adapter" / "hybrid_adapter.safetensors")
-    assert any(gate.any() for name, gate in adapter.items() if ".gate" in name), "the gates start at zero"
+    assert adapter.keys() == {name for name in state if ".hybrid." in name}
+    for name, value in adapter.items():
+        assert value.isfinite().all() and torch.equal(value.to(state[name].dtype), state[name]), name
+        if ".gate" in name:
+            assert value.any(), "the gates start at zero"
+
+    (line,) = (json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    step, optim = 1, config.optim
+    decay = 0.5 + 0.5 * math.cos(math.pi * step / 2) if optim.schedule == "cosine" else 1
+    rate = optim.lr * decay
+    assert line["step"] == 2 and line["lr"] == pytest.approx(rate * min(1, 2 / optim.warmup_steps), rel=1e-6)
+    assert line["gate_lr"] == pytest.approx(rate * optim.gate_lr_factor, rel=1e-6)
+    weights = {"demo": (0, 2, 0), "flux_schnell": (0, 1, 0.5)}.get(path.stem, (1, 0.5, 0.5))
+    total = sum(weight * line[name] for weight, name in zip(weights, ("task", "output", "layer"), strict=True))
+    assert line["loss"] == pytest.approx(total, rel=1e-5) and line["output"] > 0 and line["layer"] > 0
+    grid = tmp_path / "run" / "samples" / "step-00000002.png"
+    assert grid.exists() == (config.output.sample_every > 0)
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hybriddit.data.teacher_images import teacher_images
+from hybriddit.models import family_of
 
 FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell")
 WORDS = ["a", "red", "blue", "shoe", "bag"]
@@ -111,6 +112,11 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             torch.nn.init.normal_(parameter, std=0.5)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def recipe_of(pipeline, name: str | None = None):
+    """How its transformer's family says it is distilled."""
+    return family_of(pipeline.transformer).recipe(pipeline.transformer.config, name)
 
 
 def tiny_data(pipeline, images: int = 8, **kwargs):

@@ -44,7 +44,7 @@ class HybridAttention(nn.Module):
         window, stride, dilation: (rows, columns) in tokens, of hybrid and window layers.
         map_rank: width of the maps' hidden layer; None is a sixteenth of `width`.
         maps: "after" or "before" the projection. Both start at zero.
-        mixer: the far branch, a name of `mixers.MIXERS`. feature_map: what it makes queries and keys positive by.
+        mixer: the far branch, a name of `mixers.MIXERS`. feature_map: its phi, a name of `linear.FEATURE_MAPS`.
         gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
         gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
 
@@ -186,7 +186,7 @@ class HybridAttention(nn.Module):
         return token_layout.join(text, image)
 
     def _for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """[B, S, kv_heads, D] -> [B, S, heads, D]: each head of keys or values serves as many queries' heads in a row."""
+        """[B, S, kv_heads, D] -> [B, S, heads, D]: each head of keys or values serves a run of queries' heads."""
         if x is None or self.kv_heads == self.heads:
             return x
         return x.repeat_interleave(self.heads // self.kv_heads, dim=2)

@@ -21,6 +21,7 @@ class TokenLayout(NamedTuple):
 
     @property
     def image_length(self) -> int:
+        """Image tokens in the sequence, of all grids together."""
         return sum(height * width for height, width in self.grids)
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""The far branches: what a hybrid layer sees the whole image by. Another one is one file and one row of `MIXERS`.
+"""Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
-A mixer is a module, made by Mixer(heads, head_dim, feature_map=...) and called as LinearMixer is. Its `flops` are the
-layer's far part; the layer asks it for everything that depends on how it mixes tokens.
+A mixer is made by Mixer(heads, head_dim, feature_map=...), and is called and counts its FLOPs and bytes as LinearMixer
+does. Another one is one file, a row of `MIXERS` and its name in `config.MIXERS`, which `HybridConfig` goes by.
 """
 
 from __future__ import annotations

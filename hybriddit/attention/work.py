@@ -32,7 +32,8 @@ def attention_work(
 
     inputs, outputs: elements of the tensors that the forward pass reads and writes, each once. The backward pass reads
     the inputs and the output's gradient, and writes the inputs' gradients; the derivative of a softmax also needs its
-    own output, of `softmax_outputs` elements. It takes twice the forward pass's `flops`. element_size: bytes of a number.
+    own output, of `softmax_outputs` elements. It takes twice the forward pass's `flops`.
+    element_size: bytes of a number.
     """
     forward = Work((inputs + outputs) * element_size, flops)
     backward = Work((2 * inputs + outputs + softmax_outputs) * element_size, 2 * flops)

@@ -1,4 +1,4 @@
-"""The competitor's layer: softmax attention in a circular window plus text, by FlexAttention (CLEAR, arXiv 2412.16112).
+"""CLEAR's attention layer, for comparison (arXiv 2412.16112): softmax in a circular window and text, by FlexAttention.
 
 Tokens lie row by row, as in the published model; an image token sees the image tokens at a Euclidean distance below the
 radius, and everything sees and is seen by text.
@@ -7,6 +7,8 @@ radius, and everything sees and is seen by text.
 from __future__ import annotations
 
 import torch
+
+from ..attention.work import Work, attention_work, softmax_flops
 
 BLOCK = 128  # FlexAttention's own
 
@@ -57,7 +59,7 @@ def circular_block_mask(grid: tuple[int, int], text_length: int, text_first: boo
 
 
 def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[Q, K] of bool -> the number of key blocks of each row, and their indices first; int32, [1, 1, Q(, K)]."""
+    """[Q, K] bool -> how many key blocks each row has [1, 1, Q], and which [1, 1, Q, K], those first; int32."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
@@ -74,8 +76,17 @@ def circular_pairs(grid: tuple[int, int], radius: int) -> int:
     )
 
 
+def circular_work(grid: tuple[int, int], text: int, radius: int, width: int, element_size: int) -> dict[str, Work]:
+    """The work of one image, by direction (see `attention_work`); width: heads x head width."""
+    image = grid[0] * grid[1]
+    elements = (text + image) * width
+    pairs = circular_pairs(grid, radius) + image * text + text * (text + image)
+    flops = softmax_flops(pairs, width)
+    return attention_work(3 * elements, elements, flops, element_size, softmax_outputs=elements)
+
+
 def compiled_flex():
-    """FlexAttention, compiled for the sizes it meets: uncompiled it makes all scores."""
+    """torch's FlexAttention, compiled for each size it meets; uncompiled it would compute all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

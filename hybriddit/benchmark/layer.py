@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
-from .circular import circular_attention, circular_block_mask, circular_pairs, compiled_flex
-from .measure import Case, Work
-from .shapes import Shape
+from ..attention.work import Work, dense_work
+from .circular import circular_attention, circular_block_mask, circular_work, compiled_flex
+from .measure import Case
+from .shapes import Shape, is_dense
 
 SDPA = {
     "dense-flash": SDPBackend.FLASH_ATTENTION,
@@ -28,7 +29,7 @@ def device_variants(device: torch.device) -> tuple[str, ...]:
 
 
 def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> int:
-    """Of the tensors that a layer's variants share, and of their gradients; one output is among them."""
+    """Bytes of the tensors that a layer's variants share, one output and all their gradients included."""
     rows, columns = shape.grid(px)
     image = rows * columns
     elements = shape.heads * shape.head_dim * (4 * (image + shape.text) + 2 * image)
@@ -65,7 +66,7 @@ def layer_cases(
     gradients: dict[torch.Size, Tensor] = {}
 
     def hybrid() -> Case:
-        layer = HybridAttention(1, shape.heads, shape.head_dim, window=(window, window)).to(device)
+        layer = _hybrid_layer(shape, window).to(device)
         layer.gate.data.uniform_()
         inputs = [query, key, value, far_query, far_key, layer.gate]
         return case(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
@@ -122,32 +123,26 @@ def layer_cases(
 def layer_work(
     variant: str, shape: Shape, grid: tuple[int, int], window: int, radius: int, element: int
 ) -> dict[str, Work]:
-    """The least that each direction has to move and compute; `element` is the size of a number in bytes.
+    """The least that each direction has to move and compute, as the layers count it (see `attention.work`).
 
-    Every input is read once and every output written once; a backward pass also reads what softmax's derivative needs
-    (its own output). FLOPs are those of the matrix products, nothing computed twice, masked pairs left out.
+    "window" and "linear" are the hybrid layer's branches alone. `radius` is the circular window's, `element` the size
+    of a number in bytes. The query and key maps, which no variant runs, are left out.
     """
-    width, text = shape.heads * shape.head_dim, shape.text
-    image = grid[0] * grid[1]
-    whole = image + text
-    near = image * (min(window, grid[0]) * min(window, grid[1]) + text)
-    softmax, linear = 4 * width, 4 * width * shape.head_dim  # FLOPs of a pair, of a token
-    # tokens moved forward, tokens moved backward, FLOPs forward
+    layout = TokenLayout(shape.text, (grid,), shape.text_first)
+    tokens, width = layout.text_length + layout.image_length, shape.heads * shape.head_dim
+    if variant == "circular":
+        return circular_work(grid, shape.text, radius, width, element)
+    if is_dense(variant):
+        return dense_work(tokens, width, element)
+    with torch.device("meta"):
+        layer = _hybrid_layer(shape, window)
+    if variant == "window":
+        return layer.near_work(layout, element)
     if variant == "linear":
-        forward, backward, flops = 4 * image, 7 * image, linear * image
-    elif variant == "window":
-        forward, backward, flops = 4 * image + 2 * text, 8 * image + 4 * text, softmax * near
-    elif variant == "hybrid":
-        forward, backward = 4 * whole + 2 * image, 8 * whole + 4 * image
-        flops = softmax * (near + text * whole) + linear * image
-    elif variant == "circular":
-        pairs = circular_pairs(grid, radius) + image * text + text * whole
-        forward, backward, flops = 4 * whole, 8 * whole, softmax * pairs
-    else:
-        forward, backward, flops = 4 * whole, 8 * whole, softmax * whole**2
-    bytes_per_token = width * element
-    return {
-        "forward": Work(forward * bytes_per_token, flops),
-        "backward": Work(backward * bytes_per_token, 2 * flops),
-        "forward + backward": Work((forward + backward) * bytes_per_token, 3 * flops),
-    }
+        return layer.far.work(layout.image_length, layout.image_length, element)
+    return layer.work(layout, element)
+
+
+def _hybrid_layer(shape: Shape, window: int) -> HybridAttention:
+    """The layer without what its maps would take: the far branch's queries and keys are given."""
+    return HybridAttention(1, shape.heads, shape.head_dim, window=(window, window))

@@ -54,9 +54,9 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one run, defaults filled in; those without a comment are the command's options.
+    """The command's options for one run, defaults filled in.
 
-    shapes: names of subjects. left_out: what the defaults would measure and these settings cannot, and why.
+    shapes: names of subjects. left_out: parts of the default that these options leave nothing of, and why.
     """
 
     parts: tuple[str, ...]
@@ -90,14 +90,14 @@ def settings(device: torch.device, **given: Any) -> Settings:
     """Settings with this device's defaults where an option is None. Raises ValueError for what cannot be measured."""
     gpu = device.type == "cuda"
     shapes = given["shapes"] or (tuple(subjects()) if gpu else ("pixart-sigma", "sd3"))
-    cut = all(find_subject(name).blocks >= CPU_LAYERS for name in shapes)
+    few = CPU_LAYERS if all(find_subject(name).blocks >= CPU_LAYERS for name in shapes) else None
     defaults = {
         "parts": PARTS if gpu else ("attention", "transformer"),
         "shapes": shapes,
         "sizes": SIZES if gpu else (256, 512, 1024, 2048),
         "variants": device_variants(device),
         "dtype": "bfloat16" if gpu else "float32",
-        "layers": CPU_LAYERS if cut and not gpu else None,
+        "layers": None if gpu else few,
         "repeats": 20 if gpu else 5,
         "max_seconds": 10.0 if gpu else 15.0,
     }
@@ -169,9 +169,9 @@ def part_variants(part: str, variants: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
-    """Measure, and write `folder`/benchmark.{json,md,png} after every size; the report.
+    """Measure, and write `folder`/benchmark.{json,md,png} after every size. Returns the report.
 
-    Ctrl-C keeps what was measured up to then, the rest marked as interrupted, and is raised again. Raises ValueError
+    Ctrl-C keeps what was measured up to then, marks the rest as interrupted, and is raised again. Raises ValueError
     for a folder with another device's results, OSError for one that cannot be written.
     """
     device = device_of_this_machine()

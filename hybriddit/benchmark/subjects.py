@@ -89,7 +89,7 @@ class Subject(ABC):
     def _block_counts(self) -> dict[str, int]:
         """Blocks by the argument that counts them: diffusers' usual names."""
         defaults = inspect.signature(self.model_class.__init__).parameters
-        names = [name for name in ("num_layers", "num_single_layers") if name in defaults]
+        names = [name for name in ("num_layers", "num_single_layers") if {"num_layers", name} <= defaults.keys()]
         return {name: self.arguments.get(name, defaults[name].default) for name in names}
 
     def _with_blocks(self, layers: int | None) -> dict[str, Any]:

@@ -118,14 +118,14 @@ def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[lis
 
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:
-    """An RGB image of that size: turned upright as its EXIF data say, scaled to cover the size, cropped at the centre."""
+    """An RGB image of this size: turned upright by its EXIF data, scaled to cover the size, cropped at the centre."""
     # PIL crops to the fraction of a pixel, v2's CenterCrop to whole ones: of 400 random sizes, 378 came out different
     return ImageOps.fit(open_image(path), (width, height), Image.Resampling.LANCZOS)
 
 
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted, scaled, and packed if its family does."""
+    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted, scaled and packed."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
     latents = vae.encode(pixels).latent_dist.mode()

@@ -23,8 +23,8 @@ from ..models import family_of
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..pipelines.loading import load_pipeline
-from ..training.config import DistillConfig, load_config
 from ..training.distill import distill
+from ..training.run_config import DistillConfig, load_config
 from .canvas import Scene
 from .judge import Judge, match_score
 

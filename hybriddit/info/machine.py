@@ -67,9 +67,12 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     import torch
 
     from ..attention.window import WindowCase, choose_backend
-    from ..benchmark.subjects import find_subject
-    from ..models import families
 
+    try:
+        from ..benchmark.subjects import find_subject
+        from ..models import families
+    except ModuleNotFoundError:  # a machine of torch alone, without diffusers, has no models to choose for
+        return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():
         name = next((published.shape for published in family.published.values() if published.shape), None)
@@ -114,7 +117,7 @@ def environment_text(found: dict[str, Any]) -> str:
         for name, backend in found[kind].items():
             note = f": {backend['note']}" if backend["note"] else ""
             lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
-        if kind == "window_attention":
+        if kind == "window_attention" and found["window_choices"]:
             lines += _choice_lines(found["window_choices"])
     return "\n".join(lines)
 

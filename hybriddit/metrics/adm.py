@@ -1,4 +1,4 @@
-"""The ADM evaluation suite (Dhariwal and Nichol, 2105.05233): two sets of images and an extractor in, five scores out."""
+"""The ADM evaluation suite (Dhariwal and Nichol, 2105.05233): five scores of samples against reference images."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ from .statistics import (
 
 Source = str | os.PathLike | np.ndarray | torch.Tensor
 Extractor = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
-# the names of a reference's mean and covariance, in ADM's files
+# names of mean and covariance in ADM's reference files
 PRECOMPUTED = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
-class Seen(NamedTuple):
-    """What is kept of a set of images."""
+class FeatureStatistics(NamedTuple):
+    """What the scores need of a set of images."""
 
-    moments: dict[str, Moments]
-    pooled: torch.Tensor | None  # [N, F], all, in order
+    moments: dict[str, Moments]  # of "pooled" and "spatial", as far as the extractor gives them
+    pooled: torch.Tensor | None  # [N, F] of all images, in order
     inception_score: float | None
 
 
 class Reference(NamedTuple):
+    """A set of reference images, their precomputed statistics, or both."""
+
     images: np.ndarray | None
     precomputed: dict[str, tuple[torch.Tensor, torch.Tensor]]  # mean and covariance of "pooled", of "spatial"
 
@@ -64,13 +66,14 @@ def adm_metrics(
     may hold `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) beside its images, as ADM's do, or alone: then these
     are compared with, and the images serve precision and recall only.
     extractor: uint8 [B, 3, H, W], B up to batch_size, on the CPU -> {"pooled": [B, F], "spatial": [B, S], "logits":
-    [B, C]}, on any device (`load_inception` makes the real one). What it or the reference leaves out leaves out scores.
+    [B, C]}, on any device (`load_inception` makes the real one). Scores whose features it, or the reference, does not
+    have are left out.
 
     Returns {"inception_score", "fid", "sfid", "precision", "recall"}. Inception score: see `inception_score`; its
-    splits follow the order of the samples, which must not be sorted by class: shuffle, a seed, deals them into splits
-    at random. Precision and recall: see `precision_recall`.
+    splits follow the order of the samples, which must not be sorted by class; with a seed, shuffle, they are at random
+    instead. Precision and recall: see `precision_recall`.
     distributed: every process of torch.distributed calls with the same arguments, takes a share of the images and gets
-    the whole result; one process's result to rounding.
+    the result of the whole set, equal to one process's up to rounding.
 
     Raises FileNotFoundError and ValueError for files, arrays and features that are not as above.
     """
@@ -79,12 +82,12 @@ def adm_metrics(
     samples = read_images(samples)
     reference = read_reference(reference)
     options = {"batch_size": batch_size, "distributed": distributed, "progress": progress}
-    of_samples = look(samples, extractor, "samples", split_size=split_size, shuffle=shuffle, **options)
+    of_samples = collect_statistics(samples, extractor, "samples", split_size=split_size, shuffle=shuffle, **options)
     needed = {"pooled", *of_samples.moments} if of_samples.pooled is not None else set(of_samples.moments)
     if reference.images is not None and (of_samples.pooled is not None or needed - set(reference.precomputed)):
-        of_reference = look(reference.images, extractor, "reference", **options)
+        of_reference = collect_statistics(reference.images, extractor, "reference", **options)
     else:
-        of_reference = Seen({}, None, None)
+        of_reference = FeatureStatistics({}, None, None)
 
     scores = {}
     if of_samples.inception_score is not None:
@@ -123,13 +126,13 @@ def frechet_distance_of(
 ) -> float:
     """The Fréchet distance of two sets of images by any features: uint8 [B, 3, H, W] -> [B, F].
 
-    Samples and reference are npz files or arrays as for `adm_metrics`; a reference's precomputed statistics, which are
-    Inception's, are not used. FID only where the features are Inception's: say by which it was measured.
+    Samples and reference are npz files or arrays as for `adm_metrics`. A reference's precomputed statistics are
+    Inception's and are not used. The distance is FID only with Inception's features: name the features with the number.
     """
     options = {"batch_size": batch_size, "distributed": distributed, "progress": progress, "keep": False}
     sets = {"samples": read_images(samples), "reference": read_images(reference)}
     one, other = (
-        look(images, lambda batch: {"pooled": features(batch)}, name, **options).moments["pooled"]
+        collect_statistics(images, lambda batch: {"pooled": features(batch)}, name, **options).moments["pooled"]
         for name, images in sets.items()
     )
     return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
@@ -150,8 +153,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """`adm_metrics` with all that the numbers depend on, as one dictionary for a JSON file.
 
-    settings: how the samples were made (sampler, steps, guidance, label balance, VAE, EMA, ...), kept as they are. Files
-    and weights are recorded by name and SHA-256, the extractor by its `description` if it has one, else by its name.
+    settings: how the samples were made (sampler, steps, guidance, label balance, VAE, EMA, ...), kept as given. Files
+    are recorded by name and SHA-256, the extractor by its `description` if it has one, else by its name.
     """
     started = time.monotonic()
     rules = {"split_size": split_size, "neighbours": neighbours, "shuffle": shuffle}
@@ -180,7 +183,7 @@ def evaluate(
 
 
 def read_reference(source: Source, check: bool = True) -> Reference:
-    """A reference's images and precomputed statistics, whichever of both it has."""
+    """The images and the precomputed statistics of a reference, as far as it has them. check: as `read_images`'."""
     if not isinstance(source, str | os.PathLike):
         return Reference(read_images(source), {})
     path = Path(source)
@@ -200,7 +203,7 @@ def read_reference(source: Source, check: bool = True) -> Reference:
     return Reference(read_images(source, check=False), found)  # checked above
 
 
-def look(
+def collect_statistics(
     images: np.ndarray,
     extractor: Extractor,
     name: str,
@@ -211,8 +214,12 @@ def look(
     split_size: int | None = None,
     shuffle: int | None = None,
     keep: bool = True,
-) -> Seen:
-    """Every image through the extractor, this process's share batch by batch. keep: the pooled features too."""
+) -> FeatureStatistics:
+    """Run all images through the extractor, each process its share, and collect what the scores need.
+
+    name: of the set, in messages. split_size, shuffle: of the inception score; without a split size there is none.
+    keep: keep the pooled features, which precision and recall need.
+    """
     rank, size = rank_and_size(distributed)
     count = len(images)
     if count < size:
@@ -225,7 +232,7 @@ def look(
     with tqdm(total=len(share(count, distributed)), desc=name, unit="image", disable=not shown) as bar:
         for rows in batches(share(count, distributed), batch_size):
             batch = torch.from_numpy(np.array(images[rows.start : rows.stop])).permute(0, 3, 1, 2).contiguous()
-            features = checked(extractor(batch), rows)
+            features = check_features(extractor(batch), rows)
             for kind in set(features) & set(PRECOMPUTED):
                 new = moments(features[kind])
                 found[kind] = merge(found[kind], new) if kind in found else new
@@ -238,7 +245,7 @@ def look(
                 sums = new if sums is None else sums + new
             bar.update(len(rows))
     device = next((part.mean.device for part in found.values()), torch.device("cpu"))
-    return Seen(
+    return FeatureStatistics(
         {kind: merge_processes(found[kind], count, distributed) for kind in PRECOMPUTED if kind in found},
         gather(torch.cat(pooled), count, distributed).to(device) if pooled else None,
         score_of_splits(total(sums, distributed), count, split_size) if sums is not None else None,
@@ -246,12 +253,14 @@ def look(
 
 
 def batches(rows: range, batch_size: int) -> Iterator[range]:
+    """`rows` in pieces of batch_size; the last may be shorter."""
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, not {batch_size}")
     return (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
 
 
-def checked(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torch.Tensor]:
+def check_features(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torch.Tensor]:
+    """An extractor's known features of these images. Raises ValueError for none, wrong shapes and NaN or infinity."""
     known = {kind: torch.as_tensor(features[kind]) for kind in ("pooled", "spatial", "logits") if kind in features}
     if not known:
         raise ValueError(f"the extractor gives none of pooled, spatial and logits, only {', '.join(features)}")
@@ -265,7 +274,7 @@ def checked(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torc
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """File name, SHA-256, number and size of images: of the file, or of the array's bytes."""
+    """File name (None for an array), SHA-256 of the file or of the array's bytes, and number and size of the images."""
     if isinstance(source, str | os.PathLike):
         with Path(source).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

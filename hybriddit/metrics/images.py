@@ -15,13 +15,13 @@ import torch
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Decoded images, floating-point in [-1, 1] of any shape, as uint8: 127.5 x + 128, clamped to [0, 255], truncated.
 
-    That is 127.5 (x + 1) to the nearest level, the rule of DiT's and SiT's sampling scripts; truncating 127.5 (x + 1), or
-    rounding 127.5 x + 128, moves half of all pixels by a level, and the FID with them. Raises TypeError for integers,
-    ValueError for NaN or infinite values.
+    That rounds 127.5 (x + 1) to the nearest level, as DiT's and SiT's sampling scripts do. Truncating 127.5 (x + 1), or
+    rounding 127.5 x + 128, would move half of all pixels by a level, and the FID with them. Raises TypeError for
+    integers, and ValueError for NaN or infinite values.
     """
     if not images.is_floating_point():
         raise TypeError(f"images must be floating-point in [-1, 1], not {images.dtype}")
-    if images.element_size() < 4:  # the grey levels themselves are beyond bfloat16's digits
+    if images.element_size() < 4:  # bfloat16 cannot hold all 256 levels
         images = images.float()
     if not images.isfinite().all():
         raise ValueError("images are not finite: the model or the VAE overflowed")
@@ -29,10 +29,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bool = True) -> np.ndarray:
-    """uint8 [N, H, W, 3] of an npz file's `arr_0`, or of an array. An uncompressed file's are mapped, not read.
+    """The images of an npz file's `arr_0`, or of an array, uint8 [N, H, W, 3].
 
-    check=False leaves out the file's checksums, which take a pass over all of it. Raises FileNotFoundError where there is no such file, ValueError where it is damaged, holds pickled objects, no
-    `arr_0`, or anything but at least two uint8 images.
+    The images of an uncompressed file are mapped, not read. check: compare the file with its checksums, which takes a
+    pass over all of it. Raises FileNotFoundError where there is no such file, and ValueError where it is damaged, holds
+    pickled objects or no `arr_0`, or holds anything but two or more uint8 images.
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -46,10 +47,12 @@ def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bo
 
 
 def as_array(images: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A tensor or array as a numpy array."""
     return images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
 
 
 def check_images(images: np.ndarray, name: str) -> np.ndarray:
+    """`images` itself. Raises ValueError, naming it `name`, where it is not uint8 [N, H, W, 3] with N at least 2."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise ValueError(f"{name} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
     if len(images) < 2:
@@ -58,7 +61,10 @@ def check_images(images: np.ndarray, name: str) -> np.ndarray:
 
 
 def npz_entries(path: Path, check: bool = True) -> list[str]:
-    """The names of an npz file's arrays. FileNotFoundError, or ValueError where it is damaged (check: by its checksums)."""
+    """The names of an npz file's arrays. check: compare the file with its checksums.
+
+    Raises FileNotFoundError where there is none, and ValueError where it is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no npz file at {path}")
     try:
@@ -73,7 +79,7 @@ def npz_entries(path: Path, check: bool = True) -> list[str]:
 
 
 def read_entry(path: Path, name: str) -> np.ndarray:
-    """One array of an npz file: mapped where it is stored as it is, read where it is compressed. Nothing is unpickled."""
+    """One array of an npz file, mapped where it is uncompressed, else read. Nothing is unpickled."""
     try:
         mapped = _map_entry(path, name)
         if mapped is not None:
@@ -85,7 +91,7 @@ def read_entry(path: Path, name: str) -> np.ndarray:
 
 
 def _map_entry(path: Path, name: str) -> np.ndarray | None:
-    """50,000 images are 10 GB, too much for every process of several to hold; None where the array cannot be mapped."""
+    """An array mapped into memory, as 50,000 images are 10 GB in every process; None where it cannot be mapped."""
     with zipfile.ZipFile(path) as file:
         entry = file.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:

@@ -1,9 +1,32 @@
-"""One share of the work each, and the whole result everywhere: torch.distributed, where it is asked for."""
+"""Work shared out among the processes of torch.distributed; every one gets the whole result."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+
+from ..machine import device_of_this_machine
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, bool, torch.device]]:
+    """Join the other processes of torchrun, if any; yields this one's rank, whether there are others, and its device."""
+    gpu = torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, False, device_of_this_machine()
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield dist.get_rank(), True, device
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_and_size(distributed: bool) -> tuple[int, int]:
@@ -16,7 +39,7 @@ def rank_and_size(distributed: bool) -> tuple[int, int]:
 
 
 def share(count: int, distributed: bool) -> range:
-    """The rows of `count` that are this process's: one run of them, so that shares in order are the whole in order."""
+    """This process's share of `count` rows: consecutive ones, in the order of the ranks."""
     rank, size = rank_and_size(distributed)
     return range(count * rank // size, count * (rank + 1) // size)
 
@@ -44,5 +67,5 @@ def gather(rows: torch.Tensor, count: int, distributed: bool) -> torch.Tensor:
 
 
 def _device() -> torch.device:
-    """What the processes can exchange: NCCL takes GPU tensors only, gloo not all of its operations for them."""
+    """Where tensors must be to be exchanged: NCCL takes GPU tensors only, gloo CPU tensors for all operations."""
     return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")

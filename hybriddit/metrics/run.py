@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from ..files import write_json
-from ..machine import device_of_this_machine, gpu_name
+from ..machine import gpu_name
 from .adm import evaluate, read_reference
 from .images import read_images
 from .inception import find_inception, load_inception
+from .processes import process_group
 
 
 def run(
@@ -30,10 +25,10 @@ def run(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """The report of `evaluate` with Inception's features, written to `out` if given; None in all processes but the first.
+    """The report of `evaluate` with Inception's features, written to `out` if given; None in all but the first process.
 
-    settings: a JSON file; without one the samples' own, of their name but ending in .json, where it is there. What
-    can be wrong with the files is found before the first image is looked at.
+    settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz, if it exists.
+    All files are checked before the first image goes through the network.
     """
     made = read_settings(settings, samples)
     if out is not None:
@@ -43,7 +38,7 @@ def run(
     inception = find_inception(inception)
     read_images(samples, check=False)
     read_reference(reference, check=False)
-    with processes() as (rank, distributed, device):
+    with process_group() as (rank, distributed, device):
         extractor = load_inception(inception, device)
         options = {"batch_size": batch_size, "shuffle": shuffle, "distributed": distributed, "progress": progress}
         report = evaluate(samples, reference, extractor, settings=made, **options)
@@ -53,7 +48,7 @@ def run(
     if out is not None:
         try:
             write_json(out, report)
-        except OSError as error:  # a full disk must not cost what took minutes
+        except OSError as error:  # a full disk must not lose a result that took minutes
             raise OSError(f"could not write {out} ({error}); the scores are {json.dumps(report['metrics'])}") from error
     return report
 
@@ -65,6 +60,7 @@ def scores_text(report: dict[str, Any], out: Path | None) -> str:
 
 
 def read_settings(path: Path | None, samples: Path) -> dict[str, Any]:
+    """The settings file, or the samples' own, or {}. Raises FileNotFoundError, and ValueError for no JSON object."""
     if path is None:
         path = samples.with_suffix(".json")
         if not path.is_file():
@@ -78,20 +74,3 @@ def read_settings(path: Path | None, samples: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(settings).__name__}")
     return settings
-
-
-@contextmanager
-def processes() -> Iterator[tuple[int, bool, torch.device]]:
-    """Rank, whether there are others, and this one's device; under torchrun, the process group too."""
-    gpu = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, False, device_of_this_machine()
-        return
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo")
-    try:
-        yield dist.get_rank(), True, device
-    finally:
-        dist.destroy_process_group()

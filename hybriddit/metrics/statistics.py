@@ -1,4 +1,4 @@
-"""What features and logits become: moments, Fréchet distance, inception score, precision and recall. All in float64."""
+"""Scores of features and logits: Fréchet distance, inception score, precision and recall. All in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .processes import gather, share, total
 
 
 class Moments(NamedTuple):
-    """Of `count` feature vectors: their mean [F], and their scatter [F, F], the sum of (x - mean)(x - mean)ᵀ; float64."""
+    """Mean [F] and scatter [F, F], the sum of (x - mean)(x - mean)ᵀ, of `count` feature vectors; float64."""
 
     count: int
     mean: torch.Tensor
@@ -51,7 +51,9 @@ def merge_processes(own: Moments, count: int, distributed: bool) -> Moments:
 def frechet_distance(
     mean: torch.Tensor, covariance: torch.Tensor, other_mean: torch.Tensor, other_covariance: torch.Tensor
 ) -> float:
-    """The squared Fréchet distance of two Gaussians, |m - m'|² + tr(C + C' - 2 (C C')^½): FID (Heusel et al., 1706.08500).
+    """The squared Fréchet distance of two Gaussians, as in FID (Heusel et al., 1706.08500).
+
+    It is |m - m'|² + tr(C + C' - 2 (C C')^½).
 
     Means [F], covariances [F, F]. The last trace is the sum of the singular values of Aᵀ A', where A Aᵀ = C comes
     from C's eigenvalues in float64: no root of an unsymmetric matrix is taken, and singular covariances (fewer images
@@ -73,7 +75,7 @@ def frechet_distance(
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
     """A [F, rank] with covariance = A Aᵀ."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    # what rounding leaves of a zero would count by its root, 1e-8 instead of 1e-16
+    # an eigenvalue of zero comes out as 1e-16 or so, whose root would add 1e-8
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -90,9 +92,9 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
 
 
 def split_sums(logits: torch.Tensor, positions: torch.Tensor, count: int, split_size: int) -> torch.Tensor:
-    """[splits, C + 1]: each split's sum of p, and of Σ p log p, over the rows of [B, C] logits.
+    """Sums over [B, C] logits for the inception score: of each split, Σ p and Σ p log p, [splits, C + 1].
 
-    positions [B]: the rows' places among all `count`, which say whose split they are.
+    positions [B]: the rows' places among all `count`, which tell their splits.
     """
     log_p = logits.double().log_softmax(1)
     p = log_p.exp()
@@ -102,6 +104,7 @@ def split_sums(logits: torch.Tensor, positions: torch.Tensor, count: int, split_
 
 
 def score_of_splits(sums: torch.Tensor, count: int, split_size: int) -> float:
+    """The inception score from the sums of `split_sums` over all `count` images."""
     first = torch.arange(len(sums), device=sums.device) * split_size
     sizes = (count - first).clamp(max=split_size)
     means = sums / sizes[:, None]
@@ -119,13 +122,13 @@ def precision_recall(
 ) -> tuple[float, float]:
     """The improved precision and recall of Kynkäänniemi et al. (1904.06991), as the ADM suite computes them.
 
-    reference [N, F], samples [M, F]. Every vector has a ball that reaches to its `neighbours`-th nearest of its own set,
-    itself not counted. Precision is the share of samples in some reference ball, recall the share of reference vectors
-    in some sample's ball; on the ball's surface is inside. ADM takes 10,000 reference images and 50,000 samples: both
+    reference [N, F], samples [M, F]. Every vector has a ball that reaches to its `neighbours`-th nearest other vector
+    of its own set. Precision is the share of samples in some reference ball, recall the share of reference vectors in
+    some sample's ball; the ball's surface is inside. ADM takes 10,000 reference images and 50,000 samples: both
     depend on these numbers.
 
-    Distances are squared, of float64, and block x block at a time; what is only rounding is 0, so that equal vectors
-    are at no distance. (ADM's are float16 where that does not overflow, about three digits, float32 elsewhere.)
+    Squared distances are computed in float64, block x block at a time; those that are only rounding are set to 0, as
+    between equal vectors. (ADM's are float16 where that does not overflow, about three digits, float32 elsewhere.)
     distributed: every process calls with the same features and takes a share of the rows. Raises ValueError where a set
     has no `neighbours` other vectors, widths differ, or values are not finite.
     """

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..attention import TokenLayout
 from .recipe import Recipe, flow_noise
@@ -339,7 +340,7 @@ def families() -> Sequence[Family]:
 def family_of(model: nn.Module) -> Family:
     """The family of this model's class, dense or hybrid. Raises ValueError for any other class, subclasses included."""
     for family in _FAMILIES:
-        if type(model) in (family.dense_class, family.hybrid_class):
+        if unsharded_class(model) in (family.dense_class, family.hybrid_class):
             return family
     supported = ", ".join(family.dense_class.__name__ for family in _FAMILIES)
     hint = ": pass its .transformer" if hasattr(model, "transformer") else ""
@@ -358,4 +359,9 @@ def find_published(repository: str) -> tuple[Family, Published] | None:
 
 def is_hybrid(model: nn.Module) -> bool:
     """Whether the model has been converted."""
-    return any(type(model) is family.hybrid_class for family in _FAMILIES)
+    return any(unsharded_class(model) is family.hybrid_class for family in _FAMILIES)
+
+
+def unsharded_class(model: nn.Module) -> type[nn.Module]:
+    """The model's class; of a model that FSDP2 has sharded, which gives it a class of its own, the one before."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

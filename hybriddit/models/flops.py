@@ -1,4 +1,4 @@
-"""How much arithmetic a model's attention asks for."""
+"""FLOPs of a model's attention, summed over what its layers count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SiT, trained from scratch: class-conditional, with softmax, linear, window or hybrid attention in the same model."""
+"""SiT, a class-conditional transformer trained from scratch, with softmax, linear, window or hybrid attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..config import HybridConfig, match_layers
 from ..files import read_tensors
 from .sit_names import renamed
 
-# The published sizes; each exists with patches of 2, 4 and 8.
+# the published sizes; each exists with patches of 2, 4 and 8
 SIT_SIZES = {
     "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -40,19 +40,17 @@ SIT_PATCHES = (2, 4, 8)
 ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RmsNorm}
 ACTIVATIONS = ("gelu-approximate", "swiglu")
-TIME_CHANNELS = 256  # of the sinusoid that the time embedding starts from
+TIME_CHANNELS = 256  # of the sinusoidal embedding of the time, before its MLP
 EPS = 1e-6
 
 
 class SiTAttention(nn.Module):
-    """Self-attention over one grid of tokens: projections, norms and positions around a HybridAttention of any kind.
+    """Self-attention over a grid of tokens: projections, qk-norm and rope around one HybridAttention.
 
-    Queries and keys are projected, normalized (qk_norm) and rotated (rope); those of linear attention go through the
-    query and key maps before they are projected, as LinFusion has it (arXiv 2409.02097), and are not rotated.
-    `value_conv` is the side of a depthwise convolution of the values over the grid, added to the heads' output.
+    The far branch has query and key maps before the projections, as in LinFusion (arXiv 2409.02097), and no rope.
 
-    kind: "softmax", "linear", "window" or "hybrid"; the other arguments are those of SiTTransformer2DModel. A layer has
-    the weights that its kind needs, and no others.
+    kind: "softmax", "linear", "window" or "hybrid"; a layer has only the weights that its kind needs. The other arguments
+    are those of SiTTransformer2DModel.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class SiTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """[B, N, width] -> [B, N, width]; N is the grid's rows x columns. rope: cosines and sines, [N, D] each."""
+        """hidden_states: [B, N, width], N = rows x columns; rope: cosines and sines, [N, D] each. Returns [B, N, width]."""
         query = key = None
         if self.kind != "linear":
             query, key = self._split(self.to_q(hidden_states)), self._split(self.to_k(hidden_states))
@@ -102,7 +100,7 @@ class SiTAttention(nn.Module):
         if far_query is not None:
             far_query, far_key = self.norm_q(far_query), self.norm_k(far_key)
         if self.kind == "linear":
-            query, key = far_query, far_key  # there are no others
+            query, key = far_query, far_key  # it has no others
         else:
             query, key = self.norm_q(query), self.norm_k(key)
             if rope is not None:
@@ -120,7 +118,7 @@ class SiTAttention(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Attention and MLP, each modulated by the conditioning (adaLN-Zero)."""
+    """A transformer block: attention and MLP, each modulated by the conditioning (adaLN-Zero)."""
 
     def __init__(self, attn: SiTAttention, width: int, ff_width: int, norm_type: str, activation_fn: str):
         super().__init__()
@@ -139,7 +137,7 @@ class SiTBlock(nn.Module):
         grid: tuple[int, int],
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """hidden_states [B, N, width], conditioning [B, width] after its SiLU -> [B, N, width]."""
+        """hidden_states: [B, N, width]; conditioning: [B, width], after its SiLU. Returns [B, N, width]."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = (
             self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)  # [B, 1, width] each
         )
@@ -149,48 +147,51 @@ class SiTBlock(nn.Module):
 
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin):
-    """SiT (arXiv 2401.08740), with the attention of LinFusion (arXiv 2409.02097), of windows, or of both.
+    """SiT (arXiv 2401.08740), with softmax, linear (LinFusion, arXiv 2409.02097), window or hybrid attention.
 
-    `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")`: preset names are S, B, L and XL
-    with patches of 2, 4 and 8. It is called as diffusers' DiTTransformer2DModel is; time 0 is noise and time 1 the
-    image. Weights are saved and loaded by save_pretrained and from_pretrained, and those of the SiT and DiT authors
-    are read by `hybriddit.models.sit_convert`.
+    `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")` makes one of a published size: S,
+    B, L or XL with a patch of 2, 4 or 8. It is called as diffusers' DiTTransformer2DModel is; time 0 is noise and time 1
+    the image. save_pretrained and from_pretrained save and load it; `hybriddit.models.sit_convert` reads the checkpoints
+    of the SiT and DiT authors.
 
     Args:
-        num_attention_heads, attention_head_dim, num_layers: the model is heads x head_dim wide, a multiple of 4.
-        in_channels, sample_size, patch_size: of the latents it is trained on, [in_channels, sample_size, sample_size];
-            patch_size divides sample_size. Other sizes, square or not, are those positions stretched: the patch centres
-            of any grid lie over the same square, so that the training size has SiT's own positions exactly.
-        mlp_ratio: hidden width of the MLP over the model's.
-        num_classes: labels are 0 to num_classes - 1; num_classes itself is the null class ("no label").
-        class_dropout_prob: share of labels that become the null class while training, for classifier-free guidance.
-        learn_sigma: as in the published checkpoints, the last layer has 2 x in_channels outputs, of which the second
-            half is dropped. False leaves them out.
-        attention: "softmax", "linear", "window" or "hybrid"; or {fnmatch pattern on layer names: kind}, where layers
-            are named transformer_blocks.0.attn and so on and the first match wins; or a list of one kind per layer,
-            which is how a dict is stored.
-        window, stride: int or (rows, columns) in tokens, of window and hybrid layers.
-        map_rank: hidden width of the query and key maps of linear and hybrid layers; None is the model's width, as
-            LinFusion has it (22 % more parameters).
-        gate: "head", "channel" (one value each) or "token" (a value per head, linear in the token), of hybrid layers.
-        gate_init: its value at the start: 0 is near attention alone, 1 far alone. Between them both learn from the
-            first step; a start at 0 would teach the model to do without the far branch.
-        qk_norm: RMSNorm on every head's queries and keys.
-        norm_type: "layer_norm" or "rms_norm", of the blocks; without weights.
-        activation_fn: of the MLP, "gelu-approximate" or "swiglu" (of two thirds the hidden width: as many parameters).
-        rope: rotary positions in both axes, on queries and keys of softmax and window attention; linear attention goes
-            without (its denominator could change sign).
-        value_conv: side, odd, of a depthwise convolution of the values that is added to the attention's output; zero at
-            the start. None: none.
+        num_attention_heads, attention_head_dim, num_layers: the width is heads x head_dim, a multiple of 4.
+        in_channels, sample_size, patch_size: the model is trained on latents [in_channels, sample_size, sample_size];
+            patch_size divides sample_size. It also takes other sizes, square or not: their positions are those of the
+            training size, stretched over the same square.
+        mlp_ratio: the MLP's hidden width divided by the model's width.
+        num_classes: labels are 0 to num_classes - 1; num_classes itself means "no label".
+        class_dropout_prob: in training mode, the probability that a label is replaced by "no label", for classifier-free
+            guidance.
+        learn_sigma: the last layer has 2 x in_channels outputs, as in the published checkpoints; the second half is not
+            used. False leaves it out.
+        attention: "softmax", "linear", "window" or "hybrid" for all layers; or {fnmatch pattern on layer names: kind},
+            where layers are named transformer_blocks.0.attn and so on, and the first match wins; or a list with the kind
+            of every layer, which is how a dict is stored in the config.
+        window, stride: int or (rows, columns), in tokens; of window and hybrid layers.
+        map_rank: hidden width of the query and key maps in linear and hybrid layers; None is the model's width, as in
+            LinFusion (22 % more parameters).
+        gate: of hybrid layers: "head" or "channel" (one learned value each), or "token" (one value per head, linear in
+            the token).
+        gate_init: the gate's value at the start: 0 is the near branch alone, 1 the far branch alone. In between, both
+            branches learn from the first step; from 0 the model would learn to do without the far branch.
+        qk_norm: RMSNorm of each head's queries and keys.
+        norm_type: the blocks' norms, "layer_norm" or "rms_norm", without weights.
+        activation_fn: the MLP's, "gelu-approximate" or "swiglu" (with two thirds of the hidden width, so that the number
+            of parameters stays).
+        rope: 2-D rotary position embedding of queries and keys in softmax and window attention. Linear attention has
+            none: its denominator could change sign.
+        value_conv: side, an odd number, of a depthwise convolution of the values over the grid, added to the attention's
+            output; zero at the start. None: no convolution.
 
-    Raises ValueError, in one line, for fields that do not work together.
+    Raises ValueError, in one line, for values that are invalid or do not go together.
     """
 
     _supports_gradient_checkpointing = True
     _repeated_blocks: ClassVar[list[str]] = ["SiTBlock"]
     _no_split_modules: ClassVar[list[str]] = ["SiTBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "gate"]
-    # the gates are few, and move in small steps: bf16 would round those away
+    # gates move in small steps, which bf16 would round away
     _keep_in_fp32_modules: ClassVar[list[str]] = ["gate"]
 
     @register_to_config
@@ -224,12 +225,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         kinds = layer_kinds(attention, num_layers)
         if rope and set(kinds) == {"linear"}:
             raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
-        # window, stride, map_rank and gate have one meaning, and one set of checks, in the project
+        # window, stride, map_rank and gate are checked as those of a converted model
         settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate)
         if window is None and {"window", "hybrid"} & set(kinds):
             raise ValueError("window and hybrid layers need a window: window is None")
         if not isinstance(attention, str):
-            self.register_to_config(attention=kinds)  # a saved config is sorted: a dict's order would be lost
+            self.register_to_config(attention=kinds)  # diffusers sorts a saved config, and with it a dict's patterns
         ff_width = int(width * mlp_ratio)
         if activation_fn == "swiglu":
             ff_width = max(8, 8 * round(ff_width * 2 / 3 / 8))
@@ -238,7 +239,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         self.patch_embed = PatchEmbed(sample_size, patch_size, in_channels, width, strict_img_size=False)
         self.grid = self.patch_embed.grid_size
-        # never trained, but a parameter: the published files hold it and the published counts count it
+        # never trained, yet a parameter: published files contain it, and published parameter counts include it
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, self.grid, width), requires_grad=False)
         self.time_embed = TimestepEmbedding(TIME_CHANNELS, width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
@@ -270,7 +271,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         self.register_load_state_dict_pre_hook(_rename_on_load)
 
     def _init_weights(self) -> None:
-        """SiT's: Xavier, and zeros where a block, and the model, end. The gates start where HybridAttention sets them."""
+        """Initialise as SiT does: Xavier, with zeros in each block's modulation and the last layer.
+
+        Gates keep the value that HybridAttention gives them.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith(".gate"):
                 nn.init.xavier_uniform_(module.weight)
@@ -283,7 +287,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         for block in self.transformer_blocks:
             attn = block.attn
             for projection in (attn.to_q, attn.to_k, attn.to_v):
-                # in SiT they are one layer of three times the outputs, which Xavier makes smaller
+                # in SiT they are one layer with three times the outputs, for which Xavier's weights are smaller
                 nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(1 / 2))
             if attn.value_conv is not None:
                 nn.init.zeros_(attn.value_conv.weight)
@@ -294,7 +298,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @staticmethod
     def preset(name: str) -> dict[str, int]:
-        """The fields of a published size, "S/2" to "XL/8", to be given to the class with any others."""
+        """Constructor arguments of a published size, "S/2" to "XL/8". Raises ValueError for an unknown one."""
         size, _, patch = name.partition("/")
         if size not in SIT_SIZES or patch not in map(str, SIT_PATCHES):
             raise ValueError(
@@ -310,11 +314,12 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict what the model was trained for (SiT: the velocity).
+        """Predict the velocity, or whatever the model was trained for, from noisy latents.
 
         hidden_states: [B, in_channels, H, W]; H and W are multiples of the patch, and need not be the training size.
         timestep: [B], or one value for all, in [0, 1] (DiT's checkpoints: 0 to 999).
-        class_labels: [B] integers in [0, num_classes]. Their range is checked where that is free: not on a GPU.
+        class_labels: [B] integers, 0 to num_classes; num_classes means "no label". On a GPU their range is not checked:
+            the check would wait for it.
 
         Returns Transformer2DModelOutput(sample), or (sample,): [B, in_channels, H, W]. Raises ValueError for inputs of
         another shape.
@@ -372,7 +377,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"class_labels must be [{batch}] integers, got {tuple(class_labels.shape)} of {class_labels.dtype}"
             )
-        # on a GPU looking at the labels would make the host wait; a compiler cannot look at all
+        # not on a GPU, where reading the labels makes the host wait, nor in a compiled graph, which cannot read them
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
             low, high = class_labels.min().item(), class_labels.max().item()
             if low < 0 or high > classes:
@@ -382,7 +387,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers', from safetensors only. Raises ValueError where the folder's weights are not the model's."""
+        """Load as diffusers does, from safetensors only; weights saved by older versions too (`sit_names`).
+
+        Raises ValueError if weights are missing, or if there are weights that the model has no place for.
+        """
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"{cls.__name__} loads safetensors only: leave use_safetensors out")
         wants_info = kwargs.pop("output_loading_info", False)
@@ -396,13 +404,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                 )
         return (model, info) if wants_info else model
 
-    def _fix_state_dict_keys_on_load(self, state_dict):
+    def _fix_state_dict_keys_on_load(self, state_dict):  # called by from_pretrained for a single file
         super()._fix_state_dict_keys_on_load(state_dict)
         _rename(state_dict)
 
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, resolved_model_file, name_or_path, loaded_keys, **kwargs):
-        """As diffusers'. Its hook above is for files of one piece: shards with old names are put together here."""
+        """The part of from_pretrained that reads the files. Shards with old names are read and renamed here."""
         if state_dict is None and loaded_keys != list(renamed(dict.fromkeys(loaded_keys))):
             state_dict = {}
             for path in resolved_model_file:
@@ -415,7 +423,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
 
 def _rename(state_dict: dict[str, torch.Tensor]) -> None:
-    """Give old names of weights their new ones, in place."""
+    """Replace old names of weights by today's, in place."""
     today = renamed(state_dict)
     state_dict.clear()
     state_dict.update(today)
@@ -436,9 +444,9 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def sincos_positions(
     grid: tuple[int, int], base: tuple[int, int], width: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """DiT's position embedding, of any grid over the square of the `base` grid. [1, N, width]
+    """DiT's sinusoidal position embedding of a grid stretched over the `base` grid: [1, N, width].
 
-    The first half of the channels is of the column, the second of the row.
+    The first half of the channels encodes the column, the second half the row.
     """
     rows, columns = (
         get_1d_sincos_pos_embed_from_grid(width // 2, _centres(length, over, device))  # [length, width / 2]
@@ -451,9 +459,9 @@ def sincos_positions(
 def rotary_positions(
     grid: tuple[int, int], base: tuple[int, int], head_dim: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary positions, at the same places: half of each head for rows, half for columns.
+    """Cosines and sines of 2-D rotary positions, at the places of `sincos_positions`: [N, head_dim] each.
 
-    [N, head_dim] each.
+    The first half of a head encodes the row, the second half the column.
     """
     rows, columns = (_centres(length, over, device) for length, over in zip(grid, base, strict=True))
     places = (rows.repeat_interleave(grid[1]), columns.repeat(grid[0]))  # of every token, row by row
@@ -462,12 +470,12 @@ def rotary_positions(
 
 
 def _centres(length, base, device):
-    """Patch centres along an axis, in patches of the training size: 0, 1, 2, ... for that size itself."""
+    """Positions of `length` patch centres along an axis that `base` patches fill: 0, 1, 2, ... if they are as many."""
     return (torch.arange(length, device=device) + 0.5) * (base / length) - 0.5
 
 
 def layer_kinds(attention: str | Mapping[str, str] | Sequence[str], num_layers: int) -> list[str]:
-    """The kind of every layer, of what SiTTransformer2DModel takes as `attention`. Raises ValueError."""
+    """The attention kind of every layer, from SiTTransformer2DModel's `attention`. Raises ValueError, in one line."""
     names = [f"transformer_blocks.{index}.attn" for index in range(num_layers)]
     if isinstance(attention, str):
         kinds = [attention] * num_layers

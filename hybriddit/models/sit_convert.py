@@ -1,4 +1,4 @@
-"""Checkpoints of the SiT and DiT authors (one layout), from and to SiTTransformer2DModel's own names."""
+"""Convert checkpoints of the SiT and DiT authors, which share one layout, to SiTTransformer2DModel's and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import read_tensors
 from .sit import SiTTransformer2DModel
 from .sit_names import renamed
 
-# original module -> ours, each with weight and bias unless it is a single tensor
+# original module -> ours; each has a weight and a bias, but for the single tensors
 OUTER = {
     "x_embedder.proj": "patch_embed.proj",
     "t_embedder.mlp.0": "time_embed.linear_1",
@@ -31,15 +31,15 @@ IN_BLOCK = {
     "mlp.fc2": "ff.fc2",
     "adaLN_modulation.1": "modulation",
 }
-# one layer in the original, its outputs in this order
+# one layer in the original, with its outputs in this order
 QKV, Q_K_V = "attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")
 
 
 def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An original state dict under our names: what a softmax SiTTransformer2DModel of its size loads.
+    """Convert an original state dict to that of a softmax SiTTransformer2DModel of its size.
 
-    `to_original` is its exact inverse. Raises ValueError, in one line, for keys that are missing or unknown, and for a
-    layer of queries, keys and values that cannot be cut in three.
+    `to_original` is the exact inverse. Raises ValueError, in one line, for missing or unknown keys, and for a qkv layer
+    whose outputs do not divide by three.
     """
     names, fused = _layout(_depth(state, "blocks"))
     _check_keys(state, {*names, *fused}, "the original layout")
@@ -52,10 +52,10 @@ def from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A softmax SiTTransformer2DModel's state dict, of this version or an older one, in the original layout.
+    """Convert a softmax SiTTransformer2DModel's state dict, of this version or an older one, to the original layout.
 
-    Raises ValueError, in one line, for keys that are missing, and for weights that the original has no place for (of
-    linear attention, say).
+    Raises ValueError, in one line, for missing keys and for weights that the original layout has no place for, such as
+    those of linear attention.
     """
     state = renamed(state)
     names, fused = _layout(_depth(state, "transformer_blocks"))
@@ -65,17 +65,17 @@ def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict of a checkpoint file, on the CPU: of the averaged weights where it holds several.
+    """Read a checkpoint file's state dict, on the CPU; if it also holds averaged weights (EMA), those.
 
-    A file that ends in .safetensors is read as such, any other by torch.load, which is allowed nothing but tensors and
-    plain values. Raises FileNotFoundError, or ValueError where the file is damaged or holds something else.
+    A .safetensors file is read as such, any other by torch.load with weights_only. Raises FileNotFoundError, or
+    ValueError if the file is damaged or holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    # the authors' training script keeps its arguments in the file: a plain record
+    # the authors' training script saves its arguments, an argparse.Namespace, in the file
     with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -91,10 +91,10 @@ def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_original(model: SiTTransformer2DModel, path: str | os.PathLike) -> SiTTransformer2DModel:
-    """Load a checkpoint file of the SiT or DiT authors into a softmax model of its size; the model is returned too.
+    """Load a checkpoint file of the SiT or DiT authors into a softmax model of its size, and return the model.
 
-    Raises FileNotFoundError, or ValueError, in one line and with the model untouched, where the file is no such
-    checkpoint or of another size.
+    Raises FileNotFoundError, or ValueError, in one line, if the file is no such checkpoint or of another size; the model
+    is then unchanged.
     """
     state = read_original(path)
     try:
@@ -121,7 +121,7 @@ def load_original(model: SiTTransformer2DModel, path: str | os.PathLike) -> SiTT
 
 
 def _layout(depth: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Original key -> our key, and original key -> our three keys."""
+    """{original key: our key}, and {original qkv key: our three keys}, of a model with `depth` blocks."""
     modules = dict(OUTER)
     for index in range(depth):
         modules |= {

@@ -1,4 +1,4 @@
-"""SiT weights were saved under other names before they were timm's and HybridAttention's: old names, and today's."""
+"""Old names of SiT's weights, from before it used timm's layers and HybridAttention, and today's names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The mapping with every old name of a SiTTransformer2DModel's weights replaced by today's; others stay.
+    """Replace old names of a SiTTransformer2DModel's weights by today's; other names stay. Returns a new dict.
 
-    Names may have something in front ("average/transformer_blocks.0…" in a training checkpoint). An old name whose new
-    name is there too stays as it is, so that whoever loads the mapping still finds one weight too many.
+    Names may have a prefix, such as "average/" in a training checkpoint. If a weight is there under both names, the old
+    one stays as it is, so that loading fails on an unknown weight.
     """
     found = {}
     for name, value in tensors.items():

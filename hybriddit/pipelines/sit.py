@@ -1,4 +1,4 @@
-"""The pipeline of SiT: class labels in, images out, by any sampler of `hybriddit.flow` or a scheduler of diffusers."""
+"""The pipeline of SiT: class labels in, images out, with a sampler of `hybriddit.flow` or a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ IMAGENET_CLASSES, IMAGENET_ENDS = 1000, ("n01440764", "n15075141")
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Images of classes, called as diffusers' DiTPipeline is.
+    """Generate images of given classes; called as diffusers' DiTPipeline is.
 
-    Saved by save_pretrained and loaded by `SiTPipeline.from_pretrained(folder)`. diffusers' own
-    `DiffusionPipeline.from_pretrained` knows no class outside diffusers, and does not load it.
+    Save it with save_pretrained and load it with `SiTPipeline.from_pretrained(folder)`: diffusers' own
+    `DiffusionPipeline.from_pretrained` finds only classes that are in diffusers.
 
     Args:
         transformer: SiTTransformer2DModel.
-        vae: AutoencoderKL whose latents, times its scaling_factor, the transformer was trained on. None: it was trained
-            on pixels in [-1, 1].
-        scheduler: a flow-matching scheduler of diffusers (FlowMatchEulerDiscreteScheduler, or another with
-            use_flow_sigmas), taken where a call names no sampler; for the linear path. None: sampler "euler".
-        id2label: {index, a number or its digits: "name" or "name, other name"}. None, of a model of 1000 classes: ImageNet's names.
+        vae: AutoencoderKL; the transformer was trained on its latents times its scaling_factor. None: the transformer
+            was trained on pixels in [-1, 1].
+        scheduler: a flow-matching scheduler of diffusers (FlowMatchEulerDiscreteScheduler, or another one with
+            use_flow_sigmas), used by calls that name no sampler; the path must be linear. None: such calls use "euler".
+        id2label: {class index, as int or string: "name" or "name, other name"}. None: ImageNet's names if the model has
+            1000 classes, else none.
         path, prediction: what the transformer was trained for, see `hybriddit.flow`.
-        weights: a note on the weights for the records of images, such as "EMA 0.9999, step 400000".
+        weights: a note on the weights, such as "EMA 0.9999, step 400000", written into the records of images.
 
-    Raises ValueError for an unknown path or prediction, and class names that are not the transformer's.
+    Raises ValueError for an unknown path or prediction, and for a class index that the transformer does not have.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -79,31 +80,31 @@ class SiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs):
-        """As diffusers', from safetensors only. folder: a folder or a hub repository; kwargs are diffusers'."""
+        """Load a saved pipeline, from safetensors only. folder: a folder or hub repository; kwargs: as in diffusers."""
         return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
 
     @property
     def class_names(self) -> dict[int, str]:
-        """The name of every class that has one, {index: name}."""
+        """{index: name} of the classes that have a name."""
         if self.config.id2label is not None:
             return {int(index): name for index, name in self.config.id2label.items()}
         return imagenet_names() if self.transformer.config.num_classes == IMAGENET_CLASSES else {}
 
     @property
     def labels(self) -> dict[str, int]:
-        """The index of every name; of a name that several classes have, the first."""
+        """{name: index}; if several classes share a name, the first one's index."""
         return {name: indices[0] for name, indices in sorted(_indices_by_name(self.class_names).items())}
 
     @property
     def default_sampler(self) -> str:
-        """What a call that names no sampler goes by: the scheduler's class, or "euler" without one."""
+        """The sampler of calls that name none: the scheduler's class name, or "euler" without a scheduler."""
         return "euler" if self.scheduler is None else type(self.scheduler).__name__
 
     def get_label_ids(self, label: str | int | Sequence[str | int]) -> list[int]:
-        """Indices of class names, in any case, or of indices, which stay. A list for one too.
+        """Class indices of one label or several, always as a list. A label is a name, in any case, or an index.
 
-        Raises ValueError, with names that come close, for an unknown name, and for a name of several classes or an index
-        out of range.
+        Raises ValueError for an unknown name (with similar ones), a name that several classes share, and an index out of
+        range.
         """
         labels = [label] if isinstance(label, str) or not isinstance(label, Sequence | torch.Tensor) else label
         classes, names, found = self.transformer.config.num_classes, None, []
@@ -140,33 +141,34 @@ class SiTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """One image of each label.
+        """Generate one image for each label.
 
         Args:
-            class_labels: indices or names, see `get_label_ids`.
-            guidance_scale: of classifier-free guidance; 1 is none, at half the cost, and 0 is without the label.
-            generator: of the noise, at the start and of an SDE's steps; with a list, one for each image, no image's
-                noise depends on another's.
-            num_inference_steps: "dopri5" chooses its own.
+            class_labels: class indices or names, see `get_label_ids`.
+            guidance_scale: of classifier-free guidance. 1 turns it off and halves the cost; 0 ignores the label.
+            generator: draws the starting noise and the noise of an SDE's steps. With a list of one for each image, an
+                image does not depend on the others of the batch.
+            num_inference_steps: number of the sampler's steps; "dopri5" chooses its own.
             output_type: "pil" (rounded as `hybriddit.metrics.to_uint8` does), "np" [B, H, W, C] or "pt" [B, C, H, W]
                 in [0, 1], or "latent" [B, C, h, w], before the VAE.
-            sampler: "euler", "heun", "dopri5" (of the ODE), "sde-euler" or "sde-heun". None: the pipeline's scheduler, or
-                "euler" where it has none.
-            sampler_options: of `hybriddit.flow.sample_ode` (interval; "dopri5" also atol, rtol) or `sample_sde`
-                (diffusion, diffusion_norm, last_step, last_step_size, interval).
-            shift: of times towards noise, above 1 for images larger than those trained on. A scheduler has its own.
-            guidance_channels: guide the first ones only; None: all. Published SiT and DiT numbers were made with 3.
-            guidance_interval: (low, high), times that are guided; 0 is noise and 1 the image.
-            height, width: in pixels; the training size by default, else multiples of a patch, square or not.
-            latents: noise to start from, [B, C, h, w], instead of the generator's.
-            callback_on_step_end: (pipeline, step from 0, time reached, {"latents": [B, C, h, w]}) -> a dict, whose
-                latents, if any, take the place of the sampler's; "dopri5" takes none. A scheduler's callback is given the
-                scheduler's timestep.
+            sampler: "euler", "heun" or "dopri5" (ODE), "sde-euler" or "sde-heun" (SDE). None: the pipeline's scheduler,
+                or "euler" without one.
+            sampler_options: arguments of `hybriddit.flow.sample_ode` (interval; for "dopri5" also atol, rtol) or of
+                `sample_sde` (diffusion, diffusion_norm, last_step, last_step_size, interval).
+            shift: moves times towards noise; above 1 for images larger than the training size. A scheduler has its own.
+            guidance_channels: guide only the first so many channels; None: all. The published SiT and DiT numbers were
+                made with 3.
+            guidance_interval: (low, high), the times that are guided; 0 is noise and 1 the image.
+            height, width: in pixels, multiples of the model's patch; None: the training size.
+            latents: starting noise, [B, C, h, w], instead of the generator's.
+            callback_on_step_end: called as (pipeline, step from 0, time reached, {"latents": [B, C, h, w]}). It returns
+                a dict; latents in it replace the sampler's, except with "dopri5". With a scheduler it receives the
+                scheduler's timestep instead of the time.
             callback_on_step_end_tensor_inputs: ("latents",) or ().
 
-        Works in the generator's numbers and float32 at the least between steps, whatever the transformer's dtype.
-        Returns ImagePipelineOutput(images), or (images,). Raises ValueError for labels, sizes, samplers and options that
-        do not fit.
+        Between steps the latents are kept in float32 or wider, whatever the transformer's dtype. The transformer is in
+        eval mode during the call, and afterwards in the mode it was in. Returns ImagePipelineOutput(images), or
+        (images,). Raises ValueError for labels, sizes, samplers and options that do not fit.
         """
         labels = self.get_label_ids(class_labels)
         _check_call(labels, guidance_scale, num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
@@ -180,7 +182,7 @@ class SiTPipeline(DiffusionPipeline):
         latents = self._noise(len(labels), height, width, generator, latents, device)
 
         def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return self.transformer(x.to(self.transformer.dtype), t, class_labels=y).sample.to(x.dtype)
+            return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False)[0].to(x.dtype)
 
         field = guided(
             model,
@@ -216,7 +218,7 @@ class SiTPipeline(DiffusionPipeline):
         shape = (batch, config.in_channels, *sides)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images")
-        # not the transformer's: the same seed is the same image, to rounding, in every dtype
+        # at least float32, so that a seed gives the same image in every dtype of the transformer, to rounding
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -228,7 +230,7 @@ class SiTPipeline(DiffusionPipeline):
 
     def _sample(self, sampler, field, noise, steps, generator, callback, **options) -> torch.Tensor:
         adaptive = sampler == "dopri5"
-        with self.progress_bar(total=100 if adaptive else steps) as bar:  # dopri5: percent of the time
+        with self.progress_bar(total=100 if adaptive else steps) as bar:  # dopri5: in percent of the time interval
 
             def after_step(step: int, time: float, x: torch.Tensor) -> None:
                 bar.update((round(100 * time) if adaptive else step) - bar.n)
@@ -236,7 +238,7 @@ class SiTPipeline(DiffusionPipeline):
                 if latents is not x:
                     if adaptive:
                         raise ValueError("dopri5 keeps what it has computed: a callback cannot change its latents")
-                    x.copy_(latents)  # the sampler goes on from this very tensor
+                    x.copy_(latents)  # in place: the sampler goes on from x
 
             common = {"prediction": self.config.prediction, "steps": steps, "callback": after_step, **options}
             if sampler.startswith("sde-"):
@@ -245,16 +247,17 @@ class SiTPipeline(DiffusionPipeline):
             return sample_ode(field, noise, self.config.path, method=sampler, **common)
 
     def _schedule(self, scheduler, field, latents, steps, generator, callback) -> torch.Tensor:
-        """By a scheduler of diffusers: its sigma is 1 - t, and what it integrates is the velocity in sigma."""
+        """Sample with a scheduler of diffusers: its sigma is 1 - t, so its model output is the negative velocity."""
         velocity = velocity_field(field, "linear", self.config.prediction)
         sigmas = {}
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)}  # even, as diffusers' FLUX and our samplers have them
+            # evenly spaced, as in diffusers' FLUX and our samplers
+            sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)}
         scheduler.set_timesteps(steps, device=latents.device, **sigmas)
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         times = (1 - scheduler.sigmas.double()).tolist()  # timesteps may be rounded to integers
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            # of noise in times that the scheduler stretches beyond it there is none
+            # a shifted scheduler may go past pure noise: clamp to t = 0
             t = torch.full((len(latents),), max(times[step], 0.0), dtype=latents.dtype, device=latents.device)
             latents = scheduler.step(-velocity(latents, t), timestep, latents, return_dict=False, **extra)[0]
             if callback:
@@ -272,20 +275,30 @@ class SiTPipeline(DiffusionPipeline):
         if shift != 1 or sampler_options:
             raise ValueError(f"shift and sampler_options are for samplers: the {name} has its own, or name a sampler")
 
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels in about [-1, 1], [B, C, H, W], of latents [B, C, h, w] as output_type="latent" returns them.
+
+        Without a VAE the latents are the pixels. The VAE must be on the latents' device; after
+        `pipeline.vae.enable_slicing()` it decodes one image at a time.
+        """
+        if self.vae is None:
+            return latents
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
     def _images(self, latents: torch.Tensor, output_type: str):
-        if self.vae is not None:
-            config = self.vae.config
-            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        pixels = self.decode(latents)
         if output_type == "pil":
-            images = to_uint8(latents).permute(0, 2, 3, 1).cpu().numpy()
+            images = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()
             return [Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image) for image in images]
-        images = (latents.float() / 2 + 0.5).clamp(0, 1)
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def imagenet_names() -> dict[int, str]:
-    """ImageNet's 1000 class names by index, as torchvision has them; {} without torchvision."""
+    """{index: name} of ImageNet's 1000 classes, from torchvision; {} if torchvision is not installed."""
     try:
         from torchvision.models import ResNet50_Weights
     except ImportError:
@@ -294,10 +307,10 @@ def imagenet_names() -> dict[int, str]:
 
 
 def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
-    """A pipeline's id2label, of the names of a set's classes in the order of their labels.
+    """A pipeline's id2label from the class names of a data set, in the order of their labels; None if all are empty.
 
-    Of ImageNet's folders (its 1000 wnids, n01440764 to n15075141) ImageNet's names, where torchvision is there to say
-    them. None: no class has a name.
+    ImageNet's folder names (the 1000 wnids n01440764 to n15075141) become ImageNet's class names if torchvision is
+    installed.
     """
     imagenet = len(classes) == IMAGENET_CLASSES and (classes[0], classes[-1]) == IMAGENET_ENDS
     if imagenet and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
@@ -306,7 +319,7 @@ def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
 
 
 def _indices_by_name(class_names: Mapping[int, str]) -> dict[str, list[int]]:
-    """Each class under its whole name and under each of the names between its commas."""
+    """{name: class indices}: each class by its whole name, and by each part of a name with commas."""
     found: dict[str, list[int]] = {}
     for index, name in sorted(class_names.items()):
         for part in dict.fromkeys((name.strip(), *(part.strip() for part in name.split(",")))):
@@ -352,7 +365,7 @@ def _check_options(sampler: str, options: Mapping[str, Any]) -> None:
 
 
 def _callback(pipeline, function, tensor_inputs):
-    """(step, time, latents) -> the latents to go on with."""
+    """Wrap a user's callback as (step, time, latents) -> the latents to continue with."""
 
     def call(step: int, time: float, latents: torch.Tensor) -> torch.Tensor:
         outputs = function(pipeline, step, time, {"latents": latents} if "latents" in tensor_inputs else {})

@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
-from omegaconf import OmegaConf
+from accelerate import Accelerator
+from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from ..data.latents import LatentData
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
-from ..files import replacing
-from ..images import save_grid
-from ..models import dense_mode, hybridize, is_hybrid, save_adapter
+from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
+from ..models.family import unsharded_class
+from ..models.recipe import Recipe
 from ..pipelines.loading import load_pipeline, quiet
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from .config import DistillConfig, to_dict
-from .loop import (
-    check_processes,
-    claim_run,
-    epoch_order,
-    is_gate,
-    learning_rates,
-    make_accelerator,
-    make_optimizer,
-    mean_metrics,
-    stop_signals,
-)
+from .batches import epoch_order, step_generator
+from .checkpoint import gather
+from .fit import Job, fit
+from .frechet import FrechetDistance, Images, as_rgb, check_samples
 from .losses import captured_outputs, converted_layers, layer_loss
-from .recipes import Recipe, add_noise, draw_times, model_inputs, prediction, recipe_of
-from .record import log, plot_log, record_start, start_log
-
-METRICS = ("loss", "task", "output", "layer", "grad_norm")
+from .optimizer import is_gate
+from .processes import start_run
+from .run_config import DistillConfig, to_dict
+from .step_cost import step_cost
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
-    claim_run(Path(config.output.folder), resume_settings(config), "adapter", resume)
-    accelerator = make_accelerator(config)
-    check_processes(config, accelerator.num_processes)
+    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
+    if config.metrics.every:
+        check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
     # what can be told before the images are made, which may take days
-    source = SOURCES[config.data.source]
-    loss_settings(recipe_of(pipeline, config.model.recipe), config, source.teacher_made, source.trajectories)
-    planned_grid(config, pipeline.transformer, pipeline.vae_scale_factor)
-    make_student(pipeline.transformer, config)
+    source, transformer = SOURCES[config.data.source], pipeline.transformer
+    loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
+    planned_grid(config, transformer, pipeline.vae_scale_factor)
+    make_student(transformer, config)
     with accelerator.main_process_first():
         data = make_data(pipeline, config.data, progress=config.train.progress and accelerator.is_main_process)
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
@@ -63,7 +54,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
 
 
 def check_settings(config: DistillConfig) -> None:
-    """Raise ValueError or FileNotFoundError for what is missing from a run's settings, told without the model."""
+    """Raise ValueError or FileNotFoundError for what is missing from a run's settings, without loading the model."""
     if not config.model.path:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
@@ -75,26 +66,25 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
 
     The transformer is converted in place with `config.hybrid` unless it is converted already; its dense weights are
-    never touched. `config.model.path` and `config.data` are not used here: `data` is what it is trained on.
+    never changed. `config.model.path` and `config.data` are not used here: `data` is the training set.
 
     With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
-    start), log.jsonl, loss.png, checkpoints/, samples/, TensorBoard events and at the end adapter/. `resume` goes on
+    start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` goes on
     from its newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
     checkpoint and raise KeyboardInterrupt; a second one stops at once.
 
-    Returns the transformer, holding the averaged weights. Raises ValueError on settings that cannot work, and
-    FloatingPointError, naming the step, when the loss stops being finite; checkpoints written before stay.
+    Several processes of `accelerate launch`, by DDP or by FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
+    TRANSFORMER_BASED_WRAP), give what one gives, to rounding, and resume each other's checkpoints.
+
+    Returns the transformer with the averaged weights; by FSDP it stays in shards, its trained weights in fp32. Raises
+    ValueError for settings that cannot work, and FloatingPointError, naming the step, when the loss stops being finite;
+    checkpoints written before stay.
     """
-    recipe = recipe_of(pipeline, config.model.recipe)
+    base = pipeline.transformer
+    recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
     grid = token_grid(pipeline, data)
-    accelerator = make_accelerator(config)
-    check_processes(config, accelerator.num_processes)
-    folder = Path(config.output.folder) if config.output.folder else None
-    if folder is not None:
-        claim_run(folder, resume_settings(config), "adapter", resume)
-
-    base = pipeline.transformer
+    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -106,134 +96,166 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     for parameter in trained.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    parameters = list(trained.values())
-    if config.train.gradient_checkpointing:
-        base.enable_gradient_checkpointing()
-    layers = converted_layers(base)
-    model = accelerator.prepare(base)
-    optimizer = make_optimizer(trained, config)
-    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=True)
 
-    first = 0
-    settings = resume_settings(config)
-    if resume:
-        first = load_checkpoint(
-            checkpoints(folder / "checkpoints")[-1], trained, average.shadow_params, optimizer, settings
-        )
-        average.optimization_step = first
-    elif folder is not None and accelerator.is_main_process:
-        with replacing(folder / "config.yaml") as partial:
-            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
-    writes = folder is not None and accelerator.is_main_process
-    if writes:
-        record_start(folder, first, accelerator.num_processes, accelerator.device)
-        start_log(folder, first)
-    if folder is not None:
-        accelerator.init_trackers(config.output.tracker)
-
-    guidance = data.info.guidance_scale if getattr(base.config, "guidance_embeds", False) else None
-    pending: list[torch.Tensor] = []  # metrics of the steps since the last look, still on the device
-    teacher_samples = None
-    bar = tqdm(
-        initial=first,
-        total=config.train.steps,
-        desc="distill",
-        unit="step",
-        disable=not (config.train.progress and accelerator.is_main_process),
+    fit(
+        Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid),
+        config,
+        accelerator,
+        resume=resume,
     )
-    draw = {"data": data, "recipe": recipe, "config": config, "dropout": dropout, "grid": grid}
-    draw |= {"scheduler": pipeline.scheduler, "rank": accelerator.process_index, "processes": accelerator.num_processes}
-    # with several processes the launcher stops them all: one alone would leave the others waiting
-    with stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([]) as stopped, bar:
-        for step in range(first, config.train.steps):
-            for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
-                group["lr"] = rate
-            metrics = torch.zeros(len(METRICS), device=accelerator.device)
-            for index, (latents, noise, times, text) in enumerate(draw_batches(step=step, **draw)):
-                latents, noise, times, text = _to_device((latents, noise, times, text), accelerator.device, dtype)
-                if data.info.states:
-                    noisy, target = latents, None
-                else:
-                    noisy, target = add_noise(recipe, latents, noise, times, pipeline.scheduler)
-                inputs = model_inputs(recipe, noisy.to(dtype), times, text, grid, guidance)
 
-                with torch.no_grad(), dense_mode(base), captured_outputs(layers) as teacher_layers:
-                    teacher = prediction(recipe, base(**inputs, return_dict=False)[0], latents).float()
-                last = index == config.train.accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model):
-                    with captured_outputs(layers) as student_layers:
-                        student = prediction(recipe, model(**inputs, return_dict=False)[0], latents).float()
-                    losses = torch.stack(
-                        [
-                            student.new_zeros(()) if target is None else F.mse_loss(student, target),
-                            F.mse_loss(student, teacher),
-                            layer_loss(student_layers, teacher_layers),
-                        ]
-                    )
-                    loss = (losses * weights.to(losses)).sum()
-                    accelerator.backward(loss / config.train.accumulation)
-                metrics[:4] += torch.stack((loss, *losses)).detach() / config.train.accumulation
-            metrics[4] = nn.utils.clip_grad_norm_(parameters, config.optim.clip, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.step(parameters)
-            pending.append(metrics)
-            bar.update()
-
-            done = step + 1
-            every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
-            due = {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
-            due["checkpoint"] |= bool(stopped)
-            if any(due.values()):
-                values = mean_metrics(METRICS, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
-                pending.clear()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-                values |= {"lr": optimizer.param_groups[0]["lr"], "gate_lr": optimizer.param_groups[1]["lr"]}
-                if folder is not None:
-                    accelerator.log(values, step=done)
-                if writes:
-                    log(folder, {"step": done, **values})
-            if not writes:
-                continue
-            if due["checkpoint"]:
-                save_checkpoint(
-                    folder / "checkpoints",
-                    done,
-                    trained,
-                    average.shadow_params,
-                    optimizer,
-                    settings,
-                    config.output.keep,
-                )
-            if stopped:
-                raise KeyboardInterrupt
-            if due["sample"] and getattr(pipeline, "vae", None) is not None:
-                if teacher_samples is None:
-                    with dense_mode(base):
-                        teacher_samples = draw_samples(pipeline, data, config)
-                average.store(parameters)
-                average.copy_to(parameters)
-                samples = draw_samples(pipeline, data, config)
-                average.restore(parameters)
-                save_grid(folder / "samples" / f"step-{done:08d}.png", [teacher_samples, samples])
-                plot_log(folder, METRICS)
-
-    average.copy_to(parameters)
-    accelerator.wait_for_everyone()
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    if folder is not None:
-        if writes:
-            save_adapter(base, folder / "adapter")
-            plot_log(folder, METRICS)
-        accelerator.end_training()
-    if config.train.gradient_checkpointing:
-        base.disable_gradient_checkpointing()
+    if accelerator.is_fsdp2:
+        return base
     for name, parameter in trained.items():
         parameter.requires_grad_(False)
         if not is_gate(name):  # which stay fp32, as hybridize makes them
             parameter.data = parameter.data.to(dtype)
     pipeline.to(accelerator.device)
     return base
+
+
+class Distillation(Job):
+    """Batch, losses and samples of one distillation; the transformer is student, and within `dense_mode` teacher."""
+
+    name, metrics, logged, fused = "distill", ("loss", "task", "output", "layer"), ("lr", "gate_lr"), False
+
+    def __init__(
+        self,
+        pipeline,
+        data: LatentData,
+        config: DistillConfig,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        weights: torch.Tensor,
+        dropout: float,
+        grid: tuple[int, int],
+    ):
+        self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
+        self.recipe, self.weights, self.dropout, self.grid = recipe, weights, dropout, grid
+        self.model, self.settings = pipeline.transformer, resume_settings(config)
+        self.family, self.dtype = family_of(self.model), self.model.dtype
+        self.layers = converted_layers(self.model)
+        guided = self.family.takes_guidance(self.model.config)
+        self.guidance = data.info.guidance_scale if guided else None
+        self.teacher_samples = None
+        self.frechet = self._frechet() if config.metrics.every else None
+
+    def make_batch(self, step: int) -> list[tuple]:
+        return list(
+            draw_batches(
+                data=self.data,
+                recipe=self.recipe,
+                config=self.config,
+                step=step,
+                dropout=self.dropout,
+                grid=self.grid,
+                scheduler=self.pipeline.scheduler,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+        )
+
+    def losses(self, model: nn.Module, part: tuple) -> torch.Tensor:
+        """The weighted sum; against the noise or velocity; against the teacher's output; against its layers' outputs."""
+        latents, noise, times, text = self._to_device(*part)
+        if self.data.info.states:
+            noisy, target = latents, None
+        else:
+            noisy, target = self.family.add_noise(latents, noise, times, self.pipeline.scheduler)
+        inputs = self.family.model_inputs(noisy.to(self.dtype), times, text, self.grid, self.guidance)
+
+        def predict(model: nn.Module) -> torch.Tensor:
+            return self.family.prediction(model(**inputs, return_dict=False)[0], latents).float()
+
+        with torch.no_grad(), dense_mode(self.model), captured_outputs(self.family, self.layers) as teacher_layers:
+            teacher = predict(self.model)
+        with captured_outputs(self.family, self.layers) as student_layers:
+            student = predict(model)
+        losses = torch.stack(
+            [
+                student.new_zeros(()) if target is None else F.mse_loss(student, target),
+                F.mse_loss(student, teacher),
+                layer_loss(student_layers, teacher_layers),
+            ]
+        )
+        return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
+
+    def samples(self) -> list[list[Image.Image]] | None:
+        """The teacher's images, and beside them the student's."""
+        if getattr(self.pipeline, "vae", None) is None:
+            return None
+        rows = range(min(self.config.output.samples, len(self.data)))
+        if self.teacher_samples is None:
+            with dense_mode(self.model):
+                self.teacher_samples = self._images(rows)
+        return [self.teacher_samples, self._images(rows)]
+
+    def distance(self) -> float:
+        return self.frechet(lambda rows: as_rgb(self._images(rows)))
+
+    def flops(self) -> float:
+        rows = self.data.rows([0])
+        text = {
+            name: rows[name].to(self.dtype) if rows[name].is_floating_point() else rows[name]
+            for name in self.data.empty
+        }
+        cost = step_cost(self.model, self.grid, text, 1, bf16=self.config.train.precision == "bf16")
+        return cost["teacher"] + cost["student"] + cost["backward"]
+
+    def finish(self, folder: Path, step: int) -> None:
+        model = self.model
+        if self.accelerator.is_fsdp2:  # what the adapter holds, in a copy without the rest
+            added = gather((name, tensor) for name, tensor in model.state_dict().items() if ".hybrid." in name)
+            with torch.device("meta"):
+                model = unsharded_class(model).from_config(model.config)
+            model.load_state_dict(added, strict=False, assign=True)
+        if self.accelerator.is_main_process:
+            save_adapter(model, folder / "adapter")
+
+    def _frechet(self) -> FrechetDistance:
+        """Measures against the teacher's images of the same prompts and noise, where the config names no file."""
+        if getattr(self.pipeline, "vae", None) is None:
+            raise ValueError("metrics.every: the teacher's pipeline has no VAE to make images with, set it to 0")
+
+        def teacher(rows: range) -> np.ndarray:
+            with dense_mode(self.model):
+                return as_rgb(self._images(rows))
+
+        info, metrics = self.data.info, self.config.metrics
+        return FrechetDistance(
+            metrics,
+            Images(metrics.samples, teacher),
+            np.zeros((2, info.height, info.width, 3), np.uint8),
+            self.accelerator.device,
+            self.accelerator.num_processes,
+            progress=self.config.train.progress,
+        )
+
+    def _images(self, rows: range) -> list[Image.Image]:
+        """What the model makes of the set's prompts in turn; row i always from seed `train.seed` + i."""
+        pipeline, dtype = self.pipeline, self.dtype
+        tensors = self.data.rows([row % len(self.data) for row in rows])
+        text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # the prompts' tensors alone
+        pipeline.vae.to(self.accelerator.device)
+        # accelerate hands outputs back in fp32, which would reach the pipeline's bf16 decoder
+        cast = self.model.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
+        try:
+            with quiet(pipeline):
+                seeds = [self.config.train.seed + row for row in rows]
+                return sample(pipeline, text, self.data.empty, self.data.info, seeds)
+        finally:
+            cast.remove()
+            pipeline.vae.to("cpu")
+
+    def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+        device = self.accelerator.device
+        text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
+        latents, noise, times = (value.to(device, non_blocking=True) for value in (latents, noise, times))
+        return latents.float(), noise, times, text
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
@@ -254,13 +276,18 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
     return trained
 
 
+def recipe_for(transformer: nn.Module, config: DistillConfig) -> Recipe:
+    """The recipe that `config.model.recipe` names, or the one that fits the transformer. Raises ValueError."""
+    return family_of(transformer).recipe(transformer.config, config.model.recipe)
+
+
 def loss_settings(
     recipe: Recipe, config: DistillConfig, teacher_made: bool = True, trajectories: bool = False
 ) -> tuple[torch.Tensor, float]:
-    """The weights of (task, output, layer) and the prompt dropout: the config's, else the recipe's.
+    """The weights of (task, output, layer) and the prompt dropout: the config's, or else the recipe's.
 
-    teacher_made: whether the images are the teacher's own; trajectories: whether they are its states on the way there,
-    which have no target of the task's. Raises ValueError for weights that train nothing.
+    teacher_made: whether the images are the teacher's own; trajectories: whether they are states of its sampling, for
+    which there is no task target. Raises ValueError for weights that train nothing.
     """
     chosen = config.loss
     task = recipe.task if chosen.task is None else chosen.task
@@ -281,10 +308,11 @@ def loss_settings(
 
 
 def planned_grid(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> tuple[int, int]:
-    """(height, width) in tokens of the images that `config.data` asks for. ValueError for parts of a token."""
-    # FLUX's pipeline packs 2 x 2 latents into a token, the others' models cut patches themselves
-    patch = 2 if "Flux" in type(transformer).__name__ else transformer.config.patch_size
-    side = vae_scale_factor * patch
+    """(rows, columns) in tokens of the images that `config.data` asks for.
+
+    Raises ValueError if the size is not a whole number of tokens.
+    """
+    side = family_of(transformer).token_pixels(transformer.config, vae_scale_factor)
     for name in ("height", "width"):
         pixels = getattr(config.data, name)
         if pixels % side:
@@ -293,30 +321,25 @@ def planned_grid(config: DistillConfig, transformer: nn.Module, vae_scale_factor
 
 
 def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
-    """(height, width) in tokens of the set's latents."""
-    latents = data.rows([0])["latents"]
-    if latents.ndim == 4:
-        patch = pipeline.transformer.config.patch_size
-        return latents.shape[2] // patch, latents.shape[3] // patch
-    scale = pipeline.vae_scale_factor * 2  # FLUX packs 2 x 2 latents into a token
-    grid = (data.info.height // scale, data.info.width // scale)
-    if grid[0] * grid[1] != latents.shape[1]:
-        raise ValueError(
-            f"latents of {latents.shape[1]} tokens are no {grid[0]} x {grid[1]} grid: made by another model?"
-        )
+    """(rows, columns) in tokens of the set's images. Raises ValueError if its latents are not of that grid."""
+    family, config = family_of(pipeline.transformer), pipeline.transformer.config
+    side = family.token_pixels(config, pipeline.vae_scale_factor)
+    grid = (data.info.height // side, data.info.width // side)
+    if data.shape != family.latents_shape(config, grid):
+        raise ValueError(f"latents {data.shape} are no {grid[0]} x {grid[1]} grid: made by another model?")
     return grid
 
 
 def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
     """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
 
-    Of trajectories, latents and times are those of a state of each. Everything random is drawn for the whole batch from
-    (seed, step) alone: a resumed run, and one on another number of processes, sees the same samples.
+    For trajectories, latents and times are those of one state of each row. See `step_generator` for what the samples
+    depend on.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
-    generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
+    generator = step_generator(config.train.seed, step)
     indices = epoch_order(len(data), config.train.seed, step * count, count)
-    times = draw_times(recipe, count, grid[0] * grid[1], scheduler, generator)
+    times = recipe.draw_times(count, grid[0] * grid[1], scheduler, generator)
     dropped = torch.rand(count, generator=generator) < dropout
     noise = torch.randn((count, *data.shape), generator=generator)
     chosen = torch.randint(data.info.states, (count,), generator=generator) if data.info.states else None
@@ -335,25 +358,6 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
         yield latents, noise[own], part_times, text
 
 
-def draw_samples(pipeline, data: LatentData, config: DistillConfig) -> list:
-    """One PIL image for each of the first prompts of the set; always from the same seeds."""
-    rows = data.rows(range(min(config.output.samples, len(data))))
-    count, dtype = len(rows["latents"]), pipeline.transformer.dtype
-    text = {
-        key: rows[key].to(dtype) if rows[key].is_floating_point() else rows[key]
-        for key in data.empty  # the prompts' tensors alone
-    }
-    pipeline.vae.to(pipeline.transformer.device)
-    # accelerate hands outputs back in fp32, which would reach the pipeline's bf16 decoder
-    cast = pipeline.transformer.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
-    try:
-        with quiet(pipeline):
-            return sample(pipeline, text, data.empty, data.info, [config.train.seed + i for i in range(count)])
-    finally:
-        cast.remove()
-        pipeline.vae.to("cpu")
-
-
 def resume_settings(config: DistillConfig) -> dict:
     """What must not change between a checkpoint and its continuation."""
     values = to_dict(config)
@@ -363,9 +367,3 @@ def resume_settings(config: DistillConfig) -> dict:
     for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
-
-
-def _to_device(batch, device: torch.device, dtype: torch.dtype):
-    latents, noise, times, text = batch
-    text = {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in text.items()}
-    return latents.to(device).float(), noise.to(device), times.to(device), text

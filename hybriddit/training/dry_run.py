@@ -2,128 +2,62 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
-
-import hybriddit
 
 from ..data.sources import SOURCES
 from ..files import read_json
-from ..models import dense_mode, family_of
-from ..models.flops import attention_flops
+from ..models import families, family_of
+from ..models.family import family_of_class, find_published
 from ..pipelines.loading import refuse_sit
-from .config import DistillConfig
-from .distill import check_settings, loss_settings, make_student, planned_grid
-from .losses import captured_outputs, converted_layers, layer_loss
-from .recipes import Recipe, choose_recipe, model_inputs, prediction
+from .distill import check_settings, loss_settings, make_student, planned_grid, recipe_for
+from .run_config import DistillConfig
+from .step_cost import step_cost
 
 # the one assumption behind every time: what a step reaches of an H100's dense bf16 peak
 H100_PEAK = 989e12
 ASSUMED_SHARE = 0.4
 
-_PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "num_layers": 28,
-    "in_channels": 4,
-    "out_channels": 8,
-    "cross_attention_dim": 1152,
-    "caption_channels": 4096,
-    "use_additional_conditions": False,
-}
-_SD3 = {"sample_size": 128, "in_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096}
-_SD3_MEDIUM = {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-
-# The transformer of each repository that configs/ names: class and arguments, as in its transformer/config.json.
-REPOSITORIES = {
-    "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": (
-        "PixArtTransformer2DModel",
-        {**_PIXART, "sample_size": 64, "interpolation_scale": 1},
-    ),
-    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (
-        "PixArtTransformer2DModel",
-        {**_PIXART, "sample_size": 128, "interpolation_scale": 2},
-    ),
-    "stabilityai/stable-diffusion-3-medium-diffusers": (
-        "SD3Transformer2DModel",
-        {**_SD3_MEDIUM, "pos_embed_max_size": 192},
-    ),
-    "stabilityai/stable-diffusion-3.5-medium": (
-        "SD3Transformer2DModel",
-        {
-            **_SD3_MEDIUM,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "stabilityai/stable-diffusion-3.5-large": (
-        "SD3Transformer2DModel",
-        {
-            **_SD3,
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "black-forest-labs/FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "black-forest-labs/FLUX.1-schnell": ("FluxTransformer2DModel", {"guidance_embeds": False}),
-}
-_PIPELINES = {
-    "PixArtTransformer2DModel": "PixArtSigmaPipeline",
-    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
-    "FluxTransformer2DModel": "FluxPipeline",
-}
-
 
 def dry_run(config: DistillConfig) -> dict:
     """What the run of this config would train, compute and hold: plain numbers, every one an estimate.
 
-    The model is built on the meta device from `model.path`, a local pipeline folder or a key of REPOSITORIES: no
-    weights, no network. One training step of `train.batch_size / train.accumulation` images then runs on fake
+    The model is built on the meta device from `model.path`, a local pipeline folder or a repository that a family lists:
+    no weights, no network. One training step of `train.batch_size / train.accumulation` images then runs on fake
     tensors, which have shapes and no data: its FLOPs are what torch counts, its activations what autograd keeps.
 
     Bytes are of one GPU that does the whole batch; FLOPs count two per multiply-add. Raises what a real run would
     raise for settings that cannot work, before it loads weights; ValueError for a repository that is not known here.
     """
     check_settings(config)
-    pipeline, model, vae_scale_factor, clip_length = plan_model(config.model.path)
-    recipe = choose_recipe(pipeline, model, config.model.recipe)
+    model, vae_scale_factor, tokenizer_length = plan_model(config.model.path)
+    family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss_settings(recipe, config, source.teacher_made, source.trajectories)
     grid = planned_grid(config, model, vae_scale_factor)
     with torch.device("meta"):
         trained = make_student(model, config)
-    text_length = config.data.max_sequence_length
-    if text_length is None:
-        call = inspect.signature(getattr(diffusers, recipe.pipeline).__call__)
-        text_length = call.parameters["max_sequence_length"].default
-    if recipe.pipeline == "StableDiffusion3Pipeline":
-        text_length += clip_length  # CLIP's tokens go before T5's
+    text_length = family.text_length(config.data.max_sequence_length, tokenizer_length)
 
     train, data = config.train, config.data
     count = train.batch_size // train.accumulation
-    step = _fake_step(model, recipe, config, grid, text_length, count)
+    bf16 = train.precision == "bf16"
+
+    def values(*shape: int) -> torch.Tensor:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return torch.zeros((), dtype=dtype).expand(shape)  # of one element in memory
+
+    text = family.example_text(model.config, count, text_length, values)
+    step = step_cost(model, grid, text, count, bf16=bf16)
     recomputed = step["student"] if train.gradient_checkpointing else 0
     step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
-    guided = recipe.pipeline != "FluxPipeline" and data.guidance_scale > 1  # two passes a step of the sampler
+    guided = family.guided and data.guidance_scale > 1  # two passes a step of the sampler
     images = source.count(data)
     image_flops = images * data.steps * (2 if guided else 1) * step["teacher"] // count if source.teacher_made else 0
 
-    element = 2 if train.precision == "bf16" else 4
+    element = 2 if bf16 else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
     added = sum(p.numel() for p in trained.values())
     activations = {"with_checkpointing": step["checkpointed"], "without_checkpointing": step["kept"]}
@@ -136,7 +70,7 @@ def dry_run(config: DistillConfig) -> dict:
     return {
         "estimate": True,
         "model": config.model.path,
-        "class": family_of(model).dense_class.__name__,
+        "class": family.dense_class.__name__,
         "parameters": sum(p.numel() for name, p in model.named_parameters() if ".hybrid." not in name),
         "trained_parameters": added,
         "tokens": {"grid": list(grid), "image": grid[0] * grid[1], "text": text_length},
@@ -217,34 +151,36 @@ def _duration(hours: float) -> str:
     return f"{hours * 60:.2g} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
 
 
-def plan_model(path: str) -> tuple[str, nn.Module, int, int]:
-    """The pipeline's class name, its transformer on the meta device, pixels per latent, and CLIP's text length.
+def plan_model(path: str) -> tuple[nn.Module, int, int]:
+    """The transformer on the meta device, the pixels of a latent, and the first tokenizer's longest text.
 
-    path: a local pipeline folder, of which only the JSON files are read, or a key of REPOSITORIES. Raises ValueError
-    for anything else and for a transformer that is not supported, FileNotFoundError where the folder is not whole.
+    path: a local pipeline folder, of which only the JSON files are read, or a repository that a family lists. Raises
+    ValueError for anything else and for a transformer that is not supported, FileNotFoundError where the folder is not
+    whole.
     """
     folder = Path(path)
     refuse_sit(path)
-    if path in REPOSITORIES and not folder.is_dir():
-        name, values = REPOSITORIES[path]
-        pipeline, vae_scale_factor, clip_length = _PIPELINES[name], 8, 77
+    published = find_published(path)
+    if published is not None and not folder.is_dir():
+        family, found = published
+        model_class, values, vae_scale_factor, tokenizer_length = (
+            family.dense_class, found.arguments, found.vae_scale_factor, 77,
+        )  # fmt: skip
     elif (folder / "model_index.json").is_file():
-        pipeline = _read_json(folder / "model_index.json").get("_class_name", "")
         values = _read_json(folder / "transformer" / "config.json")
-        name = values.get("_class_name", "")
+        name = values.get("_class_name") or "model of no class"
+        family = family_of_class(name)
+        if family is None:
+            supported = ", ".join(family.dense_class.__name__ for family in families())
+            raise ValueError(f"{path}: its transformer is a {name}, which is not supported: {supported} are")
+        model_class = next(c for c in (family.dense_class, family.hybrid_class) if c.__name__ == name)
         vae_scale_factor = 2 ** (len(_read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-        clip_length = _read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+        tokenizer_length = _read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
     else:
-        raise ValueError(
-            f"a dry run needs a local pipeline folder, or one of {', '.join(REPOSITORIES)}: model.path is {path!r}"
-        )
-    model_class = getattr(hybriddit, name, None) or getattr(diffusers, name, None)
-    if model_class is None:
-        raise ValueError(f"{path}: its transformer is a {name or 'model of no class'}, which diffusers does not have")
+        known = ", ".join(repository for family in families() for repository in family.published)
+        raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
     with torch.device("meta"):
-        model = model_class.from_config(values)
-    family_of(model)
-    return pipeline, model, vae_scale_factor, clip_length
+        return model_class.from_config(values), vae_scale_factor, tokenizer_length
 
 
 def _read_json(path: Path) -> dict:
@@ -252,129 +188,3 @@ def _read_json(path: Path) -> dict:
         return read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path}: the pipeline folder is not whole") from None
-
-
-def _fake_step(
-    model: nn.Module, recipe: Recipe, config: DistillConfig, grid: tuple[int, int], text_length: int, count: int
-) -> dict:
-    """One pass of `count` images as `distill` makes it, on fake tensors.
-
-    FLOPs of the "teacher", the "student" and the "backward" pass, and the model's "attention" of one image; bytes
-    "kept" for the backward pass, and as many where the blocks are "checkpointed".
-    """
-    bf16 = config.train.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    # Fake weights without an active mode: what is computed on the side, such as the windows' tiles, stays real.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {
-            name: torch.empty(
-                tensor.shape,
-                dtype=torch.float32 if ".hybrid." in name else dtype,
-                requires_grad=".hybrid." in name,
-            )
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
-    latents, inputs = _inputs(model, recipe, grid, text_length, count, dtype)
-    layout = family_of(model).token_layout(model, inputs)
-
-    def call() -> torch.Tensor:
-        output = functional_call(model, state, (), {**inputs, "return_dict": False})[0]
-        return prediction(recipe, output, latents).float()
-
-    layers = converted_layers(model)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    counts = {name: FlopCounterMode(display=False) for name in ("teacher", "student", "backward")}
-    with autocast, counts["teacher"], torch.no_grad(), dense_mode(model), captured_outputs(layers) as teacher_layers:
-        teacher = call()
-    with autocast, counts["student"], _recorded(model) as (kept, entered):
-        with captured_outputs(layers) as student_layers:
-            student = call()
-        losses = F.mse_loss(student, latents), F.mse_loss(student, teacher), layer_loss(student_layers, teacher_layers)
-    with counts["backward"]:
-        sum(losses).backward()
-
-    weights = _storages(state.values())
-    held = _storages(
-        part for outputs in (teacher_layers, student_layers) for parts in outputs.values() for part in parts
-    )
-    outside = kept.pop(None, {}) | held
-    blocks = [{key: s for key, s in block.items() if key not in outside} for block in kept.values()]
-    return {
-        **{name: counter.get_total_flops() for name, counter in counts.items()},
-        "attention": attention_flops(model, layout),
-        "kept": _bytes(*blocks, outside, without=weights),
-        # a block's input is kept, its inside only while its own gradients are computed
-        "checkpointed": _bytes(outside, entered, without=weights)
-        + max((_bytes(block, without=weights | entered) for block in blocks), default=0),
-    }
-
-
-def _inputs(model, recipe: Recipe, grid, text_length: int, count: int, dtype) -> tuple[torch.Tensor, dict]:
-    """Latents and the transformer's arguments, of the shapes that the run would have."""
-    config = model.config
-
-    def values(*shape: int) -> torch.Tensor:
-        return torch.zeros((), dtype=dtype).expand(shape)  # of one element in memory
-
-    if recipe.pipeline == "FluxPipeline":
-        latents = values(count, grid[0] * grid[1], config.in_channels)
-    else:
-        latents = values(count, config.in_channels, *(side * config.patch_size for side in grid))
-    text_width = config.caption_channels if recipe.pipeline == "PixArtSigmaPipeline" else config.joint_attention_dim
-    text = {"prompt_embeds": values(count, text_length, text_width)}
-    if recipe.pipeline == "PixArtSigmaPipeline":
-        text["prompt_attention_mask"] = values(count, text_length)
-    else:
-        text["pooled_prompt_embeds"] = values(count, config.pooled_projection_dim)
-    times = torch.ones(count, dtype=torch.int64 if recipe.times == "ddpm" else torch.float32)
-    guidance = 1.0 if config.get("guidance_embeds") else None
-    return latents.float(), model_inputs(recipe, latents, times, text, grid, guidance)
-
-
-Storages = dict[int, torch.UntypedStorage]
-
-
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], Storages]]:
-    """Within it: the storages that autograd keeps, by the transformer block that uses them (None: outside of all), and
-    those that enter a block."""
-    kept: dict[int | None, Storages] = defaultdict(dict)
-    entered: Storages = {}
-    current = None
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[current].update(_storages([tensor]))
-        return tensor
-
-    def enter(index):
-        def hook(module, args, kwargs):
-            nonlocal current
-            current = index
-            entered.update(_storages(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
-
-        return hook
-
-    def leave(module, args, output):
-        nonlocal current
-        current = None
-
-    blocks = [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
-    handles = [block.register_forward_pre_hook(enter(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(leave) for block in blocks]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield kept, entered
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> Storages:
-    """By identity, and held, so that no identity is used twice."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in storages}
-
-
-def _bytes(*groups: Storages, without: Storages) -> int:
-    together = {key: storage for group in groups for key, storage in group.items() if key not in without}
-    return sum(storage.nbytes() for storage in together.values())

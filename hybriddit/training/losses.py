@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from ..models.family import Family
+
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> attention module, for every layer that has been converted."""
+    """The attention modules that have been converted, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "hybrid")}
 
 
 @contextmanager
-def captured_outputs(layers: dict[str, nn.Module]):
-    """Within it, what each layer returns is kept: yields a dict name -> tuple of tensors, filled by the forward pass.
+def captured_outputs(family: Family, layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
+    """Yields a dict that the forward pass fills: name of a layer -> the parts of its output that the model uses.
 
     The hooks are gone before the backward pass, so that recomputing a checkpointed block captures nothing twice. They
     only keep references: a computation in a hook would differ between the pass and its recomputation.
@@ -24,9 +27,7 @@ def captured_outputs(layers: dict[str, nn.Module]):
 
     def keep(name):
         def hook(module, arguments, output):
-            parts = output if isinstance(output, tuple) else (output,)
-            # the last SD3 block throws its text output away, unprojected
-            outputs[name] = parts[:1] if getattr(module, "context_pre_only", None) else parts
+            outputs[name] = family.layer_outputs(module, output)
 
         return hook
 
@@ -41,7 +42,7 @@ def captured_outputs(layers: dict[str, nn.Module]):
 def layer_loss(
     student: dict[str, tuple[torch.Tensor, ...]], teacher: dict[str, tuple[torch.Tensor, ...]]
 ) -> torch.Tensor:
-    """Mean over samples and layers of the squared error of the attention output, over the teacher's variance there.
+    """Mean over samples and layers of the attention output's squared error, divided by the teacher's variance there.
 
     Outputs are [B, tokens, width]; the variance is each sample's own, so that the loss of a batch does not depend on
     how it is divided. A layer that returns image and text counts as the mean of the two, each over its own variance.

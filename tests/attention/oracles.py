@@ -57,3 +57,13 @@ def linear(query, key, value, eps=1e-4):
     weights = torch.einsum("bqhd,bkhd->bhqk", *phi) / key.shape[1]
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value.double())
     return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+
+
+def gradient_of_features(query, key, value, weight, which, eps=1e-4):
+    """Of sum(weight * linear(...)) in float64: the gradient of the features of the query (which = 0) or the key (1)."""
+    features = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()).detach() for x in (query.double(), key.double())]
+    features[which].requires_grad_()
+    weights = torch.einsum("bqhd,bkhd->bhqk", *features) / key.shape[1]
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, value.double())
+    out = out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+    return torch.autograd.grad(out, features[which], weight.double())[0]

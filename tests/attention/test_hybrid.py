@@ -7,7 +7,7 @@ from hybriddit.attention import HybridAttention, TokenLayout, mixers
 from hybriddit.attention.linear import FEATURE_MAPS
 from hybriddit.attention.work import dense_flops, dense_work
 
-WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 2, 24, (11, 9), 5
+WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 4, 24, (11, 9), 5
 
 
 def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
@@ -156,7 +156,7 @@ KINDS = {"hybrid": {"window": (3, 4)}, "window": {"window": (3, 4)}, "linear": {
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kv_heads", [None, 1])
+@pytest.mark.parametrize("kv_heads", [None, 2])
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_against_the_definitions(kind, text_first, kv_heads, masked):
@@ -179,6 +179,10 @@ def test_every_kind_against_the_definitions(kind, text_first, kv_heads, masked):
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_text_is_as_no_text(kind):
     """Whatever stands in it, and whichever dtype; a mask of only text that is there changes nothing."""
+
+    def assert_close(out, expected):
+        assert (out - expected).norm() <= {torch.float64: 1e-12, torch.float32: 1e-6}.get(out.dtype, 1e-2) * out.norm()
+
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         layer, layout, qkv, hidden = make_case(kind=kind, **KINDS[kind])
         layer, qkv, hidden = layer.to(dtype), [x.to(dtype) for x in qkv], hidden.to(dtype)
@@ -186,16 +190,13 @@ def test_padded_text_is_as_no_text(kind):
         out, *_ = call(layer, layout, qkv, hidden, text_mask=text_mask)
         words = torch.cat((text_mask[0], torch.ones(layout.image_length, dtype=torch.bool))).nonzero()[:, 0]
         shorter = layout._replace(text_length=3)
-        expected, *_ = call(layer, shorter, [x[:, words] for x in qkv], hidden)
-        torch.testing.assert_close(out[:, words], expected)
+        assert_close(out[:, words], call(layer, shorter, [x[:, words] for x in qkv], hidden)[0])
         garbage = [x.clone() for x in qkv]
         for x in garbage[1:]:
             x[:, [1, 4]] = 300
         assert torch.equal(call(layer, layout, garbage, hidden, text_mask=text_mask)[0][:, words], out[:, words])
         everything = torch.ones(2, TEXT, dtype=torch.bool)
-        torch.testing.assert_close(
-            call(layer, layout, qkv, hidden, text_mask=everything)[0], call(layer, layout, qkv, hidden)[0]
-        )
+        assert_close(call(layer, layout, qkv, hidden, text_mask=everything)[0], call(layer, layout, qkv, hidden)[0])
 
 
 def test_maps_before_the_projection():

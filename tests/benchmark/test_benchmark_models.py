@@ -6,6 +6,7 @@ from diffusers import SD3Transformer2DModel
 from small_benchmarks import CPU
 
 from hybriddit import benchmark
+from hybriddit.attention import HybridAttention
 from hybriddit.benchmark import model
 from hybriddit.benchmark import report as reports
 from hybriddit.benchmark.subjects import find_subject, subjects
@@ -78,6 +79,32 @@ def test_variants_share_weights_and_their_flops_are_torchs(tiny, name):
     assert weights == works["dense"]["forward"].bytes == model.weight_bytes(subject, 64, 2, torch.float32)
     guided = model.model_work("generation", subject, 64, ("dense",), 16, 2, torch.float32)["dense"]["step"]
     assert guided.flops == works["dense"]["forward"].flops * (2 if subject.guided else 1)
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "sit-xl"])
+def test_variants_are_what_their_names_say(tiny, name):
+    subject = find_subject(name)
+    dense = model.random_model(subject, 64, 1, torch.float32, CPU)
+    for variant, window in (("hybrid", (3, 3)), ("linear", None)):
+        twin, _ = model.variant_model(subject, dense, variant, 3)
+        layers = [layer for layer in twin.modules() if isinstance(layer, HybridAttention)]
+        assert layers and {(layer.kind, layer.window) for layer in layers} == {(variant, window)}
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "sit-xl"])
+def test_a_sampler_calls_the_transformer_once_a_step(tiny, name):
+    subject = find_subject(name)
+    dense = model.random_model(subject, 64, 1, torch.float32, CPU)
+    [latents, *_] = subject.example(dense, 64).inputs
+    seen = []
+
+    def see(module, args, kwargs):
+        seen.append(kwargs.get("hidden_states", args[0] if args else None).shape)
+
+    dense.register_forward_pre_hook(see, with_kwargs=True)
+    image = subject.sampler(dense, 64, 4)()
+    assert seen == [(model.batch_of("generation", subject), *latents.shape[1:])] * 4
+    assert image.shape == latents.shape and image.isfinite().all()
 
 
 def test_blocks_of_a_part_of_the_model():

@@ -115,6 +115,19 @@ def test_mnists_files(tmp_path):
     labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte is damaged"):
         open_class_data(tmp_path, (1, 4, 4))
+    packed = tmp_path / "train-images-idx3-ubyte.gz"
+    for data, reason in (
+        (packed.read_bytes()[:-20], "ended before the end-of-stream"),
+        (packed.read_bytes()[:30] + bytes(40), ""),
+        (gzip.compress(idx(images)[:-1]), "invalid for input of size 95"),
+        (gzip.compress(b"RIFF" + bytes(30)), "its header is of another format"),
+        (gzip.compress(b""), ""),
+    ):
+        packed.write_bytes(data)
+        with pytest.raises(ValueError, match=f"ubyte.gz is damaged or none of MNIST's files: .*{reason}") as error:
+            open_class_data(tmp_path, (1, 4, 4))
+        assert "\n" not in str(error.value)
+    packed.write_bytes(gzip.compress(idx(images)))
     labels.unlink()
     with pytest.raises(FileNotFoundError, match="no train-labels-idx1-ubyte"):
         open_class_data(tmp_path, (1, 4, 4))

@@ -7,14 +7,13 @@ import pytest
 import torch
 from family_calls import call
 from PIL import Image
-from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig
 from hybriddit.data.image_folder import captioned_images, image_folder, read_image
-from hybriddit.data.sources import make_data
-from hybriddit.training.config import DistillConfig
-from hybriddit.training.distill import distill, draw_batches
-from hybriddit.training.recipes import recipe_of
+from hybriddit.data.sources import SOURCES, Source, make_data, sources_of
+from hybriddit.training.distill import check_settings, distill, draw_batches
+from hybriddit.training.run_config import DataConfig, DistillConfig, ModelConfig, OutputConfig
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +56,31 @@ def folder(tmp_path):
 def encode(pipeline, folder, **kwargs):
     size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
     return image_folder(pipeline, folder, batch_size=2, progress=False, **{**size, **kwargs})
+
+
+def test_a_source_is_a_function_and_a_row(monkeypatch):
+    made = Source(lambda *arguments: arguments, lambda settings: 7, "distill", "folder")
+    with pytest.raises(ValueError, match="data.source must be one of teacher, folder, trajectories, got 'mine'"):
+        DistillConfig(data=DataConfig(source="mine", folder="x"))
+    monkeypatch.setitem(SOURCES, "mine", made)
+    config = DistillConfig(data=DataConfig(source="mine", folder="x"))
+    assert make_data("pipeline", config.data, progress=False) == ("pipeline", config.data, False)
+    check_settings(DistillConfig(ModelConfig("model"), data=config.data, output=OutputConfig(folder="out")))
+    with pytest.raises(ValueError, match="data.folder must be a folder of images"):
+        DistillConfig(data=DataConfig(source="mine"))
+
+
+def test_what_a_row_says_of_its_images_is_so(folder):
+    pipeline = tiny_pipeline("sd3")
+    names = ("teacher", "folder", "trajectories")
+    assert names == sources_of("distill") and sources_of("train") == ("classes",)
+    for name in names:
+        row = SOURCES[name]
+        settings = DataConfig(name, str(folder), 2, PROMPTS, 3, None, 64, 64, 2, 3.5, TEXT_LENGTH)
+        data = make_data(pipeline, settings, progress=False)
+        assert data.info.teacher_made == row.teacher_made
+        assert ("states" in data.rows([0])) == (data.info.states > 0) == row.trajectories
+        assert row.count(settings) == {"folder": 9}.get(name, 3), "told without a model: nothing is opened yet"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -201,6 +225,7 @@ def test_a_trajectory_has_no_task_loss(pipelines):
 
 @pytest.mark.parametrize("source", ["folder", "trajectories"])
 def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
+    """The grid's first column is what the teacher's pipeline makes of the first prompts, the second the student's."""
     pipeline = tiny_pipeline("sd3")
     config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
     config.data.source, config.data.folder = source, str(folder)
@@ -209,6 +234,17 @@ def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
     config.data.max_sequence_length, config.train.progress = TEXT_LENGTH, False
     config.train.steps, config.train.batch_size = 1, 2
     config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path / "run"), 1, 2
+    config.optim.lr = 0.1  # one step then shows
     distill(pipeline, make_data(pipeline, config.data, progress=False), config)
     with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
         assert grid.size == (128, 128) and np.asarray(grid).std() > 1
+        columns = np.split(np.asarray(grid, int), 2, axis=1)
+    # the captions of 0.png and 1.png are the first two prompts
+    called = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH}
+    made = []
+    for drawn in (tiny_pipeline("sd3"), pipeline):
+        generators = [torch.Generator().manual_seed(config.train.seed + i) for i in range(2)]
+        images = drawn(PROMPTS[:2], guidance_scale=config.data.guidance_scale, generator=generators, **called).images
+        made.append(np.concatenate([np.asarray(image, int) for image in images]))
+        assert abs(columns[len(made) - 1] - made[-1]).max() <= 1
+    assert abs(made[0] - made[1]).max() > 8, "the student's are its own"

@@ -6,7 +6,7 @@ from PIL import Image
 
 from hybriddit.demo.canvas import SCENES
 from hybriddit.demo.run import SEEDS, SHOWN, compare, contact_sheet
-from hybriddit.training.config import load_config
+from hybriddit.training.run_config import load_config
 
 
 def test_compare_against_formulas():

@@ -1,6 +1,7 @@
 """What `hybriddit info` says of this machine."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -81,3 +82,15 @@ def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler,
     if gpu:
         assert ("triton" in flex["note"], "C compiler" in flex["note"]) == (not triton, not compiler)
     assert f"natten      {'yes' if natten['available'] else 'no: needs'}" in environment_text(found)
+
+
+def test_a_machine_without_diffusers_is_described_too():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('diffusers', 'accelerate', 'transformers')))\n"
+        "from hybriddit.cli import main; sys.exit(main(['info', '--json']) or main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert found["window_choices"] == [] and found["window_attention"]["tiled"]["available"]
+    assert "taken for a window" not in done.stdout[end:] and "linear attention" in done.stdout[end:]

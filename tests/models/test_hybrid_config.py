@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from hybriddit import HybridConfig
+from hybriddit.config import match_layers
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,8 @@ from hybriddit import HybridConfig
         ({"window": (4, 8), "stride": (4, 9)}, "stride .* is larger than window"),
         ({"window": (8, 2), "stride": 3}, "stride 3 is larger"),
         ({"gate": "door"}, "unknown gate 'door': use one of head, channel, token"),
+        ({"mixer": "mamba"}, "unknown mixer 'mamba': use one of linear"),
+        ({"feature_map": ["elu"]}, "unknown feature_map .'elu'.: use one of elu"),
         ({"layers": {"*": "sparse"}}, "unknown layer kind 'sparse' for '\\*': use one of hybrid, window"),
         ({"layers": {"*": []}}, "unknown layer kind"),
         ({"map_rank": 0}, "map_rank must be"),
@@ -76,6 +79,14 @@ def test_first_matching_pattern_wins():
     assert HybridConfig(window=None, layers={"a": "dense"}).kind("b") == "linear"
     assert HybridConfig(linear=False, layers={"a": "linear"}).kind("a") == "linear"
     assert HybridConfig(linear=False).kind("a") == "window"
+
+
+def test_patterns_give_kinds_and_say_which_are_idle():
+    patterns = {"a.*": "dense", "*.attn": "window", "z": "linear", "a.b": "linear"}
+    kinds, unmatched = match_layers(patterns, ["a.b", "b.attn", "c", "a.attn"])
+    assert kinds == ["dense", "window", None, "dense"]
+    assert unmatched == ["z"]  # "a.b" matches a layer, which an earlier pattern takes
+    assert match_layers({}, ["a"]) == ([None], [])
 
 
 def test_every_nth_dense():

@@ -23,7 +23,7 @@ from hybriddit.pipelines.loading import load_sit_pipeline
 NAMES = {0: "tabby, tabby cat", 1: "golden retriever", 2: "crane", 3: "crane"}
 
 
-def tiny(*, vae=False, in_channels=3, classes=5, dtype=torch.float32, **options):
+def tiny(*, vae=False, in_channels=3, classes=5, dtype=torch.float32, attention="linear", **options):
     torch.manual_seed(0)
     model = SiTTransformer2DModel(
         num_attention_heads=2,
@@ -32,7 +32,7 @@ def tiny(*, vae=False, in_channels=3, classes=5, dtype=torch.float32, **options)
         sample_size=8,
         in_channels=in_channels,
         num_classes=classes,
-        attention="linear",
+        attention=attention,
     )
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -186,6 +186,59 @@ def test_latents_are_decoded_and_rounded_as_the_metrics_do():
     assert isinstance(given, tuple) and torch.equal(given[0], z)
     grey = tiny(in_channels=1)
     assert latents(grey, output_type="pil")[0].mode == "L"
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_it_samples_a_model_in_training(scale):
+    """From given noise by Heun's method; the run's random numbers, the model's mode and its weights are left alone."""
+    pipeline, labels, steps = tiny(dtype=torch.float64), [1, 4], 3
+    model = pipeline.transformer
+    model.enable_gradient_checkpointing()
+    noise = torch.randn(2, 3, 8, 8, generator=seeded(5), dtype=torch.float64)
+
+    def velocity(x, time):
+        def predict(y):
+            return model(x, torch.full((2,), time, dtype=x.dtype), torch.tensor(y)).sample
+
+        return predict([5, 5]) + scale * (predict(labels) - predict([5, 5]))
+
+    model.eval()
+    expected = noise
+    with torch.no_grad():
+        for step in range(steps):
+            first = velocity(expected, step / steps)
+            second = velocity(expected + first / steps, (step + 1) / steps)
+            expected = expected + (first + second) / (2 * steps)
+    model.train()
+    before, weights, given = torch.get_rng_state(), [p.clone() for p in model.parameters()], noise.clone()
+    options = {"latents": noise, "guidance_scale": scale, "num_inference_steps": steps, "sampler": "heun"}
+    found = pipeline(labels, output_type="latent", **options).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert model.training and not found.requires_grad
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(noise, given)
+    assert all(torch.equal(p, weight) and p.grad is None for p, weight in zip(model.parameters(), weights, strict=True))
+    pixels = pipeline(labels, output_type="pt", **options).images
+    torch.testing.assert_close(pixels, (expected.float() / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def test_latents_are_made_where_the_transformer_is_whatever_holds_the_vae():
+    pipeline = tiny(vae=True, in_channels=4, attention="softmax")
+    pipeline.transformer.to("meta")
+    assert next(pipeline.vae.parameters()).device.type == "cpu"
+    assert latents(pipeline, generator=None, sampler="heun").device.type == "meta"
+
+
+def test_decoding_is_that_of_the_images_in_slices_too():
+    pipeline = tiny(vae=True, in_channels=4)
+    z = latents(pipeline)
+    pixels = pipeline.decode(z)
+    torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), latents(pipeline, output_type="pt"), rtol=0, atol=1e-6)
+    calls = []
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    pipeline.vae.enable_slicing()
+    torch.testing.assert_close(pipeline.decode(z), pixels, rtol=0, atol=1e-5)
+    assert calls == [1, 1] and not pixels.requires_grad
+    assert tiny().decode(z) is z, "pixels already"
 
 
 def test_callbacks_see_every_step_and_may_change_the_latents():

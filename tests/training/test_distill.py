@@ -13,16 +13,17 @@ from family_calls import call
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_pipelines import FAMILIES, tiny_data, tiny_pipeline
+from tiny_pipelines import FAMILIES, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, load_adapter
 from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
 from hybriddit.training import checkpoint as checkpoint_module
 from hybriddit.training import distill as distill_module
-from hybriddit.training.config import DistillConfig, load_config
-from hybriddit.training.distill import distill, draw_batches, epoch_order, learning_rates
-from hybriddit.training.recipes import recipe_of
+from hybriddit.training.batches import epoch_order
+from hybriddit.training.distill import distill, draw_batches
+from hybriddit.training.optimizer import learning_rates
+from hybriddit.training.run_config import DistillConfig, load_config
 
 
 def tiny_config(folder=None, hybrid=None, **overrides):

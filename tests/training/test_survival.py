@@ -95,6 +95,18 @@ def slowly():
     distill_module.draw_batches = slow
 
 
+def held_at_the_fourth(released):
+    """The fourth step waits for the file `released`."""
+    draw = distill_module.draw_batches
+
+    def held(**arguments):
+        if arguments["step"] == 3:
+            wait_for(released.exists)
+        return draw(**arguments)
+
+    distill_module.draw_batches = held
+
+
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken, tmp_path):
     run, cache, chance = tmp_path / "run", tmp_path / "run-cache", random.Random(0)
 
@@ -120,12 +132,14 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(number, config, unbroken, tmp_path):
     run, seldom = tmp_path / "run", "output.checkpoint_every=1000"
-    process = start("distill", config, *options(run, seldom), output=tmp_path / "out.txt")
-    wait_for(lambda: (run / "log.jsonl").exists() and len(log_of(run)) >= 2)
+    hold = functools.partial(held_at_the_fourth, tmp_path / "released")
+    process = start("distill", config, *options(run, seldom), output=tmp_path / "out.txt", before=hold)
+    wait_for(lambda: (run / "log.jsonl").exists() and len(log_of(run)) == 3)
     os.kill(process.pid, number)
+    (tmp_path / "released").touch()
     process.join(60)
     assert process.exitcode == 130
-    assert 2 <= steps_done(run) < STEPS, "a checkpoint of the step it was in, though none was due"
+    assert steps_done(run) == 4, "a checkpoint of the step it was in, though none was due"
     assert "--resume" in (tmp_path / "out.txt").read_text()
     assert finish("distill", config, *options(run, seldom), "--resume", output=tmp_path / "out.txt") == 0
     assert_same_run(run, unbroken)

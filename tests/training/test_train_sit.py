@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from PIL import Image
 from runs import finish, finish_sharded, limit_files, small_disk, start, wait_for
 from safetensors.torch import load_file
@@ -29,11 +31,14 @@ from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.sources import open_class_data
 from hybriddit.images import read_record
 from hybriddit.models.flops import sit_flops
+from hybriddit.pipelines import sit as sit_pipeline
 from hybriddit.pipelines.loading import load_sit_pipeline
-from hybriddit.training import loop
+from hybriddit.training import processes
 from hybriddit.training import train_sit as module
-from hybriddit.training.config import SiTConfig, load_config, to_dict
-from hybriddit.training.train_sit import draw_batches, in_turn, make_model, one_ahead, run, train
+from hybriddit.training.batches import in_turn, one_ahead
+from hybriddit.training.fit import known_peak
+from hybriddit.training.run_config import SiTConfig, load_config, to_dict
+from hybriddit.training.train_sit import draw_batches, make_model, run, train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/sit/*.yaml"))
@@ -160,6 +165,19 @@ def slowly():
     module.draw_batches = slow
 
 
+def held_at_the_fourth(released):
+    """The fourth step waits for the file `released`."""
+    draw = module.draw_batches
+
+    def held(data, model, config, step, *own):
+        log = Path(config.output.folder) / "log.jsonl"  # which is not there while the loader is timed
+        if step == 3 and log.exists():
+            wait_for(released.exists)
+        return draw(data, model, config, step, *own)
+
+    module.draw_batches = held
+
+
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken, tmp_path):
     where, chance = tmp_path / "run", random.Random(0)
     for _ in range(2):
@@ -179,13 +197,15 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(config, unbroken
 def test_a_signal_lets_the_step_end_and_leaves_a_run_to_resume(config, unbroken, tmp_path):
     where = tmp_path / "run"
     arguments = ["train", config, f"output.folder={where}", "output.checkpoint_every=1000"]
-    process = start(*arguments, output=tmp_path / "out.txt", before=slowly)
-    wait_for(lambda: (where / "log.jsonl").exists() and len(log_of(where)) >= 2, 300)
+    hold = functools.partial(held_at_the_fourth, tmp_path / "released")
+    process = start(*arguments, output=tmp_path / "out.txt", before=hold)
+    wait_for(lambda: (where / "log.jsonl").exists() and len(log_of(where)) == 3, 300)
     os.kill(process.pid, signal.SIGTERM)
+    (tmp_path / "released").touch()
     process.join(120)
-    assert process.exitcode == 130 and 2 <= steps_done(where) < STEPS
+    assert process.exitcode == 130 and steps_done(where) == 4
     assert "--resume" in (tmp_path / "out.txt").read_text()
-    assert load_sit_pipeline(where).config.weights == f"EMA 0.9, step {steps_done(where)}", "opens meanwhile"
+    assert load_sit_pipeline(where).config.weights == "EMA 0.9, step 4", "opens meanwhile"
     assert finish(*arguments, "--resume", output=tmp_path / "out.txt") == 0
     assert_same_run(where, unbroken)
 
@@ -327,12 +347,52 @@ def latents(images, tmp_path):
     )
 
 
-def test_bf16_checkpointing_and_a_vae(latents, tmp_path):
-    small = "train.precision=bf16 train.gradient_checkpointing=true data.memory=true"
-    model = run(load_config(latents, f"{small} output.sample_every=1 output.sample_steps=1 output.samples=4".split()))
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-    with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
-        assert grid.size == (16, 16) and grid.mode == "RGB"
+def test_bf16_checkpointing_and_a_vae(latents, tmp_path, monkeypatch):
+    """Each changes how a step is computed, and the result by no more than its rounding."""
+    values = []  # of the first layer: rows and dtype of every pass
+
+    def make_watched(config):
+        model = make_model(config)
+        layer = model.transformer_blocks[0].attn.to_v
+        layer.register_forward_hook(lambda module, inputs, output: values.append((len(output), output.dtype)))
+        return model
+
+    monkeypatch.setattr(module, "make_model", make_watched)
+    models, losses, passes = {}, {}, {}
+    samples = ["output.sample_every=1", "output.sample_steps=1", "output.samples=3", "output.guidance=2"]
+    for name, changes in (
+        ("plain", []),
+        ("checkpointed", ["train.gradient_checkpointing=true", "data.memory=true"]),
+        ("bf16", ["train.precision=bf16", "train.gradient_checkpointing=true"]),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        values.clear()
+        models[name] = run(load_config(latents, [*samples, *changes, f"output.folder={tmp_path / name}"]))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in models[name].parameters())
+        assert not models[name].is_gradient_checkpointing
+        losses[name] = [line["loss"] for line in log_of(tmp_path / name)]
+        passes[name] = [dtype for rows, dtype in values if rows == 4]  # samples have two for each of three
+    plain, checkpointed, bf16 = (dict(model.named_parameters()) for model in models.values())
+    for key, value in plain.items():
+        torch.testing.assert_close(checkpointed[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert any(not torch.equal(bf16[key], value) for key, value in plain.items())
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=5e-3)
+    # of two steps, the second time to compute gradients
+    assert passes == {
+        "plain": [torch.float32] * 2,
+        "checkpointed": [torch.float32] * 4,
+        "bf16": [torch.bfloat16] * 4,
+    }
+
+    pipeline = load_sit_pipeline(tmp_path / "checkpointed")
+    generator = torch.Generator().manual_seed(0)
+    expected = pipeline([0, 1, 0], 2.0, generator, 1, sampler="heun").images
+    for name, tolerance in (("checkpointed", 1), ("plain", 1), ("bf16", 8)):
+        with Image.open(tmp_path / name / "samples" / "step-00000002.png") as grid:
+            assert grid.size == (16, 16) and grid.mode == "RGB"
+            found = [grid.crop((8 * (i % 2), 8 * (i // 2), 8 * (i % 2) + 8, 8 * (i // 2) + 8)) for i in range(3)]
+        for one, other in zip(found, expected, strict=True):
+            assert np.abs(np.array(one).astype(int) - np.array(other)).max() <= tolerance, name
 
 
 def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
@@ -364,7 +424,9 @@ def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
         found = pipeline._images(seen, "pt")
         torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=5e-3)
         # and as the sample grids show it
-        torch.testing.assert_close(module.decode(seen, pipeline.vae), expected, rtol=0, atol=1e-2)
+        (shown,) = pipeline._images(seen, "pil")
+        levels = (127.5 * expected[0].permute(1, 2, 0) + 127.5).clamp(0, 255)
+        np.testing.assert_allclose(np.array(shown), levels.numpy(), rtol=0, atol=1.3)
 
 
 def test_latents_are_not_trained_on_without_their_vae(latents, tmp_path):
@@ -415,9 +477,11 @@ def test_a_column_of_the_grid_is_a_class(samples, classes, columns):
 
 def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatch):
     """Six samples of three classes, each drawn as a shade of its label."""
-    monkeypatch.setattr(module, "guided", lambda predict, labels, *rest: labels)
+    monkeypatch.setattr(sit_pipeline, "guided", lambda predict, labels, *rest, **k: labels)
     monkeypatch.setattr(
-        module, "sample_ode", lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 2 - 0.5
+        sit_pipeline,
+        "sample_ode",
+        lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 2 - 0.5,
     )
     changes = {"model": {**TINY, "num_classes": 3}, "train": {"steps": 1, "batch_size": 2, "progress": False}}
     output = {"folder": str(tmp_path / "run"), "sample_every": 1, "samples": 6}
@@ -470,7 +534,7 @@ def test_settings_that_cannot_work_are_told_in_a_line(config, tmp_path, override
 
 
 def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(processes, "is_wandb_available", lambda: False)
     overrides = [f"output.folder={tmp_path / 'run'}", "data.path=/nowhere"]
     with pytest.raises(
         ModuleNotFoundError, match="output.tracker is wandb, which is not installed: pip install wandb$"
@@ -486,7 +550,7 @@ def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, 
             kind = DistributedType.DEEPSPEED
         state = SimpleNamespace(fsdp_plugin=plugin)
         accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=state)
-        monkeypatch.setattr(module, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
+        monkeypatch.setattr(processes, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
         with pytest.raises(NotImplementedError, match=message):
             run(load_config(config, overrides))
 
@@ -548,7 +612,7 @@ def test_flops_are_counted():
         tokens = 2 * 16 * (4 * 16 * 16 + 2 * 16 * 64 + 4 * 16 + 16 * 8)  # projections, MLP, patches in and out
         once = 2 * (256 * 16 + 16 * 16 + 16 * 96 + 16 * 32)
         assert sit_flops(model, (4, 4)) == tokens + once + attention
-    assert module.known_peak(torch.device("cpu")) is None
+    assert known_peak(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -576,8 +640,8 @@ def test_every_size_and_attention_has_a_config():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path):
-    small = "train.steps=2 train.batch_size=2 train.compile=false train.progress=false model.num_layers=2"
-    small += " model.num_attention_heads=2 model.attention_head_dim=8 output.sample_every=2 output.sample_steps=1"
+    small = "train.steps=4 train.batch_size=2 train.compile=false train.progress=false model.num_layers=2"
+    small += " model.num_attention_heads=2 model.attention_head_dim=8 output.sample_every=4 output.sample_steps=1"
     small += f" output.samples=1 output.folder={tmp_path / 'run'} output.guidance=1.0"
     config = load_config(path, small.split())
     own = config.model
@@ -585,6 +649,25 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path):
     data = ClassData([{"images": images, "labels": torch.arange(4)}], ClassInfo(tuple(images.shape[1:])))
     if own["in_channels"] == 4:
         config.output.sample_every = 0  # what would be drawn needs the VAE
+    fresh = make_model(config).state_dict()
     model = train(make_model(config), data, config)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert load_sit_pipeline(tmp_path / "run").transformer.config.num_layers == 2
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = load_sit_pipeline(tmp_path / "run").transformer
+    assert saved.config.num_layers == 2 and all(saved.config[key] == value for key, value in own.items())
+    for name, value in saved.state_dict().items():
+        assert value.isfinite().all() and torch.equal(value, model.state_dict()[name]), name
+        if name not in trained:
+            assert torch.equal(value, fresh[name]), name
+    # the output, the modulation and the gates start at zero: each keeps what is before it in place for a step
+    still = {name for name in trained if torch.equal(saved.state_dict()[name], fresh[name])}
+    assert len(still) < 0.1 * len(trained), still  # by a rate that warms up some move less than they round
+    (line,) = (json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert line["step"] == 4 and line["lr"] == pytest.approx(expected_rate(config, 3), rel=1e-6)
+    drawn = [path.name for path in tmp_path.rglob("step-*.png")]
+    assert drawn == (["step-00000004.png"] if own["in_channels"] < 4 else [])
+
+
+def expected_rate(config, step):
+    rate = config.optim.lr * min(1, (step + 1) / max(1, config.optim.warmup_steps))
+    return rate * (0.5 + 0.5 * math.cos(math.pi * step / 4) if config.optim.schedule == "cosine" else 1)

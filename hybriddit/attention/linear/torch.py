@@ -1,7 +1,7 @@
 """Linear attention's passes in plain torch: what a CPU runs, and float64 on any device.
 
-The same sums as `formula.py`'s, in blocks of rows that stay in cache, with sums over tokens in at least float32 and with
-gradients by hand.
+The same sums as `formula.py`'s, in blocks of rows that stay in cache, those over tokens in at least float32; gradients
+are by hand.
 """
 
 from __future__ import annotations

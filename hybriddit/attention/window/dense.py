@@ -46,7 +46,7 @@ def slower(case: WindowCase) -> str | None:
 
 
 def _join_text(query, key, value, text_key, text_value):
-    """Image [B, H, W, heads, D] and text [B, S, heads, D] -> query [B, heads, N, D], key and value [B, heads, N + S, D]."""
+    """Image [B, H, W, heads, D], text [B, S, heads, D] -> query [B, heads, N, D], key and value [B, heads, N + S, D]."""
     query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     if text_key is not None:
         key, value = torch.cat((key, text_key), dim=1), torch.cat((value, text_value), dim=1)

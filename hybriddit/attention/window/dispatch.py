@@ -1,4 +1,4 @@
-"""Neighborhood (sliding-window) attention over a 2-D grid, plus text that every query sees: checks and choice of backend."""
+"""Neighborhood (sliding-window) attention over a grid, and text that all see: checks, and the choice of a backend."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which tokens a window holds: natten's rule (arXiv 2204.07143; with a stride arXiv 2504.16922), for one axis at a time.
+"""Which tokens a window holds: natten's rule (arXiv 2204.07143; with a stride 2504.16922), one axis at a time.
 
 A window is centred on the leader of a group of `stride` positions, which share it, and shifted inwards at the borders.
-With dilation d each of the d residue classes of an axis (positions 0, d, 2d, …; 1, d + 1, …; …) is an axis of its own.
-A window longer than its axis is clamped to it, then the stride to the window. A grid's window is the product of its
-rows' and its columns'.
+With dilation d each of the d residue classes of an axis (positions 0, d, 2d, …; 1, d + 1, …) is an axis of its own. A
+window longer than its axis is clamped to it, then the stride to the window. A grid's window is the product of its rows'
+and its columns'.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def axis_mask(length: int, window: int, stride: int, dilation: int) -> Tensor:
 
 
 def additive_mask(seen: Tensor, text_length: int, dtype: torch.dtype) -> Tensor:
-    """[..., keys] bool -> what is added to scores, [..., keys + text]: 0 where a key is seen, as all text is, else -inf."""
+    """[..., keys] bool -> what scores [..., keys + text] are added: 0 where a key is seen, as all text is; else -inf."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
     return F.pad(mask, (0, text_length))
 

@@ -93,8 +93,7 @@ def _equal_tiles(mask: Tensor, start: int, size: int, count: int) -> AxisTiles:
 
 
 def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
-    """Per head: the query-key pairs computed, tiles' queries times the keys they are given; the keys gathered; and the
-    steps of the loop over rows of tiles."""
+    """Work per head: query-key pairs computed, masked ones included; keys gathered; steps over rows of tiles."""
     pairs = keys = 1
     counts = []
     for length, size, step, spread, cut in zip(grid, window, stride, dilation, tile, strict=True):
@@ -107,18 +106,19 @@ def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=256)
 def tiled_cost(shape, window, stride, dilation, tile) -> float:
-    """Of attention in tiles to a query of this shape, in query-key pairs of one head of width 64."""
+    """Estimated cost for a query [B, H, W, heads, D] of this shape, in query-key pairs of one head of width 64."""
     batch, height, width, heads, head_dim = shape
     pairs, keys, steps = tiled_work((height, width), window, stride, dilation, tile)
     return batch * (heads * head_dim / 64 * (pairs + GATHER_COST * keys) + STEP_COST * steps)
 
 
 def best_tile(shape, window, stride, dilation) -> tuple[int, int]:
+    """The one of TILES, (rows, columns), with the lowest estimated cost."""
     return min(TILES, key=lambda tile: tiled_cost(tuple(shape), window, stride, dilation, tile))
 
 
 def _residues(length: int, dilation: int, tile: int) -> int:
-    """How many axes an axis is split into; one that a tile covers stays whole, its dilation in the mask."""
+    """How many axes a dilated axis is split into: its residue classes; 1 where a tile covers it, and masks instead."""
     return 1 if tile >= length else min(dilation, length)
 
 
@@ -397,6 +397,7 @@ def _backward(
 
 
 def _text_joins_tiles(text_length: int, grid, tile) -> bool:
+    """Whether text is copied behind every tile's keys, instead of being attended to once and merged."""
     return text_length <= SHORT_TEXT or all(size >= length for size, length in zip(tile, grid, strict=True))
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hybriddit.attention import linear_attention
-from hybriddit.attention.linear import dispatch
+from hybriddit.attention.linear import FEATURE_MAPS, FeatureMap, dispatch, linear_attention_formula
 from hybriddit.attention.linear import torch as passes
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -54,6 +54,35 @@ def test_values_and_gradients(shape, dtype, backend):
         assert (grad.double() - reference).norm() <= TOLERANCE[dtype] * (
             reference.norm() + 0.01 * weight.double().norm()
         )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_formula_is_the_definition(shape):
+    inputs, weight = random_inputs(shape)
+    out, expected = linear_attention_formula(*inputs, eps=0.5), oracles.linear(*inputs, eps=0.5)
+    assert relative_error(out, expected) < 1e-12
+    for grad, reference in zip(*(torch.autograd.grad(x, inputs, weight) for x in (out, expected)), strict=True):
+        assert (grad - reference).norm() <= 1e-11 * (reference.norm() + 0.01 * weight.norm())
+    key_mask = torch.arange(shape[2]).expand(shape[0], -1) < max(1, shape[2] // 2)
+    masked = linear_attention_formula(*inputs, key_mask=key_mask)
+    seen = [x[:, : max(1, shape[2] // 2)] for x in inputs[1:]]
+    assert relative_error(masked, oracles.linear(inputs[0], *seen)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_feature_map_is_a_row(dtype, monkeypatch):
+    """One that no kernel has is computed by the formula, with the mask and the join."""
+    monkeypatch.setitem(FEATURE_MAPS, "exp", FeatureMap(torch.exp))
+    inputs, weight = random_inputs((2, 30, 20, 3, 8, 12), dtype)
+    key_mask = torch.arange(20).expand(2, -1) < 13
+    near, gate = torch.randn(weight.shape).to(dtype), torch.rand(3, 1, dtype=torch.float64)
+    out = linear_attention(*inputs, near=near, gate=gate, key_mask=key_mask, feature_map="exp", eps=0)
+    query, key, value = (x.double() for x in inputs)
+    weights = torch.einsum("bqhd,bkhd->bhqk", query.exp(), key[:, :13].exp())
+    far = torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True), value[:, :13])
+    assert out.dtype == dtype and relative_error(out, near.double() + gate * (far - near.double())) < TOLERANCE[dtype]
+    with pytest.raises(ValueError, match='backend "torch" does not have feature map \'exp\': use backend "auto"'):
+        linear_attention(*inputs, feature_map="exp", backend="torch")
 
 
 def test_eps_is_added_to_the_denominator():
@@ -116,6 +145,17 @@ def test_phi():
     expected = torch.where(x > 0, x + 1, x.clamp(max=0).exp())
     torch.testing.assert_close(passes._features(x, torch.float64), expected, rtol=1e-15, atol=0)
     torch.testing.assert_close(passes._features(x.float(), torch.float32), expected.float(), rtol=1e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("zeros", [0, 1], ids=["queries", "keys"])
+@pytest.mark.parametrize("attend", [linear_attention, linear_attention_formula])
+def test_the_slope_of_the_features_at_zero_is_one(attend, zeros):
+    """The gradient of a query or key of zeros is then that of its features, all of them 1."""
+    inputs, weight = random_inputs(SHAPES[0])
+    inputs[zeros] = torch.zeros_like(inputs[zeros]).requires_grad_()
+    (grad,) = torch.autograd.grad(attend(*inputs), inputs[zeros], weight)
+    expected = oracles.gradient_of_features(*inputs, weight, zeros)
+    assert expected.norm() > 0.1 and relative_error(grad, expected) < 1e-11
 
 
 def test_extreme_inputs_stay_finite():

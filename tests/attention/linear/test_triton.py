@@ -1,7 +1,5 @@
-"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, where test_linear.py runs
-this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a kernel)."""
-
-import importlib
+"""The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, where test_linear.py
+runs this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a kernel)."""
 
 import pytest
 import torch
@@ -9,6 +7,8 @@ from attention import oracles
 from torch.utils import deterministic
 
 from hybriddit.attention import linear_attention
+from hybriddit.attention.linear import dispatch
+from hybriddit.attention.trial import failure_reason
 
 linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
 if not (torch.cuda.is_available() or linear_triton.INTERPRETED):
@@ -99,6 +99,31 @@ def test_join_with_another_branch(gate_shape, dtype):
     near = fenced(weight.shape, dtype, torch.Generator().manual_seed(1))
     gate = torch.randn(gate_shape, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
     assert_equal_to_oracle(inputs, weight, (near, gate), tolerance=1.5 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("zeros", [0, 1], ids=["queries", "keys"])
+def test_the_slope_of_the_features_at_zero_is_one(zeros):
+    """The gradient of a query or key of zeros is then that of its features, all of them 1."""
+    inputs, weight = random_inputs(SHAPES[2], torch.float32)
+    inputs[zeros] = torch.zeros_like(inputs[zeros]).requires_grad_()
+    (grad,) = torch.autograd.grad(linear_attention(*inputs, backend="triton"), inputs[zeros], weight)
+    expected = oracles.gradient_of_features(*inputs, weight, zeros)
+    assert expected.norm() > 0.1 and (grad - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_a_mask_leaves_out(dtype):
+    inputs, weight = random_inputs(SHAPES[1], dtype)
+    key_mask = torch.tensor([[True, False, True], [True, True, True]], device=DEVICE)
+    out = linear_attention(*inputs, key_mask=key_mask, backend="triton")
+    pairs = zip(*inputs, key_mask, strict=True)
+    expected = torch.cat([oracles.linear(q[None], k[None, seen], v[None, seen]) for q, k, v, seen in pairs])
+    assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    grads, references = (torch.autograd.grad(x, inputs, weight.to(x.dtype)) for x in (out, expected))
+    for grad, reference in zip(grads, references, strict=True):
+        bound = reference.double().norm() + 0.02 * weight.double().norm()
+        assert (grad.double() - reference.double()).norm() <= TOLERANCE[dtype] * bound
+    assert all(grad[~key_mask].eq(0).all() for grad in grads[1:])
 
 
 @pytest.mark.parametrize("layout", ["heads first", "one projection", "odd strides", "last dimension strided"])
@@ -287,11 +312,10 @@ def test_what_the_kernels_cannot_take_is_refused_by_name_and_left_to_torch_other
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_trial_of_a_first_use(dtype, monkeypatch):
-    linear = importlib.import_module("hybriddit.attention.linear")
     shapes = [(1, 70, 2, 72), (1, 90, 2, 72), (1, 90, 2, 40)]
 
     def tried():
-        return linear.trouble(linear._in_triton, linear._in_torch, shapes, torch.device(DEVICE), dtype, True)
+        return failure_reason(dispatch._in_triton, dispatch._in_torch, shapes, torch.device(DEVICE), dtype, True)
 
     assert tried() is None
     backward = linear_triton.state_backward

@@ -117,6 +117,21 @@ def test_non_contiguous_input(backend):
     assert_equal_to_oracle(inputs, weight, (5, 4), (1, 1), (1, 1), 1e-11, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["tiled", "dense"])
+def test_a_kept_mask_is_of_its_dtype(backend):
+    """Masks are kept from call to call: one dtype's must not serve another's."""
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    for dtype in [*dtypes, *reversed(dtypes)]:
+        # 25 x 26 tokens: above those for which the dense backend computes bfloat16 in float32
+        inputs, _ = random_inputs((25, 26), 3, 1, 24, 1, dtype)
+        inputs = [x.detach() for x in inputs]
+        out = attend(inputs, (4, 5), backend=backend)
+        expected = oracles.neighborhood(*inputs, (4, 5), (1, 1), (1, 1))
+        assert out.dtype == dtype
+        tolerance = TOLERANCE[torch.bfloat16 if dtype == torch.float16 else dtype]
+        assert (out.double() - expected).norm() <= tolerance * expected.norm(), dtype
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale(backend):
     inputs, weight = random_inputs((18, 18), 2, 1, 24, 1)

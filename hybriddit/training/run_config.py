@@ -1,4 +1,4 @@
-"""The configurations of training runs: dataclasses; YAML plus dotted overrides; an unknown key is an error."""
+"""The settings of training runs: dataclasses, read from YAML with dotted overrides; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from ..data.sources import SOURCES, sources_of
 
 @dataclass
 class ModelConfig:
-    """path: repository id or folder of the diffusers pipeline that is the teacher.
+    """The teacher.
 
-    recipe: a row of `hybriddit.training.recipes.RECIPES`; None tells it from the transformer.
+    path: repository id or folder of its diffusers pipeline.
+    recipe: a name in the `recipes` of its family (`hybriddit.models.family.Family`); None: the one that fits its config.
     """
 
     path: str = ""
@@ -31,15 +32,14 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """What is learned from.
+    """The training images of a distillation.
 
-    source: "teacher" (images that the teacher makes of the prompts), "folder" (images of your own with captions) or
-        "trajectories" (the teacher's way from noise to its images of the prompts, which needs no VAE).
+    source: "teacher" (images that the teacher makes from the prompts), "folder" (images of your own with captions) or
+        "trajectories" (intermediate states of the teacher's sampling, which needs no VAE).
     folder: of images, for "folder"; captions in <image>.txt or in metadata.jsonl.
-    states: for "trajectories", how many inputs of the transformer are kept of each.
+    states: for "trajectories", how many inputs of the transformer are kept of each image's sampling.
     prompts: a text file with one prompt a line, or the prompts themselves; repeated with new seeds up to `images`.
-    cache: folder to keep the latents and prompt embeddings in, reused if it holds them already; None keeps them in
-        memory.
+    cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: as the pipeline's own argument.
     max_sequence_length: text tokens; None is the pipeline's default.
     batch_size: images the teacher makes at a time. seed: image i is made from seed + i.
@@ -74,8 +74,8 @@ class LossConfig:
 class OptimConfig:
     """AdamW. Gates have their own group: gate_lr_factor times the rate, no warm-up, no decay.
 
-    schedule: "constant" or "cosine" (to zero at the last step). clip: largest gradient norm.
-    ema_decay: of the fp32 average that is sampled and saved; warmed up over the first steps.
+    schedule: "constant" or "cosine" (to zero at the last step). clip: largest gradient norm; None: no clipping.
+    ema_decay: of the fp32 moving average of the weights, which is sampled and saved; it warms up over the first steps.
     """
 
     lr: float = 1e-4
@@ -83,15 +83,18 @@ class OptimConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 100
     schedule: str = "constant"
-    clip: float = 1.0
+    clip: float | None = 1.0
     ema_decay: float = 0.999
 
 
 @dataclass
 class TrainConfig:
-    """batch_size: samples of one optimizer step, over all processes and accumulation steps.
+    """How the loop runs.
 
-    precision: "no" (fp32) or "bf16" (frozen weights in bf16, trained weights in fp32, autocast).
+    batch_size: samples of one optimizer step, over all processes and accumulation steps.
+    precision: "no" (fp32) or "bf16" (autocast; frozen weights in bf16, trained weights in fp32).
+    compile: torch.compile the model's blocks.
+    peak_tflops: the device's dense peak, for the log's `mfu` (share of the peak in use); None: known for common GPUs.
     """
 
     steps: int = 10_000
@@ -99,14 +102,17 @@ class TrainConfig:
     accumulation: int = 1
     gradient_checkpointing: bool = False
     precision: str = "no"
+    compile: bool = False
+    peak_tflops: float | None = None
     seed: int = 0
     progress: bool = True
 
 
 @dataclass
 class OutputConfig:
-    """folder: where checkpoints, samples, the tracker's events and the result go; None writes nothing.
+    """What a run writes, and how often.
 
+    folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
     Every `*_every` counts optimizer steps; 0 is never. keep: checkpoints kept. samples: images of the sample grid.
     tracker: "tensorboard" or "wandb".
     """
@@ -121,6 +127,27 @@ class OutputConfig:
 
 
 @dataclass
+class MetricsConfig:
+    """A Fréchet distance of the averaged model's samples to reference images, logged as `fd` while it trains.
+
+    every: optimizer steps from one measurement to the next; 0 is never.
+    samples: their number, which the distance depends on; always from the same noise, with prompts or classes in turn,
+        sampled as the images of the sample grid are.
+    features: "inception" (FID, where `samples` is 50,000), or "package.module:function", a function of your own from
+        uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
+    reference: an npz file in ADM's layout. None: a distillation's teacher's own images of the same prompts and noise;
+        of training from scratch the training set, where it holds images.
+    batch_size: images at a time, of each process.
+    """
+
+    every: int = 0
+    samples: int = 10_000
+    features: str = "inception"
+    reference: str | None = None
+    batch_size: int = 64
+
+
+@dataclass
 class DistillConfig:
     """Everything about one distillation run. `hybrid` takes the fields of `hybriddit.HybridConfig`."""
 
@@ -130,6 +157,7 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self):
@@ -155,13 +183,13 @@ class DistillConfig:
 class ClassDataConfig:
     """Labelled images that a SiT is trained on.
 
-    path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or one
-        of MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
-        are cut as ADM cuts them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
-    flip: mirror every other image, at random.
+    path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or a folder of
+        MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
+        are cropped as ADM crops them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
+    flip: mirror each image with probability one half.
     memory: read a cache into memory at the start; else its rows are read when they are needed.
-    vae: folder or repository of the AutoencoderKL that made a cache of latents, which is saved with the pipeline and
-        decodes the sample grids; None: the place that the cache notes.
+    vae: folder or repository of the AutoencoderKL that made a cache of latents; it decodes the sample grids and is
+        saved with the pipeline. None: the place that the cache notes.
     """
 
     path: str = ""
@@ -185,7 +213,7 @@ class FlowConfig:
 
 @dataclass
 class SiTOptimConfig(OptimConfig):
-    """AdamW, as OptimConfig, with the defaults of SiT's recipe. clip: None clips nothing."""
+    """AdamW, as OptimConfig, with the defaults of SiT's recipe."""
 
     gate_lr_factor: float = 1.0
     warmup_steps: int = 0
@@ -195,15 +223,10 @@ class SiTOptimConfig(OptimConfig):
 
 @dataclass
 class SiTTrainConfig(TrainConfig):
-    """As TrainConfig. compile: torch.compile the model's blocks.
-
-    peak_tflops: the device's, of which the log's `mfu` is the share in use; None knows those of common GPUs.
-    """
+    """As TrainConfig, with the defaults of SiT's recipe."""
 
     steps: int = 400_000
     batch_size: int = 256
-    compile: bool = False
-    peak_tflops: float | None = None
 
 
 @dataclass
@@ -218,24 +241,10 @@ class SiTOutputConfig(OutputConfig):
 
 
 @dataclass
-class MetricsConfig:
-    """A Fréchet distance of the averaged model's samples to a reference, logged as `fd` while it trains.
+class SiTMetricsConfig(MetricsConfig):
+    """As MetricsConfig. guidance: of these samples; 1 is none, as in published curves of training."""
 
-    every: optimizer steps from one to the next; 0 is never. samples: of each class equally many, from noise that is
-        always the same, by the sampler of the sample grids; the distance depends on their number.
-    guidance: of these samples; 1 is none, as in published curves of training.
-    features: "inception" (FID, where `samples` is 50,000), or "package.module:function", a function of your own from
-        uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
-    reference: an npz file in ADM's layout; None is the training set, where it holds images.
-    batch_size: images at a time, of each process.
-    """
-
-    every: int = 0
-    samples: int = 10_000
     guidance: float = 1.0
-    features: str = "inception"
-    reference: str | None = None
-    batch_size: int = 64
 
 
 @dataclass
@@ -248,7 +257,7 @@ class SiTConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: SiTOptimConfig = field(default_factory=SiTOptimConfig)
     train: SiTTrainConfig = field(default_factory=SiTTrainConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: SiTMetricsConfig = field(default_factory=SiTMetricsConfig)
     output: SiTOutputConfig = field(default_factory=SiTOutputConfig)
 
     def __post_init__(self):
@@ -272,27 +281,15 @@ class SiTConfig:
             _require(value in names, f"flow.{name}", value, f"one of {', '.join(names)}")
         for name in ("time_std", "time_shift"):
             _require(getattr(self.flow, name) > 0, f"flow.{name}", getattr(self.flow, name), "above 0")
-        peak = self.train.peak_tflops
-        _require(peak is None or peak > 0, "train.peak_tflops", peak, "above 0")
         _require_positive(self.output, "output", "sample_steps")
-        metrics = self.metrics
-        _require(metrics.every >= 0, "metrics.every", metrics.every, "0 (never) or more")
-        _require(metrics.samples >= 2, "metrics.samples", metrics.samples, "at least 2")
-        _require_positive(metrics, "metrics", "batch_size")
-        _require(
-            metrics.features == "inception" or re.fullmatch(r"[\w.]+:\w+", metrics.features) is not None,
-            "metrics.features",
-            metrics.features,
-            "'inception' or 'package.module:function'",
-        )
 
 
 JOBS = {"distill": DistillConfig, "train": SiTConfig}
 
 
 def _check_shared(config) -> None:
-    """What holds of every training run's settings."""
-    train, optim, output = config.train, config.optim, config.output
+    """Raise ValueError for impossible values in the sections that both jobs have."""
+    train, optim, output, metrics = config.train, config.optim, config.output, config.metrics
     _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
     _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
     _require_positive(train, "train", "steps batch_size accumulation")
@@ -310,15 +307,24 @@ def _check_shared(config) -> None:
         train.batch_size,
         f"a multiple of train.accumulation ({train.accumulation})",
     )
+    _require(train.peak_tflops is None or train.peak_tflops > 0, "train.peak_tflops", train.peak_tflops, "above 0")
+    _require(metrics.every >= 0, "metrics.every", metrics.every, "0 (never) or more")
+    _require(metrics.samples >= 2, "metrics.samples", metrics.samples, "at least 2")
+    _require_positive(metrics, "metrics", "batch_size")
+    _require(
+        metrics.features == "inception" or re.fullmatch(r"[\w.]+:\w+", metrics.features) is not None,
+        "metrics.features",
+        metrics.features,
+        "'inception' or 'package.module:function'",
+    )
 
 
 def load_config(
     path: str | Path, overrides: typing.Sequence[str] = (), job: str | None = None
 ) -> DistillConfig | SiTConfig:
-    """Read a run's YAML file and lay dotted overrides ("optim.lr=1e-4") over it.
+    """Read a run's YAML file and apply dotted overrides ("optim.lr=1e-4") to it.
 
-    A file with `job: train` is a SiTConfig, any other a DistillConfig; with `job`, "distill" or "train", only that one
-    is taken.
+    A file with `job: train` is a SiTConfig, any other a DistillConfig. job: "distill" or "train" accepts only that one.
 
     Raises FileNotFoundError, or ValueError with one line that names the key: unknown (and the nearest right one), of
     the wrong type, or with an impossible value.
@@ -348,12 +354,12 @@ def load_config(
 
 
 def to_dict(config: DistillConfig | SiTConfig) -> dict:
-    """Plain values, as `load_config` reads them."""
+    """The config as plain values, as `load_config` reads them."""
     return dataclasses.asdict(config)
 
 
 def _build(cls: type, values, prefix: str, root: type | None = None):
-    """A dataclass from a mapping, its keys and types checked; it is a section of `root`, or that itself."""
+    """Build a dataclass from a mapping, with keys and types checked. root: the whole config's class, for advice."""
     _require(isinstance(values, dict), prefix.rstrip(".") or "the config", values, "a mapping of keys")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]

@@ -1,17 +1,20 @@
+"""How each family's teacher is distilled: times, noise, targets and the weights of the losses."""
+
 import math
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import recipe_of, tiny_pipeline
 
-from hybriddit.training.recipes import RECIPES, add_noise, draw_times, recipe_of
+from hybriddit.models import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 
 COUNT = 20_000
+RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
-    return draw_times(RECIPES[name], count, tokens, scheduler, torch.Generator().manual_seed(0))
+    return RECIPES[name].draw_times(count, tokens, scheduler, torch.Generator().manual_seed(0))
 
 
 def test_pixart_times_are_uniform_ddpm_steps():
@@ -55,14 +58,14 @@ def test_schnell_times_are_those_of_its_schedules():
 def test_ddpm_noise_is_the_schedulers_own():
     scheduler = DDPMScheduler()
     latents, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
-    noisy, target = add_noise(RECIPES["pixart_sigma"], latents, noise, times, scheduler)
+    noisy, target = PIXART_SIGMA.add_noise(latents, noise, times, scheduler)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
     assert target is noise
 
 
 def test_flow_target_leads_from_image_to_noise():
     latents, noise, sigma = torch.randn(3, 6, 4), torch.randn(3, 6, 4), torch.tensor([0.1, 0.5, 1.0])
-    noisy, velocity = add_noise(RECIPES["flux_dev"], latents, noise, sigma, None)
+    noisy, velocity = FLUX.add_noise(latents, noise, sigma, None)
     torch.testing.assert_close(noisy - sigma.view(3, 1, 1) * velocity, latents)
     torch.testing.assert_close(noisy + (1 - sigma).view(3, 1, 1) * velocity, noise)
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance that is measured while a SiT trains: its value, its references, and what is told at the start."""
+"""The Fréchet distance that is measured while a model trains: its value, its references, and early errors."""
 
 import json
 
@@ -13,8 +13,8 @@ from tiny_vae import tiny_vae
 from hybriddit.data.class_cache import make_cache
 from hybriddit.data.sources import open_class_data
 from hybriddit.metrics import to_uint8
-from hybriddit.training import watch
-from hybriddit.training.config import MetricsConfig, load_config
+from hybriddit.training import frechet
+from hybriddit.training.run_config import MetricsConfig, load_config
 from hybriddit.training.train_sit import run
 
 MODEL = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, "num_classes": 2}
@@ -115,7 +115,7 @@ def inception(images):
 
 
 def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "load_inception", lambda device: inception)
+    monkeypatch.setattr(frechet, "load_inception", lambda device: inception)
     data = open_class_data(images, (1, 8, 8), progress=False)
     samples = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     others = samples.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
@@ -125,8 +125,9 @@ def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypa
 
     def measured(reference, features):
         config = MetricsConfig(1, 10, features=features, reference=str(tmp_path / reference))
-        distance = watch.FrechetDistance(config, data, lambda images: images, torch.device("cpu"), progress=False)
-        return distance(lambda rows: data.rows(rows)["images"].float() / 127.5 - 1)
+        blank = np.zeros((2, 8, 8, 3), np.uint8)
+        distance = frechet.FrechetDistance(config, None, blank, torch.device("cpu"), progress=False)
+        return distance(lambda rows: data.rows(rows)["images"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
 
     own = quarters(data.rows(range(10))["images"])
     to_images = distance(own, quarters(samples))
@@ -167,7 +168,7 @@ def pixels(images):
         (["metrics.features=runs:halves"], "metrics.features: runs has no halves"),
         (["metrics.features=runs:context"], "metrics.features: runs:context is no function"),
         (
-            ["metrics.features=test_watch:pixels", "metrics.reference={large}"],
+            ["metrics.features=test_frechet:pixels", "metrics.reference={large}"],
             "192 wide for the model's images and 768",
         ),
         (["metrics.reference={none}"], "no npz file at"),
@@ -187,6 +188,6 @@ def test_what_cannot_work_is_told_before_the_first_step(images, tmp_path, monkey
 
 
 def test_processes_make_equal_shares(images):
-    data = open_class_data(images, (1, 8, 8), progress=False)
+    data = frechet.Images(10, open_class_data(images, (1, 8, 8), progress=False).rows)
     with pytest.raises(ValueError, match="metrics.samples 6 does not divide into 4 processes"):
-        watch.FrechetDistance(MetricsConfig(1, 6), data, None, torch.device("cpu"), processes=4)
+        frechet.FrechetDistance(MetricsConfig(1, 6), data, None, torch.device("cpu"), processes=4)

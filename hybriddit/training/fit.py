@@ -1,0 +1,294 @@
+"""The training loop: everything that distillation and training from scratch share, which is all but batch and loss."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from tqdm import tqdm
+
+from ..files import replacing
+from ..images import save_grid
+from .batches import batches
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .optimizer import make_optimizer, set_learning_rates
+from .run_config import to_dict
+from .run_log import log, plot_log, record_start, start_log
+
+# dense bf16 TFLOP/s, by words of the device's name
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
+
+
+class Job(ABC):
+    """What one kind of training adds to the loop.
+
+    name: on the progress bar. metrics: names of what `losses` returns. logged: which of "lr", "gate_lr" and
+    "images_per_second" the log has. fused: whether AdamW runs as one kernel, which pays where many weights are trained.
+
+    model: trained in place; its parameters with requires_grad are what is trained. settings: what must not change
+    between a checkpoint and its continuation.
+    """
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    logged: ClassVar[tuple[str, ...]]
+    fused: ClassVar[bool]
+    model: nn.Module
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def make_batch(self, step: int) -> list:
+        """This process's samples of one step, on the CPU, in `train.accumulation` parts. May run in another thread."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, part: Any) -> torch.Tensor:
+        """[metrics]: means over one part of a batch; the first is minimised. model: `self.model`, as it is trained."""
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sequence[Image.Image]] | None:
+        """The columns of the sample grid, by the model as it is; None where no image can be made."""
+
+    @abstractmethod
+    def distance(self) -> float:
+        """The Fréchet distance of `config.metrics`, of the model as it is."""
+
+    @abstractmethod
+    def flops(self) -> float:
+        """FLOPs of one image in one step, forward and backward. Called before the model is prepared."""
+
+    @abstractmethod
+    def finish(self, folder: Path, step: int) -> None:
+        """Write the result of the run. With shards every process must call, and the main one writes."""
+
+    def checkpointed(self, folder: Path, step: int) -> None:  # noqa: B027
+        """Write what goes with a checkpoint, by the averaged model. With shards every process must call."""
+
+    def notes(self, first: int) -> dict[str, Any]:
+        """More of a start for run.json."""
+        return {}
+
+    def renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of an older version's checkpoint under today's names."""
+        return tensors
+
+
+def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> None:
+    """Train `job.model` for `config.train.steps` steps; it then holds the averaged weights.
+
+    What a run's folder receives, resuming, signals and errors: see `distill` and `train`, which call this.
+    """
+    folder = Path(config.output.folder) if config.output.folder else None
+    writes = folder is not None and accelerator.is_main_process
+    gathers = writes or (folder is not None and accelerator.is_fsdp2)  # with shards, all take part in what one writes
+    peak = config.train.peak_tflops or known_peak(accelerator.device)
+    flops = job.flops() if peak else 0.0
+
+    model, optimizer = prepare(job, config, accelerator)
+    trained = trained_parameters(job.model)
+    parameters = list(trained.values())
+    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not accelerator.is_fsdp2)  # not for shards
+    first = 0
+    if resume:
+        newest = checkpoints(folder / "checkpoints")[-1]
+        shadow = average.shadow_params
+        first = load_checkpoint(newest, trained, shadow, optimizer, job.settings, rename=job.renamed)
+        average.optimization_step = first
+    if writes:
+        start_folder(folder, first, job, config, accelerator)
+    if folder is not None:
+        accelerator.init_trackers(config.output.tracker)
+
+    names = (*job.metrics, "grad_norm")
+    pending: list[torch.Tensor] = []  # metrics of the steps since the last log line, still on the device
+    since = time.perf_counter()
+    # with several processes the launcher stops them all: one alone would leave the others waiting
+    signals = stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([])
+    with signals as stopped, progress_bar(job.name, first, config, accelerator) as bar:
+        for step, parts in batches(job.make_batch, range(first, config.train.steps), accelerator.device):
+            set_learning_rates(optimizer, step, config)
+            metrics = torch.zeros(len(names), device=accelerator.device)
+            for index, part in enumerate(parts):
+                with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
+                    losses = job.losses(model, part) / len(parts)
+                    accelerator.backward(losses[0])
+                metrics[:-1] += losses.detach()
+            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip or float("inf"), foreach=True)
+            metrics[-1] = norm.full_tensor() if accelerator.is_fsdp2 else norm
+            optimizer.step()
+            optimizer.zero_grad()
+            average.step(parameters)
+            pending.append(metrics)
+            bar.update()
+
+            done = step + 1
+            due = due_after(done, config)
+            due["checkpoint"] |= bool(stopped)
+            if not any(due.values()):
+                continue
+            values = mean_metrics(names, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
+            # the metrics have arrived, so the steps are done
+            rate = len(pending) * config.train.batch_size / (time.perf_counter() - since)
+            pending.clear()
+            lr, gate_lr = (group["lr"] for group in optimizer.param_groups)
+            more = {"lr": lr, "gate_lr": gate_lr, "images_per_second": rate}
+            values |= {name: more[name] for name in job.logged}
+            if peak:
+                values["mfu"] = rate * flops / (peak * 1e12 * accelerator.num_processes)
+            if due["metrics"]:
+                with averaged(job.model, average, parameters):
+                    values["fd"] = job.distance()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            if folder is not None:
+                accelerator.log(values, step=done)
+            if writes:
+                log(folder, {"step": done, **values})
+            if gathers and due["checkpoint"]:
+                state = (trained, average.shadow_params, optimizer, job.settings)
+                save_checkpoint(folder / "checkpoints", done, *state, config.output.keep, write=writes)
+                with averaged(job.model, average, parameters):
+                    job.checkpointed(folder, done)
+            if writes and stopped:
+                raise KeyboardInterrupt
+            if gathers and due["sample"]:
+                with averaged(job.model, average, parameters):
+                    columns = job.samples()
+                if writes and columns:
+                    save_grid(folder / "samples" / f"step-{done:08d}.png", columns)
+                    plot_log(folder, (*names, "fd"))
+            since = time.perf_counter()  # saving and sampling are not part of the throughput
+
+    average.copy_to(parameters)
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if gathers:
+        job.finish(folder, config.train.steps)
+    if writes:
+        plot_log(folder, (*names, "fd"))
+    if folder is not None:
+        accelerator.end_training()
+    if config.train.gradient_checkpointing:
+        job.model.disable_gradient_checkpointing()
+
+
+def prepare(job: Job, config, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as accelerate distributes it, and the optimizer of its trained weights."""
+    base = job.model
+    if config.train.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    if config.train.compile:
+        base.compile_repeated_blocks()
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # every process has the same weights already
+        # accelerate's policy would round the times to bf16; under autocast the arithmetic is that of DDP
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        base.forward = accelerator.autocast()(base.forward)
+    fused = job.fused and accelerator.device.type in ("cpu", "cuda")
+    optimizer = make_optimizer(trained_parameters(base), config, fused=fused)
+    model, _ = accelerator.prepare(base, optimizer)  # together: FSDP gives the optimizer other parameters
+    return model, optimizer
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with requires_grad, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def start_folder(folder: Path, first: int, job: Job, config, accelerator: Accelerator) -> None:
+    """Write a new run's config.yaml, this start's entry in run.json, and cut the log at step `first`."""
+    if first == 0:
+        with replacing(folder / "config.yaml") as partial:
+            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
+    record_start(folder, first, accelerator.num_processes, accelerator.device, **job.notes(first))
+    start_log(folder, first)
+
+
+def progress_bar(name: str, first: int, config, accelerator: Accelerator) -> tqdm:
+    """A bar of the run's steps, shown by the main process."""
+    shown = config.train.progress and accelerator.is_main_process
+    return tqdm(initial=first, total=config.train.steps, desc=name, unit="step", disable=not shown)
+
+
+def due_after(done: int, config) -> dict[str, bool]:
+    """Whether to log, write a checkpoint, draw samples and measure the metrics after `done` steps.
+
+    What is done at all is also done after the last step.
+    """
+    every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
+    every["metrics"] = config.metrics.every
+    return {name: n > 0 and (done % n == 0 or done == config.train.steps) for name, n in every.items()}
+
+
+def mean_metrics(names: Sequence[str], values: torch.Tensor, done: int) -> dict[str, float]:
+    """Means of the last steps' metrics [steps, metrics]. Raises FloatingPointError, naming the step, for NaN or inf."""
+    bad = (~values.isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        step = done - len(values) + int(bad[0]) + 1
+        shown = ", ".join(
+            f"{name} {value:.4g}" for name, value in zip(names, values[int(bad[0])].tolist(), strict=True)
+        )
+        raise FloatingPointError(f"training stopped: not finite at step {step} ({shown}); earlier checkpoints are kept")
+    return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+
+
+def known_peak(device: torch.device) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU in PEAK_TFLOPS; None for other devices."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
+
+
+@contextmanager
+def averaged(model: nn.Module, average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block, `model` has the averaged weights."""
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # drop the gathered averaged weights, or FSDP would reuse them
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
+
+    Only the main thread can catch signals: elsewhere the list stays empty.
+    """
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before: dict[int, Callable | int | None] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, frame) -> None:
+        stopped.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stopped
+    finally:
+        restore()

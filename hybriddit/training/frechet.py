@@ -1,0 +1,120 @@
+"""The Fréchet distance between what a model makes and reference images, measured while it trains."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..metrics import frechet_distance, load_inception, read_images
+from ..metrics.adm import collect_statistics, read_reference
+from .run_config import MetricsConfig
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Images:
+    """`count` images, uint8 [N, H, W, 3]; `make` makes those of a range of rows when they are read."""
+
+    def __init__(self, count: int, make: Callable[[range], np.ndarray]):
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.make(range(self.count)[rows])
+
+
+class FrechetDistance:
+    """Measures the distance to the reference images of `config`, whose moments are computed once.
+
+    images: the reference where the config names no file. blank: two images, uint8 [2, H, W, 3], of the size that the
+    model makes. processes: how many share the work; every one must construct and call.
+
+    Everything that can be wrong is found here, before any training: ValueError, FileNotFoundError or
+    ModuleNotFoundError.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        images: Images,
+        blank: np.ndarray,
+        device: torch.device,
+        processes: int = 1,
+        progress: bool = True,
+    ):
+        check_samples(config, processes)
+        self.config, self.processes = config, processes
+        self.features = load_features(config.features, device)
+        self.mean, self.covariance = self._reference(images, progress)
+        width = self._moments(blank, "blank images", shared=False)[0].shape[0]
+        if width != len(self.mean):
+            raise ValueError(
+                f"metrics.features are {width} wide for the model's images and {len(self.mean)} for the reference's: "
+                "give a metrics.reference of these features, and of images of this size"
+            )
+
+    def __call__(self, make: Callable[[range], np.ndarray]) -> float:
+        """make: the model's images of a range of rows of the samples, uint8 [B, H, W, 3]. Every process must call."""
+        return frechet_distance(
+            *self._moments(Images(self.config.samples, make), "samples"), self.mean, self.covariance
+        )
+
+    def _reference(self, images: Images, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        path = self.config.reference
+        if path is None:
+            return self._moments(images, "reference", progress)
+        if self.config.features == "inception":  # whose statistics such a file may hold, and only these
+            found = read_reference(path)
+            if "pooled" in found.precomputed:
+                return found.precomputed["pooled"]
+            if found.images is None:
+                raise ValueError(f"{path} has neither images (arr_0) nor mu and sigma")
+            return self._moments(found.images, "reference", progress)
+        return self._moments(read_images(path), "reference", progress)
+
+    @torch.no_grad()
+    def _moments(self, images, name: str, progress: bool = False, shared: bool = True):
+        """Mean and covariance of the features."""
+        seen = collect_statistics(
+            images,
+            lambda batch: {"pooled": self.features(batch)},
+            name,
+            batch_size=self.config.batch_size,
+            distributed=shared and self.processes > 1,
+            progress=progress,
+            keep=False,
+        )
+        return seen.moments["pooled"].mean, seen.moments["pooled"].covariance
+
+
+def check_samples(config: MetricsConfig, processes: int) -> None:
+    """Raise ValueError where the samples cannot be divided evenly among the processes."""
+    if config.samples % processes:
+        raise ValueError(f"metrics.samples {config.samples} does not divide into {processes} processes")
+
+
+def as_rgb(images) -> np.ndarray:
+    """PIL images of one size as uint8 [B, H, W, 3]; grey ones in three equal channels."""
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+
+
+def load_features(name: str, device: torch.device) -> Features:
+    """uint8 [B, 3, H, W] -> [B, F]: Inception's pooled features, or the function named "package.module:function"."""
+    if name == "inception":
+        inception = load_inception(device=device)
+        return lambda images: inception(images)["pooled"]
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"metrics.features: {error}; PYTHONPATH says where modules are") from error
+    except AttributeError:
+        raise ValueError(f"metrics.features: {module} has no {function}") from None
+    if not callable(found):
+        raise ValueError(f"metrics.features: {name} is no function")
+    return found

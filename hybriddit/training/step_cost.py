@@ -1,0 +1,131 @@
+"""FLOPs and memory of one distillation step, counted on fake tensors: shapes without data."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models import dense_mode, family_of
+from ..models.flops import attention_flops
+from .losses import captured_outputs, converted_layers, layer_loss
+
+Storages = dict[int, torch.UntypedStorage]
+
+
+def step_cost(
+    model: nn.Module, grid: tuple[int, int], text: Mapping[str, torch.Tensor], count: int, *, bf16: bool
+) -> dict[str, int]:
+    """The cost of one pass of `count` images as `distill` makes it. model: hybrid, on any device, "meta" included.
+
+    grid: (rows, columns) in tokens. text: the prompts' tensors, see `Family.encode_prompts`, for `count` prompts.
+
+    Returns FLOPs of the "teacher", the "student" and the "backward" pass, and of the model's "attention" for one image;
+    bytes "kept" for the backward pass, and those kept where the blocks are "checkpointed".
+    """
+    family, dtype = family_of(model), torch.bfloat16 if bf16 else torch.float32
+    # Fake weights without an active mode: what is computed on the side, such as the windows' tiles, stays real.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {
+            name: torch.empty(
+                tensor.shape,
+                dtype=torch.float32 if ".hybrid." in name else dtype,
+                requires_grad=".hybrid." in name,
+            )
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+    latents = torch.zeros((), dtype=dtype).expand(count, *family.latents_shape(model.config, grid))
+    guidance = 1.0 if family.takes_guidance(model.config) else None
+    inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
+    layout = family.token_layout(model, inputs)
+    latents = latents.float()
+
+    def call() -> torch.Tensor:
+        output = functional_call(model, state, (), {**inputs, "return_dict": False})[0]
+        return family.prediction(output, latents).float()
+
+    layers = converted_layers(model)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    counts = {name: FlopCounterMode(display=False) for name in ("teacher", "student", "backward")}
+    with (
+        autocast,
+        counts["teacher"],
+        torch.no_grad(),
+        dense_mode(model),
+        captured_outputs(family, layers) as teacher_layers,
+    ):
+        teacher = call()
+    with autocast, counts["student"], _recorded(model) as (kept, entered):
+        with captured_outputs(family, layers) as student_layers:
+            student = call()
+        losses = F.mse_loss(student, latents), F.mse_loss(student, teacher), layer_loss(student_layers, teacher_layers)
+    with counts["backward"]:
+        sum(losses).backward()
+
+    weights = _storages(state.values())
+    held = _storages(
+        part for outputs in (teacher_layers, student_layers) for parts in outputs.values() for part in parts
+    )
+    outside = kept.pop(None, {}) | held
+    blocks = [{key: s for key, s in block.items() if key not in outside} for block in kept.values()]
+    return {
+        **{name: counter.get_total_flops() for name, counter in counts.items()},
+        "attention": attention_flops(model, layout),
+        "kept": _bytes(*blocks, outside, without=weights),
+        # a block's input is kept, its inside only while its own gradients are computed
+        "checkpointed": _bytes(outside, entered, without=weights)
+        + max((_bytes(block, without=weights | entered) for block in blocks), default=0),
+    }
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], Storages]]:
+    """Yields the storages that autograd keeps, by the index of the transformer block that uses them (None: outside of
+    all blocks), and those that enter a block."""
+    kept: dict[int | None, Storages] = defaultdict(dict)
+    entered: Storages = {}
+    current = None
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[current].update(_storages([tensor]))
+        return tensor
+
+    def enter(index):
+        def hook(module, args, kwargs):
+            nonlocal current
+            current = index
+            entered.update(_storages(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
+
+        return hook
+
+    def leave(module, args, output):
+        nonlocal current
+        current = None
+
+    blocks = [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
+    handles = [block.register_forward_pre_hook(enter(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    handles += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield kept, entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Storages:
+    """By identity, and held, so that no identity is used twice."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in storages}
+
+
+def _bytes(*groups: Storages, without: Storages) -> int:
+    together = {key: storage for group in groups for key, storage in group.items() if key not in without}
+    return sum(storage.nbytes() for storage in together.values())
