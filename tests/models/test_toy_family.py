@@ -27,6 +27,7 @@ from torch import nn
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 from hybriddit.cli import main
+from hybriddit.data.sources import teacher
 from hybriddit.generate import generate
 from hybriddit.info import describe, description_text
 from hybriddit.models.family import (
@@ -43,6 +44,9 @@ from hybriddit.models.hybrid_model import hybrid_class
 from hybriddit.models.processing import check_call, far_inputs, project
 from hybriddit.models.recipe import Recipe, shifted_logit_normal
 from hybriddit.pipelines.loading import load_pipeline
+from hybriddit.training.distill import distill
+from hybriddit.training.dry_run import dry_run, report
+from hybriddit.training.run_config import DataConfig, DistillConfig, OptimConfig, TrainConfig
 
 # The model, its processors and its pipeline, as a library might have them
 
@@ -716,6 +720,67 @@ def test_a_pipeline_is_saved_loaded_and_described(pipeline, tmp_path):
     ):
         found = description_text(describe(tmp_path / folder))
         assert name in found and ("2 hybrid" in found) == (folder != "dense"), found
+
+
+PROMPTS = ["a red shoe", "a bag", "a blue bag that is far too long", "shoes"]
+
+
+def distill_config(**train):
+    return DistillConfig(
+        hybrid=HybridConfig(window=3, gate="token", delta_rank=2),
+        data=DataConfig(prompts=PROMPTS, images=4, height=32, width=24, steps=2, guidance_scale=2.0),
+        optim=OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.0),
+        train=TrainConfig(**{"steps": 2, "batch_size": 2, "progress": False, **train}),
+    )
+
+
+def test_it_distils_two_steps(pipeline, tmp_path):
+    """From its own images: only what conversion added moves, and comes nearer to the teacher on the batches it saw."""
+    config = distill_config()
+    config.output.folder, config.output.sample_every, config.output.log_every = str(tmp_path), 2, 1
+    data = teacher(pipeline, config.data, progress=False)
+    rows = data.rows(range(4))
+    assert rows["prompt_mask"].sum(1).tolist() == [8, 6, 8, 6] and rows["latents"].shape == (4, 4, 16, 12)
+    before = {name: weights.clone() for name, weights in pipeline.transformer.state_dict().items()}
+    model = distill(pipeline, data, config)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
+    assert all(parameter.abs().max() > 0 for name, parameter in added(model).items() if "gate" in name)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2] and all(
+        0 < line[name] < math.inf for line in steps for name in ("loss", "task", "output", "layer")
+    )
+    assert list((tmp_path / "samples").glob("*.png"))
+    loaded = load_adapter(make(torch.float32), tmp_path / "adapter")
+    assert all(torch.equal(loaded.state_dict()[name], weights) for name, weights in added(model).items())
+
+
+def test_distillation_hands_it_what_its_teacher_was_trained_on(pipeline):
+    """Latents and times as the pipeline would give them, and the velocity the right way round: t is 1 at the image."""
+    family, latents = family_of(pipeline.transformer), torch.randn(2, 4, 16, 12)
+    noise, times = torch.randn_like(latents), torch.tensor([0.25, 1.0])
+    noisy, target = family.add_noise(latents, noise, times, pipeline.scheduler)
+    assert torch.equal(noisy[1], noise[1]) and torch.equal(target, noise - latents)
+    text = family.encode_prompts(pipeline, PROMPTS[:2])
+    inputs = family.model_inputs(noisy, times, text, (8, 6), None)
+    assert inputs["timestep"].tolist() == [0.75, 0.0]
+    assert torch.equal(family.times_of(inputs["timestep"]), times)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_planned_without_weights(checkpointing):
+    config = distill_config(gradient_checkpointing=checkpointing)
+    config.model.path, config.output.folder = "toys/toy-large", "unused"
+    plan = dry_run(config)
+    model = ToyTransformer2DModel(**Toy.published["toys/toy-large"].arguments)
+    assert plan["class"] == "ToyTransformer2DModel"
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    hybridize(model, config.hybrid)
+    assert plan["trained_parameters"] == sum(p.numel() for p in added(model).values())
+    assert plan["tokens"] == {"grid": [4, 3], "image": 12, "text": 8}
+    assert plan["attention_flops"]["dense"] == 4 * 4 * 20**2 * 32
+    assert "toys/toy-large" in report(plan)
 
 
 def test_it_is_benchmarked(tmp_path, capsys):
