@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -146,8 +147,8 @@ def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
     family = family_of_class(model_class)
     if family is None or model_class != family.hybrid_class.__name__:
         raise ValueError(f"the model has a hybrid_config, but its class is {model_class}")
-    layers = (key.removesuffix(".to_q.weight") for key in sizes if key.endswith(".to_q.weight"))
-    return sorted(layer for layer in layers if family.converts(layer))
+    modules = {key[: dot.start()] for key in sizes for dot in re.finditer(r"\.", key)}
+    return sorted(name for name in modules if family.converts(name))
 
 
 def _family_name(model_class: str | None) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
+from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -263,18 +264,67 @@ def register(family_class: type[Family]) -> Family:
     named = getattr(family_class, "name", family_class.__name__)
     if missing:
         raise ValueError(f"the family {named} lacks {', '.join(missing)}: see hybriddit.models.family.Family")
-    if "text-to-image" not in family_class.pipelines or not set(family_class.pipelines) <= set(TASKS):
-        raise ValueError(
-            f"the family {named}: pipelines must have text-to-image, and of the rest {', '.join(TASKS[1:])}"
-        )
+    for part, (fits, wanted) in _PARTS.items():
+        value = getattr(family_class, part)
+        if not fits(family_class, value):
+            raise ValueError(f"the family {named}: {part} must be {wanted}, not {shorten(repr(value), 80)}")
     for other in _FAMILIES:
-        taken = {family_class.name} & {other.name} | set(family_class.recipes) & set(other.recipes)
-        taken |= {c.__name__ for c in (family_class.dense_class,)} & {other.dense_class.__name__}
+        taken = _unique_names(family_class) & _unique_names(other)
         if taken:
             raise ValueError(f"the family {named} repeats {', '.join(sorted(taken))} of the family {other.name}")
     family = family_class()
     _FAMILIES.append(family)
     return family
+
+
+def _unique_names(family: Family | type[Family]) -> set[str]:
+    """The names by which a family, its model, its recipes and its published models are found."""
+    shapes = {published.shape for published in family.published.values() if published.shape}
+    return {family.name, family.dense_class.__name__, *family.recipes, *family.published, *shapes}
+
+
+def _is_class(value: Any, base: type = object) -> bool:
+    return isinstance(value, type) and issubclass(value, base)
+
+
+def _maps(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) and fits(part) for name, part in value.items())
+
+
+# part of a family -> whether a value of it fits (asked in this order), and what it must be, in words
+_PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
+    "name": (lambda family, value: isinstance(value, str) and value, "a text"),
+    "dense_class": (lambda family, value: _is_class(value, nn.Module), "the model's class"),
+    "hybrid_class": (
+        lambda family, value: _is_class(value, family.dense_class) and value is not family.dense_class,
+        "hybrid_class(dense_class), of models.hybrid_model",
+    ),
+    "layers": (
+        lambda family, value: isinstance(value, tuple) and value and all(isinstance(name, str) for name in value),
+        "a tuple of patterns of module names",
+    ),
+    "processors": (
+        lambda family, value: isinstance(value, tuple) and value and all(isinstance(row, Processors) for row in value),
+        "a tuple of Processors",
+    ),
+    "attention_kwargs": (
+        lambda family, value: value is None or value in signature(family.dense_class.forward).parameters,
+        "None or an argument of the model's forward",
+    ),
+    "pipelines": (
+        lambda family, value: _maps(value, _is_class) and "text-to-image" in value and set(value) <= set(TASKS),
+        f"pipeline classes by task: text-to-image, and where they exist {' and '.join(TASKS[1:])}",
+    ),
+    "scheduler": (lambda family, value: _is_class(value), "a scheduler's class"),
+    "recipes": (
+        lambda family, value: _maps(value, lambda recipe: isinstance(recipe, Recipe)) and value,
+        "one Recipe or more, by name",
+    ),
+    "published": (
+        lambda family, value: _maps(value, lambda model: isinstance(model, Published)),
+        "a mapping of repositories to Published",
+    ),
+}
 
 
 def unregister(family: Family) -> None:

@@ -97,10 +97,7 @@ class CheckpointWithLayout:
         holder, token_layout = self.holder, self.holder.token_layout
 
         def under_its_layout(*arguments):
-            before, holder.token_layout = holder.token_layout, token_layout
-            try:
-                return function(*arguments)
-            finally:
-                holder.token_layout = before
+            holder.token_layout = token_layout  # every call of the model sets its own again
+            return function(*arguments)
 
         return self.checkpoint(under_its_layout, *arguments)

@@ -1,4 +1,4 @@
-"""Each family's text-to-image pipeline, loaded with an adapter in one call, and saved under diffusers' own name."""
+"""Each family's text-to-image pipeline, loaded with an adapter in one call, and saved under its own class's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models.family import Family
 
 
 class _AdapterPipelineMixin:
-    """Goes before the diffusers class.
+    """What the hybrid pipelines of all families share; it goes before the family's own class, `_dense_pipeline`.
 
     For image-to-image and inpainting hand the components on: `FluxImg2ImgPipeline(**pipeline.components)`. diffusers'
     `from_pipe` looks for its own classes, and drops the hybrid transformer.
@@ -29,9 +29,9 @@ class _AdapterPipelineMixin:
         return pipeline if adapter is None else load_adapter(pipeline, adapter)
 
     def to_json_string(self) -> str:
-        # what save_pretrained writes: DiffusionPipeline and AutoPipeline look the class up in diffusers
+        # what save_pretrained writes: DiffusionPipeline and AutoPipeline look for the class in diffusers
         config = json.loads(super().to_json_string())
-        config["_class_name"] = next(c.__name__ for c in type(self).__mro__ if c.__module__.startswith("diffusers."))
+        config["_class_name"] = self._dense_pipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -39,5 +39,6 @@ class _AdapterPipelineMixin:
 def hybrid_pipeline(family: Family) -> type[DiffusionPipeline]:
     """The class `Hybrid<pipeline>`: the family's text-to-image pipeline over a hybrid transformer."""
     dense = family.pipelines["text-to-image"]
-    members = {"__doc__": f"{dense.__name__} over a hybrid transformer.", "__module__": "hybriddit"}
+    doc = f"{dense.__name__} over a hybrid transformer."
+    members = {"__doc__": doc, "__module__": "hybriddit", "_dense_pipeline": dense}
     return type(f"Hybrid{dense.__name__}", (_AdapterPipelineMixin, dense), members)

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 
 from ..files import read_json
 from ..machine import device_of_this_machine
-from ..models import SiTTransformer2DModel, read_adapter_config
+from ..models import SiTTransformer2DModel, families, read_adapter_config
 from .sit import SiTPipeline
 
 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load a text-to-image pipeline of diffusers, dense or hybrid, from a folder or a hub repository.
+    """Load a text-to-image pipeline, dense or hybrid, of diffusers or a registered family, from a folder or a repository.
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
@@ -30,9 +30,16 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
     else:
         missing = f"no folder {path!r}, and it could not be fetched from the hub"
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        return _pipeline_class(path).from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{missing}: {error}") from error
+
+
+def _pipeline_class(path: str) -> type[DiffusionPipeline]:
+    """The class to load a pipeline with: DiffusionPipeline itself finds those that are diffusers' own, and no others."""
+    name = DiffusionPipeline.load_config(path).get("_class_name")
+    classes = (family.pipelines["text-to-image"] for family in families())
+    return next((found for found in classes if found.__name__ == name), DiffusionPipeline)
 
 
 def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SiTPipeline:

@@ -7,12 +7,14 @@ its attention processors. Everything that hybriddit does with a family has to wo
 """
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
@@ -24,10 +26,27 @@ from torch import nn
 
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
-from hybriddit.models.family import Family, LayerShape, Processors, Published, register, unregister
+from hybriddit.cli import main
+from hybriddit.data.sources import teacher
+from hybriddit.generate import generate
+from hybriddit.info import describe, description_text
+from hybriddit.models.family import (
+    Family,
+    LayerShape,
+    Processors,
+    Published,
+    families,
+    family_of,
+    register,
+    unregister,
+)
 from hybriddit.models.hybrid_model import hybrid_class
 from hybriddit.models.processing import check_call, far_inputs, project
 from hybriddit.models.recipe import Recipe, shifted_logit_normal
+from hybriddit.pipelines.loading import load_pipeline
+from hybriddit.training.distill import distill
+from hybriddit.training.dry_run import dry_run, report
+from hybriddit.training.run_config import DataConfig, DistillConfig, OptimConfig, TrainConfig
 
 # The model, its processors and its pipeline, as a library might have them
 
@@ -304,6 +323,9 @@ def toy():
     family = register(Toy)
     yield family
     unregister(family)
+    with pytest.raises(ValueError, match="ToyTransformer2DModel is not supported"):
+        family_of(make())
+    assert not hasattr(hybriddit, "HybridToyTransformer2DModel")
 
 
 # Tiny models and inputs
@@ -573,3 +595,200 @@ def test_compiled(whole):
     for name, gradient in gradients(model, sizes[0], between=sizes[1]).items():
         torch.testing.assert_close(gradient, slope[name], rtol=1e-3, atol=1e-4 * slope[name].abs().max().item())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+# Registering
+
+
+def refused(family, match):
+    before = families()
+    with pytest.raises(ValueError, match=match) as caught:
+        register(family)
+    assert "\n" not in str(caught.value) and families() == before
+
+
+def test_missing_parts_are_all_named():
+    class Empty(Family):
+        pass
+
+    class Half(Toy):
+        name, joint, encode_prompts = "Half", False, Family.encode_prompts
+
+    parts = (
+        "attention_kwargs, dense_class, encode_prompts, example_text, hybrid_class, joint, layers, model_inputs, name, "
+        "pipelines, processors, recipes, scheduler"
+    )
+    refused(Empty, f"^the family Empty lacks {parts}: see ")
+    refused(Half, "^the family Half lacks encode_prompts: see ")
+
+
+def test_repeated_names_are_refused(toy):
+    assert family_of(make()) is family_of(hybridize(make(), HybridConfig(window=3))) is toy
+    refused(Toy, "^the family Toy repeats Toy, ToyTransformer2DModel, toy, toys/toy-large of the family Toy$")
+
+    class Other(Toy):
+        name, dense_class, published = "Other", nn.Linear, {}
+        hybrid_class = type("HybridLinear", (nn.Linear,), {})
+        recipes = {"sd3": Toy.recipes["toy"], "other": Toy.recipes["toy"]}
+
+    refused(Other, "^the family Other repeats sd3 of the family Stable Diffusion 3$")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("name", 3, "a text, not 3"),
+        ("dense_class", "ToyTransformer2DModel", "the model's class"),
+        ("hybrid_class", ToyTransformer2DModel, r"hybrid_class\(dense_class\)"),
+        ("hybrid_class", nn.Linear, r"hybrid_class\(dense_class\)"),
+        ("layers", "blocks.*.attention", "a tuple of patterns"),
+        ("layers", (), "a tuple of patterns"),
+        ("processors", (ToyProcessor, HybridToyProcessor), "a tuple of Processors"),
+        ("attention_kwargs", "joint_attention_kwargs", "None or an argument of the model's forward"),
+        ("pipelines", {}, "text-to-image, and where they exist image-to-image and inpainting"),
+        ("pipelines", {"image-to-image": ToyPipeline}, "text-to-image, and where"),
+        ("pipelines", {"text-to-image": ToyPipeline, "text-to-video": ToyPipeline}, "text-to-image, and where"),
+        ("pipelines", {"text-to-image": "ToyPipeline"}, "pipeline classes by task"),
+        ("scheduler", FlowMatchEulerDiscreteScheduler(), "a scheduler's class"),
+        ("recipes", {}, "one Recipe or more"),
+        ("recipes", {"toy": shifted_logit_normal}, "one Recipe or more"),
+        ("published", {"toys/toy": {"layers": 2}}, "a mapping of repositories to Published"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_named(part, value, match):
+    refused(type("Wrong", (Toy,), {part: value}), f"^the family .*: {part} must be .*{match}")
+
+
+# What the rest of the package does with it
+
+
+def tiny_vae():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+
+
+@pytest.fixture
+def pipeline():
+    """Of 32 x 32 pixels: 8 x 8 tokens."""
+    transformer = make(torch.float32)
+    pipeline = ToyPipeline(transformer, ToyTextEncoder(), tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(pipeline, **settings):
+    return [(np.asarray(image), record) for image, record in generate(pipeline, "a red shoe", **settings)]
+
+
+def test_it_generates(pipeline):
+    ((dense, record),) = pixels(pipeline, seed=3, height=24, width=40)
+    expected = pipeline("a red shoe", generator=torch.Generator().manual_seed(3), height=24, width=40).images[0]
+    assert np.array_equal(dense, np.asarray(expected)) and dense.shape == (24, 40, 3)
+    with pytest.raises(ValueError, match="height 26 is no multiple of 4"):
+        pixels(pipeline, height=26)
+    perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)), scale=1.0)
+    ((hybrid, record),) = pixels(pipeline, seed=3, height=24, width=40)
+    assert not np.array_equal(hybrid, dense) and record["hybrid_config"]["window"] == 3
+
+
+def test_a_pipeline_is_saved_loaded_and_described(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "dense")
+    perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)))
+    save_adapter(pipeline.transformer, tmp_path / "adapter")
+    pipeline.save_pretrained(tmp_path / "hybrid")
+    again = hybriddit.HybridToyPipeline.from_pretrained(tmp_path / "dense", adapter=tmp_path / "adapter")
+    again.save_pretrained(tmp_path / "again")
+    ((expected, _),) = pixels(pipeline, seed=1)
+    for loaded in (again, load_pipeline(str(tmp_path / "hybrid")), load_pipeline(str(tmp_path / "again"))):
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded, ToyPipeline)
+        assert type(loaded.transformer) is Toy.hybrid_class
+        ((found, _),) = pixels(loaded, seed=1)
+        assert abs(found.astype(int) - expected).max() <= 1  # mapped weights round differently
+    for folder, name in (
+        ("adapter", "adapter for ToyTransformer2DModel (Toy)"),
+        ("dense", "ToyTransformer2DModel (Toy)"),
+        ("hybrid", "HybridToyTransformer2DModel (Toy)"),
+        ("hybrid/transformer", "HybridToyTransformer2DModel (Toy)"),
+    ):
+        found = description_text(describe(tmp_path / folder))
+        assert name in found and ("2 hybrid" in found) == (folder != "dense"), found
+
+
+PROMPTS = ["a red shoe", "a bag", "a blue bag that is far too long", "shoes"]
+
+
+def distill_config(**train):
+    return DistillConfig(
+        hybrid=HybridConfig(window=3, gate="token", delta_rank=2),
+        data=DataConfig(prompts=PROMPTS, images=4, height=32, width=24, steps=2, guidance_scale=2.0),
+        optim=OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.0),
+        train=TrainConfig(**{"steps": 2, "batch_size": 2, "progress": False, **train}),
+    )
+
+
+def test_it_distils_two_steps(pipeline, tmp_path):
+    """From its own images: only what conversion added moves, and comes nearer to the teacher on the batches it saw."""
+    config = distill_config()
+    config.output.folder, config.output.sample_every, config.output.log_every = str(tmp_path), 2, 1
+    data = teacher(pipeline, config.data, progress=False)
+    rows = data.rows(range(4))
+    assert rows["prompt_mask"].sum(1).tolist() == [8, 6, 8, 6] and rows["latents"].shape == (4, 4, 16, 12)
+    before = {name: weights.clone() for name, weights in pipeline.transformer.state_dict().items()}
+    model = distill(pipeline, data, config)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
+    assert all(parameter.abs().max() > 0 for name, parameter in added(model).items() if "gate" in name)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2] and all(
+        0 < line[name] < math.inf for line in steps for name in ("loss", "task", "output", "layer")
+    )
+    assert list((tmp_path / "samples").glob("*.png"))
+    loaded = load_adapter(make(torch.float32), tmp_path / "adapter")
+    assert all(torch.equal(loaded.state_dict()[name], weights) for name, weights in added(model).items())
+
+
+def test_distillation_hands_it_what_its_teacher_was_trained_on(pipeline):
+    """Latents and times as the pipeline would give them, and the velocity the right way round: t is 1 at the image."""
+    family, latents = family_of(pipeline.transformer), torch.randn(2, 4, 16, 12)
+    noise, times = torch.randn_like(latents), torch.tensor([0.25, 1.0])
+    noisy, target = family.add_noise(latents, noise, times, pipeline.scheduler)
+    assert torch.equal(noisy[1], noise[1]) and torch.equal(target, noise - latents)
+    text = family.encode_prompts(pipeline, PROMPTS[:2])
+    inputs = family.model_inputs(noisy, times, text, (8, 6), None)
+    assert inputs["timestep"].tolist() == [0.75, 0.0]
+    assert torch.equal(family.times_of(inputs["timestep"]), times)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_planned_without_weights(checkpointing):
+    config = distill_config(gradient_checkpointing=checkpointing)
+    config.model.path, config.output.folder = "toys/toy-large", "unused"
+    plan = dry_run(config)
+    model = ToyTransformer2DModel(**Toy.published["toys/toy-large"].arguments)
+    assert plan["class"] == "ToyTransformer2DModel"
+    assert plan["parameters"] == sum(p.numel() for p in model.parameters())
+    hybridize(model, config.hybrid)
+    assert plan["trained_parameters"] == sum(p.numel() for p in added(model).values())
+    assert plan["tokens"] == {"grid": [4, 3], "image": 12, "text": 8}
+    assert plan["attention_flops"]["dense"] == 4 * 4 * 20**2 * 32
+    assert "toys/toy-large" in report(plan)
+
+
+def test_it_is_benchmarked(tmp_path, capsys):
+    arguments = ["--shapes", "toy", "--sizes", "32", "--part", "attention", "transformer", "generation"]
+    arguments += ["--variants", "hybrid", "dense", "--window", "3", "--repeats", "1", "--quiet", "--out", str(tmp_path)]
+    assert main(["benchmark", *arguments]) == 0, capsys.readouterr().err
+    cases = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    measured = {(case["part"], case["variant"]) for case in cases if case.get("seconds")}
+    assert measured == {
+        (part, name) for part in ("attention", "transformer", "generation") for name in ("hybrid", "dense")
+    }
