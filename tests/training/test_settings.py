@@ -184,14 +184,19 @@ def correlation(x, y):
     return np.corrcoef(x.flatten().double().numpy(), y.flatten().double().numpy())[0, 1]
 
 
-def test_the_samples_of_a_run_leave_no_trace_in_its_weights(job, tmp_path):
-    for every in (0, 1):
-        settings = {"output.sample_every": every, "output.samples": 2, "train.steps": 4, "optim.ema_decay": 0.5}
+def test_samples_and_checkpoints_leave_no_trace_in_the_weights(job, tmp_path):
+    """Both are made with the averaged weights, after which training goes on from its own."""
+    ends = []
+    for name, sample_every, checkpoint_every in (("neither", 0, 4), ("samples", 1, 4), ("checkpoints", 0, 1)):
+        settings = {"output.sample_every": sample_every, "output.checkpoint_every": checkpoint_every}
+        settings |= {"output.samples": 2, "train.steps": 4, "optim.ema_decay": 0.5}
         settings |= {"output.sample_steps": 2} if isinstance(job, Training) else {}
-        job.run(tmp_path / str(every), settings)
-    assert len(list((tmp_path / "1" / "samples").iterdir())) == 4 and not (tmp_path / "0" / "samples").exists()
-    for one, other in zip(states(tmp_path / "0"), states(tmp_path / "1"), strict=True):
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        job.run(tmp_path / name, settings)
+        assert len(list((tmp_path / name).glob("samples/*.png"))) == 4 * sample_every
+        assert len(states(tmp_path / name)) == 4 // checkpoint_every
+        ends.append(states(tmp_path / name)[-1])
+    for other in ends[1:]:
+        assert ends[0].keys() == other.keys() and all(torch.equal(ends[0][key], other[key]) for key in other)
 
 
 def test_the_result_is_the_moving_average_of_the_decay_that_is_set(job, tmp_path):
