@@ -438,7 +438,9 @@ def a_feature_map_that_is_none(w):
 @bad(r"unknown feature map 'exp': use one of elu")
 def a_plan_with_a_feature_map_that_is_none(w):
     (w.folder / "plan.yaml").write_text("feature_map: exp\n")
-    return cli("convert", "--model", "/nowhere", "--plan", w.folder / "plan.yaml", "--out", w.folder / "converted")
+    return lambda: cli(
+        "convert", "--model", "/nowhere", "--plan", w.folder / "plan.yaml", "--out", w.folder / "converted"
+    )
 
 
 @bad(r"no prompt file")

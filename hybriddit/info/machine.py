@@ -69,16 +69,15 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     from ..attention.window import WindowCase, choose_backend
 
     try:
-        from ..benchmark.subjects import find_subject
         from ..models import families
     except ModuleNotFoundError:  # a machine of torch alone, without diffusers, has no models to choose for
         return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():
-        name = next((published.shape for published in family.published.values() if published.shape), None)
-        if name is None:
+        published = next((published for published in family.published.values() if published.shape), None)
+        if published is None:
             continue
-        shape = find_subject(name).shape
+        shape = family.attention_shape(published)
         for size in SIZES:
             settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
             choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
