@@ -69,27 +69,31 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
     from ..attention.window import WindowCase, choose_backend
 
     try:
-        from ..benchmark.subjects import find_subject
         from ..models import families
     except ModuleNotFoundError:  # a machine of torch alone, without diffusers, has no models to choose for
         return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():
-        name = next((published.shape for published in family.published.values() if published.shape), None)
-        if name is None:
+        published = next((model for model in family.published.values() if model.shape), None)
+        if published is None:
             continue
-        shape = find_subject(name).shape
+        with torch.device("meta"):
+            model = family.dense_class(**published.arguments)
+        layer = next(attn for name, attn in family.attentions(model).items() if family.converts(name))
+        shape, text = family.layer_shape(layer), family.text_length() if family.joint else 0
+        token_pixels = family.token_pixels(model.config, published.vae_scale_factor)
         for size in SIZES:
-            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
-            choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
+            grid = (size // token_pixels, size // token_pixels)
+            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), text)
+            choice = choose_backend(WindowCase(torch.device(device), dtype, grid, *settings))
             yield {
                 "family": family.name,
                 "pixels": size,
-                "grid": list(shape.grid(size)),
+                "grid": list(grid),
                 "window": WINDOW,
                 "heads": shape.heads,
                 "head_dim": shape.head_dim,
-                "text_length": shape.text,
+                "text_length": text,
                 "backend": choice.backend,
                 "reason": choice.reason,
                 "passed_over": dict(choice.passed_over),

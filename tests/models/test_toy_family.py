@@ -29,7 +29,7 @@ from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore
 from hybriddit.cli import main
 from hybriddit.data.sources import teacher
 from hybriddit.generate import generate
-from hybriddit.info import describe, description_text
+from hybriddit.info import describe, description_text, environment
 from hybriddit.models.family import (
     Family,
     LayerShape,
@@ -696,6 +696,12 @@ def test_it_generates(pipeline):
     perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)), scale=1.0)
     ((hybrid, record),) = pixels(pipeline, seed=3, height=24, width=40)
     assert not np.array_equal(hybrid, dense) and record["hybrid_config"]["window"] == 3
+
+
+def test_this_machine_s_choices_name_it():
+    choices = [choice for choice in environment()["window_choices"] if choice["family"] == "Toy"]
+    expected = {"heads": 4, "head_dim": 8, "text_length": 8, "grid": [64, 64]}  # of 512 pixels, 8 a token
+    assert expected in [{name: choice[name] for name in expected} for choice in choices]
 
 
 def test_a_pipeline_is_saved_loaded_and_described(pipeline, tmp_path):
