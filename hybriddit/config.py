@@ -12,9 +12,6 @@ from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
-# names of the rows of `attention.mixers` and `attention.linear.features`: here, because this module goes without torch
-MIXERS = ("linear",)
-FEATURE_MAPS = ("elu",)
 MAX_BLOCKS = 128  # blocks of one stack that every_nth_dense writes patterns for: the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
 
@@ -29,8 +26,9 @@ class HybridConfig:
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
-    mixer: the far branch's attention over the whole image: "linear".
-    feature_map: what makes the mixer's queries and keys positive: "elu", which is elu + 1.
+    mixer: the far branch's attention over the whole image, a row of `attention.mixers.MIXERS`: "linear".
+    feature_map: what makes the mixer's queries and keys positive: "elu", which is elu + 1. Whether the names of mixer
+        and feature map exist is known where torch is: `attention.mixers.check_mixer`, and all that converts a model.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
         that matches none is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
@@ -63,10 +61,11 @@ class HybridConfig:
                 raise ValueError(f"{name} must be a positive integer or None, not {value!r}")
         if self.linear not in (True, False):
             raise ValueError(f"linear must be true or false, not {self.linear!r}")
-        for name, known in (("gate", GATES), ("mixer", MIXERS), ("feature_map", FEATURE_MAPS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        if self.gate not in GATES:
+            raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
+        for name in ("mixer", "feature_map"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, not {getattr(self, name)!r}")
         # pairs are what `to_dict` gives
         pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
         if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):

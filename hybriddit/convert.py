@@ -29,6 +29,9 @@ def run(
         raise ValueError("give one of --window and --plan, for a fresh hybrid, or --adapter, which brings its own")
     fields = {} if window is None else {"window": window}
     config = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
+    from .attention.mixers import check_mixer
+
+    check_mixer(config.mixer, config.feature_map)
     with filling(out) as folder:
         from .models import hybridize, load_adapter
         from .pipelines.loading import load_for_use

@@ -425,6 +425,24 @@ def a_recipe_of_another_family(w):
     return w.distill("model.recipe=sd3")
 
 
+@bad(r"unknown mixer 'mamba': use one of linear")
+def a_mixer_that_is_none(w):
+    return w.distill("hybrid.mixer=mamba", "model.path=/nowhere")  # told before the teacher is looked for
+
+
+@bad(r"unknown feature map 'exp': use one of elu")
+def a_feature_map_that_is_none(w):
+    return w.distill("hybrid.feature_map=exp", "model.path=/nowhere")
+
+
+@bad(r"unknown feature map 'exp': use one of elu")
+def a_plan_with_a_feature_map_that_is_none(w):
+    (w.folder / "plan.yaml").write_text("feature_map: exp\n")
+    return lambda: cli(
+        "convert", "--model", "/nowhere", "--plan", w.folder / "plan.yaml", "--out", w.folder / "converted"
+    )
+
+
 @bad(r"no prompt file")
 def a_prompt_file_that_is_not_there(w):
     return w.distill(f"data.prompts={w.folder / 'none.txt'}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import GATES, LAYER_KINDS
 from .layout import TokenLayout
-from .mixers import MIXERS
+from .mixers import MIXERS, check_mixer
 from .window import neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
@@ -73,12 +73,12 @@ class HybridAttention(nn.Module):
         names = {
             "layer kind": (kind, LAYER_KINDS),
             "gate": (gate, GATES),
-            "mixer": (mixer, MIXERS),
             "maps": (maps, MAPS),
         }
         for name, (value, known) in names.items():
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+        check_mixer(mixer, feature_map)
         self.kind, self.heads, self.head_dim = kind, heads, head_dim
         self.kv_heads = heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:

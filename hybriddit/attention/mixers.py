@@ -1,7 +1,7 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
 A mixer is made by Mixer(heads, head_dim, feature_map=...), and is called and counts its FLOPs and bytes as LinearMixer
-does. Another one is one file, a row of `MIXERS` and its name in `config.MIXERS`, which `HybridConfig` goes by.
+does. Another one is one file and a row of `MIXERS`.
 """
 
 from __future__ import annotations
@@ -57,3 +57,11 @@ class LinearMixer(nn.Module):
 
 
 MIXERS = {"linear": LinearMixer}
+
+
+def check_mixer(mixer: str, feature_map: str) -> None:
+    """Raise ValueError for a mixer that does not exist, and for a feature map that it does not have."""
+    if mixer not in MIXERS:
+        raise ValueError(f"unknown mixer {mixer!r}: use one of {', '.join(MIXERS)}")
+    with torch.device("meta"):
+        MIXERS[mixer](1, 1, feature_map=feature_map)

@@ -1,4 +1,4 @@
-"""The attention layer of a shape, as every variant computes it. Imports torch and our attention, never diffusers."""
+"""The attention layer of a model, as every variant computes it, on random tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
 from ..attention.work import Work, dense_work
+from ..models.family import AttentionShape
 from .circular import circular_attention, circular_block_mask, circular_work, compiled_flex
 from .measure import Case
-from .shapes import Shape, is_dense
+from .shapes import is_dense
 
 SDPA = {
     "dense-flash": SDPBackend.FLASH_ATTENTION,
@@ -28,7 +29,7 @@ def device_variants(device: torch.device) -> tuple[str, ...]:
     return ("hybrid", "window", "linear", *dense, "circular")
 
 
-def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> int:
+def input_bytes(shape: AttentionShape, px: int, dtype: torch.dtype, backward: bool) -> int:
     """Bytes of the tensors that a layer's variants share, one output and all their gradients included."""
     rows, columns = shape.grid(px)
     image = rows * columns
@@ -37,7 +38,7 @@ def input_bytes(shape: Shape, px: int, dtype: torch.dtype, backward: bool) -> in
 
 
 def layer_cases(
-    shape: Shape,
+    shape: AttentionShape,
     px: int,
     variants: Sequence[str],
     window: int,
@@ -121,7 +122,7 @@ def layer_cases(
 
 
 def layer_work(
-    variant: str, shape: Shape, grid: tuple[int, int], window: int, radius: int, element: int
+    variant: str, shape: AttentionShape, grid: tuple[int, int], window: int, radius: int, element: int
 ) -> dict[str, Work]:
     """The least that each direction has to move and compute, as the layers count it (see `attention.work`).
 
@@ -143,6 +144,6 @@ def layer_work(
     return layer.work(layout, element)
 
 
-def _hybrid_layer(shape: Shape, window: int) -> HybridAttention:
+def _hybrid_layer(shape: AttentionShape, window: int) -> HybridAttention:
     """The layer without what its maps would take: the far branch's queries and keys are given."""
     return HybridAttention(1, shape.heads, shape.head_dim, window=(window, window))

@@ -1,27 +1,6 @@
-"""What a benchmark can be of: an attention layer's shape, parts, sizes, variants, directions. Imports no torch."""
+"""What a benchmark can be of: parts, sizes, variants, directions. Imports no torch."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
-
-
-class Shape(NamedTuple):
-    """The attention layer of one model.
-
-    text: text tokens in the layer's sequence; text_first: whether they precede the image's.
-    pixels: of an image token, along each axis.
-    """
-
-    heads: int
-    head_dim: int
-    text: int
-    text_first: bool
-    pixels: int
-
-    def grid(self, px: int) -> tuple[int, int]:
-        """(rows, columns) of the tokens of a square image."""
-        return px // self.pixels, px // self.pixels
-
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)  # sides of square images, in pixels
 PARTS = ("attention", "transformer", "generation")

@@ -18,10 +18,9 @@ from ..attention import TokenLayout
 from ..attention.work import dense_flops
 from ..config import HybridConfig
 from ..models import SiTTransformer2DModel, families, hybridize
-from ..models.family import Family, Published
+from ..models.family import AttentionShape, Family, Published
 from ..models.flops import attention_flops, sit_flops
 from ..pipelines.sit import SiTPipeline
-from .shapes import Shape
 
 SIT_PRESETS = {"sit-xl": "XL/2"}
 SIT_VAE_SCALE_FACTOR = 8
@@ -56,11 +55,10 @@ class Subject(ABC):
         self.name, self.source, self.model_class, self.arguments = name, source, model_class, arguments
         self.vae_scale_factor, self.guided, self.prompt = vae_scale_factor, guided, prompt
 
-    @cached_property
-    def shape(self) -> Shape:
-        """Of the attention layer that hybrid attention replaces."""
-        with torch.device("meta"):
-            return self._shape(self.model_class(**self._with_blocks(min(self.blocks, 1))))
+    @property
+    @abstractmethod
+    def shape(self) -> AttentionShape:
+        """Of the attention layers that hybrid attention replaces."""
 
     @property
     def blocks(self) -> int:
@@ -107,10 +105,6 @@ class Subject(ABC):
         return arguments
 
     @abstractmethod
-    def _shape(self, model: nn.Module) -> Shape:
-        """Of a dense model's attention layer; the model is on the meta device."""
-
-    @abstractmethod
     def example(self, model: nn.Module, px: int) -> Example:
         """Random inputs for one image, of the dense model's dtype and device."""
 
@@ -146,14 +140,11 @@ class FamilySubject(Subject):
             family.guided,
             family.text_length(),
         )
-        self.family = family
+        self.family, self.published = family, published
 
-    def _shape(self, model: nn.Module) -> Shape:
-        layers = self.family.attentions(model).items()
-        layer = self.family.layer_shape(next(attn for name, attn in layers if self.family.converts(name)))
-        text = self.prompt if self.family.joint else 0
-        pixels = self.family.token_pixels(model.config, self.vae_scale_factor)
-        return Shape(layer.heads, layer.head_dim, text, self.family.text_first, pixels)
+    @cached_property
+    def shape(self) -> AttentionShape:
+        return self.family.attention_shape(self.published)
 
     def example(self, model: nn.Module, px: int) -> Example:
         family, grid, random = self.family, self.shape.grid(px), _maker(torch.randn, model)
@@ -198,10 +189,10 @@ class SiTSubject(Subject):
         arguments = {**SiTTransformer2DModel.preset(preset), "sample_size": 32}  # `make` sets another
         super().__init__(name, f"SiT-{preset}", SiTTransformer2DModel, arguments, SIT_VAE_SCALE_FACTOR, True, 0)
 
-    def _shape(self, model: nn.Module) -> Shape:
-        config = model.config
-        pixels = self.vae_scale_factor * config.patch_size
-        return Shape(config.num_attention_heads, config.attention_head_dim, 0, False, pixels)
+    @property
+    def shape(self) -> AttentionShape:
+        heads, head_dim = self.arguments["num_attention_heads"], self.arguments["attention_head_dim"]
+        return AttentionShape(heads, head_dim, 0, False, self.vae_scale_factor * self.arguments["patch_size"])
 
     def example(self, model: nn.Module, px: int) -> Example:
         config = model.config

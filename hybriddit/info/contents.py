@@ -253,7 +253,7 @@ def _sit_lines(sit: dict[str, Any] | None) -> list[str]:
 
 def _class_names(id2label: dict[str, str] | None, classes: int) -> str:
     if not id2label:
-        return "ImageNet's, where torchvision is installed" if classes == 1000 else "none"
+        return "ImageNet's" if classes == 1000 else "none"
     names = [repr(id2label[index]) for index in sorted(id2label, key=int)]  # the file has them as 0, 1, 10, 2
     return f"{len(names)}: {', '.join(names[:SHOWN_NAMES])}" + (", …" if len(names) > SHOWN_NAMES else "")
 

@@ -74,26 +74,21 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
         return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():
-        published = next((model for model in family.published.values() if model.shape), None)
+        published = next((published for published in family.published.values() if published.shape), None)
         if published is None:
             continue
-        with torch.device("meta"):
-            model = family.dense_class(**published.arguments)
-        layer = next(attn for name, attn in family.attentions(model).items() if family.converts(name))
-        shape, text = family.layer_shape(layer), family.text_length() if family.joint else 0
-        token_pixels = family.token_pixels(model.config, published.vae_scale_factor)
+        shape = family.attention_shape(published)
         for size in SIZES:
-            grid = (size // token_pixels, size // token_pixels)
-            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), text)
-            choice = choose_backend(WindowCase(torch.device(device), dtype, grid, *settings))
+            settings = (shape.heads, shape.head_dim, (WINDOW, WINDOW), (1, 1), (1, 1), shape.text)
+            choice = choose_backend(WindowCase(torch.device(device), dtype, shape.grid(size), *settings))
             yield {
                 "family": family.name,
                 "pixels": size,
-                "grid": list(grid),
+                "grid": list(shape.grid(size)),
                 "window": WINDOW,
                 "heads": shape.heads,
                 "head_dim": shape.head_dim,
-                "text_length": text,
+                "text_length": shape.text,
                 "backend": choice.backend,
                 "reason": choice.reason,
                 "passed_over": dict(choice.passed_over),

@@ -52,6 +52,24 @@ class Processors(NamedTuple):
     dense: type | None = None
 
 
+class AttentionShape(NamedTuple):
+    """The layers of one model that hybrid attention replaces, and the tokens in them.
+
+    text: text tokens in the layer's sequence; text_first: whether they precede the image's.
+    pixels: of an image token, along each axis.
+    """
+
+    heads: int
+    head_dim: int
+    text: int
+    text_first: bool
+    pixels: int
+
+    def grid(self, px: int) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a square image."""
+        return px // self.pixels, px // self.pixels
+
+
 class LayerShape(NamedTuple):
     """Sizes of one attention layer: channels of its input, heads of queries and of keys and values, and their width."""
 
@@ -231,6 +249,15 @@ class Family(ABC):
         return output
 
     # Not to be overridden
+
+    def attention_shape(self, published: Published) -> AttentionShape:
+        """Of a published model, which is built from shapes alone."""
+        with torch.device("meta"):
+            model = self.dense_class(**published.arguments)
+        layer = self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
+        text = self.text_length() if self.joint else 0
+        pixels = self.token_pixels(model.config, published.vae_scale_factor)
+        return AttentionShape(layer.heads, layer.head_dim, text, self.text_first, pixels)
 
     def recipe(self, config: Mapping[str, Any], name: str | None = None) -> Recipe:
         """The recipe of this name; None: the one that fits the transformer's config.

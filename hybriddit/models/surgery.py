@@ -19,6 +19,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from ..attention import HybridAttention
+from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
 from .family import Family, family_of, is_hybrid
@@ -344,7 +345,9 @@ def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridCon
     path = _adapter_file(str(folder_or_repo_id), CONFIG_NAME)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return HybridConfig.from_dict(values), values.get("_base_class")
+        config = HybridConfig.from_dict(values)
+        check_mixer(config.mixer, config.feature_map)
+        return config, values.get("_base_class")
     except (TypeError, ValueError) as error:  # json's and unicode's decoding errors are ValueErrors too
         raise ValueError(f"{path} is no adapter config: {error}") from error
 

@@ -298,23 +298,20 @@ class SiTPipeline(DiffusionPipeline):
 
 
 def imagenet_names() -> dict[int, str]:
-    """{index: name} of ImageNet's 1000 classes, from torchvision; {} if torchvision is not installed."""
-    try:
-        from torchvision.models import ResNet50_Weights
-    except ImportError:
-        return {}
+    """{index: name} of ImageNet's 1000 classes, as torchvision has them."""
+    from torchvision.models import ResNet50_Weights  # here: it imports all of torchvision's models
+
     return dict(enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]))
 
 
 def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
     """A pipeline's id2label from the class names of a data set, in the order of their labels; None if all are empty.
 
-    ImageNet's folder names (the 1000 wnids n01440764 to n15075141) become ImageNet's class names if torchvision is
-    installed.
+    ImageNet's folder names (the 1000 wnids n01440764 to n15075141) become ImageNet's class names.
     """
     imagenet = len(classes) == IMAGENET_CLASSES and (classes[0], classes[-1]) == IMAGENET_ENDS
     if imagenet and list(classes) == sorted(classes) and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return imagenet_names() or dict(enumerate(classes))
+        return imagenet_names()
     return {index: name for index, name in enumerate(classes) if name} or None
 
 

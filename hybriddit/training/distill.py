@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
+from ..attention.mixers import check_mixer
 from ..data.latents import LatentData
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
@@ -59,6 +60,7 @@ def check_settings(config: DistillConfig) -> None:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
+    check_mixer(config.hybrid.mixer, config.hybrid.feature_map)
     SOURCES[config.data.source].count(config.data)
 
 

@@ -2,9 +2,7 @@ import oracles
 import pytest
 import torch
 
-from hybriddit import config
 from hybriddit.attention import HybridAttention, TokenLayout, mixers
-from hybriddit.attention.linear import FEATURE_MAPS
 from hybriddit.attention.work import dense_flops, dense_work
 
 WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 4, 24, (11, 9), 5
@@ -257,10 +255,6 @@ def test_another_mixer_is_a_row(monkeypatch):
     torch.testing.assert_close(image, mean.expand_as(image))
     parts = layer.flops_by_part(layout)
     assert (parts["far"], parts["normalization"]) == (5, 7)
-
-
-def test_the_names_in_the_config_are_the_rows():
-    assert tuple(mixers.MIXERS) == config.MIXERS and tuple(FEATURE_MAPS) == config.FEATURE_MAPS
 
 
 # width 32 in 2 heads of 16, one head of keys, N = 30, T = 7, window 3 x 3 of 6 x 5, rank 2

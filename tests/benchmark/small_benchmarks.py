@@ -2,11 +2,11 @@
 
 import torch
 
-from hybriddit.benchmark.shapes import Shape
 from hybriddit.cli import main
+from hybriddit.models.family import AttentionShape
 
 CPU = torch.device("cpu")
-SMALL = Shape(heads=2, head_dim=8, text=3, text_first=True, pixels=16)
+SMALL = AttentionShape(heads=2, head_dim=8, text=3, text_first=True, pixels=16)
 QUICK = ["--shapes", "sit-xl", "--dtype", "float32", "--repeats", "2", "--quiet"]
 QUICK += ["--variants", "hybrid", "window", "linear", "dense"]
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import os
 import signal
 
@@ -476,3 +477,11 @@ def test_a_guidance_distilled_teacher_has_no_task_loss_on_others_images(prepared
         distill(pipeline, foreign, tiny_config(loss__task=1.0))
     weights, _ = distill_module.loss_settings(recipe_of(prepared("sd3")[0]), tiny_config(), teacher_made=False)
     assert weights.tolist() == [1.0, 0.5, 0.5]
+
+
+def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path):
+    settings = {"hybrid.window": 3, "hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1, "settings": {"hybrid.window": 3}}))
+    assert checkpoint_module.read_state(tmp_path, settings)["step"] == 1
+    with pytest.raises(ValueError, match="made with other values of hybrid.mixer: resume with"):
+        checkpoint_module.read_state(tmp_path, settings | {"hybrid.mixer": "another"})
