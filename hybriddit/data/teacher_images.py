@@ -67,7 +67,7 @@ def teacher_images(
 
 @contextmanager
 def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within it, collect what the transformer is called with: (hidden_states, times), the last `count` of every batch.
+    """Within it, collect what the transformer is called with: (latents, times), the last `count` of every batch.
 
     Those are the conditional ones under classifier-free guidance. Times are in the unit of the family's recipes.
     """
@@ -76,8 +76,8 @@ def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, t
 
     def keep(module, arguments, kwargs):
         named = inspect.signature(module.forward).bind(*arguments, **kwargs).arguments
-        hidden_states, timestep = named["hidden_states"][-count:], named["timestep"][-count:]
-        inputs.append((hidden_states.cpu(), family.times_of(timestep).cpu()))
+        latents, times = family.latents_and_times(named)
+        inputs.append((latents[-count:].cpu(), times[-count:].cpu()))
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:

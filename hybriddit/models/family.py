@@ -177,7 +177,8 @@ class Family(ABC):
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """The prompts' tensors, a row each, under the names that the pipeline's call takes them by.
 
-        They are what a cache keeps. length: max_sequence_length, or nothing for the pipeline's default.
+        They are what a cache keeps; "prompt_embeds" is among them. length: max_sequence_length, or nothing for the
+        pipeline's default.
         """
 
     @abstractmethod
@@ -233,9 +234,9 @@ class Family(ABC):
         gives it. grid: (rows, columns) in tokens. guidance: the scale, where `takes_guidance`, else None.
         """
 
-    def times_of(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The inverse of `model_inputs` in the times: from what the transformer is given to the recipes' unit."""
-        return timestep
+    def latents_and_times(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noisy latents, and the times [B] in the recipes' unit, of one call's arguments: `model_inputs` undone."""
+        return inputs["hidden_states"], inputs["timestep"]
 
     def add_noise(
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any

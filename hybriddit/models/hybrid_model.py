@@ -35,10 +35,8 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
     parameters = list(inspect.signature(dense_class.__init__).parameters.values())
     added = inspect.Parameter("hybrid_config", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = inspect.Signature([*parameters, added])
-    # the gates are few, and near zero: bf16 would round their steps away
+    # the gates are few, and near zero: bf16 would round their steps away. Layerwise casting heeds this list too
     attributes["_keep_in_fp32_modules"] = [*(dense_class._keep_in_fp32_modules or ()), "gate"]
-    patterns = dense_class._skip_layerwise_casting_patterns or ()
-    attributes["_skip_layerwise_casting_patterns"] = [*patterns, r"\.hybrid\.gate$"]
     name = f"Hybrid{dense_class.__name__}"
     members = {
         "__init__": register_to_config(__init__),

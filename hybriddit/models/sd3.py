@@ -159,5 +159,6 @@ class StableDiffusion3(Family):
             "timestep": times * 1000,
         }
 
-    def times_of(self, timestep: torch.Tensor) -> torch.Tensor:
-        return timestep / 1000
+    def latents_and_times(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, timestep = super().latents_and_times(inputs)
+        return latents, timestep / 1000

@@ -1,9 +1,10 @@
 """A made-up family, in this file alone and registered by one call, that does what none of the supported ones does.
 
 Its text lies before the image and is padded, with a mask of its keys; queries share heads of keys and values; the
-attention's output has a gate; one kind of block has q, k, v and the MLP in one projection; layers are not named as
-diffusers names them; its velocity and its times run the other way; and nothing but the model's own arguments reaches
-its attention processors. Everything that hybriddit does with a family has to work on it.
+attention's output has a gate; one kind of block has q, k, v and the MLP in one projection; a reference image may lie
+behind the image; layers and arguments are not named as diffusers names them; its velocity and its times run the other
+way; and nothing but the model's own arguments reaches its attention processors. All that hybriddit does with a family
+has to work on it.
 """
 
 import copy
@@ -21,15 +22,17 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from tiny_models import perturb_hybrid, run, window_mask
 from torch import nn
 
 import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
+from hybriddit.attention import TokenLayout
 from hybriddit.cli import main
-from hybriddit.data.sources import teacher
+from hybriddit.data.sources import teacher, trajectories
 from hybriddit.generate import generate
-from hybriddit.info import describe, description_text
+from hybriddit.info import describe, description_text, environment
 from hybriddit.models.family import (
     Family,
     LayerShape,
@@ -154,28 +157,29 @@ class ToyTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self.image_out = nn.Linear(width, in_channels * patch_size**2)
         self.gradient_checkpointing = False
 
-    def forward(
-        self, hidden_states, encoder_hidden_states, encoder_attention_mask=None, timestep=None, return_dict=True
-    ):
-        patch, (height, width) = self.config.patch_size, hidden_states.shape[-2:]
-        image = self.image_in(F.unfold(hidden_states, patch, stride=patch).transpose(1, 2))
+    def embed(self, latents):
+        """[B, C, h, w] -> [B, tokens, width], with the tokens' places."""
+        patch = self.config.patch_size
+        image = self.image_in(F.unfold(latents, patch, stride=patch).transpose(1, 2))
         rows, columns = torch.meshgrid(
-            *(torch.arange(side // patch, device=image.device) for side in (height, width)), indexing="ij"
+            *(torch.arange(side // patch, device=image.device) for side in latents.shape[-2:]), indexing="ij"
         )
         waves = torch.arange(image.shape[-1], device=image.device)
         place = (rows.flatten()[:, None] * (waves + 1) / 7 + columns.flatten()[:, None] * (waves + 2) / 5).sin()
-        text = self.text_in(encoder_hidden_states)
-        tokens = torch.cat([text, image + place.to(image)], dim=1)
-        times = timestep[:, None, None] * torch.arange(1, 9, device=image.device)
+        return image + place.to(image)
+
+    def forward(self, x, text, text_mask=None, t=None, reference=None, return_dict=True):
+        text, image = self.text_in(text), self.embed(x)
+        tokens = torch.cat([text, image, *([] if reference is None else [self.embed(reference)])], dim=1)
+        times = t[:, None, None] * torch.arange(1, 9, device=image.device)
         time = self.time_in(times.to(image).cos())
-        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()
         for block in (*self.blocks, *self.fused_blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, time, mask)
+                tokens = self._gradient_checkpointing_func(block, tokens, time, text_mask)
             else:
-                tokens = block(tokens, time, mask)
-        patches = self.image_out(tokens[:, text.shape[1] :]).transpose(1, 2)
-        sample = F.fold(patches, (height, width), patch, stride=patch)
+                tokens = block(tokens, time, text_mask)
+        image = self.image_out(tokens[:, text.shape[1] :][:, : image.shape[1]]).transpose(1, 2)
+        sample = F.fold(image, x.shape[-2:], self.config.patch_size, stride=self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
@@ -286,6 +290,11 @@ class Toy(Family):
     recipes = {"toy": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {"toys/toy-large": Published({"layers": 2, "fused_layers": 2}, shape="toy", vae_scale_factor=4)}
 
+    def token_layout(self, model, inputs):
+        images = [inputs["x"], *([] if inputs.get("reference") is None else [inputs["reference"]])]
+        grids = (tuple(side // model.config.patch_size for side in image.shape[-2:]) for image in images)
+        return TokenLayout(inputs["text"].shape[1], tuple(grids), text_first=True)
+
     def layer_shape(self, attn):
         width = (attn.query if isinstance(attn, ToyAttention) else attn.qkv_mlp).in_features
         return LayerShape(width, attn.heads, attn.kv_heads, attn.head_dim)
@@ -303,15 +312,10 @@ class Toy(Family):
         return {"prompt_embeds": embeds, "prompt_mask": torch.ones(count, length, dtype=bool, device=embeds.device)}
 
     def model_inputs(self, noisy, times, text, grid, guidance):
-        return {
-            "hidden_states": noisy,
-            "encoder_hidden_states": text["prompt_embeds"],
-            "encoder_attention_mask": text["prompt_mask"],
-            "timestep": 1 - times,
-        }
+        return {"x": noisy, "text": text["prompt_embeds"], "text_mask": text["prompt_mask"], "t": 1 - times}
 
-    def times_of(self, timestep):
-        return 1 - timestep
+    def latents_and_times(self, inputs):
+        return inputs["x"], 1 - inputs["t"]
 
     def prediction(self, output, latents):
         return -output
@@ -357,10 +361,10 @@ def make_inputs(model, grid=GRID, batch=2, seed=1, padded=True):
     mask = torch.ones(batch, TEXT, dtype=torch.bool)
     mask[0, 2:] = not padded
     return {
-        "hidden_states": random(batch, 4, 2 * grid[0], 2 * grid[1]),
-        "encoder_hidden_states": random(batch, TEXT, 12),
-        "encoder_attention_mask": mask,
-        "timestep": torch.linspace(0.3, 0.8, batch, dtype=model.dtype),
+        "x": random(batch, 4, 2 * grid[0], 2 * grid[1]),
+        "text": random(batch, TEXT, 12),
+        "text_mask": mask,
+        "t": torch.linspace(0.3, 0.8, batch, dtype=model.dtype),
     }
 
 
@@ -406,9 +410,9 @@ def test_padded_text_is_not_seen():
         inputs = make_inputs(model)
         out = run(model, inputs)
         for place, matters in ((3, False), (1, True)):
-            text = inputs["encoder_hidden_states"].clone()
+            text = inputs["text"].clone()
             text[0, place] += 1
-            changed = (run(model, {**inputs, "encoder_hidden_states": text}) - out).abs().amax((1, 2, 3))
+            changed = (run(model, {**inputs, "text": text}) - out).abs().amax((1, 2, 3))
             assert (changed[0] > 1e-6) == matters and changed[1] == 0
 
 
@@ -445,6 +449,24 @@ def test_an_open_layer_against_the_formulas(kind, gate):
         else:
             expected = attn.out_mlp(torch.cat([expected, F.gelu(hidden)], -1))
     torch.testing.assert_close(seen["out"], expected, rtol=0, atol=2e-7)
+
+
+def test_a_reference_image_is_a_second_grid():
+    """Linear layers see it; windows do not know yet what to see of it, and say so."""
+    model = perturb_hybrid(hybridize(make(), HybridConfig(window=None)))
+    inputs, attn = make_inputs(model), model.blocks[0].attention
+    layouts = []
+    attn.hybrid.register_forward_pre_hook(lambda module, args: layouts.append(args[3]))
+    reference = torch.randn(2, 4, 6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    alone, beside = run(model, inputs), run(model, {**inputs, "reference": reference})
+    assert layouts == [TokenLayout(TEXT, (GRID,), True), TokenLayout(TEXT, (GRID, (3, 5)), True)]
+    reference[0, :, 5, 9] += 1
+    changed = run(model, {**inputs, "reference": reference}) - beside
+    assert changed[0].abs().amax(0).min() > 0 and not changed[1].any() and (beside - alone).abs().max() > 1e-3
+    restore_dense(model)
+    hybridize(model, HybridConfig(window=3))
+    with pytest.raises(NotImplementedError, match="several image grids"):
+        run(model, {**inputs, "reference": reference})
 
 
 def test_layers_stay_dense_and_deltas_count():
@@ -693,9 +715,17 @@ def test_it_generates(pipeline):
     assert np.array_equal(dense, np.asarray(expected)) and dense.shape == (24, 40, 3)
     with pytest.raises(ValueError, match="height 26 is no multiple of 4"):
         pixels(pipeline, height=26)
+    with pytest.raises(ValueError, match="no image-to-image for a ToyPipeline"):
+        pixels(pipeline, image=Image.new("RGB", (32, 32)))
     perturb_hybrid(hybridize(pipeline.transformer, HybridConfig(window=3)), scale=1.0)
     ((hybrid, record),) = pixels(pipeline, seed=3, height=24, width=40)
     assert not np.array_equal(hybrid, dense) and record["hybrid_config"]["window"] == 3
+
+
+def test_this_machine_s_choices_name_it():
+    choices = [choice for choice in environment()["window_choices"] if choice["family"] == "Toy"]
+    expected = {"heads": 4, "head_dim": 8, "text_length": 8, "grid": [64, 64]}  # of 512 pixels, 8 a token
+    assert expected in [{name: choice[name] for name in expected} for choice in choices]
 
 
 def test_a_pipeline_is_saved_loaded_and_described(pipeline, tmp_path):
@@ -756,6 +786,16 @@ def test_it_distils_two_steps(pipeline, tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], weights) for name, weights in added(model).items())
 
 
+def test_trajectories_hold_what_the_transformer_saw(pipeline):
+    config = distill_config().data
+    config.states = 2
+    data = trajectories(pipeline, config, progress=False)
+    rows = data.rows(range(4))
+    assert rows["states"].shape == (4, 2, 4, 16, 12) and torch.allclose(rows["times"][:, 0], torch.ones(4))
+    noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(config.seed + 3))
+    assert torch.equal(rows["states"][3, 0], noise[0])
+
+
 def test_distillation_hands_it_what_its_teacher_was_trained_on(pipeline):
     """Latents and times as the pipeline would give them, and the velocity the right way round: t is 1 at the image."""
     family, latents = family_of(pipeline.transformer), torch.randn(2, 4, 16, 12)
@@ -764,8 +804,8 @@ def test_distillation_hands_it_what_its_teacher_was_trained_on(pipeline):
     assert torch.equal(noisy[1], noise[1]) and torch.equal(target, noise - latents)
     text = family.encode_prompts(pipeline, PROMPTS[:2])
     inputs = family.model_inputs(noisy, times, text, (8, 6), None)
-    assert inputs["timestep"].tolist() == [0.75, 0.0]
-    assert torch.equal(family.times_of(inputs["timestep"]), times)
+    assert inputs["t"].tolist() == [0.75, 0.0]
+    assert all(map(torch.equal, family.latents_and_times(inputs), (noisy, times)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
