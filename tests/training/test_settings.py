@@ -171,6 +171,18 @@ def test_a_gradient_within_the_clip_is_left_as_it_is(job, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_the_gradient_is_of_the_weighted_losses_alone(tmp_path):
+    """Twice the weight of the only loss is twice the gradient; a loss of weight 0 adds none."""
+    job, norms = Distilling(), {}
+    for weights in ((0, 1, 0), (0, 2, 0), (0, 0, 1), (0, 0, 2)):
+        folder = tmp_path / "-".join(map(str, weights))
+        job.run(folder, dict(zip(("loss.task", "loss.output", "loss.layer"), map(float, weights), strict=True)))
+        norms[weights] = log_of(folder)[0]["grad_norm"]
+    assert norms[0, 2, 0] == pytest.approx(2 * norms[0, 1, 0], rel=1e-4)
+    assert norms[0, 0, 2] == pytest.approx(2 * norms[0, 0, 1], rel=1e-4)
+    assert norms[0, 1, 0] != pytest.approx(norms[0, 0, 1], rel=0.05)
+
+
 def test_every_step_draws_its_own_noise_and_times(job, tmp_path):
     config = job.config(tmp_path)
     (noise, times), (noise2, times2) = job.draw(config, 0), job.draw(config, 1)
