@@ -1,4 +1,4 @@
-"""What hybriddit has to know of a kind of transformer, in one class, and the families that are registered.
+"""The interface that describes a kind of transformer to hybriddit, and the table of registered families.
 
 A family is one file with a subclass of `Family`, and one call of `register`. Everything else in the package asks the
 family of a model: nothing outside `models/` knows a diffusers class by name. docs/adding-a-family.md walks through one.
@@ -128,18 +128,18 @@ class Family(ABC):
         return any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
     def layer_shape(self, attn: nn.Module) -> LayerShape:
-        """Of a layer with projections to_q and to_k and an attribute `heads`."""
+        """Sizes of an attention layer; this one reads them from to_q, to_k and `heads`."""
         head_dim = attn.to_q.out_features // attn.heads
         return LayerShape(attn.to_q.in_features, attn.heads, attn.to_k.out_features // head_dim, head_dim)
 
     def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
-        """Those linear layers of an attention module whose output matters, by their names within it."""
+        """Linear layers of an attention module that low-rank updates go on, by their names within it."""
         names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         modules = dict(attn.named_modules())
         return {name: modules[name] for name in names if modules.get(name) is not None}
 
     def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
-        """The layout of the tokens that this layer sees, of the model's."""
+        """The layout of the tokens that this layer sees: the model's, or the part of it that reaches the layer."""
         return token_layout
 
     def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
@@ -149,33 +149,33 @@ class Family(ABC):
     # Tokens
 
     def token_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:
-        """The layout of one call, of the arguments of forward: of latents [B, C, h, w] that the model cuts in patches."""
+        """The token layout of one call, from the arguments of forward; here latents [B, C, h, w] cut into patches."""
         patch = model.config.patch_size
         grid = tuple(side // patch for side in inputs["hidden_states"].shape[-2:])
         text_length = inputs["encoder_hidden_states"].shape[1] if self.joint else 0
         return TokenLayout(text_length, (grid,), self.text_first)
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
-        """Latents of one token, along each axis. config: the transformer's."""
+        """How many latents one token covers, along each axis. config: the transformer's."""
         return config["patch_size"]
 
     def token_pixels(self, config: Mapping[str, Any], vae_scale_factor: int) -> int:
-        """Pixels of one token, along each axis: sizes of images are multiples of it. config: the transformer's."""
+        """How many pixels one token covers, along each axis: image sizes are multiples of it. config: the transformer's."""
         return vae_scale_factor * self.latents_per_token(config)
 
     def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
-        """Of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
+        """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """The VAE's latents, [B, C, h, w], as the transformer takes them."""
+        """Rearrange the VAE's latents, [B, C, h, w], as the transformer takes them."""
         return latents
 
     # Prompts
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
-        """The prompts' tensors, a row each, under the names that the pipeline's call takes them by.
+        """Encode prompts: tensors with a row for each, under the names that the pipeline's call takes them by.
 
         They are what a cache keeps; "prompt_embeds" is among them. length: max_sequence_length, or nothing for the
         pipeline's default.
@@ -185,13 +185,13 @@ class Family(ABC):
     def example_text(
         self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Tensors as `encode_prompts` gives them, for `count` prompts of `length` tokens; make(*shape) gives the values.
+        """Make up tensors as `encode_prompts` gives them, for `count` prompts of `length` tokens.
 
-        config: the transformer's.
+        config: the transformer's. make(*shape) gives the values.
         """
 
     def text_length(self, max_sequence_length: int | None = None, tokenizer_length: int = 77) -> int:
-        """Text tokens that the transformer is given; None is the pipeline's default.
+        """How many text tokens the transformer is given; a max_sequence_length of None is the pipeline's default.
 
         tokenizer_length: the longest text of the pipeline's first tokenizer.
         """
@@ -203,7 +203,7 @@ class Family(ABC):
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
     ) -> dict[str, Any]:
-        """The pipeline's arguments for `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
+        """The pipeline's arguments that sample `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
         if not self.guided:
             return dict(text)
         negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
@@ -251,7 +251,7 @@ class Family(ABC):
     # Not to be overridden
 
     def attention_shape(self, published: Published) -> AttentionShape:
-        """Of a published model, which is built from shapes alone."""
+        """Attention layer of a published model, which is built from shapes alone."""
         with torch.device("meta"):
             model = self.dense_class(**published.arguments)
         layer = self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
@@ -283,10 +283,13 @@ _FAMILIES: list[Family] = []
 
 
 def register(family_class: type[Family]) -> Family:
-    """Add a family: from here on its models are converted, distilled, generated with, measured and described.
+    """Add a family, so that its models can be converted, distilled, sampled, measured and described.
 
-    Returns its one instance. Raises ValueError where it lacks a part or repeats what another one has.
+    Returns its one instance. Raises TypeError for what is no subclass of Family, and ValueError, in one line, where it
+    lacks parts, has a part of the wrong kind, or repeats a name of another family.
     """
+    if not _is_class(family_class, Family):
+        raise TypeError(f"register takes a subclass of Family, not {shorten(repr(family_class), 80)}")
     own = {name for name in Family.__annotations__ if not hasattr(family_class, name)}
     missing = sorted(own | getattr(family_class, "__abstractmethods__", frozenset()))
     named = getattr(family_class, "name", family_class.__name__)
@@ -356,12 +359,12 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
 
 
 def unregister(family: Family) -> None:
-    """Undo `register`."""
+    """Take a family out of the table again."""
     _FAMILIES.remove(family)
 
 
 def families() -> Sequence[Family]:
-    """Those that are registered, in that order."""
+    """The registered families, oldest first."""
     return tuple(_FAMILIES)
 
 

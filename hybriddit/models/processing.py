@@ -48,7 +48,7 @@ def far_inputs(
 
     hidden_states [B, N, width], query [B, N, heads, D] and key [B, N, kv_heads, D], raw projections, all of the image
     tokens alone. norms: the layer's own of queries and keys; None: its `norm_q` and `norm_k`. They are applied here,
-    rotary embedding is not: phi after it would lose its sign.
+    rotary embedding is not: the far branch knows no positions.
     """
     hybrid: HybridAttention = attn.hybrid
     if hybrid.far is None:

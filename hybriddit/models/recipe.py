@@ -1,4 +1,4 @@
-"""How teachers were trained, as far as distilling them has to know: times, noise, and the weights of the losses."""
+"""Recipes of distillation: the times and noise that teachers were trained with, and the weights of the losses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Recipe:
     draw_times: the times it is trained at.
     task, output, layer: weights of the three losses.
     prompt_dropout: share of samples trained with the empty prompt, for classifier-free guidance.
-    task_needs_teacher_images: a guidance-distilled teacher no longer fits its own training set, so the task loss is
-        right only on images it made itself, with the guidance value that made them.
+    task_needs_teacher_images: whether the task loss is right only on the teacher's own images, with the guidance value
+        that made them: a guidance-distilled teacher no longer fits the data it was first trained on.
     """
 
     draw_times: DrawTimes
@@ -53,7 +53,7 @@ def shifted_logit_normal(count: int, tokens: int, scheduler: Any, generator: tor
 
 
 def scheduler_shift(tokens: int, config: Mapping[str, Any]) -> float:
-    """How far the scheduler moves the times of so large an image towards noise: the factor on sigma / (1 - sigma)."""
+    """The factor on sigma / (1 - sigma) by which a scheduler moves an image's times towards noise, by its tokens."""
     if config.get("use_dynamic_shifting"):  # FLUX: the factor's logarithm is linear in the tokens, between two sizes
         base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

@@ -96,7 +96,7 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
-    """The part of `hybridize` that the Hybrid classes' constructors share: all but the change of class."""
+    """Add hybrid attention to a model without changing its class, as `hybridize` and the Hybrid constructors both do."""
     family = family_of(model)
     attentions = family.attentions(model)
     teachers = [row.teacher for row in family.processors]
@@ -139,7 +139,7 @@ def _checkpointing(model: nn.Module) -> list[nn.Module]:
 
 
 def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
-    """What runs the attention module of this name in a hybrid model, converted or not."""
+    """Make the processor of the attention module of this name in a hybrid model, converted or not."""
     teacher, own = model._dense_processors[name], _own_processor(model, family, name)
     if hasattr(model.get_submodule(name), "hybrid"):
         processor = own()
@@ -154,7 +154,7 @@ def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
 
 
 def _is_offloaded(model: nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers move the weights: they would not know of those that are added."""
+    """Whether hooks of accelerate or diffusers move the weights between devices: they would miss the added ones."""
     return any(
         hasattr(module, "_hf_hook")
         or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook("group_offloading") is not None)
@@ -252,8 +252,8 @@ def _own_processor(model: nn.Module, family: Family, name: str) -> type:
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
-    # FLUX keeps its processor when fused: it would go on with the separate projections, which nothing updates. The
-    # others' processors tell; their flag stays up when unfused.
+    # FLUX keeps its processor when its projections are fused: hybrid attention would go on using the separate ones,
+    # which are then stale. Other models get another processor, which is noticed; their flag is never reset.
     if isinstance(attn, AttentionModuleMixin) and attn.fused_projections:
         raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() first")
 
@@ -372,7 +372,7 @@ def _adapter_file(source: str, name: str) -> str:
 
 
 def _relabel_in_pipelines(model: nn.Module) -> None:
-    """Let the pipelines that hold the model note its new class, which they write into `model_index.json`.
+    """Make the pipelines that hold the model note its new class, which they write into `model_index.json`.
 
     They note a component's class only when it is set; a folder saved under the old one would load a dense model.
     """

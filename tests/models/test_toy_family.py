@@ -644,6 +644,12 @@ def test_missing_parts_are_all_named():
     refused(Half, "^the family Half lacks encode_prompts: see ")
 
 
+def test_only_classes_of_families_are_registered(toy):
+    for other in (toy, ToyTransformer2DModel, "Toy"):
+        with pytest.raises(TypeError, match="a subclass of Family, not"):
+            register(other)
+
+
 def test_repeated_names_are_refused(toy):
     assert family_of(make()) is family_of(hybridize(make(), HybridConfig(window=3))) is toy
     refused(Toy, "^the family Toy repeats Toy, ToyTransformer2DModel, toy, toys/toy-large of the family Toy$")
