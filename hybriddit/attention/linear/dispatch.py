@@ -50,8 +50,8 @@ def linear_attention(
         feature_map: phi, a name of `features.FEATURE_MAPS`. One that the backends lack is computed by the formula.
         eps: added to the denominator.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
-            "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns and
-            takes torch.
+            "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
+            and takes torch.
 
     Returns [B, M, heads, E] in the value's dtype. Raises ValueError for inputs that do not fit together, and for a
     backend that is unknown or cannot do the case.

@@ -75,7 +75,8 @@ def _sum_kernel(
 ):
     """A split's share of state = sum_n f_n y_n^T and mean = sum_n row_weight_n f_n, times factor; f = row_scale phi(x).
 
-    row_scale and row_weight [B, heads, N] where SCALED, else 1. state [splits, B, heads, D, E], mean [splits, B, heads, D].
+    row_scale and row_weight are [B, heads, N] where SCALED, else 1; state is [splits, B, heads, D, E] and mean
+    [splits, B, heads, D].
     """
     blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
     pair, split = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64)

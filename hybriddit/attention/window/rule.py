@@ -1,9 +1,9 @@
 """Which tokens a window holds: natten's rule (arXiv 2204.07143; with a stride 2504.16922), one axis at a time.
 
 A window is centred on the leader of a group of `stride` positions, which share it, and shifted inwards at the borders.
-With dilation d each of the d residue classes of an axis (positions 0, d, 2d, …; 1, d + 1, …) is an axis of its own. A
-window longer than its axis is clamped to it, then the stride to the window. A grid's window is the product of its rows'
-and its columns'.
+With dilation d, each of the d residue classes of an axis (positions 0, d, 2d, …; 1, d + 1, …) is an axis of its own.
+A window longer than its axis is clamped to it, then the stride to the window. A grid's window is the product of its
+rows' and its columns'.
 """
 
 from __future__ import annotations

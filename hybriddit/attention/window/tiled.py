@@ -52,8 +52,9 @@ def slower(case: WindowCase) -> str | None:
 
 
 class AxisTiles(NamedTuple):
-    """Equal tiles of one axis: `len(keys)` tiles of `size` queries from `start` on; tile t sees `span` keys from keys[t].
+    """Equal tiles of one axis: `len(keys)` tiles of `size` queries, from position `start` on.
 
+    Tile t sees `span` keys from keys[t] on.
     masks [patterns, size, span] bool holds the distinct masks, pattern[t] says which one is tile t's.
     """
 
