@@ -22,8 +22,9 @@ demo: install
 demo-full: install
 	$(BIN)/python scripts/demo_full.py train.steps=800 data.images=576 data.cache=outputs/cache/demo-full
 
+# in as many processes as there are cores, four at the most: each holds torch and diffusers
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: install
 	$(BIN)/ruff check .

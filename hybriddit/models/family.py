@@ -300,18 +300,25 @@ def register(family_class: type[Family]) -> Family:
         if not fits(family_class, value):
             raise ValueError(f"the family {named}: {part} must be {wanted}, not {shorten(repr(value), 80)}")
     for other in _FAMILIES:
-        taken = _unique_names(family_class) & _unique_names(other)
+        own, theirs = _unique_names(family_class), _unique_names(other)
+        taken = [f"{kind} {name}" for kind in own for name in sorted(own[kind] & theirs[kind])]
         if taken:
-            raise ValueError(f"the family {named} repeats {', '.join(sorted(taken))} of the family {other.name}")
+            raise ValueError(f"the family {named} repeats {', '.join(taken)} of the family {other.name}")
     family = family_class()
     _FAMILIES.append(family)
     return family
 
 
-def _unique_names(family: Family | type[Family]) -> set[str]:
-    """The names by which a family, its model, its recipes and its published models are found."""
-    shapes = {published.shape for published in family.published.values() if published.shape}
-    return {family.name, family.dense_class.__name__, *family.recipes, *family.published, *shapes}
+def _unique_names(family: Family | type[Family]) -> dict[str, set[str]]:
+    """The names by which a family and its parts are found, by what they name: no two families share one."""
+    return {
+        "name": {family.name},
+        "model class": {family.dense_class.__name__},
+        "pipeline": {family.pipelines["text-to-image"].__name__},
+        "recipe": set(family.recipes),
+        "repository": set(family.published),
+        "shape": {published.shape for published in family.published.values() if published.shape},
+    }
 
 
 def _is_class(value: Any, base: type = object) -> bool:

@@ -652,14 +652,15 @@ def test_only_classes_of_families_are_registered(toy):
 
 def test_repeated_names_are_refused(toy):
     assert family_of(make()) is family_of(hybridize(make(), HybridConfig(window=3))) is toy
-    refused(Toy, "^the family Toy repeats Toy, ToyTransformer2DModel, toy, toys/toy-large of the family Toy$")
+    names = "name Toy, model class ToyTransformer2DModel, pipeline ToyPipeline, recipe toy, repository toys/toy-large, "
+    refused(Toy, f"^the family Toy repeats {names}shape toy of the family Toy$")
 
     class Other(Toy):
         name, dense_class, published = "Other", nn.Linear, {}
         hybrid_class = type("HybridLinear", (nn.Linear,), {})
         recipes = {"sd3": Toy.recipes["toy"], "other": Toy.recipes["toy"]}
 
-    refused(Other, "^the family Other repeats sd3 of the family Stable Diffusion 3$")
+    refused(Other, "^the family Other repeats recipe sd3 of the family Stable Diffusion 3$")
 
 
 @pytest.mark.parametrize(
