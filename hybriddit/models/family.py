@@ -203,7 +203,7 @@ class Family(ABC):
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
     ) -> dict[str, Any]:
-        """The pipeline's arguments to sample `count` encoded prompts. empty: tensors of the empty prompt, one row each."""
+        """The pipeline's arguments for `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
         if not self.guided:
             return dict(text)
         negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
