@@ -1,4 +1,4 @@
-"""Pretrained diffusion transformers, made linear in image tokens by hybrid attention. Names are imported on first use."""
+"""Hybrid attention makes pretrained diffusion transformers linear in image tokens. Names are imported on first use."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ _HOMES = {
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",
     "load_config": ".training.run_config",
-    # diffusers loads a saved pipeline's component only from a module that exposes the component's base class
+    # diffusers loads a pipeline's component only from a module that also exposes the component's base class
     "ModelMixin": "diffusers",
 }
 
@@ -24,7 +24,7 @@ __all__ = list(_HOMES)
 
 
 def _family_classes():
-    """The hybrid models and pipelines of all families, by name: public too, but known only once diffusers is there."""
+    """The hybrid models and pipelines of all families, by name: public too, but listing them imports diffusers."""
     from .models import families
     from .pipelines import hybrid_pipeline
 

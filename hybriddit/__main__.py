@@ -1,4 +1,4 @@
-"""python -m hybriddit is the command line."""
+"""Run the command line: python -m hybriddit."""
 
 import sys
 

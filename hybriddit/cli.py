@@ -1,7 +1,7 @@
-"""The command line: hybriddit demo | convert | distill | train | generate | cache | sample | evaluate | benchmark | info.
+"""The command line: hybriddit demo, convert, distill, train, generate, cache, sample, evaluate, benchmark and info.
 
-Every subcommand is two functions: `add_<name>` declares its options, `<name>` runs it by a function elsewhere in the
-package, imported only then: --help and wrong calls do not wait for torch.
+Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
+package. That function is imported only then, so that --help and wrong calls do not wait for torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
 
-# of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample.py holds them to be the same)
+# a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """exit codes:
@@ -34,10 +34,10 @@ shell completion:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 for an error the user can mend, 2 for a wrong call, 130 for Ctrl-C."""
+    """Run one command. Returns the exit code: 0; 1: an error that the user can fix, 2: a wrong call, 130: Ctrl-C."""
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
-    # argparse leaves the overrides that come after an option
+    # argparse does not parse overrides that come after an option
     wrong = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, NotImplementedError, FloatingPointError, ModuleNotFoundError) as error:
-        # what the user can put right; anything else is ours, and keeps its traceback
+        # errors that the user can fix; any other is a bug, and keeps its traceback
         print(f"hybriddit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
@@ -116,12 +116,12 @@ def _add_command(commands, name: str, command, about: str, example: str) -> argp
 
 
 def _given(options: argparse.Namespace, *without: str) -> dict[str, Any]:
-    """The options as keyword arguments of the function behind a subcommand, `--json` and those in `without` left out."""
+    """The options as keyword arguments of a subcommand's function, without `--json` and those in `without`."""
     return {name: value for name, value in vars(options).items() if name not in ("command", "json", *without)}
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides the config file")
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +160,8 @@ def add_convert(commands) -> None:
     sub.add_argument("--model", required=True, help="repository id or folder of a dense diffusers pipeline")
     sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline, new or empty")
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter; without one the hybrid is fresh")
-    sub.add_argument("--window", type=int, help="of a fresh hybrid, in tokens (default 16)")
-    sub.add_argument("--plan", type=Path, help="of a fresh hybrid: a YAML or JSON file of HybridConfig's fields")
+    sub.add_argument("--window", type=int, help="window of a fresh hybrid, in tokens (default 16)")
+    sub.add_argument("--plan", type=Path, help="YAML or JSON file of HybridConfig's fields, for a fresh hybrid")
     _add_dtype(sub)
     sub.add_argument("--quiet", action="store_true", help="print errors only")
 
@@ -202,7 +202,7 @@ def distill(options: argparse.Namespace) -> None:
         figures = dry_run(config)
         print(json.dumps(figures, indent=2) if options.json else report(figures))
         return
-    from .training.distill import run  # torch and diffusers, once the config is known to be right
+    from .training.distill import run  # imports torch and diffusers: only once the config is known to be right
 
     _run_training(run, config, options.resume)
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
@@ -232,7 +232,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _run_training(run, config, resume: bool) -> None:
-    """Call `run`; where Ctrl-C stops it and it left a checkpoint, say how to go on."""
+    """Call `run`; if Ctrl-C stops it and it has left a checkpoint, say how to resume."""
     try:
         run(config, resume=resume)
     except KeyboardInterrupt:
@@ -268,22 +268,22 @@ def add_generate(commands) -> None:
     )
     sub.add_argument("--negative-prompt", help="what to guide away from (FLUX: with --true-cfg)")
     sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX)")
-    sub.add_argument("--mask", type=Path, help="of the image's size: white is painted anew, black is kept (SD3, FLUX)")
+    sub.add_argument("--mask", type=Path, help="image of that size: white is painted anew, black is kept (SD3, FLUX)")
     sub.add_argument("--strength", type=float, help="how far from --image, above 0 to 1 (default: the pipeline's)")
     sub.add_argument("--height", type=int, help="in pixels (default: the image's, else the pipeline's)")
     sub.add_argument("--width", type=int, help="in pixels (default: the image's, else the pipeline's)")
-    sub.add_argument("--steps", type=int, help="of the sampler (default: the pipeline's)")
+    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
     sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     sub.add_argument(
         "--true-cfg", type=float, help="FLUX: guidance away from --negative-prompt, above 1; twice the time"
     )
     sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
-    sub.add_argument("--seed", type=int, default=0, help="of the first image; each further one adds 1 (default: 0)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
     sub.add_argument(
         "--sampler",
         help="SiT: euler, heun, dopri5, sde-euler or sde-heun (default: the pipeline's scheduler, or euler)",
     )
-    sub.add_argument("--num-images", type=int, default=1, help="of the prompt, or of each class label (default: 1)")
+    sub.add_argument("--num-images", type=int, default=1, help="images per prompt or class label (default: 1)")
     sub.add_argument(
         "--out",
         type=Path,
@@ -317,13 +317,13 @@ def add_cache(commands) -> None:
         "out, counted, and listed in index.json. A run that was stopped or killed goes on when it is started again; "
         "several processes of torchrun share the work."
     )
-    sub.add_argument("folder", type=Path, help="of images; its subfolders are the classes")
+    sub.add_argument("folder", type=Path, help="folder of images; its subfolders are the classes")
     sub.add_argument("--out", type=Path, required=True, help="folder of the cache")
     sub.add_argument("--vae", help="folder or repository of an AutoencoderKL; without one, pixels are kept")
-    sub.add_argument("--size", type=int, default=256, help="of the square images, in pixels (default: %(default)s)")
+    sub.add_argument("--size", type=int, default=256, help="side of the images, in pixels (default: %(default)s)")
     sub.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey (default: %(default)s)")
-    sub.add_argument("--batch-size", type=int, default=64, help="of the VAE (default: %(default)s)")
-    sub.add_argument("--shard-size", type=int, default=4096, help="images of one file (default: %(default)s)")
+    sub.add_argument("--batch-size", type=int, default=64, help="images in one call of the VAE (default: %(default)s)")
+    sub.add_argument("--shard-size", type=int, default=4096, help="images per file (default: %(default)s)")
     sub.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -352,20 +352,20 @@ def add_sample(commands) -> None:
     balance = sub.add_mutually_exclusive_group(required=True)
     balance.add_argument("--class-balanced", action="store_true", help="every class in turn")
     balance.add_argument("--random", action="store_true", help="labels drawn at random, as SiT's and DiT's authors did")
-    sub.add_argument("--batch-size", type=int, default=32, help="of each process (default: %(default)s)")
+    sub.add_argument("--batch-size", type=int, default=32, help="images at once in a process (default: %(default)s)")
     sub.add_argument("--sampler", choices=SAMPLERS, default="sde-euler", help="(default: %(default)s)")
     sub.add_argument("--steps", type=int, default=250, help="(default: %(default)s)")
-    sub.add_argument("--shift", type=float, default=1.0, help="of times, towards noise (default: none)")
+    sub.add_argument("--shift", type=float, default=1.0, help="shift of times towards noise (default: 1, none)")
     sub.add_argument("--guidance", type=float, default=1.0, help="guidance scale (default: 1, none)")
     sub.add_argument("--guidance-channels", type=int, help="guide the first ones only; published numbers: 3")
     sub.add_argument("--guidance-interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"))
     for name in ("atol", "rtol"):
-        sub.add_argument(f"--{name}", type=float, help="of dopri5")
-    sub.add_argument("--diffusion", help="of an SDE, as sample_sde's (default: sigma)")
+        sub.add_argument(f"--{name}", type=float, help="tolerance of dopri5")
+    sub.add_argument("--diffusion", help="the SDE's g(t), see sample_sde (default: sigma)")
     sub.add_argument("--diffusion-norm", type=float)
-    sub.add_argument("--last-step", help="of an SDE: mean, euler or tweedie (default: mean)")
+    sub.add_argument("--last-step", help="the SDE's last step: mean, euler or tweedie (default: mean)")
     sub.add_argument("--last-step-size", type=float, help="(default: 0.04)")
-    sub.add_argument("--seed", type=int, default=0, help="image i is of seed + i (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is made from seed + i (default: %(default)s)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -389,7 +389,7 @@ def add_evaluate(commands) -> None:
     sub.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
     sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     sub.add_argument(
-        "--shuffle", type=int, metavar="SEED", help="deal the samples into the inception score's splits at random"
+        "--shuffle", type=int, metavar="SEED", help="assign the samples to the inception score's splits at random"
     )
     sub.add_argument(
         "--settings",
@@ -408,7 +408,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from .metrics.run import run, scores_text
 
     report = run(**_given(options, "quiet"), progress=not options.quiet)
-    if report is None:  # of several processes, the first one reports
+    if report is None:  # only the first of several processes has a report
         return
     if options.json:
         print(json.dumps(report))
@@ -440,9 +440,9 @@ def add_benchmark(commands) -> None:
         help="sides of square images (default: 256 to 16384; CPU: to 2048)",
     )
     sub.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="(default: all that the device has)")
-    sub.add_argument("--window", type=int, default=16, help="of hybrid and window, in tokens (default: %(default)s)")
-    sub.add_argument("--radius", type=int, default=8, help="of circular, in tokens (default: %(default)s)")
-    sub.add_argument("--backward", action="store_true", help="forward + backward of the transformer too")
+    sub.add_argument("--window", type=int, default=16, help="window side, in tokens (default: %(default)s)")
+    sub.add_argument("--radius", type=int, default=8, help="radius of `circular`, in tokens (default: %(default)s)")
+    sub.add_argument("--backward", action="store_true", help="also measure forward + backward of the transformer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks")
     sub.add_argument("--layers", type=int, help="blocks of the transformers (default: all; 2 on a CPU)")
     sub.add_argument(

@@ -1,4 +1,4 @@
-"""HybridConfig: which attention layers of a transformer become what. Imports neither torch nor diffusers."""
+"""HybridConfig: what each attention layer of a transformer is converted to. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
-MAX_BLOCKS = 128  # blocks of one stack that every_nth_dense writes patterns for: the longest today has 38
+MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
 
 
@@ -20,18 +20,18 @@ BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
 class HybridConfig:
     """How the attention layers of a diffusion transformer are replaced.
 
-    Raises ValueError (TypeError for layers that are no mapping), in one line, where a field cannot work.
+    Raises ValueError (TypeError if layers is not a mapping), in one line, where a field cannot work.
 
-    window, stride, dilation: int or (rows, columns), in tokens; a window of None is linear attention alone.
+    window, stride, dilation: int or (rows, columns), in tokens; window=None: linear attention alone.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
     gate: "head", "channel" or "token".
-    mixer: the far branch's attention over the whole image, a row of `attention.mixers.MIXERS`: "linear".
-    feature_map: what makes the mixer's queries and keys positive: "elu", which is elu + 1. Whether the names of mixer
-        and feature map exist is known where torch is: `attention.mixers.check_mixer`, and all that converts a model.
-    layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, a layer
-        that matches none is "hybrid". Or (pattern, kind) pairs.
-    delta_rank: rank of low-rank deltas on the layer's projections; None: none, the projections stay the teacher's.
+    mixer: the far branch's attention over the whole image, a key of `attention.mixers.MIXERS`: "linear".
+    feature_map: the function that makes the mixer's queries and keys positive: "elu", which is elu + 1. The names of
+        mixer and feature map are checked when a model is converted (`attention.mixers.check_mixer`, which needs torch).
+    layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a
+        layer that no pattern matches is "hybrid". Or (pattern, kind) pairs.
+    delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
     """
 
     window: int | tuple[int, int] | None = 16
@@ -53,7 +53,7 @@ class HybridConfig:
             sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
             if len(sides) != 2 or not all(_is_count(side) for side in sides):
                 raise ValueError(f"{name} must be a positive integer or a pair of them (rows, columns), not {value!r}")
-            # JSON and YAML give lists: both spellings of one config are equal
+            # JSON and YAML give lists: as tuples, both forms of one config are equal
             object.__setattr__(self, name, sides if isinstance(value, (tuple, list)) else value)
         for name in ("map_rank", "delta_rank"):
             value = getattr(self, name)
@@ -88,7 +88,7 @@ class HybridConfig:
         return value if value is None or isinstance(value, tuple) else (value, value)
 
     def kind(self, layer: str) -> str:
-        """What the attention layer of this module name becomes: one of LAYER_KINDS, with window and linear applied."""
+        """The kind that the attention layer of this name gets: one of LAYER_KINDS, with window and linear applied."""
         (kind,), _ = match_layers(self.layers, [layer])
         kind = kind or "hybrid"
         if kind == "hybrid" and self.window is None:
@@ -98,9 +98,9 @@ class HybridConfig:
         return kind
 
     def check_layers(self, names: Iterable[str]) -> None:
-        """Raise ValueError where a pattern of `layers` matches none of a model's attention layers.
+        """Raise ValueError if a pattern of `layers` matches none of a model's attention layers.
 
-        A pattern of the form that `every_nth_dense` writes (`*blocks.40.*`) may point past the last block: it is
+        Patterns such as `every_nth_dense` writes (`*blocks.40.*`) may point past the last block, because they are
         written without knowing the model.
         """
         names = list(names)
@@ -114,7 +114,10 @@ class HybridConfig:
 
     @classmethod
     def every_nth_dense(cls, n: int, **kwargs: Any) -> HybridConfig:
-        """Keep the teacher's attention in every n-th block (blocks 0, n, 2n, … of each stack); kwargs are fields."""
+        """A config that keeps the teacher's attention in every n-th block (blocks 0, n, 2n, … of each stack).
+
+        kwargs: other fields.
+        """
         if not _is_count(n) or n < 2:
             raise ValueError(f"every_nth_dense needs an n of 2 or more, not {n!r}")
         dense = {BLOCK.format(index): "dense" for index in range(0, MAX_BLOCKS, n)}
@@ -126,7 +129,7 @@ class HybridConfig:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no plan file {path}")
-        import yaml  # here: the config itself needs the standard library alone
+        import yaml  # imported here: the config itself needs only the standard library
 
         try:
             return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -135,7 +138,7 @@ class HybridConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HybridConfig:
-        """The inverse of `to_dict`. Keys that begin with an underscore are a file's own notes and are left out."""
+        """The inverse of `to_dict`. Keys that begin with an underscore are a file's notes and are ignored."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a HybridConfig is made from field names and their values, not from {values!r}")
         known = [f.name for f in fields(cls)]
@@ -156,7 +159,7 @@ class HybridConfig:
 
 
 class LayerMatch(NamedTuple):
-    """The kind of each layer, None where no pattern matches it; and the patterns that match no layer."""
+    """The kind of each layer (None if no pattern matches it), and the patterns that match no layer."""
 
     kinds: list[str | None]
     unmatched: list[str]

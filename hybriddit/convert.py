@@ -18,10 +18,10 @@ def run(
     dtype: str | None = None,
     quiet: bool = False,
 ) -> None:
-    """Save the pipeline `model` with hybrid attention to the folder `out`, new or empty: whole or not at all.
+    """Save the pipeline `model` with hybrid attention to the new or empty folder `out`, whole or not at all.
 
-    adapter: brings config and weights; without one the hybrid's weights are fresh. window, in tokens, or plan, a YAML or
-    JSON file of HybridConfig's fields: the config of a fresh one. model, dtype, quiet: see `load_for_use`.
+    adapter: provides config and weights; without it the hybrid's weights are fresh. window (in tokens), or plan (a YAML
+    or JSON file of HybridConfig's fields): the config of a fresh hybrid. model, dtype, quiet: see `load_for_use`.
 
     Raises ValueError or OSError, in one line.
     """

@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are whole or absent, and reading JSON and tensors with damage told in words."""
+"""Write files and folders so that they are whole or absent; read JSON and tensors, with clear errors if damaged."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new, empty folder beside `folder`, which it replaces when the block ends without an error.
 
-    `folder` is never half written: it is the one before, for an instant absent, and then the new one. What a killed
-    process left is removed by the next call for the same folder, so no two processes may write one folder at once.
+    `folder` is never half written: it is the old one, for an instant absent, and then the new one. The next call for
+    the same folder removes what a killed process left, so two processes must not write one folder at the same time.
     """
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for left in (partial, old):
@@ -59,10 +59,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder inside `folder`; its content moves up into `folder` when the block ends without an error.
+    """Yield a temporary folder inside `folder`; its content moves into `folder` when the block ends without an error.
 
-    Otherwise `folder` is as it was, absent or empty. Raises FileExistsError, at the start, for a folder that holds
-    something already, or a file.
+    Otherwise `folder` is as it was, absent or empty. Raises FileExistsError, at the start, if `folder` is a file or not
+    empty.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder that is new or empty")
@@ -83,7 +83,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk (fsync)."""
+    """Wait until a file's bytes, or a folder's list of entries, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,7 +92,7 @@ def flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises ValueError, naming the file, where it holds anything else."""
+    """Read a JSON file that holds one object. Raises ValueError, naming the file, if it holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,8 +118,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     try:
-        save_file(tensors, path, metadata={CHECKSUM: checksum(tensors)})  # one key: their order is not fixed
-    except SafetensorError as error:  # a full disk comes as one
+        save_file(tensors, path, metadata={CHECKSUM: checksum(tensors)})  # one key: the order of several varies
+    except SafetensorError as error:  # raised for a full disk too
         raise OSError(f"could not write {path}: {error}") from error
 
 

@@ -1,5 +1,7 @@
-"""Generate images with a pipeline, dense or hybrid, each with a record of how it was made. Importing this imports neither
-torch nor diffusers, so that wrong settings are refused before a model is loaded."""
+"""Generate images with a pipeline, dense or hybrid, each with a record of how it was made.
+
+Importing this imports neither torch nor diffusers, so that wrong settings are refused before a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 
-# generate's argument -> the pipeline's
+# generate's argument -> the pipeline's argument
 ARGUMENTS = {
     "negative_prompt": "negative_prompt",
     "height": "height",
@@ -54,23 +56,22 @@ def generate(
     """Generate images one by one, image i from a CPU generator seeded with `seed + i`.
 
     Args:
-        pipeline: text-to-image, of diffusers or hybriddit; with class_labels a SiTPipeline. With `image` its components
-            run in the family's image-to-image pipeline, with `mask` too in its inpainting pipeline; both as diffusers
-            defines them.
+        pipeline: a text-to-image pipeline of diffusers or hybriddit; with class_labels a SiTPipeline. With `image` its
+            components run in diffusers' image-to-image pipeline of the family, with `mask` too in the inpainting one.
         prompt, class_labels: one of the two. Labels are indices or names.
-        seed: 0 to 2**63 - 1, that of the last image too.
-        num_images: of the prompt, or of each class label, label by label.
-        image: what to start from. Without a height or a width it gives its own, rounded down to what the model takes.
-        mask: of the image's size; white is painted anew, black is kept.
-        settings: the pipeline's default is taken for one that is None or left out.
+        seed: seed of the first image; all seeds must be from 0 to 2**63 - 1.
+        num_images: number of images of the prompt, or of each class label, label by label.
+        image: the image to start from. Height and width default to its size, rounded down to what the model takes.
+        mask: an image of the same size; white is painted anew, black is kept.
+        settings: a setting that is None or left out has the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
             true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
-            max_sequence_length (text tokens), strength (with `image`: over 0, where it stays, to 1, where it is noise),
+            max_sequence_length (text tokens), strength (with `image`: from above 0, little change, to 1, pure noise),
             sampler (with class_labels: see SiTPipeline).
 
     Yields (image, record): the record holds all of the above as actually used (None: not used) and the versions.
-    Warns (NoEffectWarning) of settings that change nothing. Raises ValueError, when called, for settings that cannot
-    work, unknown class labels, sizes the model cannot take, and a pipeline that cannot do the task.
+    Warns (NoEffectWarning) of settings that change nothing. Raises ValueError, already at the call, for settings that
+    cannot work, unknown class labels, sizes the model cannot take, and a pipeline that cannot do the task.
     """
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
@@ -112,7 +113,7 @@ def check_settings(
     strength: float | None = None,
     sampler: str | None = None,
 ) -> None:
-    """Check `generate`'s arguments as far as that needs no model. Raises ValueError."""
+    """Check `generate`'s arguments as far as possible without a model. Raises ValueError for what cannot work."""
     if (prompt is None) == (class_labels is None):
         raise ValueError("give one of a prompt and class labels")
     of_prompts = {"negative_prompt": negative_prompt, "true_cfg": true_cfg, "max_sequence_length": max_sequence_length}
@@ -170,8 +171,8 @@ def run(
     model, adapter, dtype: see `pipelines.loading.load_for_use`. image, mask: files. settings: those of `generate`.
     quiet: no progress bars, and no notes on stderr about settings without effect. announce: print each file saved.
 
-    Returns {"files", "seeds", "seconds" of generating, "notes"}. Raises ValueError or OSError, in one line, for what
-    is wrong with the arguments, before the model is loaded where that can be told without it.
+    Returns {"files", "seeds", "seconds" of generating, "notes"}. Raises ValueError or OSError, in one line, for wrong
+    arguments, before the model is loaded if possible.
     """
     class_labels = settings.get("class_labels")
     paths = output_paths(out, image_count(class_labels, settings.get("num_images", 1)))
@@ -182,7 +183,7 @@ def run(
     if class_labels and adapter:
         raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")
 
-    from .pipelines.loading import load_for_use  # torch and diffusers: seconds
+    from .pipelines.loading import load_for_use  # imports torch and diffusers, which takes seconds
 
     pipeline = load_for_use(model, dtype=dtype, adapter=adapter, of_classes=bool(class_labels), quiet=quiet)
     if adapter:
@@ -229,7 +230,7 @@ def output_paths(out: Path, num_images: int) -> list[Path]:
 
 
 def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None) -> DiffusionPipeline:
-    """The pipeline itself without an image to start from; else an image-to-image or inpainting one of its components."""
+    """The pipeline itself if there is no image; else an image-to-image or inpainting pipeline of its components."""
     if image is None:
         return pipeline
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
@@ -241,7 +242,7 @@ def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Imag
         task, auto = ("inpainting", AutoPipelineForInpainting)
     family = next((f for f in families() if isinstance(pipeline, f.pipelines["text-to-image"])), None)
     bars = getattr(pipeline, "_progress_bar_config", {})
-    if family is None:  # diffusers knows its own pipelines, by their classes' names
+    if family is None:  # not a registered family: diffusers finds its own pipelines by class name
         try:
             made = auto.from_pipe(pipeline)
         except ValueError as error:
@@ -255,7 +256,10 @@ def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Imag
 
 
 def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Image.Image | None) -> dict[str, Any]:
-    """Give the image's size where none is asked for; refuse what diffusers would round, with a log line, or break on."""
+    """Fill in the image's size where none is given. Raises ValueError for sizes that the model does not take.
+
+    (diffusers would round some of them, with a log line only, and fail on others.)
+    """
     unit = _token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
@@ -270,7 +274,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
 
 def _token_pixels(pipeline: DiffusionPipeline) -> int:
-    """Sides of images are multiples of this: the pixels of one token, or of one latent where there are no tokens."""
+    """The number that image sides are multiples of: pixels per token, or per latent if there are no tokens."""
     from .models.family import family_of_class
 
     model, scale = getattr(pipeline, "transformer", None), getattr(pipeline, "vae_scale_factor", 1)
@@ -283,9 +287,9 @@ def _token_pixels(pipeline: DiffusionPipeline) -> int:
 def _arguments(
     pipeline: DiffusionPipeline, settings: dict[str, Any], subject: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of the pipeline's call, and the settings as used: defaults filled in, None where without effect.
+    """The arguments of the pipeline's call, and the settings as used: defaults filled in, None if without effect.
 
-    subject: "prompt" or "class_labels", whichever the images are made from.
+    subject: what the images are made from, "prompt" or "class_labels".
     """
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if subject == "prompt" and "prompt" not in parameters:
@@ -323,7 +327,7 @@ def _arguments(
         if used["sampler"] == "dopri5":
             no_effect("steps", "dopri5 chooses its own")
     if "use_resolution_binning" in parameters:
-        arguments["use_resolution_binning"] = False  # PixArt: the size asked for, not the nearest of a list
+        arguments["use_resolution_binning"] = False  # PixArt: the requested size, not the nearest of a list
     return arguments, used
 
 
@@ -334,7 +338,7 @@ def _images(
     subjects: Sequence[tuple[dict[str, Any], dict[str, Any]]],
     first_seed: int,
 ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
-    """Run the pipeline once per image. subjects: what each image shows, as (pipeline arguments, entries of the record)."""
+    """Run the pipeline once per image. subjects: each image's (arguments of the pipeline, entries of the record)."""
     import torch
 
     model = getattr(pipeline, "transformer", None)

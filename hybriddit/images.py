@@ -1,4 +1,4 @@
-"""Image files: opening them in plain errors, and PNG files that carry a record of how they were made. Imports no torch."""
+"""Open image files with clear errors; save PNG files with a record of how they were made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of the files that a folder of images is read for
-RECORD_KEY = "hybriddit"  # of the PNG text chunk that holds the record
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the files of a folder that are read as images
+RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """The image of a file as PIL opens it: pixels are decoded on first use, inside the block.
+    """Open an image file with PIL for the block; pixels are decoded on first use, inside the block.
 
-    Raises FileNotFoundError where there is no file, and ValueError, in one line, where it is damaged or no image.
+    Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged or not an image.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no image file {path}")
@@ -37,7 +37,7 @@ def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     """Decode an image file, turned upright by its EXIF orientation, as "RGB" or "L". Raises as `opened` does."""
     with opened(path) as image:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits of grey, which convert would clip to 8
+        if upright.mode.startswith("I"):  # 16-bit grey, which convert would clip to 8 bits
             upright = upright.point(lambda level: level / 256, "F")
         return upright.convert(mode)
 
@@ -61,7 +61,7 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def save_grid(path: Path, columns: Sequence[Sequence[Image.Image]]) -> None:
-    """Write a PNG file of images of one size side by side, one column per sequence."""
+    """Write a PNG file with a grid of images of one size; each sequence is one column."""
     width, height = columns[0][0].size
     grid = Image.new(columns[0][0].mode, (width * len(columns), height * len(columns[0])))
     for x, column in enumerate(columns):

@@ -1,5 +1,7 @@
-"""What a result depends on beyond its settings: package versions, the git commit, the device. Importing it imports no
-torch, and nothing here needs more than torch."""
+"""Record what a result depends on besides its settings: package versions, the git commit, the device.
+
+Importing this imports no torch, and nothing here needs more than torch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def running_versions() -> dict[str, str]:
-    """hybriddit's, diffusers' and torch's own versions, torch's with its build ("2.11.0+cu130"): a record of images."""
+    """The versions of hybriddit, diffusers and torch, with torch's build ("2.11.0+cu130"), for records of images."""
     import diffusers
     import torch
 
@@ -69,7 +71,7 @@ def gpu_name(device: torch.device | None = None) -> str | None:
 
 
 def device_details(device: torch.device) -> dict[str, Any]:
-    """Type, name and capability of a device; of a GPU also its memory in bytes, CUDA's version and the driver's."""
+    """Type, name and capability of a device; for a GPU also its memory in bytes and the CUDA and driver versions."""
     import torch
 
     if device.type == "cuda":

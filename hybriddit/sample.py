@@ -1,12 +1,12 @@
-"""Many images of a SiTPipeline in an npz file for an evaluation: what `hybriddit sample` does.
+"""`hybriddit sample`: write many images of a SiTPipeline to an npz file, for an evaluation.
 
 arr_0: uint8 [N, H, W, 3] (grey images as three equal channels); arr_1: the labels. A JSON file beside it says how they
 were made.
 
-Label and noise of image i depend on the settings alone; the noise is of a generator seeded seed + i. Processes share
-out parts of 256 images, so that with one batch size the bytes are the same for any number of processes on one kind of
-machine. Another batch size changes the rounding, and the steps that dopri5 chooses. A run that was killed goes on with
-the parts that exist.
+Label and noise of image i depend on the settings alone; the noise is drawn by a generator seeded with seed + i. The
+processes divide the work in parts of 256 images, so that with the same batch size the bytes are the same for any number
+of processes on one kind of machine. Another batch size changes the rounding, and the steps that dopri5 chooses. A run
+that was killed continues from the parts that exist.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .metrics.processes import process_group
 from .pipelines.loading import load_sit_pipeline
 from .pipelines.sit import SiTPipeline
 
-PART = 256  # images in a file; a kill loses at most this many of each process
+PART = 256  # images per file; a kill loses at most this many in each process
 SAMPLER_OPTIONS = ("atol", "rtol", "diffusion", "diffusion_norm", "last_step", "last_step_size")
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What to sample; the names are those of the command's options.
+    """What to sample; the fields are named like the command's options.
 
-    model: folder or repository of a SiTPipeline. out: the npz file. batch_size: of each process.
-    class_balanced: every class in turn; else labels are drawn at random. The others are as SiTPipeline's arguments,
-    where None leaves a sampler its default.
+    model: folder or repository of a SiTPipeline. out: the npz file. batch_size: images at a time in each process.
+    class_balanced: every class in turn; else labels are drawn at random. The others are SiTPipeline's arguments; None
+    is the sampler's default.
     """
 
     model: str
@@ -66,12 +66,12 @@ class SampleSettings:
 
     @property
     def sampler_options(self) -> dict[str, Any]:
-        """Those that are set."""
+        """The sampler's options that are set."""
         return {name: value for name in SAMPLER_OPTIONS if (value := getattr(self, name)) is not None}
 
 
 def run(settings: SampleSettings) -> None:
-    """Sample, in one process or in each of torchrun's. Raises ValueError and OSError for what is wrong."""
+    """Sample, in one process or in each of torchrun's. Raises ValueError or OSError, in one line."""
     with process_group() as (rank, distributed, device):
         check(settings)
         if settings.quiet or rank > 0:
@@ -97,7 +97,7 @@ def run(settings: SampleSettings) -> None:
                 for start in range(0, len(indices), settings.batch_size):
                     batch = indices[start : start + settings.batch_size]
                     made.append(sample(pipeline, batch, labels, settings))
-                    bar.update(min(len(batch) * world, images - bar.n))  # the others are about as fast
+                    bar.update(min(len(batch) * world, images - bar.n))  # estimate for all processes
                 with replacing(part_path(folder, part)) as partial:
                     write_tensors(partial, {"images": torch.cat(made), "labels": labels[indices.start : indices.stop]})
         if distributed:
@@ -110,7 +110,7 @@ def run(settings: SampleSettings) -> None:
 
 
 def missing_parts(out: Path, folder: Path, record: dict[str, Any], rank: int, distributed: bool) -> list[int] | None:
-    """What `prepare` returns, found by the first process for all; where it fails, the others exit without a word."""
+    """Call `prepare` in the first process, and return its result in all; if it fails, the others exit silently."""
     if not distributed:
         return prepare(out, folder, record)
     found = [None, None]
@@ -129,13 +129,13 @@ def missing_parts(out: Path, folder: Path, record: dict[str, Any], rank: int, di
 
 
 def check(settings: SampleSettings) -> None:
-    """Raise ValueError for what is wrong whatever the model; make the folder of the output."""
+    """Raise ValueError for settings that are wrong for any model; make the folder of the output."""
     for name in ("num", "batch_size", "steps"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(settings, name)}")
     if settings.out.suffix != ".npz":
         raise ValueError(f"{settings.out} must end in .npz")
-    if not 0 <= settings.seed < 2**32 - settings.num:  # a CPU's generator tells no more seeds apart
+    if not 0 <= settings.seed < 2**32 - settings.num:  # torch's CPU generator uses 32 bits of a seed
         raise ValueError(f"--seed must be from 0 to 2**32 - num, not {settings.seed}")
     if settings.out.is_dir():
         raise ValueError(f"{settings.out} is a folder: give a file")
@@ -143,7 +143,7 @@ def check(settings: SampleSettings) -> None:
 
 
 def describe(settings: SampleSettings, pipeline: SiTPipeline) -> dict[str, Any]:
-    """All that the images depend on, and nothing else, for the JSON file."""
+    """All that the images depend on, and nothing else; it is kept in the JSON file."""
     vae = pipeline.vae
     return {
         "model": settings.model,
@@ -169,24 +169,24 @@ def describe(settings: SampleSettings, pipeline: SiTPipeline) -> dict[str, Any]:
 
 
 def make_labels(num: int, classes: int, balanced: bool, seed: int) -> torch.Tensor:
-    """int64 [num]: every class in turn, so that no part is of one class; or drawn at random."""
+    """Labels, int64 [num]: every class in turn, so that parts do not hold one class only; or drawn at random."""
     if balanced:
         return torch.arange(num) % classes
     return torch.randint(classes, (num,), generator=torch.Generator().manual_seed(seed))
 
 
 def rows(part: int, num: int) -> range:
-    """The images of a part."""
+    """The indices of a part's images."""
     return range(part * PART, min((part + 1) * PART, num))
 
 
 def part_path(folder: Path, part: int) -> Path:
-    """Where a part is kept until all are made."""
+    """The file that holds a part until all are made."""
     return folder / f"part-{part:05d}.safetensors"
 
 
 def sample(pipeline: SiTPipeline, indices: range, labels: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
-    """These images, uint8 [B, H, W, 3]."""
+    """Sample the images of these indices, uint8 [B, H, W, 3]."""
     images = pipeline(
         labels[indices.start : indices.stop],
         guidance_scale=settings.guidance,
@@ -202,9 +202,9 @@ def sample(pipeline: SiTPipeline, indices: range, labels: torch.Tensor, settings
 
 
 def prepare(out: Path, folder: Path, record: dict[str, Any]) -> list[int] | None:
-    """The parts that are still to be made; None where the result exists. A damaged part is made again.
+    """The parts that are still to be made; None if the result exists. A damaged part is made again.
 
-    Raises ValueError where what exists was made with other settings.
+    Raises ValueError if existing parts or results were made with other settings.
     """
     if out.exists():
         found = out.with_suffix(".json")
@@ -215,7 +215,7 @@ def prepare(out: Path, folder: Path, record: dict[str, Any]) -> list[int] | None
     kept = folder / "settings.json"
     if any(folder.glob("part-*")):
         compare(read_json(kept) if kept.is_file() else {}, record, folder)
-    else:  # a run that made no part, perhaps because its settings were wrong, binds no later run
+    else:  # settings of a run that made no part, perhaps because they were wrong, may be replaced
         write_json(kept, record)
     for left in folder.glob(".*.tmp"):  # of a killed process
         left.unlink()
@@ -233,7 +233,7 @@ def prepare(out: Path, folder: Path, record: dict[str, Any]) -> list[int] | None
 
 
 def compare(found: dict[str, Any], record: dict[str, Any], where: Path) -> None:
-    """Raise ValueError, naming the first difference, where `where` was made with other settings than `record`."""
+    """Raise ValueError, naming the first difference, if `where` was made with other settings than `record`."""
     for name, value in record.items():
         if name not in found or found[name] != value:
             raise ValueError(
@@ -242,7 +242,7 @@ def compare(found: dict[str, Any], record: dict[str, Any], where: Path) -> None:
 
 
 def write_result(out: Path, folder: Path, record: dict[str, Any], made_by: dict[str, Any]) -> None:
-    """Write the npz part by part, as 50,000 images of 256 x 256 pixels are 10 GB, and remove the parts."""
+    """Write the npz part by part, as 50,000 images of 256 x 256 pixels take 10 GB, and remove the parts."""
     parts = [part_path(folder, part) for part in range(-(-record["num"] // PART))]
     shape = (record["num"], *read_tensors(parts[0])["images"].shape[1:])
     labels = []
@@ -256,7 +256,7 @@ def write_result(out: Path, folder: Path, record: dict[str, Any], made_by: dict[
                 labels.append(tensors["labels"])
         with file.open("arr_1.npy", "w") as entry:
             np.lib.format.write_array(entry, torch.cat(labels).numpy(), allow_pickle=False)
-        # before the npz takes its place: a result without its settings would never be recognised
+        # before the npz gets its name, because a result without its settings would never be recognised
         counts = torch.bincount(torch.cat(labels), minlength=record["classes"])
         of_class = {"smallest": int(counts.min()), "largest": int(counts.max())}
         write_json(out.with_suffix(".json"), {**record, "images_of_a_class": of_class, **made_by})

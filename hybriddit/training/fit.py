@@ -106,7 +106,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     model, optimizer = prepare(job, config, accelerator)
     trained = trained_parameters(job.model)
     parameters = list(trained.values())
-    # foreach does not take shards
+    # EMAModel's foreach does not take shards
     average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not accelerator.is_fsdp2)
     first = 0
     if resume:
