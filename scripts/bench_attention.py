@@ -1,10 +1,11 @@
-"""Times this machine's attention in one process, the sides of a row interleaved, and measures its memory.
+"""Time this machine's attention in one process, interleaving the two sides of each row, and measure its memory.
 
     python scripts/bench_attention.py [--only linear window bfloat16 join memory] [--repeats 7] [--threads 2]
 
-Prints tables of median wall times and their ratio: linear and window attention against dense
-`scaled_dot_product_attention` (which sees the text too), ours in bfloat16 against ours in float32, a join of two
-branches inside linear attention against one after it; and the peak memory of linear attention over 65536 tokens.
+It prints tables of median wall times and their ratio: linear and window attention against dense
+`scaled_dot_product_attention` (which also sees the text), ours in bfloat16 against ours in float32, joining two
+branches inside linear attention against joining them after it; and the peak memory of linear attention over 65536
+tokens.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def call(function, inputs, backward):
 
 
 def compare(name, sides, repeats):
-    """One row per direction: the first of two (function, inputs) against the second."""
+    """Print one row per direction: the first of two (function, inputs) against the second."""
     for backward in (False, True):
         ready = [(function, [x.requires_grad_(backward) for x in inputs]) for function, inputs in sides]
         for function, inputs in ready:
@@ -121,9 +122,9 @@ def peak_growth(dtype, threads, tokens=65536):
     """Peak memory of one forward pass beyond what the process held before it, as a multiple of the output's size."""
     torch.set_num_threads(threads)
     with torch.no_grad():
-        linear_attention(*(x.to(dtype) for x in linear_inputs(64)))  # what libraries load and set up once
+        linear_attention(*(x.to(dtype) for x in linear_inputs(64)))  # libraries load and set up things once
         inputs = [torch.empty(1, tokens, 16, 64, dtype=dtype).uniform_(-2, 2) for _ in range(3)]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports too, is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which imports have raised
         before = resident("VmRSS")
         out = linear_attention(*inputs)
         after = resident("VmHWM")
@@ -138,7 +139,7 @@ def resident(name):
 def measure_memory(threads):
     print("\n| case | peak memory growth / output |\n| --- | ---: |")
     for dtype in (torch.float32, torch.bfloat16):
-        # a process of its own: the peak is the process's, and never falls
+        # in a new process, because a process's peak never falls
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             growth = pool.submit(peak_growth, dtype, threads).result()
         name = f"linear, 16 heads x 64, 65536 tokens, {str(dtype).removeprefix('torch.')}, forward"
@@ -153,8 +154,8 @@ def main():
     parser.add_argument(
         "--only", nargs="+", choices=[*parts, "memory"], default=[*parts, "memory"], help="parts to run"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="of a medium-sized case")
-    parser.add_argument("--threads", type=int, default=2, help="torch's")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of a medium-sized case")
+    parser.add_argument("--threads", type=int, default=2, help="torch's number of threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The comparison that matters, on the demo's teacher: does near plus far beat either alone?
+"""Compare hybrid, window-only and linear-only students on the demo's teacher: is near plus far better than either?
 
     python scripts/demo_full.py            # writes outputs/demo-full/table.md, compare.png and one JSON per run
 
-Hybrid, window-only and linear-only students are distilled equally long from the same images, once per seed; the
-distilled hybrids are judged once more with their near, then their far branch switched off. A finished run is not made
-again: the same command goes on where it was stopped.
+The students are distilled equally long from the same images, once per seed. The distilled hybrids are judged again with
+the near and then the far branch switched off. Finished runs are not repeated: the same command continues where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ COLUMNS = ("psnr", "ssim", "prompt_agreement", "pair_match", "match_score_same",
 
 
 def set_gates(model: nn.Module, value: float) -> None:
-    """Make every gate `value`, for every token: 0 leaves near alone, 1 far alone."""
+    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
     for module in model.modules():
         gate = getattr(getattr(module, "hybrid", None), "gate", None)
         if isinstance(gate, nn.Linear):
@@ -60,7 +60,7 @@ def set_gates(model: nn.Module, value: float) -> None:
 
 
 def settings(run) -> dict:
-    """What a recorded run was made with, as JSON gives it back."""
+    """The settings of a recorded run, in the form that JSON gives back."""
     return json.loads(json.dumps(to_dict(run)))
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/distill/demo.yaml")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo-full"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides the config")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = load_config(args.config, args.overrides)
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def table(results: dict[str, list[dict]], config) -> str:
-    """Mean and standard deviation over the seeds, as Markdown."""
+    """A table of means and standard deviations over the seeds, as Markdown."""
     lines = [
         f"| student | seeds | {' | '.join(COLUMNS)} |",
         f"|---|---|{'---|' * len(COLUMNS)}",

@@ -24,7 +24,7 @@ def draw(path: Path) -> None:
 
 
 def _tokens(axis) -> None:
-    """Which keys one image token sees, and by which branch."""
+    """Draw which keys one image token sees, and by which branch."""
     cell, left, bottom, size = 2.6, 4, 13.5, 9
     query_row, query_column, reach = 5, 3, 2
     for row in range(size):
@@ -59,7 +59,7 @@ def _box(axis, x, y, width, height, words, color=FROZEN, edge="#8c959f") -> None
 
 
 def _arrow(axis, *points, words="", at=None) -> None:
-    """A line through the points, with a head at the last."""
+    """Draw a line through the points, with an arrowhead at the last."""
     for start, end in zip(points[:-2], points[1:-1], strict=True):
         axis.plot(*zip(start, end, strict=True), color=INK, linewidth=1, solid_capstyle="round")
     axis.add_patch(
@@ -70,7 +70,7 @@ def _arrow(axis, *points, words="", at=None) -> None:
 
 
 def _layer(axis) -> None:
-    """The layer's data flow, left to right: near above, far below."""
+    """Draw the layer's data flow, left to right: near above, far below."""
     axis.text(42, 47.5, "The layer", weight="bold", va="center", color=INK)
     axis.text(40.5, 29.5, "x", style="italic", ha="center", va="center", fontsize=11, color=INK)
     _box(axis, 44, 25.5, 11, 8, "to_q, to_k, to_v")

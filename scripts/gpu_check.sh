@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything to run on a GPU, under 25 minutes on an H100: environment, tests, benchmark, and whether targets are reached.
+# Run all checks on a GPU, in under 25 minutes on an H100: environment, tests, benchmark and speed targets.
 #     scripts/gpu_check.sh [folder of wheels]
-# Needs a GPU, and Python with torch and triton ($PYTHON, default python3). No network: what the machine lacks (pytest,
-# matplotlib, diffusers and what it needs, natten) comes from the folder of wheels, if one is given; steps for which
-# something is still missing are left out, with a note. Results go to benchmarks/results/<device>/, and are copied to $OUT
-# if that is set. Exits with 1 where there is no GPU, a test fails or a measurement breaks; a missed target is no error.
+# It needs a GPU, and Python with torch and triton ($PYTHON, default python3), but no network: missing packages (pytest,
+# matplotlib, diffusers and its requirements, natten) are installed from the folder of wheels, if one is given. Steps
+# for which something is still missing are left out, with a note. Results go to benchmarks/results/<device>/, and are
+# copied to $OUT if that is set. It exits with 1 if there is no GPU, a test fails or a measurement breaks; a missed
+# target is not an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,8 +1,8 @@
-"""Speed targets of the attention on a GPU, compared with what `scripts/gpu_check.sh` measured.
+"""Compare the attention's speed targets on a GPU with what `scripts/gpu_check.sh` measured.
 
     python scripts/gpu_targets.py benchmarks/results/<device>
 
-Prints a line for each target: ok, MISSED, or not measured and why.
+It prints a line for each target: ok, MISSED, or not measured and why.
 """
 
 import sys
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from hybriddit.benchmark.report import fastest_dense, read
 
-# of the measured copy bandwidth, from this many tokens on
+# share of the measured copy bandwidth, from this many tokens on
 BANDWIDTH = {"forward": 0.70, "backward": 0.55}
 FROM_TOKENS = 16384
-# time of the fastest dense variant over the hybrid layer's, FLUX, forward, by the side of the grid in tokens
+# FLUX, forward: the fastest dense variant's time divided by the hybrid layer's, by the side of the grid in tokens
 SPEEDUP = {64: 0.95, 128: 2.0, 256: 8.0, 512: 30.0}
-# time of a compiled hybrid step over that of a compiled dense one, at most
+# the largest ratio of a compiled hybrid step's time to a compiled dense step's
 STEP = 1.05
 
 
 def attention_targets(report):
-    """Yields (target, reached or None, what was found)."""
+    """Yield (target, reached or None, what was found) for the attention layer."""
     for row in report["cases"]:
         if row["variant"] == "linear" and row["image_tokens"] >= FROM_TOKENS and row["direction"] in BANDWIDTH:
             wanted = BANDWIDTH[row["direction"]]
@@ -48,7 +48,7 @@ def attention_targets(report):
 
 
 def step_targets(report):
-    """Yields (target, reached or None, what was found) of compiled transformers."""
+    """Yield (target, reached or None, what was found) for compiled transformers."""
     for row in report["cases"]:
         if row["variant"] == "hybrid" and row["direction"] == "forward" and row["px"] <= 1024:
             name = f"compiled step, {row['shape']}, {row['px']} px: at most {STEP:g} of dense"

