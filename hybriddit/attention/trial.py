@@ -54,7 +54,7 @@ def failure_reason(
 
 
 def triton_requirements() -> list[str]:
-    """What this machine lacks for compiling with Triton, in words; empty if nothing."""
+    """What this machine lacks to compile with Triton, in words; empty if it lacks nothing."""
     missing = [] if importlib.util.find_spec("triton") else ["triton (pip install triton)"]
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         missing.append("a C compiler (gcc or clang), which triton calls")

@@ -60,7 +60,7 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """What was measured of a case.
+    """The measurements of one case.
 
     samples: seconds per call (or step), by direction. calls: how many calls a sample is the mean of. peak_bytes: the
     most memory that a call held beyond its inputs and weights.

@@ -133,7 +133,7 @@ class Family(ABC):
         return LayerShape(attn.to_q.in_features, attn.heads, attn.to_k.out_features // head_dim, head_dim)
 
     def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
-        """Linear layers of an attention module that low-rank updates go on, by their names within it."""
+        """The linear layers of an attention module that get low-rank updates, by their names within it."""
         names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         modules = dict(attn.named_modules())
         return {name: modules[name] for name in names if modules.get(name) is not None}

@@ -111,7 +111,7 @@ class TrainConfig:
 
 @dataclass
 class OutputConfig:
-    """What a run writes, and how often.
+    """The files that a run writes, and how often.
 
     folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
     Every `*_every` is in optimizer steps; 0 is never. keep: number of checkpoints to keep. samples: number of images in
