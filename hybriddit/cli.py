@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
 
-# of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample.py holds them to be the same)
+# of `hybriddit.pipelines.sit`, whose import would load torch (tests/test_sample_command.py holds them to be the same)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """exit codes:
