@@ -163,6 +163,16 @@ class Family(ABC):
         """How many pixels one token covers, along each axis: image sizes are multiples of it. config: the transformer's."""
         return vae_scale_factor * self.latents_per_token(config)
 
+    def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
+        """How many pixels one latent covers, along each axis; here of a VAE that halves once less than it has levels.
+
+        Raises ValueError for the config of a VAE that does not say its levels as diffusers' AutoencoderKL does.
+        """
+        if "block_out_channels" not in vae_config:
+            kind = vae_config.get("_class_name", "VAE of no class")
+            raise ValueError(f"how many pixels a latent of {kind} covers is not known: {self.name} needs latent_pixels")
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
     def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
