@@ -19,7 +19,7 @@ MAPS = ("after", "before")
 
 
 class HybridAttention(nn.Module):
-    """Attention over text and image of one kind, from queries, keys and values that the caller has projected.
+    """One attention layer over text and image tokens; the caller projects queries, keys and values.
 
     For an image token i with window W(i), text T and all image tokens X,
 
@@ -32,23 +32,23 @@ class HybridAttention(nn.Module):
         maps "after":  q + up(act(LN(down(x))))             k' likewise; x is the layer's input
         maps "before": to_q(x + up(act(LN(down(x)))))       LinFusion's own form (arXiv 2409.02097)
 
-    "after" is "before" folded through the projection, which then runs once. In a pretrained model this module lives at
-    `<attention>.hybrid`: projections, norms and rotary embedding stay the model's own.
+    "after" folds the projection into `up`, so that the projection runs only once. In a pretrained model this module is
+    `<attention>.hybrid`; projections, norms and rotary embedding stay the model's own.
 
     Args:
         width: channels of the layer's input x.
-        heads, head_dim: of the queries.
+        heads, head_dim: number and width of the query heads.
         kind: "hybrid", as above; "window", near alone; "linear", far alone, over text and image; "dense", softmax over
             all tokens. Only hybrid and linear layers have weights.
-        kv_heads: heads of keys and values where they are fewer (grouped-query attention): a divisor of `heads`.
-        window, stride, dilation: (rows, columns) in tokens, of hybrid and window layers.
+        kv_heads: number of key and value heads, a divisor of `heads` (grouped-query attention); None: as many.
+        window, stride, dilation: (rows, columns) in tokens, for hybrid and window layers.
         map_rank: width of the maps' hidden layer; None is a sixteenth of `width`.
         maps: "after" or "before" the projection. Both start at zero.
-        mixer: the far branch, a name of `mixers.MIXERS`. feature_map: its phi, a name of `linear.FEATURE_MAPS`.
+        mixer: the far branch, a key of `mixers.MIXERS`. feature_map: its phi, a key of `linear.FEATURE_MAPS`.
         gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
         gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
 
-    Raises ValueError for a name or a combination that does not exist.
+    Raises ValueError for an unknown name or an impossible combination.
     """
 
     def __init__(
@@ -113,21 +113,23 @@ class HybridAttention(nn.Module):
         to_q: Callable[[torch.Tensor], torch.Tensor] | None = None,
         to_k: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The far branch's query and key before the layer's own norms, which the caller applies, and a token's gate.
+        """Compute the far branch's query and key, before the layer's norms, and the gate of every token.
+
+        The caller applies the norms.
 
         hidden_states: [B, N, width], the image part of the layer's input.
         query, key: [B, N, heads, D], its projections before norm and rotary embedding; used by maps "after".
         to_q, to_k: the projections themselves, [B, N, width] -> [B, N, heads * D]; used by maps "before".
 
-        Returns query [B, N, heads, D], key [B, N, kv_heads, D] and gate [B, N, heads, 1]. The gate is None where it is
-        no function of the token: a parameter is read in `forward`, where an offloading hook has loaded it. All three
-        are None for a layer without a far branch.
+        Returns query [B, N, heads, D], key [B, N, kv_heads, D] and gate [B, N, heads, 1]. The gate is None unless it
+        depends on the token: a gate that is a parameter is read in `forward`, once an offloading hook has loaded it.
+        All three are None for a layer without a far branch.
         """
         if self.far is None:
             return None, None, None
         gate = None
         if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
-            # kept in fp32, whatever the layer runs in
+            # the gate stays in fp32, whatever the layer's dtype
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         if self.maps == "after":
             return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
@@ -148,16 +150,16 @@ class HybridAttention(nn.Module):
         scale: float | None = None,
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention over the joined sequence.
+        """Compute attention over the joined sequence of text and image.
 
         query [B, S, heads, D], key and value [B, S, kv_heads, D]: text and image in `token_layout`'s order, after norm
             and rotary embedding.
         far_query [B, N, heads, D], far_key [B, N, kv_heads, D]: of the image, after norm, without rotary embedding.
         gate: as `far_inputs` gives it.
-        scale: of the scores of softmax attention; None is D ** -0.5.
+        scale: factor on the scores of softmax attention; None is D ** -0.5.
         text_mask: bool [B, T], False for padded text, which no query sees; None sees all of it.
 
-        Returns [B, S, heads, D] in the same order; what stands in the place of padded text has no meaning.
+        Returns [B, S, heads, D] in the same order; the rows of padded text are meaningless.
         """
         if token_layout.text_length == 0:
             text_mask = None
@@ -170,7 +172,7 @@ class HybridAttention(nn.Module):
         if self.kind == "linear":
             keys, values = far_key, image_value
             if token_layout.text_length:
-                # text keys enter as the layer's projection made them: the maps are the image's alone
+                # text keys are the layer's own projections: the maps are for image tokens only
                 keys, values = torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
             seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
             image = self.far(far_query, keys, values, key_mask=seen)
@@ -186,14 +188,14 @@ class HybridAttention(nn.Module):
         return token_layout.join(text, image)
 
     def _for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """[B, S, kv_heads, D] -> [B, S, heads, D]: each head of keys or values serves a run of queries' heads."""
+        """Repeat key or value heads for the query heads that share them: [B, S, kv_heads, D] -> [B, S, heads, D]."""
         if x is None or self.kv_heads == self.heads:
             return x
         return x.repeat_interleave(self.heads // self.kv_heads, dim=2)
 
     @staticmethod
     def _softmax(query, key, value, token_layout, scale, text_mask):
-        """Of some queries over all tokens of the sequence."""
+        """Softmax attention of these queries over all tokens of the sequence."""
         mask = None
         if text_mask is not None:
             image_mask = text_mask.new_ones(len(text_mask), token_layout.image_length)
@@ -207,7 +209,7 @@ class HybridAttention(nn.Module):
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        # windows are laid out by plain integers: torch.compile makes those of a second size symbols
+        # window layouts need plain integers: torch.compile makes sizes symbolic when it meets a second one
         grid = tuple(operator.index(side) for side in token_layout.grids[0])
         near = neighborhood_attention(
             *(tokens.unflatten(1, grid) for tokens in (query, key, value)),
@@ -222,16 +224,16 @@ class HybridAttention(nn.Module):
         return near.flatten(1, 2)
 
     def flops(self, token_layout: TokenLayout) -> int:
-        """FLOPs (two per multiply-add) of one forward pass of one image, projections apart: all of `flops_by_part`."""
+        """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""
         return sum(self.flops_by_part(token_layout).values())
 
     def flops_by_part(self, token_layout: TokenLayout) -> dict[str, int]:
-        """FLOPs by formula: a backend may do more, such as those keys of a tile that its mask hides.
+        """FLOPs of each part, by formula. A backend may do more, such as scores of keys that its mask then hides.
 
         "text": text queries over everything. "dense", "near": softmax of image queries over everything, or over their
-        window and the text. "far": the mixer's matrix products. "normalization": what the mixer's denominator takes.
-        "maps": the query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and
-        to_k. A part that the layer does not have is missing.
+        window and the text. "far": the mixer's matrix products. "normalization": the mixer's denominator. "maps": the
+        query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and to_k. Parts
+        that the layer does not have are missing.
         """
         text, image = token_layout.text_length, token_layout.image_length
         width = self.heads * self.head_dim
@@ -252,14 +254,14 @@ class HybridAttention(nn.Module):
         return parts
 
     def _near_pairs(self, token_layout: TokenLayout) -> int:
-        """Pairs of an image query and a key of its window or the text."""
+        """Number of pairs of an image query and a key in its window or the text."""
         windows = sum(seen_pairs(grid, self.window, self.dilation) for grid in token_layout.grids)
         return windows + token_layout.image_length * token_layout.text_length
 
     def work(self, token_layout: TokenLayout, element_size: int) -> dict[str, Work]:
-        """The work of one image from q, k, v, q' and k' on, by direction (see `attention_work`).
+        """The work of one image, given q, k, v, q' and k', by direction (see `attention_work`).
 
-        Every tensor is read or written once; FLOPs are those of the matrix products: the maps, which run before, and
+        Every tensor is read or written once. FLOPs are those of the matrix products; the maps, which run before, and
         the mixer's normalization are left out.
         """
         text, image = token_layout.text_length, token_layout.image_length
@@ -268,7 +270,7 @@ class HybridAttention(nn.Module):
         flops = sum(parts.get(name, 0) for name in ("text", "dense", "near", "far"))
         inputs, softmax_outputs = whole * (width + 2 * kv_width), whole * width
         if self.kind == "linear":
-            # q and k themselves serve the text queries alone
+            # only the text queries use q and k themselves
             inputs = text * width + (whole if text else 0) * kv_width + whole * kv_width
             softmax_outputs = text * width
         if self.far is not None:

@@ -1,4 +1,4 @@
-"""Checks and precision that the attention functions share."""
+"""Input checks and dtype rules that the attention functions share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocast(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast sets for their device, where it is on; float64 stays as it is."""
+    """Cast the tensors as autocast does on their device, if it is on; float64 stays as it is."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
         return tuple(tensors)
@@ -40,10 +40,10 @@ def check_mask(name: str, mask: Tensor, key: Tensor) -> None:
 
 
 def shapes(*tensors: Tensor) -> str:
-    """The tensors' shapes, for messages only: torch.compile cannot print sizes that it keeps symbolic."""
+    """The tensors' shapes as text, for error messages only: torch.compile cannot print symbolic sizes."""
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over tokens of this dtype are kept in: float32, or float64 for float64."""
+    """The dtype of sums over tokens of this dtype: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -33,7 +33,7 @@ class TokenLayout(NamedTuple):
                 f"{self.image_length} of image (grids {self.grids}): pass the right `token_layout`"
             )
         if self.text_length == 0:
-            return tokens[:, :0], tokens  # a split's gradient would be copied
+            return tokens[:, :0], tokens  # no split, whose gradient would be a copy
         lengths = (self.text_length, self.image_length)
         if self.text_first:
             text, image = tokens.split(lengths, dim=1)

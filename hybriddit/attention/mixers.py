@@ -1,7 +1,7 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
-A mixer is made by Mixer(heads, head_dim, feature_map=...), and is called and counts its FLOPs and bytes as LinearMixer
-does. Another one is one file and a row of `MIXERS`.
+A mixer is made by Mixer(heads, head_dim, feature_map=...) and has the methods of LinearMixer: `forward`, `flops` and
+`work`. Another mixer takes one file and a row of `MIXERS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .work import Work, attention_work
 class LinearMixer(nn.Module):
     """Generalized linear attention (arXiv 2409.02097): every query sees all keys, at a cost linear in both.
 
-    heads, head_dim: of queries, keys and values. feature_map: a name of `linear.FEATURE_MAPS`. It has no weights.
+    It has no weights. heads, head_dim: of queries, keys and values. feature_map: a key of `linear.FEATURE_MAPS`.
     """
 
     def __init__(self, heads: int, head_dim: int, *, feature_map: str = "elu"):
@@ -35,17 +35,17 @@ class LinearMixer(nn.Module):
         gate: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
+        """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
         near, gate: the result is near + gate * (far - near), computed in one pass. key_mask: bool [B, N], False for
-        keys that are not there.
+        keys to leave out.
         """
         return linear_attention(
             query, key, value, near=near, gate=gate, key_mask=key_mask, feature_map=self.feature_map
         )
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
-        """FLOPs of one image: "products" of matrices, and the "normalization" (both sums of the denominator)."""
+        """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""
         tokens, width = queries + keys, self.heads * self.head_dim
         return {"products": 2 * tokens * width * self.head_dim, "normalization": 2 * tokens * width}
 
@@ -60,7 +60,7 @@ MIXERS = {"linear": LinearMixer}
 
 
 def check_mixer(mixer: str, feature_map: str) -> None:
-    """Raise ValueError for a mixer that does not exist, and for a feature map that it does not have."""
+    """Raise ValueError for an unknown mixer, or a feature map that the mixer does not have."""
     if mixer not in MIXERS:
         raise ValueError(f"unknown mixer {mixer!r}: use one of {', '.join(MIXERS)}")
     with torch.device("meta"):

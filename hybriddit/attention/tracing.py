@@ -1,4 +1,4 @@
-"""What torch.compile must not trace. Imported while tracing only: torch._dynamo takes seconds to import."""
+"""Hide code from torch.compile's tracing. Import this only while tracing: torch._dynamo takes seconds to import."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ import torch
 
 @torch.compiler.assume_constant_result
 def constant(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function of plain values once, at the time of tracing."""
+    """Call a function of plain values once, while tracing, and treat its result as a constant."""
     return function(*args)

@@ -1,4 +1,4 @@
-"""Compiled kernels are tried on a small case before their first use: compilers and drivers may fail, or be wrong."""
+"""Try compiled kernels on a small case before their first use: compilers and drivers may fail, or give wrong values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# How far a backend's result on a small case may be from plain torch's in float32, relative to its norm.
+# Largest difference of a backend's result on a small case from plain torch's in float32, relative to the latter's norm.
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
 
 
@@ -44,7 +44,7 @@ def failure_reason(
         data = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
         try:
             found = results(run, dtype)
-        except Exception as error:  # of compilers and drivers, whatever they raise
+        except Exception as error:  # compilers and drivers may raise anything
             return f"it failed with {type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
         for i, (x, expected) in enumerate(zip(found, results(reference, torch.float32), strict=True)):
             # `not` catches NaN too
@@ -63,5 +63,5 @@ def triton_requirements() -> list[str]:
 
 @lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
-    """Warn, unless the same was said before in this process."""
+    """Warn, unless this process has given the same warning before."""
     warnings.warn(message, stacklevel=5)

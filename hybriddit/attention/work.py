@@ -1,4 +1,4 @@
-"""What attention costs: FLOPs, and the least bytes to and from memory, by formulas."""
+"""What attention costs, by formulas: FLOPs, and the fewest bytes to and from memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Work(NamedTuple):
 
 
 def softmax_flops(pairs: int, width: int) -> int:
-    """FLOPs of softmax attention over so many query-key pairs; width: heads x head width.
+    """FLOPs of softmax attention over `pairs` query-key pairs; width: heads x head width.
 
     Two products, queries with keys and weights with values; the softmax itself is left out.
     """
@@ -28,11 +28,11 @@ def dense_flops(tokens: int, width: int) -> int:
 def attention_work(
     inputs: int, outputs: int, flops: int, element_size: int, *, softmax_outputs: int = 0
 ) -> dict[str, Work]:
-    """The work of "forward", "backward" and "forward + backward", of elements counted once.
+    """The work by direction: "forward", "backward" and "forward + backward"; every element is read or written once.
 
-    inputs, outputs: elements of the tensors that the forward pass reads and writes, each once. The backward pass reads
-    the inputs and the output's gradient, and writes the inputs' gradients; the derivative of a softmax also needs its
-    own output, of `softmax_outputs` elements. It takes twice the forward pass's `flops`.
+    inputs, outputs: elements of the tensors that the forward pass reads and writes. The backward pass reads the inputs
+    and the output's gradient, writes the inputs' gradients, and takes twice the `flops`. The derivative of a softmax
+    also needs the softmax attention's own output, of `softmax_outputs` elements.
     element_size: bytes of a number.
     """
     forward = Work((inputs + outputs) * element_size, flops)

@@ -1,1 +1,1 @@
-"""`hybriddit benchmark`: how fast this machine computes hybrid attention, against dense and circular-window attention."""
+"""`hybriddit benchmark`: the speed of hybrid attention on this machine, beside dense and circular-window attention."""

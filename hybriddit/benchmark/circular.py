@@ -1,7 +1,7 @@
-"""CLEAR's attention layer, for comparison (arXiv 2412.16112): softmax in a circular window and text, by FlexAttention.
+"""CLEAR's attention (arXiv 2412.16112), for comparison: softmax over a circular window and text, by FlexAttention.
 
 Tokens lie row by row, as in the published model; an image token sees the image tokens at a Euclidean distance below the
-radius, and everything sees and is seen by text.
+radius, text sees everything, and everything sees text.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 
 from ..attention.work import Work, attention_work, softmax_flops
 
-BLOCK = 128  # FlexAttention's own
+BLOCK = 128  # FlexAttention's block size
 
 
 def circular_block_mask(grid: tuple[int, int], text_length: int, text_first: bool, radius: int, device, block=BLOCK):
-    """FlexAttention's BlockMask of [S, S], S = text_length + height * width tokens.
+    """FlexAttention's BlockMask [S, S] of the circular window, S = text_length + height * width tokens.
 
-    Made from the blocks' bounding boxes, so that memory grows with the blocks squared, not with the tokens squared.
+    It is made from the blocks' bounding boxes: memory grows with the blocks squared, not with the tokens squared.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -59,13 +59,13 @@ def circular_block_mask(grid: tuple[int, int], text_length: int, text_first: boo
 
 
 def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[Q, K] bool -> how many key blocks each row has [1, 1, Q], and which [1, 1, Q, K], those first; int32."""
+    """For bool [Q, K]: each row's number of True [1, 1, Q], and its columns, True first [1, 1, Q, K]; int32."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def circular_pairs(grid: tuple[int, int], radius: int) -> int:
-    """Pairs of image tokens at a distance below the radius."""
+    """Number of pairs of image tokens at a distance below the radius."""
     height, width = grid
     reach = range(1 - radius, radius)
     return sum(
@@ -86,12 +86,12 @@ def circular_work(grid: tuple[int, int], text: int, radius: int, width: int, ele
 
 
 def compiled_flex():
-    """torch's FlexAttention, compiled for each size it meets; uncompiled it would compute all scores."""
+    """torch's FlexAttention, compiled anew for each size; uncompiled it would compute all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
 def circular_attention(query, key, value, mask, attend) -> torch.Tensor:
-    """[B, S, heads, D] -> the same, under a `circular_block_mask`; attend: `compiled_flex()`, or flex_attention."""
+    """Attention under a `circular_block_mask`, [B, S, heads, D]; attend: `compiled_flex()`, or flex_attention."""
     return attend(*(x.transpose(1, 2) for x in (query, key, value)), block_mask=mask).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The attention layer of a model, as every variant computes it, on random tensors."""
+"""Benchmark cases of one attention layer: every variant, on random tensors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SDPA = {
 
 
 def device_variants(device: torch.device) -> tuple[str, ...]:
-    """The variants that this device may run, in the order of the tables."""
+    """The variants that this device can run, in the order of the tables."""
     dense = tuple(SDPA) if device.type == "cuda" else ("dense",)
     return ("hybrid", "window", "linear", *dense, "circular")
 
 
 def input_bytes(shape: AttentionShape, px: int, dtype: torch.dtype, backward: bool) -> int:
-    """Bytes of the tensors that a layer's variants share, one output and all their gradients included."""
+    """Bytes of the inputs that a layer's variants share, with one output and, if `backward`, all gradients."""
     rows, columns = shape.grid(px)
     image = rows * columns
     elements = shape.heads * shape.head_dim * (4 * (image + shape.text) + 2 * image)
@@ -49,8 +49,8 @@ def layer_cases(
 ) -> list[Case]:
     """One case per variant, on random inputs of batch 1 that they share.
 
-    Projections and the query and key maps are apart: every case starts from q, k, v, and the hybrid from the far
-    branch's q and k too. backward: the inputs need gradients.
+    Projections and the query and key maps are not timed: every case starts from q, k, v, and the hybrid case also from
+    the far branch's q and k. backward: the inputs need gradients.
     """
     grid = shape.grid(px)
     image = grid[0] * grid[1]
@@ -72,7 +72,7 @@ def layer_cases(
         inputs = [query, key, value, far_query, far_key, layer.gate]
         return case(lambda: layer(query, key, value, layout, far_query=far_query, far_key=far_key), inputs)
 
-    # the branches' gradients end at the image's part: what takes it out of the sequence is not theirs
+    # gradients of the single branches stop at the image tokens: cutting these out of the sequence is not timed
     def near() -> Case:
         inputs = [image_query, image_key, image_value, *text.values()]
 
@@ -101,7 +101,7 @@ def layer_cases(
 
         def forward() -> Tensor:
             nonlocal mask
-            if mask is None:  # made once, at the first call, which is not timed
+            if mask is None:  # made once, in the first call, which is not timed
                 mask = circular_block_mask(grid, shape.text, shape.text_first, radius, device)
             return circular_attention(query, key, value, mask, attend)
 
@@ -124,10 +124,10 @@ def layer_cases(
 def layer_work(
     variant: str, shape: AttentionShape, grid: tuple[int, int], window: int, radius: int, element: int
 ) -> dict[str, Work]:
-    """The least that each direction has to move and compute, as the layers count it (see `attention.work`).
+    """The least work of each direction, bytes and FLOPs, as the layers count it (see `attention.work`).
 
-    "window" and "linear" are the hybrid layer's branches alone. `radius` is the circular window's, `element` the size
-    of a number in bytes. The query and key maps, which no variant runs, are left out.
+    "window" and "linear" are the hybrid layer's branches alone. radius: of the circular window. element: bytes of one
+    number. The query and key maps, which no variant runs, are left out.
     """
     layout = TokenLayout(shape.text, (grid,), shape.text_first)
     tokens, width = layout.text_length + layout.image_length, shape.heads * shape.head_dim
@@ -145,5 +145,5 @@ def layer_work(
 
 
 def _hybrid_layer(shape: AttentionShape, window: int) -> HybridAttention:
-    """The layer without what its maps would take: the far branch's queries and keys are given."""
+    """A hybrid layer of input width 1: its maps are tiny, and not run, as the far queries and keys are given."""
     return HybridAttention(1, shape.heads, shape.head_dim, window=(window, window))

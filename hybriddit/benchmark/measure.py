@@ -1,6 +1,6 @@
 """Interleaved timing and peak memory of calls on one device; returns measured values only.
 
-Cases that are compared are called in turns in one process, so that a clock that slows down slows all of them.
+The cases to compare are called in turns in one process: if the processor slows down, it slows all of them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
 MIN_REPEATS = 3
 # a sample lasts about this long: a GPU's clock and queue need more than one short kernel
 SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
-MAX_CALLS = 200  # of one sample
-SHORT_SECONDS = 0.1  # below it, the profiler's own time distorts a call's
+MAX_CALLS = 200  # the most calls in one sample
+SHORT_SECONDS = 0.1  # for shorter calls the profiler's overhead distorts the time
 RATE_SECONDS = 2.0  # spent on each of the device's two rates
 OUT_OF_MEMORY = "out of memory"
 
 
 class Rates(NamedTuple):
-    """Measured rates of the device: bytes read and written per second in a copy, FLOP/s of matrix products."""
+    """Measured rates of the device: bytes per second (read and written) of a copy, and FLOP/s of matrix products."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -44,7 +44,7 @@ class Rates(NamedTuple):
 
 @dataclass
 class Case:
-    """One of the computations that are compared.
+    """One of the computations to compare.
 
     name: its variant. forward: computes the output. inputs: the tensors that the backward pass gives gradients to.
     steps: sampler steps in one call; times are per step. no_backward: why there is no backward pass, None if there is.
@@ -62,7 +62,7 @@ class Case:
 class Outcome(NamedTuple):
     """What was measured of a case.
 
-    samples: seconds per call (or step), by direction. calls: each sample is the mean of so many calls. peak_bytes: the
+    samples: seconds per call (or step), by direction. calls: how many calls a sample is the mean of. peak_bytes: the
     most memory that a call held beyond its inputs and weights.
     """
 
@@ -72,14 +72,14 @@ class Outcome(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Samples of each case at most, and seconds that all its calls may take, compiling apart."""
+    """The most samples of each case, and the most seconds for all its calls, compiling not counted."""
 
     repeats: int
     max_seconds: float
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What results depend on and have to name."""
+    """Describe the device and software that results depend on."""
     return {
         "device": device_details(device),
         "threads": torch.get_num_threads(),
@@ -89,7 +89,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that a call may still take, within a container's own limit."""
+    """Bytes of memory that are still free, within a container's limit if there is one."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -98,17 +98,17 @@ def free_bytes(device: torch.device) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # a container's own limit
+    try:  # a container's limit
         used, limit = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("current", "max"))
         return min(free, limit - used)
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # there is no limit, or it reads "max"
         return free
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """Rates of the fastest of up to 30 copies of `copy_bytes` bytes and of up to 30 products of square matrices.
+    """Measure the fastest of up to 30 copies of `copy_bytes` bytes, and of up to 30 products of square matrices.
 
-    matrix: their rows.
+    matrix: the number of rows of the matrices.
     """
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
     copy = _fastest(partial(one.copy_, other), device)
@@ -118,7 +118,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, mat
 
 
 def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of 3 to 30 calls, of at most RATE_SECONDS together beyond the third."""
+    """Seconds of the fastest of 3 to 30 calls; after the third, no new call starts after RATE_SECONDS in all."""
     case = Case("", call, [])
     samples, begin = [], time.perf_counter()
     while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
@@ -161,7 +161,7 @@ def _gradients(case: Case, out: Tensor) -> None:
 
 
 def _clock(device: torch.device):
-    """Three functions: mark a moment, seconds between two marks, wait for the device (before marks are compared)."""
+    """Three functions: mark a moment; seconds between two marks; wait for the device, before seconds are asked for."""
     if device.type == "cpu":
         return time.perf_counter, lambda start, end: end - start, lambda: None
 
@@ -174,7 +174,7 @@ def _clock(device: torch.device):
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that a call allocates at once, beyond those allocated before it, by torch's allocator."""
+    """The most bytes that a call holds at once, beyond those allocated before it, as torch's allocator counts them."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated(device)
@@ -184,7 +184,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints that there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -203,8 +203,8 @@ def measure(
 ) -> dict[str, Outcome | str]:
     """Measure all cases in turns. Returns, by the case's name, its outcome or the reason why there is none.
 
-    A case is called once unmeasured (it may compile), once for its memory and an estimate of its time, and then for
-    `limits.repeats` samples, fewer where those would take longer than `limits.max_seconds`.
+    A case is called once unmeasured (it may compile), once to measure its memory and estimate its time, and then for
+    `limits.repeats` samples, or fewer if those would take longer than `limits.max_seconds`.
     """
     outcomes: dict[str, Outcome | str] = {}
     running: list[tuple[Case, int, int]] = []

@@ -1,4 +1,4 @@
-"""Whole transformers with random weights: one forward pass, or the steps of a sampler around it."""
+"""Benchmark cases of whole transformers with random weights: one forward pass, or a few steps of a sampler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weight_bytes(subject: Subject, px: int, layers: int | None, dtype: torch.dty
 
 
 def random_model(subject: Subject, px: int, layers: int | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The dense transformer with random weights, made on the device: the host's memory never holds a copy."""
+    """The dense transformer with random weights, made on the device without a copy in the host's memory."""
     with init_empty_weights(include_buffers=False):
         model = subject.make(px, layers)
     for module in model.modules():
@@ -31,11 +31,11 @@ def random_model(subject: Subject, px: int, layers: int | None, dtype: torch.dty
             weights = torch.empty(parameter.shape, dtype=dtype, device=device)
             _fill(name, weights)
             module.register_parameter(name, nn.Parameter(weights, requires_grad=False))
-    return nn.Module.to(model, device=device, dtype=dtype).eval()  # diffusers' own `to` warns about fp32 modules
+    return nn.Module.to(model, device=device, dtype=dtype).eval()  # not diffusers' `to`, which warns about fp32 modules
 
 
 def _fill(name: str, weights: Tensor) -> None:
-    """Random matrices, biases of 0, and scales of 1."""
+    """Fill weights in place: matrices at random, biases with 0, scales with 1."""
     if weights.ndim > 1:
         weights.normal_(std=0.02)
     else:
@@ -43,7 +43,7 @@ def _fill(name: str, weights: Tensor) -> None:
 
 
 def variant_model(subject: Subject, model: nn.Module, variant: str, window: int) -> tuple[nn.Module, list[Tensor]]:
-    """The dense model itself, or a twin with hybrid or linear attention; and the weights that the twin adds."""
+    """The dense model itself, or a twin of it with hybrid or linear attention; and the weights that the twin adds."""
     if variant == "dense":
         return model, []
     shared = {id(parameter) for parameter in model.parameters()}
@@ -68,8 +68,8 @@ def model_cases(
 ) -> list[Case]:
     """One case per variant, on the same weights and inputs; `part` is "transformer" or "generation".
 
-    backward: gradients of latents and text, and of what conversion added, all else frozen, as in distillation. A case
-    of "generation" is a diffusers pipeline without text encoders and VAE, over SAMPLER_STEPS steps.
+    backward: also compute gradients of latents, text and the added weights; the others are frozen, as in distillation.
+    A "generation" case runs SAMPLER_STEPS steps of a diffusers pipeline without text encoders and VAE.
     """
     model = random_model(subject, px, layers, dtype, device)
     arguments, inputs = subject.example(model, px)
@@ -99,7 +99,7 @@ def model_cases(
 
 
 def batch_of(part: str, subject: Subject) -> int:
-    """Images in one call of the transformer: with guidance a sampler's step takes the prompt and the empty one."""
+    """Images in one call of the transformer: 2 in a sampler with guidance, for the prompt and the empty prompt."""
     return 2 if part == "generation" and subject.guided else 1
 
 
@@ -114,8 +114,8 @@ def model_work(
 ) -> dict[str, dict[str, Work]]:
     """The work of each variant, by direction: FLOPs, and the bytes of the weights that are read.
 
-    Nothing is computed: the models are on the meta device. Backward: gradients of activations, not of the frozen
-    weights.
+    The models are on the meta device, so nothing is computed. The backward pass counts gradients of activations, not
+    those of the frozen weights.
     """
     with torch.device("meta"):
         dense = subject.make(px, layers)

@@ -24,11 +24,11 @@ INK = "#333333"
 
 
 def draw(report: dict[str, Any]):
-    """A matplotlib Figure; None without matplotlib or without a measured row."""
+    """Draw the plot as a matplotlib Figure; None without matplotlib or without a measured row."""
     measured = [row for row in report["cases"] if "seconds" in row and row["direction"] != "backward"]
     if not measured or importlib.util.find_spec("matplotlib") is None:
         return None
-    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window
 
     shapes = list(dict.fromkeys(row["shape"] for row in measured))
     columns = sorted(
@@ -90,7 +90,7 @@ def _panel(axis, shape: str, part: str, direction: str, rows: list[dict[str, Any
     axis.set_xticks([count for count, _ in sizes], [f"{count:,}\n{px} px" for count, px in sizes], fontsize=8)
     axis.minorticks_off()
     bottom, top = axis.get_ylim()
-    if top < 4 * bottom:  # or a few per cent would look like a gulf
+    if top < 4 * bottom:  # else a difference of a few per cent would look large
         middle = math.sqrt(bottom * top)
         bottom, top = middle / 2, middle * 2
         axis.set_ylim(bottom, top)
@@ -113,13 +113,13 @@ def _panel(axis, shape: str, part: str, direction: str, rows: list[dict[str, Any
 
 
 def _time(seconds: float, position=None) -> str:
-    """The label of a tick; matplotlib also gives the tick's position."""
+    """Format a tick's label; matplotlib also passes the tick's position."""
     scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if seconds >= 0.999 * s), (1e-6, "µs"))
     return f"{seconds / scale:,.3g} {unit}"
 
 
 def _label(axis, labels: list[tuple[int, float, str, str]]) -> None:
-    """Write each line's name right of the panel, in its colour and at the height of its end, moved apart.
+    """Write each line's name to the right of the panel, in its colour, at the height of its end; labels never overlap.
 
     labels: (image tokens and seconds of the line's last point, name, colour).
     """

@@ -1,7 +1,7 @@
 """The results of a run: a JSON file, a table in Markdown and a plot.
 
-A report is the JSON file's content, a dictionary. Its `cases` is a list of rows, one for each part, shape, size, variant
-and direction: a row holds the times that `summary` makes of samples, or the reason why there are none.
+A report is the JSON file's content, a dictionary. Its `cases` is a list of rows, one for each part, shape, size,
+variant and direction. A row holds the times that `summary` makes of samples, or the reason why there are none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TITLES = {"attention": "attention layer", "transformer": "transformer, one denoi
 def summary(samples: list[float], calls: int) -> dict[str, Any]:
     """The times of one row in seconds: the samples, each the mean of `calls` calls, with their median and spread.
 
-    Every time in a report comes from here. Raises ValueError where there are no samples, or one is no positive time.
+    Every time in a report comes from here. Raises ValueError if there are no samples or one is not positive.
     """
     if not samples:
         raise ValueError("no speed without a measurement: there are no samples")
@@ -39,7 +39,7 @@ def summary(samples: list[float], calls: int) -> dict[str, Any]:
 
 
 def _quantile(samples: list[float], q: float) -> float:
-    """By linear interpolation between neighbours."""
+    """The q-quantile, by linear interpolation between neighbours."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)
     low = math.floor(at)
@@ -48,12 +48,12 @@ def _quantile(samples: list[float], q: float) -> float:
 
 
 def identity(row: dict[str, Any]) -> tuple:
-    """What tells a row from the others of its report."""
+    """The values that identify a row within its report."""
     return tuple(row[key] for key in ("part", "shape", "px", "variant", "direction"))
 
 
 def check(report: dict[str, Any]) -> None:
-    """Raise ValueError for what is no report of this format: a key is missing, or a row has neither times nor reason."""
+    """Raise ValueError if a report is not of this format: a key is missing, or a row has neither times nor a reason."""
     if report.get("format") != FORMAT:
         raise ValueError(f"no benchmark result of format {FORMAT}")
     _need(report, REPORT_KEYS, "it")
@@ -74,12 +74,12 @@ def _need(values: dict[str, Any], keys: set[str], what: str) -> None:
 
 
 def busy(machine: dict[str, Any], load: float) -> bool:
-    """Whether other programs take a share of the processor that is measured."""
+    """Whether other programs use the processor that is measured."""
     return machine["device"]["type"] == "cpu" and load > 0.5
 
 
 def check_folder(folder: Path, device: dict[str, Any]) -> None:
-    """Make the folder. Raises OSError where nothing can be written, ValueError where another device's results lie."""
+    """Make the folder. Raises OSError if it cannot be written to, ValueError if it holds another device's results."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -94,7 +94,7 @@ def check_folder(folder: Path, device: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The report in a JSON file, its medians and spreads taken from its samples anew.
+    """Read the report in a JSON file; medians and spreads are computed again from its samples.
 
     Raises ValueError, naming the file, where `check` or `summary` does.
     """
@@ -112,7 +112,7 @@ def read(path: Path) -> dict[str, Any]:
 def save(report: dict[str, Any], folder: Path) -> list[str]:
     """Write the JSON, the table and the plot, all or none. Returns the names of the files written.
 
-    The plot needs matplotlib, and a row that was measured. Raises ValueError where `check` does.
+    The plot needs matplotlib and at least one measured row. Raises ValueError where `check` does.
     """
     from .plot import draw
 
@@ -130,14 +130,14 @@ def save(report: dict[str, Any], folder: Path) -> list[str]:
 
 
 def to_json(report: dict[str, Any]) -> str:
-    """The report as JSON, one row a line: people read result files, and compare them."""
+    """The report as JSON with one row per line, so that people can read and compare result files."""
     head = json.dumps({key: value for key, value in report.items() if key != "cases"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in report["cases"])
     return f'{head.removesuffix("}").rstrip()},\n "cases": [\n{rows}\n ]\n}}\n'
 
 
 def fastest_dense(report: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Median time, in seconds, of the fastest dense variant of the row's part, shape, size and direction; None without."""
+    """Median seconds of the fastest dense variant with the row's part, shape, size and direction; None if none ran."""
     keys = ("part", "shape", "px", "direction")
     medians = [
         other["seconds"]["median"]
@@ -152,7 +152,7 @@ def table(report: dict[str, Any]) -> str:
 
     Raises ValueError for a shape that no registered family has.
     """
-    from .subjects import find_subject  # diffusers, which reading a report does not need
+    from .subjects import find_subject  # imports diffusers, which reading a report does not need
 
     machine, settings, rates = report["machine"], report["settings"], report["rates"]
     device = machine["device"]
@@ -211,7 +211,7 @@ def table(report: dict[str, Any]) -> str:
                 lines.append(f"{start} not measured: {row['not_measured'].replace('|', '/')} | | | | |")
                 continue
             seconds, floor = row["seconds"], row["floor"]["seconds"]
-            # a branch is a whole layer only where there is no text
+            # a branch alone is a whole layer only where there is no text
             branch = part == "attention" and row["variant"] in BRANCHES and row["text_tokens"] > 0
             dense = None if branch else fastest_dense(report, row)
             ratio = "" if dense is None else f"{dense / seconds['median']:.2f}"
@@ -228,7 +228,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _ms(seconds: float) -> str:
-    """Three digits, without an exponent."""
+    """Milliseconds to three digits, without an exponent."""
     milliseconds = 1e3 * seconds
     return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(milliseconds)))}f}"
 

@@ -39,13 +39,13 @@ from .measure import (
 from .shapes import MODEL_VARIANTS, PARTS, SIZES
 from .subjects import Subject, find_subject, subjects
 
-MEMORY_SHARE = 0.9  # of the free memory: what a case may be expected to take
-CPU_LAYERS = 2  # blocks of a transformer by default, where there is no GPU
+MEMORY_SHARE = 0.9  # the largest share of the free memory that a case may be expected to take
+CPU_LAYERS = 2  # default number of a transformer's blocks on a CPU
 NOT_REACHED = "not reached yet"
 
 
 class Group(NamedTuple):
-    """What is measured together: all variants of one part of a subject, for square images of `px` pixels a side."""
+    """A group that is measured together: all variants of one part of a subject, for square images of side `px`."""
 
     part: str
     subject: Subject
@@ -56,7 +56,7 @@ class Group(NamedTuple):
 class Settings:
     """The command's options for one run, defaults filled in.
 
-    shapes: names of subjects. left_out: parts of the default that these options leave nothing of, and why.
+    shapes: names of subjects. left_out: default parts that have nothing to measure with these options, and why.
     """
 
     parts: tuple[str, ...]
@@ -87,7 +87,7 @@ class Settings:
 
 
 def settings(device: torch.device, **given: Any) -> Settings:
-    """Settings with this device's defaults where an option is None. Raises ValueError for what cannot be measured."""
+    """Fill in this device's defaults for options that are None. Raises ValueError for what cannot be measured."""
     gpu = device.type == "cuda"
     shapes = given["shapes"] or (tuple(subjects()) if gpu else ("pixart-sigma", "sd3"))
     few = CPU_LAYERS if all(find_subject(name).blocks >= CPU_LAYERS for name in shapes) else None
@@ -161,7 +161,7 @@ def _check(chosen: Settings, device: torch.device) -> None:
 
 
 def part_variants(part: str, variants: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the variants that the part has; a whole transformer's dense attention is by torch's own choice."""
+    """The variants that the part has, of those given; a whole transformer leaves its dense kernel to torch's choice."""
     if part == "attention":
         return variants
     plain = ("dense" if reports.is_dense(variant) else variant for variant in variants)
@@ -171,8 +171,8 @@ def part_variants(part: str, variants: tuple[str, ...]) -> tuple[str, ...]:
 def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
     """Measure, and write `folder`/benchmark.{json,md,png} after every size. Returns the report.
 
-    Ctrl-C keeps what was measured up to then, marks the rest as interrupted, and is raised again. Raises ValueError
-    for a folder with another device's results, OSError for one that cannot be written.
+    On Ctrl-C it keeps what was measured, marks the rest as interrupted, and raises KeyboardInterrupt. Raises ValueError
+    for a folder with another device's results, and OSError for one that cannot be written to.
     """
     device = device_of_this_machine()
     there = folder.exists()
@@ -234,7 +234,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
 
 
 def groups(chosen: Settings) -> Iterator[Group]:
-    """In the order in which they are measured."""
+    """The groups of a run, in the order in which they are measured."""
     for part in chosen.parts:
         for name in chosen.shapes:
             subject = find_subject(name)
@@ -279,7 +279,7 @@ def _row(chosen: Settings, group: Group, variant: str, direction: str) -> dict[s
 def _measure_group(
     chosen: Settings, group: Group, rates: Rates, device: torch.device, known: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of one group, each measured or with the reason why not. known: the report's rows so far."""
+    """Measure one group: its rows, each with times or with the reason why not. known: the report's rows so far."""
     found = []
     all_directions = _directions(chosen, group.part)
     for backward in (False, True) if "backward" in all_directions else (False,):
@@ -311,7 +311,7 @@ def _outcomes(
     device: torch.device,
     known: list[dict[str, Any]],
 ) -> tuple[dict[str, Outcome | str], dict[str, dict[str, Work]]]:
-    """Outcome or reason by variant, and the work of each by direction. direction: the longest of those measured."""
+    """Each variant's outcome or reason, and its work by direction. direction: the longest one that is measured."""
     part, subject, px = group
     shape, dtype = subject.shape, getattr(torch, chosen.dtype)
     variants = part_variants(part, chosen.variants)
@@ -350,12 +350,12 @@ def _outcomes(
     except torch.OutOfMemoryError:
         return outcomes | dict.fromkeys(left, OUT_OF_MEMORY), works
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kernels that torch leaves out: their reason is in the table
+        warnings.simplefilter("ignore")  # torch warns of kernels that it cannot use; the table has the reason
         return outcomes | measure(cases, backward, device, limits), works
 
 
 def _before(known: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row that differs from this one in its size alone, at the largest smaller size; None for the smallest."""
+    """The row that differs from this one only by the next smaller size; None for the smallest."""
     keys = ("part", "shape", "variant", "direction")
     smaller = [other for other in known if all(other[k] == row[k] for k in keys) and other["px"] < row["px"]]
     return max(smaller, key=lambda other: other["px"], default=None)
@@ -364,11 +364,11 @@ def _before(known: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] 
 def _too_much(
     before: dict[str, Any] | None, px: int, floor: float, steps: int, needed: int, free: float, limits: Limits
 ) -> str | None:
-    """Why a case is not tried, by its floor in seconds and by the row of the size before; None where it is.
+    """Why a case is not tried, judging by its floor in seconds and by the row of the size before; None if it is tried.
 
-    Time is taken to grow as the floor does, memory as the tokens do.
+    Time is assumed to grow like the floor, memory like the number of tokens.
     """
-    least = steps * (2 + min(MIN_REPEATS, limits.repeats))  # the two calls before the samples, and those
+    least = steps * (2 + min(MIN_REPEATS, limits.repeats))  # two calls before the samples, and the samples
     limit = f"--max-seconds {limits.max_seconds:g}"
     if least * floor > limits.max_seconds:
         return f"by its floor alone it would take longer than {limit}"
@@ -396,7 +396,7 @@ def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 def _tidy(device: torch.device) -> None:
     gc.collect()
-    if "torch._dynamo" in sys.modules:  # a limit on recompilations would send later sizes to uncompiled kernels
+    if "torch._dynamo" in sys.modules:  # else torch's limit on recompilations would run later sizes uncompiled
         torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -408,7 +408,7 @@ def _git() -> dict[str, Any] | None:
 
 
 class Progress:
-    """Tells stderr which group is being measured, and about how long the rest takes."""
+    """Prints to stderr which group is being measured, and about how long the rest will take."""
 
     def __init__(self, chosen: Settings, quiet: bool):
         self.groups, self.quiet = [_key(group) for group in groups(chosen)], quiet
@@ -425,7 +425,7 @@ class Progress:
 
     @contextmanager
     def group(self, group: Group) -> Iterator[None]:
-        """Around the measuring of one group."""
+        """Report one group while it is measured within the block, and note how long it took."""
         key = _key(group)
         at = self.groups.index(key)
         left = self.seconds_left(at)
@@ -436,12 +436,12 @@ class Progress:
         self.taken[key] = time.perf_counter() - begin
 
     def seconds_left(self, at: int) -> float | None:
-        """Seconds that the groups from this one on may take, as far as that can be told."""
+        """Estimated seconds for the groups from this one on; None where they cannot be estimated."""
         expected = [self.expected(key) for key in self.groups[at:]]
         return None if None in expected else sum(expected)
 
     def expected(self, key: tuple[str, str, int]) -> float | None:
-        """Seconds: as other shapes took at this size, else by what the size before took; None at the very start."""
+        """Estimated seconds of a group, by other shapes of this size, else by the size before; None at the start."""
         part, name, px = key
         same = [seconds for (p, _, size), seconds in self.taken.items() if (p, size) == (part, px)]
         if same:

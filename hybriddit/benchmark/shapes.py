@@ -1,11 +1,11 @@
-"""What a benchmark can be of: parts, sizes, variants, directions. Imports no torch."""
+"""The parts, sizes, variants and directions that can be benchmarked. Imports no torch."""
 
 from __future__ import annotations
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)  # sides of square images, in pixels
 PARTS = ("attention", "transformer", "generation")
 
-# of the attention layer; the whole transformer has dense, hybrid and linear
+# the variants of the attention layer; a whole transformer has dense, hybrid and linear
 VARIANTS = {
     "hybrid": "hybrid layer: window and text (softmax), linear attention over the image, their join, text queries",
     "window": "its window branch alone: image queries, softmax over window and text",
@@ -22,7 +22,7 @@ MODEL_VARIANTS = {
     "linear": "every attention layer linear attention alone, over text and image",
     "dense": "as diffusers runs it; SiT's with softmax attention",
 }
-# what is timed: a call without autograd; the backward pass alone, after a forward pass; both; one step of a sampler
+# what is timed: a call without autograd; only the backward pass after a forward pass; both; one step of a sampler
 DIRECTIONS = ("forward", "backward", "forward + backward", "step")
 
 

@@ -1,4 +1,4 @@
-"""What can be benchmarked, by name: the published transformers of every family, and SiTs. Needs diffusers."""
+"""The models that can be benchmarked, by name: published transformers of every family, and SiTs. Needs diffusers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..pipelines.sit import SiTPipeline
 
 SIT_PRESETS = {"sit-xl": "XL/2"}
 SIT_VAE_SCALE_FACTOR = 8
-GUIDANCE = 3.5  # for transformers that are given the scale; any value takes as long
+GUIDANCE = 3.5  # for transformers with the scale as an input; its value does not change the time
 
 
 class Example(NamedTuple):
-    """Random inputs of one image: the arguments of a transformer's forward, and which tensors take gradients."""
+    """Random inputs of one image: the arguments of a transformer's forward, and the tensors that get gradients."""
 
     arguments: dict[str, Any]
     inputs: list[Tensor]
@@ -58,17 +58,17 @@ class Subject(ABC):
     @property
     @abstractmethod
     def shape(self) -> AttentionShape:
-        """Of the attention layers that hybrid attention replaces."""
+        """The shape of the attention layers that hybrid attention replaces."""
 
     @property
     def blocks(self) -> int:
-        """Blocks of the whole model; 0 where its class takes no number of them, so that it is always built whole."""
+        """Number of blocks of the whole model; 0 if its class has no argument for it and is always built whole."""
         return sum(self._block_counts().values())
 
     def make(self, px: int, layers: int | None) -> nn.Module:
-        """The dense model for images of `px` x `px` pixels with the first `layers` blocks, all for None.
+        """The dense model for images of `px` x `px` pixels with the first `layers` blocks; None: all.
 
-        Position tables are of this size: made for another one, they would be computed anew in every call.
+        Its position tables are made for this size, else they would be computed again in every call.
         """
         arguments = self._with_blocks(layers)
         if "sample_size" in arguments:
@@ -85,13 +85,13 @@ class Subject(ABC):
             raise ValueError(f"--layers {layers}: {self.source} has 1 to {self.blocks} blocks")
 
     def _block_counts(self) -> dict[str, int]:
-        """Blocks by the argument that counts them: diffusers' usual names."""
+        """The number of blocks by the argument that sets it, under diffusers' usual names."""
         defaults = inspect.signature(self.model_class.__init__).parameters
         names = [name for name in ("num_layers", "num_single_layers") if {"num_layers", name} <= defaults.keys()]
         return {name: self.arguments.get(name, defaults[name].default) for name in names}
 
     def _with_blocks(self, layers: int | None) -> dict[str, Any]:
-        """Arguments of a model of so many blocks; two kinds keep their proportion, the first kind at least one."""
+        """Arguments for a model of `layers` blocks; of two kinds, in proportion, at least one of the first kind."""
         arguments, counts = dict(self.arguments), self._block_counts()
         if not counts or layers is None:
             return arguments
@@ -106,29 +106,29 @@ class Subject(ABC):
 
     @abstractmethod
     def example(self, model: nn.Module, px: int) -> Example:
-        """Random inputs for one image, of the dense model's dtype and device."""
+        """Random inputs for one image, with the dense model's dtype and on its device."""
 
     @abstractmethod
     def variant(self, model: nn.Module, variant: str, window: int) -> nn.Module:
         """A twin of a dense model that shares its weights and has hybrid or linear attention in every layer.
 
-        The weights that this adds are on the model's device, their values arbitrary.
+        The added weights are on the model's device and have arbitrary values.
         """
 
     @abstractmethod
     def sampler(self, model: nn.Module, px: int, steps: int) -> Callable[[], Tensor]:
-        """A function that makes one image's latents by the usual pipeline in `steps` steps, guidance included."""
+        """A function that makes one image's latents with the usual pipeline in `steps` steps, guidance included."""
 
     @abstractmethod
     def flops(self, models: Mapping[str, nn.Module], px: int) -> tuple[int, dict[str, int]]:
         """FLOPs of one image's forward pass outside the attention, and those of the attention by variant.
 
-        models: by variant, "dense" among them, on the meta device.
+        models: the models by variant, with "dense" among them, on the meta device.
         """
 
 
 class FamilySubject(Subject):
-    """A model that a family lists as published, under the name it gives for the benchmark."""
+    """A published model of a family, under the family's name for it in the benchmark."""
 
     def __init__(self, family: Family, source: str, published: Published):
         super().__init__(
@@ -164,7 +164,7 @@ class FamilySubject(Subject):
         pipeline_class = self.family.pipelines["text-to-image"]
         parts = dict.fromkeys(name for name in inspect.signature(pipeline_class.__init__).parameters if name != "self")
         pipeline = pipeline_class(**parts | {"transformer": model, "scheduler": self.family.scheduler()})
-        pipeline.vae_scale_factor = self.vae_scale_factor  # it would ask its VAE, and has none
+        pipeline.vae_scale_factor = self.vae_scale_factor  # the pipeline would ask its VAE, and has none
         pipeline.set_progress_bar_config(disable=True)
         text, empty = (
             self.family.example_text(model.config, 1, self.prompt, _maker(values, model))
@@ -183,10 +183,10 @@ class FamilySubject(Subject):
 
 
 class SiTSubject(Subject):
-    """A SiT of a published size: dense with softmax attention, its variants as they are built from scratch."""
+    """A SiT of a published size: "dense" has softmax attention, the variants are built as for training from scratch."""
 
     def __init__(self, name: str, preset: str):
-        arguments = {**SiTTransformer2DModel.preset(preset), "sample_size": 32}  # `make` sets another
+        arguments = {**SiTTransformer2DModel.preset(preset), "sample_size": 32}  # `make` replaces it
         super().__init__(name, f"SiT-{preset}", SiTTransformer2DModel, arguments, SIT_VAE_SCALE_FACTOR, True, 0)
 
     @property
@@ -202,7 +202,7 @@ class SiTSubject(Subject):
         return Example({"hidden_states": latents, "timestep": time, "class_labels": label}, [latents])
 
     def variant(self, model: nn.Module, variant: str, window: int) -> nn.Module:
-        # diffusers notes in a private field which values were defaults, and would set them back
+        # diffusers records in a private field which values were defaults, and would reset those
         arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
         with init_empty_weights(include_buffers=False):
             twin = type(model)(**arguments | {"attention": variant, "window": window})
@@ -227,7 +227,7 @@ class SiTSubject(Subject):
 
 
 def _maker(values: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
-    """A function of sizes that makes tensors of the model's dtype and device, by torch.randn or torch.zeros."""
+    """A function from sizes to tensors of the model's dtype and device, by `values`: torch.randn or torch.zeros."""
     like = next(model.parameters())
     return lambda *size: values(*size, dtype=like.dtype, device=like.device)
 
@@ -244,7 +244,7 @@ def subjects() -> dict[str, Subject]:
 
 
 def find_subject(name: str) -> Subject:
-    """Raises ValueError, naming those there are, for an unknown name."""
+    """The subject of this name. Raises ValueError, listing the known names, for an unknown one."""
     known = subjects()
     if name not in known:
         raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(known)})")

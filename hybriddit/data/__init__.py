@@ -1,1 +1,1 @@
-"""Training data: latents and prompt embeddings, made by the teacher itself, in memory or in a cache on disk."""
+"""Training data, in memory or in a cache on disk: latents with prompt embeddings, and images with class labels."""

@@ -1,4 +1,4 @@
-"""Caches of class folders: pixels, or a VAE's latents of every image and of its mirror image, in shards on disk."""
+"""Cache class folders in shards on disk: as pixels, or as a VAE's latents of every image and its mirror image."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
     shard_size: int = 4096,
     quiet: bool = False,
 ) -> None:
-    """What `hybriddit cache` does, in one process or in each of torchrun's. vae: folder or repository of the VAE."""
+    """Run `hybriddit cache`, in one process or in each of torchrun's. vae: folder or repository of the VAE."""
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     make_cache(
@@ -76,23 +76,23 @@ def make_cache(
     processes: int = 1,
     progress: bool = True,
 ) -> None:
-    """Cache class folders (see `class_images`) in shards on disk: the moments of latents, or without a VAE pixels.
+    """Cache class folders (see `class_images`) in shards on disk: pixels, or with a VAE the moments of latents.
 
-    Every shard is whole or absent; a run that was stopped goes on where it stopped. Several processes, told apart by
-    rank, make the shards in turn, and the last to finish writes the index: number of images, checksums, mean and
+    Every shard is whole or absent; a run that was stopped continues where it stopped. Several processes, told apart by
+    rank, take turns at the shards, and the last to finish writes the index: number of images, checksums, mean and
     standard deviation of each channel as the model would see it, and which images could not be read.
 
-    size: of the square images, in pixels. vae_name: noted as the VAE's place.
+    size: side of the square images, in pixels. vae_name: recorded as the place of the VAE.
 
-    Raises ValueError for a cache that was made with other settings, for numbers and a VAE that do not fit, and where
-    no image can be read.
+    Raises ValueError for a cache that was made with other settings, for impossible numbers, for a VAE that does not
+    fit, and where no image can be read.
     """
     folder, cache = Path(folder), Path(cache)
     for name, number in (("size", size), ("batch size", batch_size), ("shard size", shard_size)):
         if number < 1:
             raise ValueError(f"{name} must be 1 or more, not {number}")
     if vae is not None:
-        unit = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        unit = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent, along each axis
         if channels != vae.config.in_channels or size % unit:
             raise ValueError(
                 f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
@@ -136,7 +136,7 @@ def make_cache(
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
-    """The moments of the latents of images and of their mirror images, fp16 [N, 2 C, h, w] each."""
+    """Mean and log-variance of the latents of images and of their mirror images, fp16 [N, 2 C, h, w] each."""
     batches = images.split(batch_size)
     return {
         "moments": torch.cat([_moments(vae, batch) for batch in batches]).half(),
@@ -150,7 +150,7 @@ def _moments(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(table: Mapping[str, torch.Tensor], info: ClassInfo) -> dict[str, list[float]]:
-    """Sums of values and of squares over images and positions, from which each channel's mean and variance come."""
+    """Each channel's sums of values and of squares over images and positions, for its mean and variance."""
     if "images" in table:
         x = table["images"].double() / 127.5 - 1
         variance = torch.zeros_like(x)
@@ -182,7 +182,7 @@ def _write_index(cache: Path, shards: int) -> None:
         "skipped": skipped,
     }
     write_json(cache / INDEX, index)
-    for left in cache.glob(".shard-*.tmp"):  # of killed processes: every shard exists, none is being written
+    for left in cache.glob(".shard-*.tmp"):  # left by killed processes: no shard is being written any more
         left.unlink(missing_ok=True)
 
 

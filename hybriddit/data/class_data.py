@@ -14,10 +14,10 @@ from .shards import ShardedDataset
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """What the rows of a set are.
+    """Describes the rows of a set.
 
-    shape: (C, H, W) of what the model sees. classes: their names, in the order of the labels.
-    vae: where the VAE of latents came from; None where the rows are images. vae_sha256: of its weights.
+    shape: (C, H, W) of the model's input. classes: the classes' names, in the order of the labels.
+    vae: folder or repository of the VAE that made the latents; None for images. vae_sha256: of its weights.
     scaling_factor, shift_factor: the model sees (latent - shift_factor) * scaling_factor.
     """
 
@@ -43,7 +43,7 @@ class ClassData(ShardedDataset):
     def draw(
         self, indices: list[int], mirrored: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model sees of the rows, fp32 [B, C, H, W], and their labels, int64 [B].
+        """The model's inputs from these rows, fp32 [B, C, H, W], and their labels, int64 [B].
 
         mirrored: bool [B]. noise: standard normal [B, C, H, W], with which latents are drawn from their distribution;
         None for images.

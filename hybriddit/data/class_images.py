@@ -1,4 +1,4 @@
-"""Class folders and MNIST's files, read into memory."""
+"""Read class folders and MNIST's files into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..images import IMAGE_ENDINGS, open_image
 from .class_data import ClassData, ClassInfo
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-MODES = {1: "L", 3: "RGB"}  # PIL's, by the number of channels
+MODES = {1: "L", 3: "RGB"}  # PIL's modes by the number of channels
 
 
 def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
@@ -54,7 +54,7 @@ def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
 
 
 def _images_under(folder: Path) -> list[Path]:
-    # torchvision's make_dataset takes hidden files too, and follows links, for ever where two lead back up
+    # torchvision's make_dataset also takes hidden files, and follows links endlessly if they lead back up
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -69,12 +69,12 @@ def _images_under(folder: Path) -> list[Path]:
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of an image, scaled to size x size pixels exactly as in ADM's guided_diffusion.
 
-    The image is halved by box filters while it stays at least as large, scaled by a bicubic filter so that its shorter
-    side fits, and cropped. Raises ValueError for an image more than 100 times as long as wide: scaled before it is
-    cropped, it would take gigabytes.
+    The image is halved by box filters as long as it stays at least `size` large, scaled by a bicubic filter so that its
+    shorter side is `size`, and cropped. Raises ValueError for an image more than 100 times as long as wide: scaled
+    before it is cropped, it would take gigabytes.
     """
-    # PIL's own calls: v2's Resize truncates the longer side where ADM rounds it, and its CenterCrop rounds the corner
-    # where ADM truncates it; of 400 random sizes, 230 crops came out different
+    # not torchvision's v2: its Resize truncates the longer side where ADM rounds it, and its CenterCrop rounds the
+    # corner where ADM truncates it; for 230 of 400 random sizes the crop came out different
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"it is {image.width} x {image.height} pixels: too long to scale before it is cut")
     while min(image.size) >= 2 * size:
@@ -87,15 +87,15 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def read_pixels(path: Path, size: int, channels: int) -> torch.Tensor:
-    """An image file cropped as `adm_crop` does, uint8 [C, size, size]. Raises ValueError where it is no image."""
+    """Read an image file and crop it as `adm_crop` does: uint8 [C, size, size]. Raises ValueError if it is no image."""
     return pil_to_tensor(adm_crop(open_image(path, MODES[channels]), size))
 
 
 def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bool = True) -> ClassData:
-    """Class folders in memory, their images cropped to `shape` (C, H, W).
+    """Read class folders into memory, with the images cropped to `shape` (C, H, W).
 
     Images that cannot be read are left out, and their number is printed. Raises what `class_images` raises, and
-    ValueError for a model whose inputs are no images and where no image can be read.
+    ValueError for a `shape` that is not an image's and where no image can be read.
     """
     paths, labels, classes = class_images(folder)
     channels, size = shape[:2]
@@ -116,19 +116,19 @@ def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bo
 def read_images(
     paths: Sequence[Path], labels: Sequence[int], size: int, channels: int, progress: bool = False
 ) -> tuple[list[torch.Tensor], list[int], dict[str, str]]:
-    """Pixels and labels of the images that can be read, and of the others, by path, why not."""
+    """Pixels and labels of the images that can be read; and {path: reason} of the others."""
     images, kept, skipped = [], [], {}
     for path, label in zip(tqdm(paths, desc="reading images", unit="image", disable=not progress), labels, strict=True):
         try:
             images.append(read_pixels(path, size, channels))
             kept.append(label)
-        except (ValueError, OSError, NotImplementedError) as error:  # the last for formats that PIL reads in part
+        except (ValueError, OSError, NotImplementedError) as error:  # the last: PIL reads the format in part
             skipped[str(path)] = " ".join(str(error).split())
     return images, kept, skipped
 
 
 def read_mnist(folder: str | Path) -> ClassData:
-    """The training images of MNIST, Fashion-MNIST or a set in their format: two files, gzipped or not, in `folder`.
+    """Read the training images of MNIST, or of a set in its format: two files, gzipped or not, in `folder`.
 
     Raises FileNotFoundError where one is missing, and ValueError where one is damaged or they do not belong together.
     """
@@ -149,7 +149,7 @@ def _read_mnist_file(folder: Path, name: str, read: Callable[[str | Path], torch
     try:
         with TemporaryDirectory() as unpacked:
             return read(extract_archive(path, unpacked) if path.suffix == ".gz" else path)
-    # torchvision notices a wrong file by a failed assertion, an unknown type, too few bytes or a view of another size
+    # on a wrong file torchvision fails with an assertion, an unknown type, too few bytes or a view of a wrong size
     except (OSError, EOFError, zlib.error, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or "its header is of another format"
         raise ValueError(f"{path} is damaged or none of MNIST's files: {reason}") from None

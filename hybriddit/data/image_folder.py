@@ -31,12 +31,13 @@ def image_folder(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> LatentData:
-    """Latents and prompt embeddings of the images under `folder`, scaled and centre-cropped to height x width pixels.
+    """Encode the images under `folder` and their captions; images are scaled and centre-cropped to height x width.
 
     Captions: see `captioned_images`. Images that cannot be read and images without a caption are left out: their
     number is printed, and `skipped.json` in the cache lists them with the reasons.
 
-    steps, guidance_scale: of the samples drawn while training, and the value of a guidance embedding.
+    height, width: in pixels. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
+        value of a guidance embedding.
     cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
 
     Raises FileNotFoundError for a folder that does not exist, and ValueError where none of its images can be used.
@@ -67,7 +68,7 @@ def image_folder(
         desc="encoding images",
         progress=progress,
     )
-    if cache is not None:  # only now is it certain that the cache is this folder's
+    if cache is not None:  # only now is it certain that the cache belongs to this folder
         write_json(Path(cache) / "skipped.json", skipped)
     return data
 
@@ -77,7 +78,7 @@ def captioned_images(folder: str | Path) -> dict[Path, str | None]:
 
     A caption is the text of `<image>.txt` beside the image, or the "text" of the image's line in
     `folder/metadata.jsonl`, whose "file_name" is relative to `folder`: the two layouts of public data sets. Raises
-    FileNotFoundError where there is no folder, and ValueError for one without images or with a damaged list.
+    FileNotFoundError where there is no folder, and ValueError if it has no images or a damaged metadata.jsonl.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,7 +104,7 @@ def _caption_beside(path: Path) -> str | None:
 
 
 def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[list[Path], dict[str, str]]:
-    """The images that have a caption and can be decoded completely; and of the others, by path, why not."""
+    """The images that have a caption and can be decoded completely; and {path: reason} of the others."""
     good, skipped = [], {}
     for path, caption in tqdm(captions.items(), desc="reading images", unit="image", disable=not progress):
         try:
@@ -118,8 +119,8 @@ def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[lis
 
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:
-    """An RGB image of this size: turned upright by its EXIF data, scaled to cover the size, cropped at the centre."""
-    # PIL crops to the fraction of a pixel, v2's CenterCrop to whole ones: of 400 random sizes, 378 came out different
+    """Read an RGB image of this size: turned upright by its EXIF data, scaled to cover the size, centre-cropped."""
+    # PIL crops to fractions of a pixel, torchvision's v2 to whole ones: 378 of 400 random sizes came out different
     return ImageOps.fit(open_image(path), (width, height), Image.Resampling.LANCZOS)
 
 

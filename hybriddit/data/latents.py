@@ -1,4 +1,4 @@
-"""Latents with their prompts' embeddings, and how a set of them is built batch by batch, in memory or in a cache."""
+"""Sets of latents with their prompts' embeddings, built batch by batch in memory or in a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .shards import ShardedDataset, ShardFile, save_shard, write_or_check_settin
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """How a set was made. Sets that were made differently never share a cache.
+    """Describes how a set was made. Sets that were made differently never share a cache.
 
     height, width: in pixels. steps, guidance_scale, max_sequence_length, seed: as the teacher's pipeline was called.
     teacher_made: the images are the teacher's own, made with `guidance_scale`.
@@ -38,10 +38,10 @@ class LatentData(ShardedDataset):
     """Latents and prompt embeddings, one row an image.
 
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, C, h, w], or
-        [N, tokens, C] where its family packs them) and the prompt's tensors under the names of the
+        [N, tokens, C] where its family packs them) and the prompts' tensors under the names of the
         pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
         [N, states].
-    empty: the empty prompt's tensors, one row each; prompt dropout puts them in the prompt's place.
+    empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
     """
 
     def __init__(self, shards: Sequence[Mapping], empty: dict[str, torch.Tensor], info: LatentInfo):
@@ -50,7 +50,7 @@ class LatentData(ShardedDataset):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image's latents."""
+        """The shape of one image's latents."""
         return tuple(self.rows([0])["latents"].shape[1:])
 
 
@@ -68,10 +68,10 @@ def build_latents(
 ) -> LatentData:
     """Build or reopen a set of `count` rows, one shard per call of `make_batch`.
 
-    make_batch: (indices of the rows, the empty prompt's tensors) -> the rows' tensors, of the dense teacher.
+    make_batch: (indices of the rows, the empty prompt's tensors) -> the rows' tensors, made with the dense teacher.
     cache: a folder of one safetensors file per shard, each whole or absent. An interrupted run continues where it
         stopped, and a finished cache is only opened. Raises ValueError where the cache was made with other settings.
-    settings: what the rows depend on beyond `info` and the teacher, for the cache's record.
+    settings: what the rows depend on besides `info` and the teacher; recorded in the cache.
     """
     folder = Path(cache) if cache is not None else None
     if folder is not None:
@@ -103,7 +103,7 @@ def build_latents(
 
 @torch.no_grad()
 def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
-    """The prompts' tensors under the names of the pipeline's arguments, one row a prompt.
+    """Encode prompts: tensors under the names of the pipeline's arguments, with one row per prompt.
 
     Raises ValueError for a pipeline whose transformer is of no known family.
     """

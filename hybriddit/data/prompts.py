@@ -1,4 +1,4 @@
-"""Prompts from lists and text files."""
+"""Read prompts from lists and text files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
-    """Prompts from a list, or from a text file with one a line; blank ones are skipped.
+    """Read prompts from a list, or from a text file with one per line; blank ones are skipped.
 
     Raises FileNotFoundError where there is no such file, and ValueError where no prompt is left.
     """

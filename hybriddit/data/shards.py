@@ -1,4 +1,4 @@
-"""Data sets in shards: rows of tensors in memory or in safetensors files, and the folders that keep them."""
+"""Data sets in shards (rows of tensors in memory or in safetensors files), and the cache folders that hold them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import CHECKSUM, read_tensors, replacing, write_json, write_tensors
 
-SETTINGS = "data.json"  # in a cache: how it was made
+SETTINGS = "data.json"  # the file in a cache that records how it was made
 
 
 class ShardedDataset:
     """Rows of tensors, in shards of equally many rows per key.
 
-    shards: each a dict of tensors in memory, or a `ShardFile` on disk. Raises ValueError where there is no row.
+    shards: dicts of tensors in memory, or `ShardFile`s on disk. Raises ValueError if there are no rows.
     """
 
     def __init__(self, shards: Sequence[Mapping]):
@@ -49,10 +49,10 @@ def _length(shard: Mapping) -> int:
 
 
 class ShardFile(Mapping):
-    """A safetensors file of tensors, whose rows are read when they are indexed.
+    """A safetensors file whose rows are read when they are indexed.
 
-    Opening reads the header only, so that a large set starts at once. The whole file is compared with its checksum
-    when a tensor is first asked for. Both raise ValueError where the file is damaged.
+    Opening it reads only the header, so that a large set starts at once. The first access to a tensor compares the
+    whole file with its checksum. Both raise ValueError if the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -61,10 +61,10 @@ class ShardFile(Mapping):
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run again to remake it") from None
-        self.checksum = (self._file.metadata() or {}).get(CHECKSUM)  # what the file claims, not compared yet
+        self.checksum = (self._file.metadata() or {}).get(CHECKSUM)  # as the file states it, not verified yet
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a tensor, from the header alone."""
+        """The shape of a tensor, from the header alone."""
         return tuple(self._file.get_slice(key).get_shape())
 
     def __getitem__(self, key: str):
@@ -84,17 +84,17 @@ class ShardFile(Mapping):
 
 
 def save_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file with its checksum; after a failure or a kill it is whole or absent."""
+    """Write a safetensors file with its checksum; if writing fails or is killed, there is no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         write_tensors(partial, tensors)
 
 
 def write_or_check_settings(folder: Path, settings: dict, option: str = "data.cache") -> None:
-    """Note in a cache's folder how its set is made, or compare with what is noted there.
+    """Record in a cache's folder how its set is made, or compare `settings` with that record.
 
-    A set that is made otherwise must never go on in another's files. option: the setting that error messages name.
-    Raises ValueError for a folder whose set was made with other settings.
+    A set must never continue in the files of one that was made differently. option: the setting that error messages
+    name. Raises ValueError for a folder whose set was made with other settings.
     """
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))

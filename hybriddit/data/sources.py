@@ -1,4 +1,4 @@
-"""Where training data can come from: one function and one row per source. Imports torch only when data is made."""
+"""The sources of training data: one function and one row per source. Imports torch only when data is made."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Source:
 
     make: (model, settings, progress) -> the data set. model: the teacher's pipeline, or the SiT that is trained;
         settings: the run's `data` section; progress: whether to show progress bars.
-    count: (settings) -> how many images it will have, told without a model. Raises FileNotFoundError or ValueError for
-        files that are missing or unusable. None: only `make` can tell.
-    job: what it is for, "distill" or "train".
-    reads: the setting that names its files, "prompts", "folder" or "path".
+    count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
+        that are missing or unusable. None: only `make` can tell.
+    job: the command that uses it, "distill" or "train".
+    reads: the setting that names its files: "prompts", "folder" or "path".
     teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
     """
 
@@ -36,7 +36,7 @@ class Source:
 
 
 def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
-    """Images that the teacher makes from prompts. states: how many of each image's sampling to keep."""
+    """Images that the teacher makes from prompts. states: how many states of each image's sampling to keep."""
     from .teacher_images import teacher_images
 
     return teacher_images(
@@ -50,7 +50,7 @@ def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
 
 
 def trajectories(pipeline, settings, progress: bool) -> LatentData:
-    """The teacher's way from noise to its images of the prompts."""
+    """Intermediate states of the teacher's sampling, from noise to its images of the prompts."""
     return teacher(pipeline, settings, progress, settings.states)
 
 
@@ -67,7 +67,7 @@ def _common(settings, progress: bool) -> dict[str, Any]:
 
 
 def labelled_images(model, settings, progress: bool) -> ClassData:
-    """Images or latents with class labels, of the size that a SiT takes."""
+    """Images or latents with class labels, of the size that the SiT takes."""
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     return open_class_data(settings.path, shape, memory=settings.memory, progress=progress)
 
@@ -75,10 +75,10 @@ def labelled_images(model, settings, progress: bool) -> ClassData:
 def open_class_data(
     path: str | Path, shape: tuple[int, int, int], *, memory: bool = False, progress: bool = True
 ) -> ClassData:
-    """The labelled images at `path`: a cache, class folders, or MNIST's files, for a model with inputs (C, H, W).
+    """Open the labelled images at `path`: a cache, class folders, or MNIST's files. shape: (C, H, W) of model inputs.
 
     memory: read all of a cache now. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
-    where its images are of another shape or cannot be used.
+    where its images have another shape or cannot be used.
     """
     from . import class_cache, class_images, shards
 
@@ -121,10 +121,10 @@ SOURCES = {
 
 
 def make_data(pipeline, settings, *, progress: bool = True) -> LatentData:
-    """The set that a distillation's `data` section asks for, made with the teacher's pipeline."""
+    """Make the set that a distillation's `data` section asks for, with the teacher's pipeline."""
     return SOURCES[settings.source].make(pipeline, settings, progress)
 
 
 def sources_of(job: str) -> tuple[str, ...]:
-    """The names of the sources for a job, "distill" or "train"."""
+    """The names of the sources for a command, "distill" or "train"."""
     return tuple(name for name, source in SOURCES.items() if source.job == job)

@@ -29,13 +29,13 @@ def teacher_images(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> LatentData:
-    """Latents of images that the teacher makes from prompts, with the prompts' embeddings.
+    """Make images from prompts with the teacher; returns their latents with the prompts' embeddings.
 
-    Image i has prompt i modulo their number and noise from a generator seeded seed + i, whatever the batch size. A
-    transformer that is converted already runs as the dense teacher.
+    Image i has prompt number i modulo the number of prompts, and noise from a generator seeded with seed + i, whatever
+    the batch size. A transformer that is converted already runs as the dense teacher.
 
-    states: how many inputs of the transformer to keep of each image's sampling, with their times, evenly spaced from
-        the first step on: the set then holds trajectories from noise to the teacher's images. 0 keeps none.
+    states: how many of the transformer's inputs to keep while each image is sampled, with their times, evenly spaced
+        from the first step on: the set then holds trajectories from noise to the teacher's images. 0 keeps none.
     cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
     """
     if not 0 <= states <= steps:
@@ -67,9 +67,9 @@ def teacher_images(
 
 @contextmanager
 def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within it, collect what the transformer is called with: (latents, times), the last `count` of every batch.
+    """Within the block, collect (latents, times) of every call of the transformer: the last `count` of each batch.
 
-    Those are the conditional ones under classifier-free guidance. Times are in the unit of the family's recipes.
+    With classifier-free guidance those are the conditional ones. Times are in the unit of the family's recipes.
     """
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     family = family_of(pipeline.transformer)
@@ -95,7 +95,7 @@ def sample(
     seeds: Sequence[int],
     output_type: str = "pil",
 ):
-    """Images of encoded prompts, each from a seed of its own.
+    """Sample images of encoded prompts, each from a seed of its own.
 
     empty: the empty prompt's tensors, one row each. output_type: "pil", or "latent" for latents as the transformer
     takes them.

@@ -1,1 +1,1 @@
-"""The laptop-sized demonstration: its canvases, its judges, and the run itself."""
+"""`hybriddit demo`, a demonstration for a laptop: its images, the judge of them, and the run itself."""

@@ -1,8 +1,8 @@
-"""What the demo's images are: two tinted garments at the far ends of a canvas, named by a prompt.
+"""The demo's images: two tinted garments at the far ends of a canvas, named by a prompt.
 
-A prompt says what stands left and right, and whether the right garment is the left one again (the same instance, in
-the same tint). Nothing in the text says which instance or which tint: only the other end of the canvas does, so the
-two halves agree only in a model that sees far.
+A prompt says what is on the left and on the right, and whether the right garment is the left one again (the same
+instance, in the same tint). The text does not say which instance or which tint. Only the other end of the canvas shows
+that, so the two ends agree only if the model sees far.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ GARMENT = 24  # pixels a side
 TOP = (CANVAS - GARMENT) // 2
 LEFT, RIGHT = 0, CANVAS - GARMENT
 
-# Fashion-MNIST's labels; its coats and shirts are left out, which people confuse with pullovers and T-shirts too
+# Fashion-MNIST's labels, without coats and shirts, which even people confuse with pullovers and T-shirts
 GARMENTS = {0: "t-shirt", 1: "trouser", 2: "pullover", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot"}
 NAMES = tuple(GARMENTS.values())
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for; `left` and `right` are names in NAMES."""
+    """The scene that a prompt asks for; `left` and `right` are names in NAMES."""
 
     left: str
     right: str
@@ -43,7 +43,7 @@ SCENES = SAME_SCENES + DIFFERENT_SCENES
 
 
 def scene_of(prompt: str) -> Scene:
-    """The scene a prompt names. Raises ValueError where it names none."""
+    """The scene of a prompt. Raises ValueError for a prompt that is not one of the demo's."""
     for scene in SCENES:
         if scene.prompt == prompt:
             return scene
@@ -57,7 +57,7 @@ def crops(images: torch.Tensor) -> torch.Tensor:
 
 
 def compose(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Canvases on black from tinted garments, [B, 3, GARMENT, GARMENT] each, in [0, 1]."""
+    """Put tinted garments, [B, 3, GARMENT, GARMENT] each, in [0, 1], on black canvases."""
     canvas = left.new_zeros(len(left), 3, CANVAS, CANVAS)
     canvas[:, :, TOP : TOP + GARMENT, LEFT : LEFT + GARMENT] = left
     canvas[:, :, TOP : TOP + GARMENT, RIGHT:] = right

@@ -1,4 +1,4 @@
-"""How the demo's images are judged: a garment classifier, and whether two garments are the same instance."""
+"""The judge of the demo's images: a garment classifier, and a test whether two garments are the same instance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .canvas import NAMES, Scene, crops
 
 
 class GarmentClassifier(nn.Sequential):
-    """Grey garments [B, 1, GARMENT, GARMENT] in [0, 1] -> logits [B, len(NAMES)]."""
+    """Classifies grey garments: [B, 1, GARMENT, GARMENT] in [0, 1] -> logits [B, len(NAMES)]."""
 
     def __init__(self, width: int = 32):
         layers: list[nn.Module] = []
@@ -26,12 +26,12 @@ class GarmentClassifier(nn.Sequential):
 
 
 def untint(garments: torch.Tensor) -> torch.Tensor:
-    """[..., 3, H, W] -> grey [..., 1, H, W]; every tint has a channel at full strength."""
+    """Make tinted garments grey, [..., 3, H, W] -> [..., 1, H, W]: every tint has one channel at full strength."""
     return garments.amax(dim=-3, keepdim=True)
 
 
 def match_score(images: torch.Tensor) -> torch.Tensor:
-    """How alike the two garments of each canvas are: 1 − |left − right|² / (|left|² + |right|²), in [0, 1] -> [B].
+    """How alike the two garments of each canvas are, in [0, 1], [B]: 1 − |left − right|² / (|left|² + |right|²).
 
     1 is the same picture; two garments that do not overlap, or share no tint, score 0.
     """
@@ -62,16 +62,16 @@ class Judge:
 
     @torch.no_grad()
     def names(self, images: torch.Tensor) -> list[tuple[str, str]]:
-        """What the classifier sees left and right in canvases [B, 3, CANVAS, CANVAS] in [0, 1]."""
+        """The classifier's names of the left and right garments in canvases [B, 3, CANVAS, CANVAS] in [0, 1]."""
         seen = self.classifier(untint(crops(images.float())).flatten(0, 1)).argmax(1).view(-1, 2)
         return [(NAMES[left], NAMES[right]) for left, right in seen.tolist()]
 
     def __call__(self, images: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
-        """Shares in [0, 1] over canvases [B, 3, CANVAS, CANVAS] in [0, 1].
+        """Score canvases [B, 3, CANVAS, CANVAS] in [0, 1]; both scores are shares in [0, 1].
 
-        prompt_agreement: of the garments, those the classifier names as the prompt does.
-        pair_match: of the canvases, those whose two garments match where the prompt says "same" and do not where it
-            does not; 0.5 is what a model reaches that never (or always) matches, on as many of one as of the other.
+        prompt_agreement: the share of garments that the classifier names as the prompt does.
+        pair_match: the share of canvases whose two garments match if and only if the prompt says "same". If half of the
+            prompts do, a model whose garments never (or always) match scores 0.5.
         """
         right = [
             (seen == wanted)
@@ -86,7 +86,7 @@ class Judge:
 def train_classifier(
     garments: torch.Tensor, labels: torch.Tensor, *, epochs: int = 4, seed: int = 0
 ) -> GarmentClassifier:
-    """On real grey garments [N, 1, GARMENT, GARMENT] in [0, 1], labels [N] as indices into NAMES."""
+    """Train on real grey garments [N, 1, GARMENT, GARMENT] in [0, 1]; labels [N] are indices into NAMES."""
     torch.manual_seed(seed)
     model = GarmentClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -95,7 +95,7 @@ def train_classifier(
     for _ in range(epochs):
         for chosen in torch.randperm(len(labels))[: len(labels) // batch * batch].split(batch):
             images = garments[chosen]
-            # generated garments may sit a pixel off: so may these
+            # shifted by up to a pixel, as generated garments may be
             images = torch.roll(images, tuple(torch.randint(-1, 2, (2,)).tolist()), dims=(2, 3))
             loss = F.cross_entropy(model(images), labels[chosen])
             optimizer.zero_grad()

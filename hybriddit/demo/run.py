@@ -1,4 +1,4 @@
-"""`hybriddit demo`: teacher -> hybrid -> distilled -> saved -> loaded anew -> compared, on a laptop's processor."""
+"""`hybriddit demo`: convert a teacher, distill, save, load again and compare, on a laptop's processor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..training.run_config import DistillConfig, load_config
 from .canvas import Scene
 from .judge import Judge, match_score
 
-# as many that ask for the same garment twice as that do not; of those, half ask for two of one kind
+# half ask for the same garment twice; of the other half, half ask for two garments of one kind
 SHOWN: tuple[Scene, ...] = (
     *(Scene(name, name, same=True) for name in ("t-shirt", "trouser", "pullover", "sneaker", "bag", "boot")),
     *(Scene(name, name) for name in ("dress", "sneaker", "bag")),
@@ -39,7 +39,7 @@ BATCH = 12
 
 
 def generate(pipeline, prompts: list[str], seeds: list[int], sampling: dict, desc: str) -> np.ndarray:
-    """Every prompt with every seed, prompt by prompt: uint8 [prompts * seeds, H, W, 3].
+    """Make an image of every prompt with every seed, prompt by prompt: uint8 [prompts * seeds, H, W, 3].
 
     sampling: arguments of the pipeline's call.
     """
@@ -57,16 +57,16 @@ def generate(pipeline, prompts: list[str], seeds: list[int], sampling: dict, des
 
 
 def compare(images: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
-    """Mean over images, uint8 [N, H, W, 3] both, of PSNR in dB and of SSIM to the teacher's image."""
+    """Mean PSNR in dB and mean SSIM of images to the teacher's, uint8 [N, H, W, 3] both."""
     pairs = list(zip(teacher, images, strict=True))
-    # identical images have no finite PSNR: 100 dB stands for it
+    # identical images have an infinite PSNR: count it as 100 dB
     psnr = [100.0 if np.array_equal(a, b) else peak_signal_noise_ratio(a, b) for a, b in pairs]
     ssim = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
     return {"psnr": round(float(np.mean(psnr)), 3), "ssim": round(float(np.mean(ssim)), 4)}
 
 
 def judged(images: np.ndarray, scenes: list[Scene], judge: Judge) -> dict[str, float]:
-    """The judge's two shares, and the mean match score where the prompt says "same" and where it does not."""
+    """The judge's two scores, and the mean match score where the prompt says "same" and where it does not."""
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     score, same = match_score(tensor), torch.tensor([scene.same for scene in scenes])
     return {
@@ -98,7 +98,7 @@ def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, 
 
 
 def sampling_of(config: DistillConfig) -> dict:
-    """How the demo calls the pipeline: as the training images were made."""
+    """The arguments of the demo's pipeline calls: the same as for the training images."""
     data = config.data
     return {
         "height": data.height,
@@ -110,10 +110,10 @@ def sampling_of(config: DistillConfig) -> dict:
 
 
 def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> dict:
-    """The whole demonstration; writes compare.png, pipeline/ and metrics.json under `out` and returns the metrics."""
+    """Run the whole demo: write compare.png, pipeline/ and metrics.json under `out`, and return the metrics."""
     started, out = time.monotonic(), Path(out)
     config = load_config(config_path, overrides)
-    config.output.folder = None  # nothing but what is listed above
+    config.output.folder = None  # write only the files listed above
     if config.data.max_sequence_length is None:
         raise ValueError("the demo needs data.max_sequence_length, the text tokens that it counts FLOPs for: 24, say")
     folder = Path(config.model.path)
@@ -181,7 +181,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
 
 
 def generate_in_new_process(folder: Path, prompts: list[str], seeds: list[int], sampling: dict) -> np.ndarray:
-    """`generate`, by a Python that knows nothing but the saved folder."""
+    """Run `generate` in a new Python process, which gets only the saved folder."""
     job = {"folder": str(folder), "prompts": prompts, "seeds": seeds, "sampling": sampling}
     result = folder.parent / "distilled.npy"
     command = [sys.executable, "-m", __spec__.name, str(result)]

@@ -35,10 +35,10 @@ def log_likelihood(
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of each sample in nats, [B], and the noise that the ODE takes it back to, [B, ...].
+    """Log-likelihood of each sample in nats, [B], and the noise that the ODE maps it to, [B, ...].
 
     The ODE is solved from data to noise. log p(data) is the standard normal log-density of that noise plus the integral
-    of the velocity's divergence along the way.
+    of the velocity's divergence along the trajectory.
 
     Args:
         model, path, prediction, method, steps, atol, rtol, interval: as in `sample_ode`. The model is differentiated
@@ -50,9 +50,9 @@ def log_likelihood(
         callback: called after every step as (step, time reached, state); the state is [B, D + 1]: x flattened, then the
             integral of the divergence so far.
 
-    On the VP path the interval ends before time 1, and the result is the density of x at that time; its time 0 is only
-    almost standard normal (alpha is 0.0066 there, not 0). Raises ValueError as `sample_ode` does, and for less than one
-    probe.
+    On the VP path the interval ends before time 1, and the result is the density of x at that earlier time; at time 0 x
+    is only approximately standard normal (alpha is 0.0066, not 0). Raises ValueError as `sample_ode` does, and for less
+    than one probe.
     """
     if probes is not None and probes < 1:
         raise ValueError(f"at least one probe, or None for the exact divergence, got {probes}")

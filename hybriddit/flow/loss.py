@@ -1,4 +1,4 @@
-"""The training side of flow matching: random times, and the loss for each kind of prediction."""
+"""Training by flow matching: random times, and the loss for each kind of prediction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .path import (
 
 WEIGHTINGS = ("none", "velocity", "likelihood")
 TIME_DISTRIBUTIONS = ("uniform", "logit_normal")
-# training stays away from an end of time where the loss is multiplied by more than this
+# training leaves out the ends of the time interval where the loss is multiplied by more than this
 LARGEST_WEIGHT = 1e6
 
 
@@ -64,7 +64,7 @@ def draw_times(
 def training_interval(
     path: str, prediction: str = "velocity", weighting: str = "none", *, eps: float | None = None
 ) -> tuple[float, float]:
-    """The interval of training times: [0, 1], cut by `eps` at an end where the target or its weight is unbounded.
+    """The interval of training times: [0, 1], shortened by `eps` where the target or its weight is unbounded.
 
     eps: None takes SiT's values, 1e-5 on the VP path and 1e-3 on the others.
     """
@@ -97,8 +97,8 @@ def flow_loss(
         prediction: what the model predicts: "velocity", "score", "noise" or "data". For the score, the error is that of
             the noise it implies: |sigma score + noise|^2.
         weighting: "none": the error of the prediction itself; "velocity": the error of the velocity it implies;
-            "likelihood": the same divided by g, where velocity = (alpha' / alpha) x + g score. With the last two (arXiv
-            2401.08740) the loss does not depend on the kind of prediction.
+            "likelihood": that error divided by g, where velocity = (alpha' / alpha) x + g score. With the last two
+            (arXiv 2401.08740) the loss does not depend on the kind of prediction.
 
     Raises ValueError for unknown names and for tensors whose shapes differ.
     """

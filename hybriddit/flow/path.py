@@ -41,7 +41,7 @@ def gvp(t: Tensor) -> Coefficients:
 def vp(t: Tensor) -> Coefficients:
     """SiT's variance-preserving path: alpha = exp(-(1 - t)^2 (20 - 0.1) / 4 - (1 - t) 0.1 / 2), sigma^2 = 1 - alpha^2.
 
-    At time 0 alpha is 0.0066 and not zero; towards time 1 sigma's derivative is unbounded.
+    At time 0, alpha is 0.0066 instead of zero; near time 1 sigma's derivative is unbounded.
     """
     rest = 1 - t
     beta = 0.1 + (20 - 0.1) * rest
@@ -61,7 +61,8 @@ def coefficients(path: str, t: Tensor) -> Coefficients:
 
     The result is in the times' dtype, float32 or wider, and exact to rounding, except that alpha and sigma are clamped
     to the root of the dtype's smallest normal number (1e-19 in float32), so that divisions by them stay finite.
-    Raises ValueError for an unknown path and, on a CPU, for times outside [0, 1]; a check on a GPU would wait for it.
+    Raises ValueError for an unknown path and, on a CPU, for times outside [0, 1]; a check on a GPU would make the host
+    wait.
     """
     check_name("path", path, PATHS)
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((t >= 0) & (t <= 1)).all()):
@@ -76,7 +77,7 @@ def interpolate(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear") ->
 
 
 def target(data: Tensor, noise: Tensor, t: Tensor, path: str = "linear", prediction: str = "velocity") -> Tensor:
-    """The regression target of a prediction, [B, ...]; the best model returns its mean given x_t. t: [B].
+    """The regression target of a prediction, [B, ...]; an ideal model returns the target's mean given x_t. t: [B].
 
     "velocity": alpha' data + sigma' noise; "score": -noise / sigma; "noise"; "data".
     """
@@ -91,9 +92,9 @@ def convert(output: Tensor, x: Tensor, t: Tensor, path: str, source: str, target
         output: [B, ...], what the model returned. x: [B, ...]. t: [B], or one time for all.
         source, target: "velocity", "score", "noise" or "data".
 
-    Some conversions are undefined at an end of time: noise or score do not determine the data where alpha is zero (time
+    Some conversions are undefined at time 0 or 1: noise or score do not determine the data where alpha is zero (time
     0; not on the VP path), velocity or data do not determine the score where sigma is zero (time 1). The result is
-    finite there, but amplifies any error of the output; `sampling_interval` cuts such ends off.
+    finite there, but amplifies any error of the output; `sampling_interval` leaves such times out.
     """
     check_name("prediction", source, PREDICTIONS)
     check_name("prediction", target, PREDICTIONS)
@@ -143,7 +144,7 @@ def velocity_factor(at: Coefficients, prediction: str) -> Tensor:
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Shift times towards noise, as larger images need (shift > 1): t / (t + shift (1 - t)); 0 and 1 stay.
+    """Shift times towards noise (shift > 1), as larger images need: t / (t + shift (1 - t)); 0 and 1 stay.
 
     This is SD3's shift (arXiv 2403.03206), s u / (1 + (s - 1) u), applied to the noise level u = 1 - t.
     """

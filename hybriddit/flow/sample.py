@@ -1,7 +1,7 @@
 """Samplers: from noise to data along a path, by the probability flow ODE or by an SDE with the same marginals.
 
-A sampler takes a model function (x [B, ...], t [B]) -> prediction and the noise to start from. It computes, and calls the
-model, in the noise's dtype, or in float32 if that is narrower.
+A sampler takes a model function (x [B, ...], t [B]) -> prediction, and the noise to start from. It computes, and calls
+the model, in the noise's dtype, or in float32 if that dtype is narrower.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DIFFUSIONS = {
     "decreasing": lambda t, at, norm: 0.25 * (norm * torch.cos(math.pi * t) + 1) ** 2,
     "increasing-decreasing": lambda t, at, norm: norm * torch.sin(math.pi * t) ** 2,
 }
-# sampling stays away from an end of time where converting a prediction to the velocity multiplies it by more than this
+# sampling leaves out the ends of the time interval where converting to the velocity multiplies by more than this
 LARGEST_FACTOR = 1e6
 
 
@@ -67,11 +67,11 @@ def sample_ode(
         method: "euler", "heun" (two model calls a step) or "dopri5" (adaptive: step sizes follow the tolerances `atol`
             and `rtol`, and are the same for the whole batch).
         steps: number of steps of "euler" and "heun". shift: moves their times towards noise, see `shift_times`.
-        interval: (start, end) of time; None takes `sampling_interval`.
+        interval: (start, end) of the times; None takes `sampling_interval`.
         reverse: solve from end to start, from data to noise.
         callback: called after every step as (step, time reached, x).
 
-    Returns x at the end, [B, ...]. SiT's num_steps = n means n - 1 steps here: it counts the points between them. Raises
+    Returns x at the end, [B, ...]. SiT's num_steps = n means n - 1 steps here, because it counts time points. Raises
     ValueError for unknown names, less than one step, and an interval outside [0, 1]; RuntimeError if dopri5 finds no
     step size that meets the tolerances.
     """
@@ -106,20 +106,20 @@ def sample_sde(
 
     Args:
         model, noise, prediction, shift, callback: as in `sample_ode`.
-        method: "euler" (Euler-Maruyama) or "heun" (SiT's: add the step's noise, then take a Heun step; two model calls).
+        method: "euler" (Euler-Maruyama) or "heun" (SiT's: add the step's noise, then do a Heun step; two model calls).
         steps: number of steps, the last one included. shift applies to the others.
         diffusion: the form of g(t): "constant", "sbdm" (the g in velocity = (alpha' / alpha) x + g score, that of
             score-based diffusion), "sigma", "linear" (1 - t), "decreasing" ((1 + norm cos pi t)^2 / 4) or
             "increasing-decreasing" (sin^2 pi t).
-        diffusion_norm: multiplies g; in "decreasing" it is the norm inside.
+        diffusion_norm: multiplies g; in "decreasing" it is the norm in the formula.
         last_step: a last step without noise, `last_step_size` long: "mean" (the SDE's drift), "euler" (the ODE's
             velocity) or "tweedie" (to the predicted data). None: the last step is like the others.
         interval: (start, end) of time, last step included; None takes `sampling_interval`.
         generator: draws the noise, on its own device; one, or a list with one for each sample, so that a sample's noise
             does not depend on the rest of the batch.
 
-    Returns x at the end, [B, ...]. With a last step, `steps` is SiT's num_steps. Raises ValueError for unknown names, too
-    few steps, and intervals or sizes that do not fit.
+    Returns x at the end, [B, ...]. With a last step, `steps` is SiT's num_steps. Raises ValueError for unknown names,
+    too few steps, and intervals or sizes that do not fit.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("SDE sampler", method, SDE_METHODS)
@@ -145,7 +145,7 @@ def sample_sde(
         velocity, eps = (convert(output, x, t, path, prediction, kind) for kind in ("velocity", "noise"))
         shaped = times_like(t, x)
         at = coefficients(path, shaped)
-        # velocity + g score, as noise: g / sigma stays finite at time 1 for a g that vanishes with sigma
+        # velocity + g score, written with the noise: g / sigma stays finite at time 1 if g vanishes with sigma
         return velocity - DIFFUSIONS[diffusion](shaped, at, diffusion_norm) / at.sigma * eps
 
     def spread(x: Tensor, time: float, after: float) -> Tensor:
@@ -183,13 +183,13 @@ def sampling_interval(
     last_step: str | None = None,
     eps: float = 1e-3,
 ) -> tuple[float, float]:
-    """The interval of sampling times: [0, 1], cut by `eps` (by default SiT's) at an end where the field is undefined.
+    """The interval of sampling times: [0, 1], shortened by `eps` (SiT's by default) where the field is undefined.
 
     diffusion: the form of the SDE's g; None means the ODE. last_step: the SDE's; with one, no model call is at time 1.
 
-    The start is cut off where converting divides by alpha = 0: for noise and score predictions and for diffusion "sbdm".
-    The end of an ODE is cut off where the velocity is unbounded: on the VP path and for data predictions. The end of an
-    SDE without a last step is cut off because its drift contains the score.
+    The start is cut off where the conversion divides by alpha = 0: for noise and score predictions and for diffusion
+    "sbdm". The end of an ODE is cut off where the velocity is unbounded: on the VP path and for data predictions. The
+    end of an SDE without a last step is cut off because its drift contains the score.
     """
     check_name("prediction", prediction, PREDICTIONS)
     check_name("diffusion form", diffusion, (None, *DIFFUSIONS))
@@ -237,7 +237,7 @@ def solve_ode(
     reverse: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Solve dx = field(x, t [B]) dt over the interval; returns the state at its end, [B, ...]. Else as `sample_ode`."""
+    """Solve dx = field(x, t [B]) dt over the interval; returns the final state, [B, ...]. See `sample_ode`."""
     check_name("ODE sampler", method, ODE_METHODS)
     times = time_grid(steps, interval, shift)
     times = times[::-1] if reverse else times
@@ -280,18 +280,18 @@ def _dopri5(field: Model, x: Tensor, start: float, end: float, atol: float, rtol
 
     def accept(t: Tensor, x: Tensor, dt: Tensor) -> None:
         nonlocal accepted
-        if accepted and callback is not None:  # called with the state before the step: the first is the start
+        if accepted and callback is not None:  # odeint passes the state before the step: the first one is the start
             callback(accepted, float(t), x)
         accepted += 1
 
     function.callback_accept_step = accept
     times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
     try:
-        # step_t makes a step end exactly at the end; without it the solver goes past and interpolates back
+        # step_t makes the last step end exactly at the end; without it the solver goes past and interpolates back
         x = odeint(function, x, times, method="dopri5", atol=atol, rtol=rtol, options={"step_t": times[1:]})[-1]
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values")):
-            raise  # the model's own assertion
+            raise  # an assertion in the model, not in the solver
         raise RuntimeError(
             f"dopri5 finds no step that meets atol {atol:g} and rtol {rtol:g}: the model is not finite, or too steep"
         ) from error

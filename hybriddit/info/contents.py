@@ -14,16 +14,16 @@ from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import opened, read_record
 
-SHOWN_NAMES = 10  # of a pipeline's classes
+SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
 
-    A SiT's training run is described by the pipeline in its folder `pipeline`. An adapter's bytes are all read and
-    checked; of a model only the weight files' headers and lengths.
+    A SiT's training run is described by the pipeline in its folder `pipeline`. All bytes of an adapter are read and
+    checked, but only the headers and lengths of a model's weight files.
 
-    Raises FileNotFoundError where there is nothing, and ValueError for what is damaged or none of these.
+    Raises FileNotFoundError where there is nothing, and ValueError for something damaged or of another kind.
     """
     path = Path(path)
     if path.is_file() and path.suffix.lower() == ".png":
@@ -185,7 +185,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
-    """The number of elements of each tensor, from the header of a safetensors file. ValueError for a damaged file."""
+    """The number of elements of each tensor, from a safetensors file's header. Raises ValueError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -254,7 +254,7 @@ def _sit_lines(sit: dict[str, Any] | None) -> list[str]:
 def _class_names(id2label: dict[str, str] | None, classes: int) -> str:
     if not id2label:
         return "ImageNet's" if classes == 1000 else "none"
-    names = [repr(id2label[index]) for index in sorted(id2label, key=int)]  # the file has them as 0, 1, 10, 2
+    names = [repr(id2label[index]) for index in sorted(id2label, key=int)]  # the file sorts them as text: 0, 1, 10, 2
     return f"{len(names)}: {', '.join(names[:SHOWN_NAMES])}" + (", …" if len(names) > SHOWN_NAMES else "")
 
 

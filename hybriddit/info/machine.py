@@ -11,7 +11,7 @@ from .. import __version__
 from ..machine import device_of_this_machine, gpu_name, versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
-SIZES, WINDOW = (512, 1024, 4096), 16  # pixels and tokens: what the choice of window attention is shown for
+SIZES, WINDOW = (512, 1024, 4096), 16  # pixels, and tokens: the cases for which the choice of window attention is shown
 
 
 def environment() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
 
     try:
         from ..models import families
-    except ModuleNotFoundError:  # a machine of torch alone, without diffusers, has no models to choose for
+    except ModuleNotFoundError:  # without diffusers there are no models to choose for
         return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for family in families():

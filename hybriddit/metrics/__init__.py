@@ -1,4 +1,4 @@
-"""The ADM evaluation suite in torch, and Fréchet distances by any features. Never imports diffusers."""
+"""The ADM evaluation suite in torch, and Fréchet distances with any features. Never imports diffusers."""
 
 from .adm import adm_metrics, evaluate, frechet_distance_of
 from .images import read_images, to_uint8

@@ -1,4 +1,4 @@
-"""The ADM evaluation suite (Dhariwal and Nichol, 2105.05233): five scores of samples against reference images."""
+"""The ADM evaluation suite (Dhariwal and Nichol, arXiv 2105.05233): five scores of samples against reference images."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ PRECOMPUTED = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class FeatureStatistics(NamedTuple):
-    """What the scores need of a set of images."""
+    """The statistics of a set of images from which the scores are computed."""
 
-    moments: dict[str, Moments]  # of "pooled" and "spatial", as far as the extractor gives them
+    moments: dict[str, Moments]  # of "pooled" and "spatial", those that the extractor gives
     pooled: torch.Tensor | None  # [N, F] of all images, in order
     inception_score: float | None
 
@@ -63,18 +63,18 @@ def adm_metrics(
     """Inception score, FID, sFID, precision and recall, as the ADM suite computes them.
 
     samples, reference: paths of npz files with uint8 images [N, H, W, 3] as `arr_0`, or such arrays. A reference file
-    may hold `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) beside its images, as ADM's do, or alone: then these
-    are compared with, and the images serve precision and recall only.
+    may hold the statistics `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) with images, as ADM's do, or without:
+    then FID and sFID compare with these, and the images are used for precision and recall only.
     extractor: uint8 [B, 3, H, W], B up to batch_size, on the CPU -> {"pooled": [B, F], "spatial": [B, S], "logits":
-    [B, C]}, on any device (`load_inception` makes the real one). Scores whose features it, or the reference, does not
-    have are left out.
+    [B, C]}, on any device (`load_inception` makes the real one). Scores whose features the extractor or the reference
+    lacks are left out.
 
-    Returns {"inception_score", "fid", "sfid", "precision", "recall"}. Inception score: see `inception_score`; its
-    splits follow the order of the samples, which must not be sorted by class; with a seed, shuffle, they are at random
-    instead. Precision and recall: see `precision_recall`.
-    distributed: every process of torch.distributed calls with the same arguments, takes a share of the images and gets
-    the result of the whole set, equal to one process's up to rounding.
+    shuffle: a seed to draw the inception score's splits at random. None: they follow the order of the samples, which
+    must then not be sorted by class.
+    distributed: every process of torch.distributed calls this with the same arguments, takes a share of the images and
+    gets the result for the whole set, which equals a single process's up to rounding.
 
+    Returns {"inception_score", "fid", "sfid", "precision", "recall"}; see `inception_score` and `precision_recall`.
     Raises FileNotFoundError and ValueError for files, arrays and features that are not as above.
     """
     if split_size < 1:
@@ -124,10 +124,10 @@ def frechet_distance_of(
     distributed: bool = False,
     progress: bool = True,
 ) -> float:
-    """The Fréchet distance of two sets of images by any features: uint8 [B, 3, H, W] -> [B, F].
+    """The Fréchet distance of two sets of images with any features: uint8 [B, 3, H, W] -> [B, F].
 
     Samples and reference are npz files or arrays as for `adm_metrics`. A reference's precomputed statistics are
-    Inception's and are not used. The distance is FID only with Inception's features: name the features with the number.
+    Inception's, so they are not used. The distance is FID only with Inception's features: report which were used.
     """
     options = {"batch_size": batch_size, "distributed": distributed, "progress": progress, "keep": False}
     sets = {"samples": read_images(samples), "reference": read_images(reference)}
@@ -151,7 +151,7 @@ def evaluate(
     distributed: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """`adm_metrics` with all that the numbers depend on, as one dictionary for a JSON file.
+    """Compute `adm_metrics`, and record all that the scores depend on, in one dictionary for a JSON file.
 
     settings: how the samples were made (sampler, steps, guidance, label balance, VAE, EMA, ...), kept as given. Files
     are recorded by name and SHA-256, the extractor by its `description` if it has one, else by its name.
@@ -183,7 +183,7 @@ def evaluate(
 
 
 def read_reference(source: Source, check: bool = True) -> Reference:
-    """The images and the precomputed statistics of a reference, as far as it has them. check: as `read_images`'."""
+    """Read a reference's images and precomputed statistics, whichever it has. check: as in `read_images`."""
     if not isinstance(source, str | os.PathLike):
         return Reference(read_images(source), {})
     path = Path(source)
@@ -217,7 +217,7 @@ def collect_statistics(
 ) -> FeatureStatistics:
     """Run all images through the extractor, each process its share, and collect what the scores need.
 
-    name: of the set, in messages. split_size, shuffle: of the inception score; without a split size there is none.
+    name: what messages call the set. split_size, shuffle: for the inception score; without a split size it is left out.
     keep: keep the pooled features, which precision and recall need.
     """
     rank, size = rank_and_size(distributed)
@@ -253,14 +253,14 @@ def collect_statistics(
 
 
 def batches(rows: range, batch_size: int) -> Iterator[range]:
-    """`rows` in pieces of batch_size; the last may be shorter."""
+    """Cut `rows` into batches of batch_size; the last may be smaller."""
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, not {batch_size}")
     return (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
 
 
 def check_features(features: Mapping[str, torch.Tensor], rows: range) -> dict[str, torch.Tensor]:
-    """An extractor's known features of these images. Raises ValueError for none, wrong shapes and NaN or infinity."""
+    """The features that the scores use, checked. Raises ValueError if there are none, for wrong shapes, NaN or inf."""
     known = {kind: torch.as_tensor(features[kind]) for kind in ("pooled", "spatial", "logits") if kind in features}
     if not known:
         raise ValueError(f"the extractor gives none of pooled, spatial and logits, only {', '.join(features)}")
@@ -274,7 +274,7 @@ def check_features(features: Mapping[str, torch.Tensor], rows: range) -> dict[st
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """File name (None for an array), SHA-256 of the file or of the array's bytes, and number and size of the images."""
+    """The file's name (None for an array), the SHA-256 of its bytes, and the number and size of the images."""
     if isinstance(source, str | os.PathLike):
         with Path(source).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,9 @@ import torch
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Decoded images, floating-point in [-1, 1] of any shape, as uint8: 127.5 x + 128, clamped to [0, 255], truncated.
+    """Convert decoded images, floats in [-1, 1] of any shape, to uint8: 127.5 x + 128, clamped to [0, 255], truncated.
 
-    That rounds 127.5 (x + 1) to the nearest level, as DiT's and SiT's sampling scripts do. Truncating 127.5 (x + 1), or
+    This rounds 127.5 (x + 1) to the nearest level, as DiT's and SiT's sampling scripts do. Truncating 127.5 (x + 1), or
     rounding 127.5 x + 128, would move half of all pixels by a level, and the FID with them. Raises TypeError for
     integers, and ValueError for NaN or infinite values.
     """
@@ -29,11 +29,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bool = True) -> np.ndarray:
-    """The images of an npz file's `arr_0`, or of an array, uint8 [N, H, W, 3].
+    """The images of an npz file's `arr_0`, or of an array: uint8 [N, H, W, 3].
 
-    The images of an uncompressed file are mapped, not read. check: compare the file with its checksums, which takes a
-    pass over all of it. Raises FileNotFoundError where there is no such file, and ValueError where it is damaged, holds
-    pickled objects or no `arr_0`, or holds anything but two or more uint8 images.
+    Images of an uncompressed file are mapped into memory, not read. check: compare the file with its checksums, which
+    reads all of it. Raises FileNotFoundError where there is no such file, and ValueError if it is damaged, holds
+    pickled objects or no `arr_0`, or if `arr_0` is not two or more uint8 images.
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -52,7 +52,7 @@ def as_array(images: np.ndarray | torch.Tensor) -> np.ndarray:
 
 
 def check_images(images: np.ndarray, name: str) -> np.ndarray:
-    """`images` itself. Raises ValueError, naming it `name`, where it is not uint8 [N, H, W, 3] with N at least 2."""
+    """Return `images`. Raises ValueError, calling it `name`, unless it is uint8 [N, H, W, 3] with N at least 2."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
         raise ValueError(f"{name} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}")
     if len(images) < 2:
@@ -79,7 +79,7 @@ def npz_entries(path: Path, check: bool = True) -> list[str]:
 
 
 def read_entry(path: Path, name: str) -> np.ndarray:
-    """One array of an npz file, mapped where it is uncompressed, else read. Nothing is unpickled."""
+    """One array of an npz file, mapped into memory if it is uncompressed, else read. Nothing is unpickled."""
     try:
         mapped = _map_entry(path, name)
         if mapped is not None:
@@ -91,7 +91,7 @@ def read_entry(path: Path, name: str) -> np.ndarray:
 
 
 def _map_entry(path: Path, name: str) -> np.ndarray | None:
-    """An array mapped into memory, as 50,000 images are 10 GB in every process; None where it cannot be mapped."""
+    """Map an array into memory, as 50,000 images take 10 GB in every process; None if it cannot be mapped."""
     with zipfile.ZipFile(path) as file:
         entry = file.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:

@@ -1,4 +1,4 @@
-"""The ADM suite's extractor: the Inception of 2015, with the weights that published FIDs are measured with."""
+"""The ADM suite's feature extractor: the Inception of 2015, with the weights that published FIDs are measured with."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 import torch
 
 NAME = "Inception v3, TensorFlow 2015-12-05"
-SHA256 = "6726825d"  # how it begins; torch.hub's convention puts it into the file's name
-# one file under two names: torch-fidelity's and pytorch-fid's
+SHA256 = "6726825d"  # the first 8 digits, which torch.hub's convention puts into the file's name
+# the same file under torch-fidelity's and pytorch-fid's name
 FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 def spatial_features(activations: torch.Tensor) -> torch.Tensor:
-    """sFID's features (Nash et al., 2103.03841) of Inception's Mixed_6d.branch1x1, [B, C, H, W] -> [B, H * W * 7].
+    """sFID's features (arXiv 2103.03841) from Inception's Mixed_6d.branch1x1, [B, C, H, W] -> [B, H * W * 7].
 
-    The first 7 channels, channels last, as TensorFlow lays them out: 17 x 17 x 7 = 2023. Precomputed statistics of a
-    reference are in that order.
+    They are the first 7 channels, channels last, as TensorFlow lays them out: 17 x 17 x 7 = 2023. Precomputed
+    statistics of a reference are in that order.
     """
     return activations[:, :7].permute(0, 2, 3, 1).flatten(1)
 
 
 def find_inception(path: str | os.PathLike | None = None) -> Path:
-    """The weights' file: the one given, else the one in torch.hub's cache, where torch-fidelity and pytorch-fid put it.
+    """Find the weights' file: `path`, else in torch.hub's cache, where torch-fidelity and pytorch-fid put it.
 
-    Nothing is downloaded: FileNotFoundError says where to get it.
+    Nothing is downloaded. Raises FileNotFoundError, saying where to get the file.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     found = (
@@ -43,10 +43,11 @@ def find_inception(path: str | os.PathLike | None = None) -> Path:
 
 
 class Inception(torch.nn.Module):
-    """uint8 [B, 3, H, W] of any size -> {"pooled": [B, 2048], "spatial": [B, 2023], "logits": [B, 1008]}, float32.
+    """torch-fidelity's port of Inception.
 
-    torch-fidelity's port of the graph: it resizes to 299 x 299 as TensorFlow 1 did. Logits are without bias, as the ADM
-    suite has them. `description` says which weights these are.
+    It takes uint8 [B, 3, H, W] of any size, resizes to 299 x 299 as TensorFlow 1 did, and returns {"pooled": [B, 2048],
+    "spatial": [B, 2023], "logits": [B, 1008]}, float32. Logits are without bias, as in the ADM suite. `description`
+    says which weights these are.
     """
 
     def __init__(self, network: torch.nn.Module, description: dict[str, str]):
@@ -58,7 +59,7 @@ class Inception(torch.nn.Module):
         seen, device = [], self.network.fc.weight.device
         hook = self.network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
         try:
-            # a trainer's autocast, or TensorFloat-32 convolutions, which are torch's default, would cost digits
+            # the caller's autocast, or TensorFloat-32 convolutions (torch's default), would lose precision
             with torch.autocast(device.type, enabled=False), _float32_convolutions():
                 pooled, logits = self.network(images.to(device))
         finally:
@@ -75,10 +76,10 @@ def _float32_convolutions():
 def load_inception(
     path: str | os.PathLike | None = None, device: str | torch.device = "cpu", *, check: bool = True
 ) -> Inception:
-    """The extractor for `adm_metrics`. path: see `find_inception`; check=False takes other weights of the same layout.
+    """Load the extractor for `adm_metrics`. path: see `find_inception`. check: accept the published weights only.
 
-    Raises FileNotFoundError where the weights are not there, ModuleNotFoundError without torch-fidelity, ValueError for
-    another file. Nothing in the file is unpickled but tensors.
+    Only tensors in the file are unpickled. Raises FileNotFoundError if the weights are not found, ModuleNotFoundError
+    without torch-fidelity, and ValueError for another file.
     """
     path = find_inception(path)
     try:
@@ -93,12 +94,12 @@ def load_inception(
         )
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        plain = io.BytesIO()  # torch-fidelity unpickles what it is given: it gets tensors that we have written
+        plain = io.BytesIO()  # torch-fidelity unpickles the file it is given, so give it one that we have written
         torch.save(state, plain)
         plain.seek(0)
         features = ["2048", "logits_unbiased"]
         network = FeatureExtractorInceptionV3("inception", features, feature_extractor_weights_path=plain)
-    except Exception as error:  # whatever a wrong file makes torch say, over many lines
+    except Exception as error:  # torch may raise anything on a wrong file, in many lines
         said = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} holds no Inception weights ({type(error).__name__}: {said[:200]})") from error
     return Inception(network, {"name": NAME, "weights": path.name, "weights_sha256": digest}).to(device)

@@ -1,4 +1,4 @@
-"""Work shared out among the processes of torch.distributed; every one gets the whole result."""
+"""Divide work among the processes of torch.distributed; every process gets the whole result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..machine import device_of_this_machine
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, bool, torch.device]]:
-    """Join the other processes of torchrun, if any; yields this one's rank, whether there are others, and its device."""
+    """Join torchrun's other processes, if any. Yields this one's rank, whether there are others, and its device."""
     gpu = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, False, device_of_this_machine()
@@ -30,7 +30,7 @@ def process_group() -> Iterator[tuple[int, bool, torch.device]]:
 
 
 def rank_and_size(distributed: bool) -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) where the work is not shared."""
+    """This process's rank and the number of processes; (0, 1) if the work is not shared."""
     if not distributed:
         return 0, 1
     if not (dist.is_available() and dist.is_initialized()):
@@ -39,7 +39,7 @@ def rank_and_size(distributed: bool) -> tuple[int, int]:
 
 
 def share(count: int, distributed: bool) -> range:
-    """This process's share of `count` rows: consecutive ones, in the order of the ranks."""
+    """This process's share of `count` rows: consecutive rows, in the order of the ranks."""
     rank, size = rank_and_size(distributed)
     return range(count * rank // size, count * (rank + 1) // size)
 
@@ -59,7 +59,7 @@ def gather(rows: torch.Tensor, count: int, distributed: bool) -> torch.Tensor:
         return rows
     _, size = rank_and_size(distributed)
     lengths = [count * (rank + 1) // size - count * rank // size for rank in range(size)]
-    padded = rows.new_zeros(max(lengths), *rows.shape[1:], device=_device())  # all_gather wants one shape
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:], device=_device())  # all_gather needs equal shapes
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(parts, padded)

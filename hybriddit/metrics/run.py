@@ -1,4 +1,4 @@
-"""What `hybriddit evaluate` does, in one process or in each of torchrun's."""
+"""Run `hybriddit evaluate`, in one process or in each of torchrun's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def run(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """The report of `evaluate` with Inception's features, written to `out` if given; None in all but the first process.
+    """Evaluate with Inception's features and write the report to `out`, if given.
+
+    Returns the report, or None in all processes but the first.
 
     settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz, if it exists.
     All files are checked before the first image goes through the network.
@@ -60,7 +62,10 @@ def scores_text(report: dict[str, Any], out: Path | None) -> str:
 
 
 def read_settings(path: Path | None, samples: Path) -> dict[str, Any]:
-    """The settings file, or the samples' own, or {}. Raises FileNotFoundError, and ValueError for no JSON object."""
+    """Read the settings file, else the samples' JSON file, else {}.
+
+    Raises FileNotFoundError, and ValueError if the file does not hold a JSON object.
+    """
     if path is None:
         path = samples.with_suffix(".json")
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Scores of features and logits: Fréchet distance, inception score, precision and recall. All in float64."""
+"""Scores from features and logits: Fréchet distance, inception score, precision and recall. All in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self) -> torch.Tensor:
-        """[F, F], unbiased (divided by count - 1), as numpy.cov and the ADM suite have it."""
+        """The covariance [F, F], unbiased (divided by count - 1), as in numpy.cov and the ADM suite."""
         return self.scatter / (self.count - 1)
 
 
@@ -31,7 +31,7 @@ def moments(features: torch.Tensor) -> Moments:
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of two sets together, without the cancellation of sums of squares."""
+    """The moments of the union of two sets, without the cancellation that sums of squares have."""
     count = one.count + other.count
     step = other.mean - one.mean
     mean = one.mean + step * (other.count / count)
@@ -55,9 +55,9 @@ def frechet_distance(
 
     It is |m - m'|² + tr(C + C' - 2 (C C')^½).
 
-    Means [F], covariances [F, F]. The last trace is the sum of the singular values of Aᵀ A', where A Aᵀ = C comes
-    from C's eigenvalues in float64: no root of an unsymmetric matrix is taken, and singular covariances (fewer images
-    than features) need no offset. Raises ValueError for shapes that do not fit or values that are not finite.
+    Means are [F], covariances [F, F]. The trace of (C C')^½ is the sum of the singular values of Aᵀ A', where A Aᵀ = C
+    comes from C's eigenvalues in float64: no root of an unsymmetric matrix is taken, and singular covariances (fewer
+    images than features) need no offset. Raises ValueError for shapes that do not fit or values that are not finite.
     """
     parts = [part.double() for part in (mean, covariance, other_mean, other_covariance)]
     width = len(parts[0])
@@ -69,32 +69,32 @@ def frechet_distance(
     mean, covariance, other_mean, other_covariance = (part.to(parts[0].device) for part in parts)
     root = torch.linalg.svdvals(_factor(covariance).T @ _factor(other_covariance)).sum()
     distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * root
-    return max(distance.item(), 0.0)  # equal sets come out at -1e-10 or so
+    return max(distance.item(), 0.0)  # equal sets give about -1e-10
 
 
 def _factor(covariance: torch.Tensor) -> torch.Tensor:
-    """A [F, rank] with covariance = A Aᵀ."""
+    """A factor A [F, rank] of the covariance = A Aᵀ."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    # an eigenvalue of zero comes out as 1e-16 or so, whose root would add 1e-8
+    # an eigenvalue of zero is computed as about 1e-16, whose root would add 1e-8
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
 def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
-    """exp(mean KL(p(y|x) | p(y))) of [N, C] logits, the mean over splits of `split_size` in the order given.
+    """The inception score exp(mean KL(p(y|x) | p(y))) of [N, C] logits: the mean over splits of `split_size` in order.
 
     As in the ADM suite (Dhariwal and Nichol, 2105.05233) the logits are Inception's without bias, and a last split that
-    is not full counts as much as the others. Samples sorted by class must be shuffled first: a split would hold a part
-    of the classes only, and the score would fall with it.
+    is not full counts as much as the others. Samples sorted by class must be shuffled first: else a split holds only
+    some of the classes, and the score is too low.
     """
     sums = split_sums(logits, torch.arange(len(logits)), len(logits), split_size)
     return score_of_splits(sums, len(logits), split_size)
 
 
 def split_sums(logits: torch.Tensor, positions: torch.Tensor, count: int, split_size: int) -> torch.Tensor:
-    """Sums over [B, C] logits for the inception score: of each split, Σ p and Σ p log p, [splits, C + 1].
+    """Sums over [B, C] logits for the inception score: Σ p and Σ p log p of each split, [splits, C + 1].
 
-    positions [B]: the rows' places among all `count`, which tell their splits.
+    positions [B]: the rows' indices among all `count`, which determine their splits.
     """
     log_p = logits.double().log_softmax(1)
     p = log_p.exp()
@@ -122,22 +122,22 @@ def precision_recall(
 ) -> tuple[float, float]:
     """The improved precision and recall of Kynkäänniemi et al. (1904.06991), as the ADM suite computes them.
 
-    reference [N, F], samples [M, F]. Every vector has a ball that reaches to its `neighbours`-th nearest other vector
-    of its own set. Precision is the share of samples in some reference ball, recall the share of reference vectors in
-    some sample's ball; the ball's surface is inside. ADM takes 10,000 reference images and 50,000 samples: both
-    depend on these numbers.
+    reference [N, F], samples [M, F]. Every vector has a ball whose radius is the distance to its `neighbours`-th
+    nearest other vector of its own set. Precision is the share of samples in some reference vector's ball, recall the
+    share of reference vectors in some sample's ball; the surface belongs to the ball. Both depend on the numbers of
+    images: ADM takes 10,000 reference images and 50,000 samples.
 
-    Squared distances are computed in float64, block x block at a time; those that are only rounding are set to 0, as
-    between equal vectors. (ADM's are float16 where that does not overflow, about three digits, float32 elsewhere.)
-    distributed: every process calls with the same features and takes a share of the rows. Raises ValueError where a set
-    has no `neighbours` other vectors, widths differ, or values are not finite.
+    Squared distances are computed in float64, block x block at a time; those within rounding of 0, as between equal
+    vectors, are set to 0. (ADM computes in float16 where that does not overflow, about three digits, else in float32.)
+    distributed: every process calls this with the same features and takes a share of the rows. Raises ValueError if a
+    set has at most `neighbours` vectors, if widths differ, or if values are not finite.
     """
     if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
         raise ValueError(f"features must be [N, F] and [M, F], not {list(reference.shape)} and {list(samples.shape)}")
     if min(len(reference), len(samples)) <= neighbours:
         counts = f"{len(reference)} reference images and {len(samples)} samples"
         raise ValueError(f"precision and recall take at least {neighbours + 1} images of each, not {counts}")
-    centre = reference.double().mean(0)  # smaller numbers, more digits in their differences
+    centre = reference.double().mean(0)  # centring makes numbers smaller, and their differences more precise
     if not (centre.isfinite().all() and samples.isfinite().all()):
         raise ValueError("features are not finite")
     reference, samples = reference - centre.to(reference.dtype), samples - centre.to(samples.dtype)
@@ -159,7 +159,7 @@ def precision_recall(
 
 
 def _radii(features: torch.Tensor, neighbours: int, block: int, distributed: bool) -> torch.Tensor:
-    """[N]: the squared distance to the k-th nearest other vector, which is the k + 1-th of all, itself among them."""
+    """Squared distance of each vector to its k-th nearest other one, [N]: the k + 1-th nearest with itself counted."""
     rows = share(len(features), distributed)
     radii = []
     for i in range(rows.start, rows.stop, block):

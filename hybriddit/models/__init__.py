@@ -1,4 +1,4 @@
-"""Conversion of diffusers transformers: one file for each family, one surgery for all; and SiT."""
+"""Conversion of diffusers transformers (a file for each family, and surgery.py, which all share); and SiT."""
 
 from .families import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register

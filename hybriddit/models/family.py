@@ -27,11 +27,11 @@ TASKS = ("text-to-image", "image-to-image", "inpainting")
 
 @dataclass(frozen=True)
 class Published:
-    """A published model of a family, known by its repository: `--dry-run` and `benchmark` build it from shapes alone.
+    """A published model of a family, known by its repository: `--dry-run` and `benchmark` build it without weights.
 
-    arguments: of the transformer's class, those that differ from its defaults.
-    shape: its name in `hybriddit benchmark`; None: it is not in its tables.
-    vae_scale_factor: pixels a latent, along each axis.
+    arguments: the arguments of the transformer's class that differ from its defaults.
+    shape: its name in `hybriddit benchmark`; None: the benchmark does not have it.
+    vae_scale_factor: pixels per latent, along each axis.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Processors(NamedTuple):
     """The processors of one kind of attention module.
 
     teacher: the class that diffusers puts there.
-    hybrid: replaces it on converted layers.
-    dense: replaces it on the other layers, where the layout comes as the keyword `token_layout`, which it accepts and
-        ignores. None: the teacher's stays.
+    hybrid: the class that replaces it on converted layers.
+    dense: the class that replaces it on the other layers, where `token_layout` arrives as a keyword: it accepts and
+        ignores that. None: the teacher's class stays.
     """
 
     teacher: type
@@ -56,8 +56,8 @@ class Processors(NamedTuple):
 class AttentionShape(NamedTuple):
     """The layers of one model that hybrid attention replaces, and the tokens in them.
 
-    text: text tokens in the layer's sequence; text_first: whether they precede the image's.
-    pixels: of an image token, along each axis.
+    text: number of text tokens in the layer's sequence; text_first: whether they precede the image tokens.
+    pixels: pixels per image token, along each axis.
     """
 
     heads: int
@@ -83,19 +83,19 @@ class LayerShape(NamedTuple):
 class Family(ABC):
     """One kind of transformer: its layers, its tokens, its prompts, and how its teacher was trained.
 
-    Class attributes without a default, and the abstract methods, are what a family has to say; `register` names those
-    that are missing. The other methods are right for most transformers.
+    A family must define the class attributes without a default and the abstract methods; `register` names those that
+    are missing. The defaults of the other methods are right for most transformers.
 
     name: in tables and messages, such as "FLUX".
     dense_class, hybrid_class: the diffusers class, and `hybrid_class(dense_class)` of `models.hybrid_model`.
     layers: fnmatch patterns of the attention modules whose cost is quadratic in image tokens.
     processors: of each kind of attention module that the model has.
-    attention_kwargs: the argument of forward whose entries reach the processors, the keyword `token_layout` with them.
-        None where there is none that does: then hybrid processors find the layout in `self.layout_holder`, see
+    attention_kwargs: the argument of forward whose entries reach the processors as keywords, `token_layout` included.
+        None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
-    pipelines: diffusers' pipeline classes by task, a part of TASKS.
+    pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     scheduler: the pipeline's usual scheduler class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
@@ -140,28 +140,28 @@ class Family(ABC):
         return {name: modules[name] for name in names if modules.get(name) is not None}
 
     def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
-        """The layout of the tokens that this layer sees: the model's, or the part of it that reaches the layer."""
+        """The layout of the tokens that this layer sees: the model's layout, or the part that reaches the layer."""
         return token_layout
 
     def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
-        """The parts of a layer's output that the model goes on with, [B, tokens, width] each."""
+        """The parts of a layer's output that the model uses, [B, tokens, width] each."""
         return output if isinstance(output, tuple) else (output,)
 
     # Tokens
 
     def token_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:
-        """The token layout of one call, from the arguments of forward; here latents [B, C, h, w] cut into patches."""
+        """The token layout of one call, from the arguments of forward. By default for latents [B, C, h, w]."""
         patch = model.config.patch_size
         grid = tuple(side // patch for side in inputs["hidden_states"].shape[-2:])
         text_length = inputs["encoder_hidden_states"].shape[1] if self.joint else 0
         return TokenLayout(text_length, (grid,), self.text_first)
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
-        """How many latents one token covers, along each axis. config: the transformer's."""
+        """How many latents one token covers, along each axis. config: the transformer's config."""
         return config["patch_size"]
 
     def token_pixels(self, config: Mapping[str, Any], vae_scale_factor: int) -> int:
-        """How many pixels one token covers, along each axis: image sizes are multiples of it. config: the transformer's."""
+        """How many pixels one token covers, along each axis: image sizes are multiples of it."""
         return vae_scale_factor * self.latents_per_token(config)
 
     def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
@@ -179,16 +179,16 @@ class Family(ABC):
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """Rearrange the VAE's latents, [B, C, h, w], as the transformer takes them."""
+        """Rearrange the VAE's latents, [B, C, h, w], to what the transformer takes."""
         return latents
 
     # Prompts
 
     @abstractmethod
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
-        """Encode prompts: tensors with a row for each, under the names that the pipeline's call takes them by.
+        """Encode prompts: tensors with one row per prompt, named like the arguments of the pipeline's call.
 
-        They are what a cache keeps; "prompt_embeds" is among them. length: max_sequence_length, or nothing for the
+        A cache keeps these tensors; "prompt_embeds" is among them. length: max_sequence_length, or nothing for the
         pipeline's default.
         """
 
@@ -202,9 +202,9 @@ class Family(ABC):
         """
 
     def text_length(self, max_sequence_length: int | None = None, tokenizer_length: int = 77) -> int:
-        """How many text tokens the transformer is given; a max_sequence_length of None is the pipeline's default.
+        """How many text tokens the transformer receives; a max_sequence_length of None is the pipeline's default.
 
-        tokenizer_length: the longest text of the pipeline's first tokenizer.
+        tokenizer_length: the maximum length of the pipeline's first tokenizer, in tokens.
         """
         if max_sequence_length is None:
             call = signature(self.pipelines["text-to-image"].__call__)
@@ -214,7 +214,7 @@ class Family(ABC):
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
     ) -> dict[str, Any]:
-        """The pipeline's arguments that sample `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
+        """The pipeline's arguments for `count` encoded prompts. empty: the empty prompt's tensors, one row each."""
         if not self.guided:
             return dict(text)
         negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
@@ -227,7 +227,7 @@ class Family(ABC):
         return next(iter(self.recipes))
 
     def takes_guidance(self, config: Mapping[str, Any]) -> bool:
-        """Whether the transformer is given the guidance scale as an input."""
+        """Whether the guidance scale is an input of the transformer."""
         return bool(config.get("guidance_embeds"))
 
     @abstractmethod
@@ -246,7 +246,7 @@ class Family(ABC):
         """
 
     def latents_and_times(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noisy latents, and the times [B] in the recipes' unit, of one call's arguments: `model_inputs` undone."""
+        """The inverse of `model_inputs`: a call's noisy latents, and its times [B] in the recipes' unit."""
         return inputs["hidden_states"], inputs["timestep"]
 
     def add_noise(
@@ -262,7 +262,7 @@ class Family(ABC):
     # Not to be overridden
 
     def attention_shape(self, published: Published) -> AttentionShape:
-        """Attention layer of a published model, which is built from shapes alone."""
+        """The attention layer of a published model, which is built without weights."""
         with torch.device("meta"):
             model = self.dense_class(**published.arguments)
         layer = self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
@@ -296,8 +296,8 @@ _FAMILIES: list[Family] = []
 def register(family_class: type[Family]) -> Family:
     """Add a family, so that its models can be converted, distilled, sampled, measured and described.
 
-    Returns its one instance. Raises TypeError for what is no subclass of Family, and ValueError, in one line, where it
-    lacks parts, has a part of the wrong kind, or repeats a name of another family.
+    Returns its one instance. Raises TypeError for anything but a subclass of Family, and ValueError, in one line, where
+    it lacks parts, has a part of the wrong kind, or repeats a name of another family.
     """
     if not _is_class(family_class, Family):
         raise TypeError(f"register takes a subclass of Family, not {shorten(repr(family_class), 80)}")
@@ -361,7 +361,7 @@ def _are_processors(row: Any) -> bool:
     return isinstance(row, Processors) and all(_is_class(made) for made in row if made is not None)
 
 
-# part of a family -> whether a value of it fits (asked in this order), and what it must be, in words
+# part of a family -> a check of its value (run in this order), and what the value must be, in words
 _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
     "name": (lambda family, value: isinstance(value, str) and value, "a text"),
     "dense_class": (lambda family, value: _is_class(value, nn.Module), "the model's class"),
@@ -431,7 +431,7 @@ def _lacks_for_default(family_class: type[Family], method: str) -> list[str]:
 
 
 def unregister(family: Family) -> None:
-    """Take a family out of the table again."""
+    """Remove a family from the table."""
     _FAMILIES.remove(family)
 
 
@@ -466,5 +466,5 @@ def is_hybrid(model: nn.Module) -> bool:
 
 
 def unsharded_class(model: nn.Module) -> type[nn.Module]:
-    """The model's class; of a model that FSDP2 has sharded, which gives it a class of its own, the one before."""
+    """The model's class; for a model that FSDP2 has sharded and given a new class, the class it had before."""
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))

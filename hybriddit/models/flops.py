@@ -13,9 +13,9 @@ from .family import family_of
 def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, int]:
     """FLOPs (two per multiply-add) of one forward pass of one image through the layers that hybrid attention replaces.
 
-    Counted from the formulas, projections apart: "dense" as the teacher computes them, "hybrid" as this model does,
-    with the query and key maps and, on layers left dense, dense attention. A backend may do more than the formula
-    asks for, such as the part of a tile's keys that its mask hides.
+    Counted from the formulas, without projections: "dense" as the teacher computes these layers, "hybrid" as this model
+    does, with the query and key maps and with dense attention on layers left dense. A backend may do more than the
+    formula, such as scores of keys that its mask then hides.
     """
     family = family_of(model)
     dense = hybrid = 0
@@ -40,8 +40,8 @@ def sit_flops(model: nn.Module, grid: tuple[int, int]) -> int:
     for name, module in model.named_modules():
         if isinstance(module, HybridAttention):
             flops += module.flops(layout)
-        elif isinstance(module, nn.Linear) and ".hybrid.map_" not in name:  # those, the layer has counted
-            once = "modulation" in name or "time_embed" in name  # of the conditioning, not of the tokens
+        elif isinstance(module, nn.Linear) and ".hybrid.map_" not in name:  # the layer has counted its maps
+            once = "modulation" in name or "time_embed" in name  # on the conditioning, not on every token
             flops += 2 * module.weight.numel() * (1 if once else tokens)
         elif isinstance(module, nn.Conv2d):
             flops += 2 * module.weight.numel() * tokens

@@ -1,4 +1,4 @@
-"""FLUX.1: text first; double blocks with projections of their own for text, single blocks with one joined sequence."""
+"""FLUX.1: text first; double blocks with separate projections for text, single blocks over one joined sequence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HybridFluxAttnProcessor:
 
         query, key, value = (heads(name, hidden_states) for name in ("to_q", "to_k", "to_v"))
         image = (hidden_states, query, key)
-        if encoder_hidden_states is None:  # a single block: text and image are one sequence already
+        if encoder_hidden_states is None:  # a single block, where text and image are already one sequence
             image = (token_layout.split(tokens)[1] for tokens in image)
         far = far_inputs(attn, *image)
 
@@ -66,7 +66,7 @@ class HybridFluxAttnProcessor:
 
 
 class DenseFluxAttnProcessor(FluxAttnProcessor):
-    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+    """The teacher's processor, for layers that stay dense: it accepts and ignores `token_layout`."""
 
     def __call__(
         self,
@@ -115,7 +115,7 @@ class Flux(Family):
 
         img_ids [N, 3] hold (image index, row, column): 0 for the image, 1 and up for reference images (Kontext). The
         width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
-        Raises ValueError where the ids are no sequence of whole grids.
+        Raises ValueError if the ids are not a sequence of whole grids.
         """
         img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
         index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
@@ -130,7 +130,7 @@ class Flux(Family):
         return layout
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
-        return 2  # packed by the pipeline; the transformer's own patches are of one packed latent
+        return 2  # the pipeline packs 2 x 2 latents; the transformer's patch is one packed latent
 
     def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
         return (grid[0] * grid[1], config["in_channels"])
@@ -149,7 +149,7 @@ class Flux(Family):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": make(count, config["pooled_projection_dim"])}
 
     def default_recipe(self, config: Mapping[str, Any]) -> str:
-        """A model without a guidance embedding is taken for a few-step one: name "flux_dev" where it is none."""
+        """Assume that a model without a guidance embedding is a few-step model; if not, choose "flux_dev" by name."""
         return "flux_dev" if config["guidance_embeds"] else "flux_schnell"
 
     def model_inputs(

@@ -1,4 +1,4 @@
-"""Model classes with hybrid attention, made from diffusers' classes: one mixin, and one function that makes the class."""
+"""Make model classes with hybrid attention from diffusers' classes: one mixin, and one function."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .surgery import check_processors, insert_hybrid, reset_processors
 
 
 def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Module]:
-    """The class `Hybrid<dense_class>`: diffusers' class with hybrid attention, saved and loaded as diffusers' are.
+    """Make the class `Hybrid<dense_class>`: diffusers' class with hybrid attention, saved and loaded as diffusers' are.
 
-    It takes the arguments of `dense_class`, and hybrid_config: HybridConfig's fields (None: its defaults). attributes:
-    of the class, such as `_repeated_blocks`, where diffusers' class lacks them.
+    The class takes the arguments of `dense_class`, and hybrid_config: HybridConfig's fields (None: its defaults).
+    attributes: class attributes that diffusers' class lacks, such as `_repeated_blocks`.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any):
-        # all of them stand in the config by now, put there by @register_to_config
+        # @register_to_config has put all arguments into the config by now
         values = {name: value for name, value in self.config.items() if not name.startswith("_")}
         hybrid_config = values.pop("hybrid_config")
         dense_class.__init__(self, **values)
@@ -31,17 +31,17 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
             hybrid_config = HybridConfig.from_dict(hybrid_config or {})
         insert_hybrid(self, hybrid_config)
 
-    # register_to_config keeps what the signature names
+    # register_to_config keeps the arguments that the signature names
     parameters = list(inspect.signature(dense_class.__init__).parameters.values())
     added = inspect.Parameter("hybrid_config", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = inspect.Signature([*parameters, added])
-    # the gates are few, and near zero: bf16 would round their steps away. Layerwise casting heeds this list too
+    # gates stay in fp32: they are near zero, and bf16 would round their steps away. Layerwise casting heeds this too
     attributes["_keep_in_fp32_modules"] = [*(dense_class._keep_in_fp32_modules or ()), "gate"]
     name = f"Hybrid{dense_class.__name__}"
     members = {
         "__init__": register_to_config(__init__),
         "__doc__": f"{dense_class.__name__} with hybrid attention; hybrid_config holds HybridConfig's fields.",
-        # saved pipelines name the class by this module: the short name outlives the package's inner layout
+        # saved pipelines find the class in this module, whatever the package's inner layout
         "__module__": "hybriddit",
         "__qualname__": name,
     }
@@ -49,10 +49,10 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
 
 
 class HybridModelMixin:
-    """What the hybrid model classes of all families share; it goes before the diffusers class."""
+    """The behaviour that the hybrid model classes of all families share; put it before the diffusers class."""
 
     def set_attn_processor(self, processor) -> None:
-        """As diffusers', for hybrid processors. Raises ValueError, and changes none, for what would replace them."""
+        """Set hybrid processors, as in diffusers. Raises ValueError for others, and then changes none."""
         before = self.attn_processors
         super().set_attn_processor(processor)
         if self._dense_mode:
@@ -64,7 +64,7 @@ class HybridModelMixin:
             raise
 
     def set_default_attn_processor(self) -> None:
-        """Go back to hybrid attention, after a feature (PAG, say) has left its own processors behind."""
+        """Go back to hybrid attention, after a feature (such as PAG) has left its own processors behind."""
         reset_processors(self)
 
     def _set_gradient_checkpointing(
@@ -84,19 +84,19 @@ class HybridModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers', from safetensors only. Raises ValueError where the folder has no hybrid weights."""
+        """Load as diffusers does, from safetensors only. Raises ValueError where the folder has no hybrid weights."""
         if kwargs.get("use_safetensors") is False:
             raise ValueError(f"{cls.__name__} loads safetensors only: leave use_safetensors out")
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # diffusers goes by one part of a name: it kept the dense model's own layers called "gate" in fp32 too
+        # diffusers matches any part of a name: it has also kept the dense model's own layers called "gate" in fp32
         if "gate" not in (super()._keep_in_fp32_modules or ()):
             for name, parameter in model.named_parameters():
                 if "gate" in name.split(".") and ".hybrid." not in name:
                     parameter.data = parameter.data.to(model.dtype)
         # diffusers leaves weights that the file lacks on the meta device, with a warning
-        offloaded = getattr(model, "hf_device_map", None)  # whose weights wait elsewhere, on meta too
+        offloaded = getattr(model, "hf_device_map", None)  # offloaded weights are on meta too, and kept elsewhere
         missing = [] if offloaded else [name for name, p in model.named_parameters() if p.is_meta]
         if missing:
             raise ValueError(

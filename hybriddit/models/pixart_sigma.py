@@ -1,4 +1,4 @@
-"""PixArt-Sigma: self-attention of the image alone (attn1); the text's cross-attention (attn2) stays as it is."""
+"""PixArt-Sigma: its self-attention over the image (attn1) is converted, the cross-attention to text (attn2) is not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HybridAttnProcessor:
 
 
 class DenseAttnProcessor(AttnProcessor2_0):
-    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+    """The teacher's processor, for layers that stay dense: it accepts and ignores `token_layout`."""
 
     def __call__(
         self,
@@ -67,7 +67,7 @@ XL = {
 
 
 class PixArtSigma(Family):
-    """PixArt-Sigma, of all its sizes."""
+    """PixArt-Sigma, in all its sizes."""
 
     name = "PixArt-Sigma"
     dense_class = PixArtTransformer2DModel
@@ -100,7 +100,7 @@ class PixArtSigma(Family):
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
     ) -> dict[str, Any]:
-        # the size asked for, not the nearest of a list; and encoded prompts alone
+        # the requested size, not the nearest one of diffusers' list; and only encoded prompts
         own = {"use_resolution_binning": False, "prompt": None, "negative_prompt": None}
         return {**super().sampling_arguments(text, empty, count), **own}
 
@@ -126,5 +126,5 @@ class PixArtSigma(Family):
         return ddpm_noise(latents, noise, times, scheduler)
 
     def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        # the other half of the channels is a variance
+        # the second half of the channels is a variance
         return output[:, : latents.shape[1]] if output.shape[1] == 2 * latents.shape[1] else output

@@ -1,4 +1,4 @@
-"""What attention processors of all families share: projections with their updates, the far branch's inputs, the layout."""
+"""Helpers of all families' attention processors: projections with low-rank updates, far inputs, the token layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..attention import HybridAttention, TokenLayout
 
 
 class LowRankDelta(nn.Module):
-    """Low-rank update of one projection, zero at the start: x -> up(down(x)). [..., in_features] -> [..., out_features]."""
+    """Low-rank update of one projection, zero at the start.
+
+    x -> up(down(x)), [..., in_features] -> [..., out_features].
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -25,12 +28,12 @@ class LowRankDelta(nn.Module):
 
 
 def delta_name(projection: str) -> str:
-    """The key of a projection's update: not that projection's name, by which peft would put LoRA on the update too."""
+    """The key of a projection's update. It is not the projection's name, else peft would put LoRA on the update too."""
     return projection.replace(".", "_") + "_delta"
 
 
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One projection of the layer, called as a module so that LoRA works, plus its low-rank update where there is one."""
+    """Apply one projection of the layer, as a module so that LoRA works, and add its low-rank update if it has one."""
     out = attn.get_submodule(name)(hidden_states)
     deltas = attn.hybrid.deltas
     key = delta_name(name)
@@ -46,9 +49,9 @@ def far_inputs(
 ) -> dict[str, torch.Tensor | None]:
     """HybridAttention's far_query, far_key and gate; empty for a layer without a far branch.
 
-    hidden_states [B, N, width], query [B, N, heads, D] and key [B, N, kv_heads, D], raw projections, all of the image
-    tokens alone. norms: the layer's own of queries and keys; None: its `norm_q` and `norm_k`. They are applied here,
-    rotary embedding is not: the far branch knows no positions.
+    hidden_states [B, N, width] and its raw projections query [B, N, heads, D] and key [B, N, kv_heads, D]: of image
+    tokens only. norms: the layer's norms of queries and keys; None: its `norm_q` and `norm_k`. They are applied here;
+    rotary embedding is not, as the far branch uses no positions.
     """
     hybrid: HybridAttention = attn.hybrid
     if hybrid.far is None:
@@ -59,12 +62,12 @@ def far_inputs(
 
 
 def norm(module: nn.Module | None, heads: torch.Tensor) -> torch.Tensor:
-    """Query or key norm, where the layer has one."""
+    """Apply the query or key norm, if the layer has one."""
     return heads if module is None else module(heads)
 
 
 def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | None = None) -> None:
-    """Raise ValueError where a hybrid processor lacks the layout, or is given a mask, which it cannot heed."""
+    """Raise ValueError if a hybrid processor gets no layout, or gets a mask, which it does not support."""
     if token_layout is None:
         raise ValueError(
             "hybrid attention needs `token_layout`: call the whole model, or pass one in its attention kwargs"
@@ -74,9 +77,9 @@ def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | 
 
 
 class LayoutHolder:
-    """The token layout of the running call, for models whose attention kwargs do not reach their processors.
+    """Holds the token layout of the current call, for models whose attention kwargs do not reach their processors.
 
-    All hybrid processors of one model share its holder, as their attribute `layout_holder`.
+    All hybrid processors of one model share its holder as their attribute `layout_holder`.
     """
 
     def __init__(self):
@@ -86,8 +89,8 @@ class LayoutHolder:
 class CheckpointWithLayout:
     """Gradient checkpointing that recomputes a block under the layout that it first ran with.
 
-    By the time of the backward pass the model may have run with another layout. An object, not a closure, so that a
-    deep copy of the model has a holder of its own here too.
+    By the time of the backward pass the model may have run with another layout. This is an object and not a closure, so
+    that a deep copy of the model also copies the holder.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], holder: LayoutHolder):
@@ -97,7 +100,7 @@ class CheckpointWithLayout:
         holder, token_layout = self.holder, self.holder.token_layout
 
         def under_its_layout(*arguments):
-            holder.token_layout = token_layout  # every call of the model sets its own again
+            holder.token_layout = token_layout  # the next call of the model sets its own layout
             return function(*arguments)
 
         return self.checkpoint(under_its_layout, *arguments)

@@ -1,4 +1,4 @@
-"""Recipes of distillation: the times and noise that teachers were trained with, and the weights of the losses."""
+"""Distillation recipes: the times and noise that teachers were trained with, and the weights of the losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # (count, image tokens, scheduler, generator) -> [count] times, on the CPU: steps of the noise schedule (int64) for DDPM
-# teachers, else sigmas in (0, 1] (float32), 1 being pure noise
+# teachers, else sigmas in (0, 1] (float32), where 1 is pure noise
 DrawTimes = Callable[[int, int, Any, torch.Generator], torch.Tensor]
 
 
@@ -18,11 +18,11 @@ DrawTimes = Callable[[int, int, Any, torch.Generator], torch.Tensor]
 class Recipe:
     """How one kind of teacher is distilled.
 
-    draw_times: the times it is trained at.
+    draw_times: draws the times that the student is trained at.
     task, output, layer: weights of the three losses.
     prompt_dropout: share of samples trained with the empty prompt, for classifier-free guidance.
-    task_needs_teacher_images: whether the task loss is right only on the teacher's own images, with the guidance value
-        that made them: a guidance-distilled teacher no longer fits the data it was first trained on.
+    task_needs_teacher_images: whether the task loss is right only on the teacher's own images and their guidance value,
+        because a guidance-distilled teacher no longer fits the data it was first trained on.
     """
 
     draw_times: DrawTimes
@@ -39,7 +39,7 @@ def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Gene
 
 
 def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
-    """Only the times of schedules of 1 to 4 steps: first the schedule is drawn, then one of its steps."""
+    """The times of schedules of 1 to 4 steps: first the schedule is drawn, then one of its steps."""
     steps = torch.randint(1, 5, (count,), generator=generator)
     step = (torch.rand(count, generator=generator) * steps).floor()
     return 1 - step / steps
@@ -53,12 +53,12 @@ def shifted_logit_normal(count: int, tokens: int, scheduler: Any, generator: tor
 
 
 def scheduler_shift(tokens: int, config: Mapping[str, Any]) -> float:
-    """The factor on sigma / (1 - sigma) by which a scheduler moves an image's times towards noise, by its tokens."""
+    """The factor on sigma / (1 - sigma) by which a scheduler moves times towards noise, for an image of `tokens`."""
     if config.get("use_dynamic_shifting"):  # FLUX: the factor's logarithm is linear in the tokens, between two sizes
         base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return math.exp(base + (top - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
-    # SD3 states its shift for 1024 x 1024 pixels (4096 tokens) and lets it grow with the square root of their number
+    # SD3 gives its shift for 1024 x 1024 pixels (4096 tokens); it grows with the square root of the number of tokens
     return max(1.0, config.get("shift", 1.0) * math.sqrt(tokens / 4096))
 
 
@@ -71,6 +71,6 @@ def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor)
 def ddpm_noise(
     latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DDPM: the latents noised as the schedule has it at these steps, and the noise, which the teacher predicts."""
+    """DDPM: the latents with the schedule's noise at these steps, and the noise, which the teacher predicts."""
     keep = scheduler.alphas_cumprod.to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
     return keep.sqrt() * latents + (1 - keep).sqrt() * noise, noise

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: image first; 3.5-medium's dual attention adds a layer of the image alone."""
+"""Stable Diffusion 3 and 3.5: image first; 3.5-medium's dual attention adds layers that see only the image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HybridJointAttnProcessor:
         far = far_inputs(attn, hidden_states, query, key)
         query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
 
-        if encoder_hidden_states is None:  # attn2 of a dual block sees the image alone
+        if encoder_hidden_states is None:  # attn2 of a dual block sees only the image
             image_layout = TokenLayout(0, token_layout.grids, token_layout.text_first)
             out = attn.hybrid(query, key, value, image_layout, **far).flatten(2).to(query.dtype)
             return attn.to_out[1](project(attn, "to_out.0", out))
@@ -62,7 +62,7 @@ class HybridJointAttnProcessor:
 
 
 class DenseJointAttnProcessor(JointAttnProcessor2_0):
-    """The teacher's processor, for layers that stay dense: takes the layout that all layers are handed."""
+    """The teacher's processor, for layers that stay dense: it accepts and ignores `token_layout`."""
 
     def __call__(
         self,
@@ -119,11 +119,11 @@ class StableDiffusion3(Family):
     def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
         found = super().projections(attn)
         if attn.context_pre_only:
-            found.pop("add_q_proj", None)  # the last block drops what its text queries find
+            found.pop("add_q_proj", None)  # the last block drops the output of its text queries
         return found
 
     def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
-        if layer.endswith(".attn2"):  # 3.5-medium's second attention sees the image alone
+        if layer.endswith(".attn2"):  # 3.5-medium's second attention sees only the image
             return TokenLayout(0, token_layout.grids, token_layout.text_first)
         return token_layout
 

@@ -29,7 +29,7 @@ from ..config import HybridConfig, match_layers
 from ..files import read_tensors
 from .sit_names import renamed
 
-# the published sizes; each exists with patches of 2, 4 and 8
+# the published sizes; each of them with patches of 2, 4 or 8
 SIT_SIZES = {
     "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -40,7 +40,7 @@ SIT_PATCHES = (2, 4, 8)
 ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RmsNorm}
 ACTIVATIONS = ("gelu-approximate", "swiglu")
-TIME_CHANNELS = 256  # of the sinusoidal embedding of the time, before its MLP
+TIME_CHANNELS = 256  # channels of the time's sinusoidal embedding, before its MLP
 EPS = 1e-6
 
 
@@ -49,8 +49,8 @@ class SiTAttention(nn.Module):
 
     The far branch has query and key maps before the projections, as in LinFusion (arXiv 2409.02097), and no rope.
 
-    kind: "softmax", "linear", "window" or "hybrid"; a layer has only the weights that its kind needs. The other arguments
-    are those of SiTTransformer2DModel.
+    kind: "softmax", "linear", "window" or "hybrid"; a layer has only the weights that its kind needs. The other
+    arguments are those of SiTTransformer2DModel.
     """
 
     def __init__(
@@ -91,7 +91,10 @@ class SiTAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """hidden_states: [B, N, width], N = rows x columns; rope: cosines and sines, [N, D] each. Returns [B, N, width]."""
+        """Attend over the grid: [B, N, width] -> [B, N, width], N = rows x columns.
+
+        rope: cosines and sines of the positions, [N, D] each, or None.
+        """
         query = key = None
         if self.kind != "linear":
             query, key = self._split(self.to_q(hidden_states)), self._split(self.to_k(hidden_states))
@@ -100,7 +103,7 @@ class SiTAttention(nn.Module):
         if far_query is not None:
             far_query, far_key = self.norm_q(far_query), self.norm_k(far_key)
         if self.kind == "linear":
-            query, key = far_query, far_key  # it has no others
+            query, key = far_query, far_key  # a linear layer has no other queries and keys
         else:
             query, key = self.norm_q(query), self.norm_k(key)
             if rope is not None:
@@ -124,7 +127,7 @@ class SiTBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (NORMS[norm_type](width, eps=EPS, affine=False) for _ in range(2))
         self.attn = attn
-        if activation_fn == "swiglu":  # fc1 gives the values, then their gates
+        if activation_fn == "swiglu":  # fc1 outputs the values, then their gates
             self.ff = GluMlp(width, 2 * ff_width, act_layer=nn.SiLU, gate_last=True)
         else:
             self.ff = Mlp(width, ff_width, act_layer=partial(nn.GELU, approximate="tanh"))
@@ -137,7 +140,7 @@ class SiTBlock(nn.Module):
         grid: tuple[int, int],
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """hidden_states: [B, N, width]; conditioning: [B, width], after its SiLU. Returns [B, N, width]."""
+        """Run the block: [B, N, width] -> [B, N, width]. conditioning: [B, width], after its SiLU."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = (
             self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)  # [B, 1, width] each
         )
@@ -149,40 +152,40 @@ class SiTBlock(nn.Module):
 class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     """SiT (arXiv 2401.08740), with softmax, linear (LinFusion, arXiv 2409.02097), window or hybrid attention.
 
-    `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")` makes one of a published size: S,
-    B, L or XL with a patch of 2, 4 or 8. It is called as diffusers' DiTTransformer2DModel is; time 0 is noise and time 1
-    the image. save_pretrained and from_pretrained save and load it; `hybriddit.models.sit_convert` reads the checkpoints
-    of the SiT and DiT authors.
+    `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")` makes one of a published size:
+    S, B, L or XL with a patch of 2, 4 or 8. It is called like diffusers' DiTTransformer2DModel; time 0 is noise and
+    time 1 the image. save_pretrained and from_pretrained save and load it; `hybriddit.models.sit_convert` reads the
+    checkpoints of the SiT and DiT authors.
 
     Args:
         num_attention_heads, attention_head_dim, num_layers: the width is heads x head_dim, a multiple of 4.
         in_channels, sample_size, patch_size: the model is trained on latents [in_channels, sample_size, sample_size];
-            patch_size divides sample_size. It also takes other sizes, square or not: their positions are those of the
-            training size, stretched over the same square.
+            patch_size divides sample_size. It also takes other sizes, square or not: their positions are scaled to the
+            range of the training size.
         mlp_ratio: the MLP's hidden width divided by the model's width.
         num_classes: labels are 0 to num_classes - 1; num_classes itself means "no label".
-        class_dropout_prob: in training mode, the probability that a label is replaced by "no label", for classifier-free
-            guidance.
+        class_dropout_prob: in training mode, the probability that a label is replaced by "no label", for
+            classifier-free guidance.
         learn_sigma: the last layer has 2 x in_channels outputs, as in the published checkpoints; the second half is not
-            used. False leaves it out.
+            used. False: in_channels outputs.
         attention: "softmax", "linear", "window" or "hybrid" for all layers; or {fnmatch pattern on layer names: kind},
-            where layers are named transformer_blocks.0.attn and so on, and the first match wins; or a list with the kind
-            of every layer, which is how a dict is stored in the config.
-        window, stride: int or (rows, columns), in tokens; of window and hybrid layers.
+            where layers are named transformer_blocks.0.attn and so on, and the first match wins; or a list with the
+            kind of every layer, which is how a dict is stored in the config.
+        window, stride: int or (rows, columns), in tokens; for window and hybrid layers.
         map_rank: hidden width of the query and key maps in linear and hybrid layers; None is the model's width, as in
             LinFusion (22 % more parameters).
-        gate: of hybrid layers: "head" or "channel" (one learned value each), or "token" (one value per head, linear in
+        gate: for hybrid layers: "head" or "channel" (one learned value each), or "token" (one value per head, linear in
             the token).
         gate_init: the gate's value at the start: 0 is the near branch alone, 1 the far branch alone. In between, both
-            branches learn from the first step; from 0 the model would learn to do without the far branch.
+            branches learn from the first step; from 0 the model would learn not to use the far branch.
         qk_norm: RMSNorm of each head's queries and keys.
         norm_type: the blocks' norms, "layer_norm" or "rms_norm", without weights.
-        activation_fn: the MLP's, "gelu-approximate" or "swiglu" (with two thirds of the hidden width, so that the number
-            of parameters stays).
+        activation_fn: the MLP's, "gelu-approximate" or "swiglu" (with two thirds of the hidden width, which keeps the
+            number of parameters).
         rope: 2-D rotary position embedding of queries and keys in softmax and window attention. Linear attention has
             none: its denominator could change sign.
-        value_conv: side, an odd number, of a depthwise convolution of the values over the grid, added to the attention's
-            output; zero at the start. None: no convolution.
+        value_conv: kernel size, an odd number, of a depthwise convolution of the values over the grid, which is added
+            to the attention's output and is zero at the start. None: no convolution.
 
     Raises ValueError, in one line, for values that are invalid or do not go together.
     """
@@ -191,7 +194,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     _repeated_blocks: ClassVar[list[str]] = ["SiTBlock"]
     _no_split_modules: ClassVar[list[str]] = ["SiTBlock"]
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["pos_embed", "norm", "gate"]
-    # gates move in small steps, which bf16 would round away
+    # gates learn in small steps, which bf16 would round away
     _keep_in_fp32_modules: ClassVar[list[str]] = ["gate"]
 
     @register_to_config
@@ -225,12 +228,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         kinds = layer_kinds(attention, num_layers)
         if rope and set(kinds) == {"linear"}:
             raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
-        # window, stride, map_rank and gate are checked as those of a converted model
+        # HybridConfig checks window, stride, map_rank and gate, as for a converted model
         settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate)
         if window is None and {"window", "hybrid"} & set(kinds):
             raise ValueError("window and hybrid layers need a window: window is None")
         if not isinstance(attention, str):
-            self.register_to_config(attention=kinds)  # diffusers sorts a saved config, and with it a dict's patterns
+            # as a list: diffusers sorts the keys of a saved config, and the order of a dict's patterns counts
+            self.register_to_config(attention=kinds)
         ff_width = int(width * mlp_ratio)
         if activation_fn == "swiglu":
             ff_width = max(8, 8 * round(ff_width * 2 / 3 / 8))
@@ -239,7 +243,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         self.patch_embed = PatchEmbed(sample_size, patch_size, in_channels, width, strict_img_size=False)
         self.grid = self.patch_embed.grid_size
-        # never trained, yet a parameter: published files contain it, and published parameter counts include it
+        # never trained, but a parameter: published files contain it, and published parameter counts include it
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, self.grid, width), requires_grad=False)
         self.time_embed = TimestepEmbedding(TIME_CHANNELS, width)
         self.label_embed = nn.Embedding(num_classes + 1, width)
@@ -287,7 +291,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         for block in self.transformer_blocks:
             attn = block.attn
             for projection in (attn.to_q, attn.to_k, attn.to_v):
-                # in SiT they are one layer with three times the outputs, for which Xavier's weights are smaller
+                # in SiT the three are one layer with three times the outputs, for which Xavier's weights are smaller
                 nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(1 / 2))
             if attn.value_conv is not None:
                 nn.init.zeros_(attn.value_conv.weight)
@@ -318,8 +322,8 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
         hidden_states: [B, in_channels, H, W]; H and W are multiples of the patch, and need not be the training size.
         timestep: [B], or one value for all, in [0, 1] (DiT's checkpoints: 0 to 999).
-        class_labels: [B] integers, 0 to num_classes; num_classes means "no label". On a GPU their range is not checked:
-            the check would wait for it.
+        class_labels: [B] integers, 0 to num_classes; num_classes means "no label". On a GPU their range is not checked,
+            because the host would have to wait for it.
 
         Returns Transformer2DModelOutput(sample), or (sample,): [B, in_channels, H, W]. Raises ValueError for inputs of
         another shape.
@@ -387,7 +391,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load as diffusers does, from safetensors only; weights saved by older versions too (`sit_names`).
+        """Load as diffusers does, from safetensors only; also weights saved by older versions (`sit_names`).
 
         Raises ValueError if weights are missing, or if there are weights that the model has no place for.
         """
@@ -433,7 +437,7 @@ def _rename_on_load(module, state_dict, *_) -> None:
     _rename(state_dict)
 
 
-# saved pipelines name the class by this module: the short name outlives the package's inner layout
+# saved pipelines find the class in this module, whatever the package's inner layout
 SiTTransformer2DModel.__module__ = "hybriddit"
 
 
@@ -444,7 +448,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def sincos_positions(
     grid: tuple[int, int], base: tuple[int, int], width: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """DiT's sinusoidal position embedding of a grid stretched over the `base` grid: [1, N, width].
+    """DiT's sinusoidal position embedding of a grid whose positions are scaled to the `base` grid: [1, N, width].
 
     The first half of the channels encodes the column, the second half the row.
     """
@@ -459,7 +463,7 @@ def sincos_positions(
 def rotary_positions(
     grid: tuple[int, int], base: tuple[int, int], head_dim: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of 2-D rotary positions, at the places of `sincos_positions`: [N, head_dim] each.
+    """Cosines and sines of 2-D rotary positions, scaled as in `sincos_positions`: [N, head_dim] each.
 
     The first half of a head encodes the row, the second half the column.
     """
@@ -470,7 +474,7 @@ def rotary_positions(
 
 
 def _centres(length, base, device):
-    """Positions of `length` patch centres along an axis that `base` patches fill: 0, 1, 2, ... if they are as many."""
+    """Positions of `length` patch centres along an axis of `base` patches: 0, 1, 2, ... if length equals base."""
     return (torch.arange(length, device=device) + 0.5) * (base / length) - 0.5
 
 

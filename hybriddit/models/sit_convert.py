@@ -1,4 +1,4 @@
-"""Convert checkpoints of the SiT and DiT authors, which share one layout, to SiTTransformer2DModel's and back."""
+"""Convert checkpoints of the SiT and DiT authors (both have one layout) to SiTTransformer2DModel's, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import read_tensors
 from .sit import SiTTransformer2DModel
 from .sit_names import renamed
 
-# original module -> ours; each has a weight and a bias, but for the single tensors
+# original module -> ours; each has a weight and a bias, except those that are single tensors
 OUTER = {
     "x_embedder.proj": "patch_embed.proj",
     "t_embedder.mlp.0": "time_embed.linear_1",
@@ -31,7 +31,7 @@ IN_BLOCK = {
     "mlp.fc2": "ff.fc2",
     "adaLN_modulation.1": "modulation",
 }
-# one layer in the original, with its outputs in this order
+# one layer in the original, whose outputs are in this order
 QKV, Q_K_V = "attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")
 
 
@@ -65,7 +65,7 @@ def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read a checkpoint file's state dict, on the CPU; if it also holds averaged weights (EMA), those.
+    """Read a checkpoint file's state dict, on the CPU; the averaged weights (EMA) if it has them.
 
     A .safetensors file is read as such, any other by torch.load with weights_only. Raises FileNotFoundError, or
     ValueError if the file is damaged or holds something else.
@@ -93,8 +93,8 @@ def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
 def load_original(model: SiTTransformer2DModel, path: str | os.PathLike) -> SiTTransformer2DModel:
     """Load a checkpoint file of the SiT or DiT authors into a softmax model of its size, and return the model.
 
-    Raises FileNotFoundError, or ValueError, in one line, if the file is no such checkpoint or of another size; the model
-    is then unchanged.
+    Raises FileNotFoundError; or ValueError, in one line, if the file is not such a checkpoint or has another size. The
+    model is then unchanged.
     """
     state = read_original(path)
     try:

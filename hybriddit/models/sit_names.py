@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-# part of an old name -> the part of today's; no name of today holds an old part
+# part of an old name -> part of today's name; no name of today contains an old part
 RENAMED = {
     "patch_embed.weight": "patch_embed.proj.weight",
     "patch_embed.bias": "patch_embed.proj.bias",
@@ -21,8 +21,8 @@ T = TypeVar("T")
 def renamed(tensors: Mapping[str, T]) -> dict[str, T]:
     """Replace old names of a SiTTransformer2DModel's weights by today's; other names stay. Returns a new dict.
 
-    Names may have a prefix, such as "average/" in a training checkpoint. If a weight is there under both names, the old
-    one stays as it is, so that loading fails on an unknown weight.
+    Names may have a prefix, such as "average/" in a training checkpoint. If a weight exists under both names, the old
+    name stays, so that loading fails with an unknown weight.
     """
     found = {}
     for name, value in tensors.items():

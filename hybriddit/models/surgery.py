@@ -1,4 +1,4 @@
-"""Dense to hybrid and back, in place; the teacher's pass through a hybrid model; adapters on disk."""
+"""Convert a model from dense to hybrid and back, in place; run it as its teacher; save and load adapters."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WEIGHTS_NAME = "hybrid_adapter.safetensors"
 def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
     """Replace the attention of a diffusers transformer by hybrid attention, in place.
 
-    The model becomes an instance of its family's Hybrid class and keeps the config as `model.config.hybrid_config`,
-    so that `save_pretrained` keeps all of it. A fresh hybrid has zero gates: it is the dense model with each image
-    token's attention masked to its window and the text.
+    The model becomes an instance of its family's Hybrid class and keeps the config as `model.config.hybrid_config`, so
+    that `save_pretrained` saves it whole. A fresh hybrid has zero gates: it is the dense model with each image token's
+    attention masked to its window and the text.
 
     Returns the model. Raises ValueError, and leaves the model as it was, for an unsupported class, a model that is
     hybrid already, one whose attention processors have been replaced, and a config that converts no layer or has a
-    pattern that matches none.
+    pattern that matches no layer.
     """
     family = family_of(model)
     if is_hybrid(model):
@@ -52,7 +52,7 @@ def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
 
 
 def restore_dense(model: nn.Module) -> nn.Module:
-    """Undo `hybridize`, in place: class, config, processors, weights and outputs are the dense model's. Returns it."""
+    """Undo `hybridize`, in place: class, config, processors, weights and outputs are as before. Returns the model."""
     family = _hybrid_family(model)
     for name, processor in model._dense_processors.items():
         attn = model.get_submodule(name)
@@ -77,7 +77,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Run a hybrid model as the dense teacher it was made from, bit for bit, for as long as the context lasts.
+    """Within the block, run a hybrid model as the dense teacher it was made from, bit for bit.
 
     A pass under gradient checkpointing has to be backpropagated within the same context. Raises ValueError for a
     model that is not hybrid.
@@ -96,7 +96,7 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
-    """Add hybrid attention to a model without changing its class, as `hybridize` and the Hybrid constructors both do."""
+    """Add hybrid attention to a model without changing its class; for `hybridize` and the Hybrid constructors."""
     family = family_of(model)
     attentions = family.attentions(model)
     teachers = [row.teacher for row in family.processors]
@@ -149,12 +149,12 @@ def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
     if own is type(teacher):
         return teacher
     processor = own()
-    vars(processor).update(vars(teacher))  # its attention backend
+    vars(processor).update(vars(teacher))  # keeps its attention backend
     return processor
 
 
 def _is_offloaded(model: nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers move the weights between devices: they would miss the added ones."""
+    """Whether hooks of accelerate or diffusers move the weights between devices; they would miss added weights."""
     return any(
         hasattr(module, "_hf_hook")
         or (hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook("group_offloading") is not None)
@@ -165,7 +165,7 @@ def _is_offloaded(model: nn.Module) -> bool:
 def _hybrid_attention(
     family: Family, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
 ) -> HybridAttention:
-    """The new part of one attention layer, on its device; `dtype` for all but the gate, which stays fp32."""
+    """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32)."""
     shape = family.layer_shape(attn)
     hybrid = HybridAttention(
         shape.width,
@@ -195,16 +195,16 @@ def _hybrid_attention(
 
 
 def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of a hybrid model: hands every attention processor the `token_layout` of this call.
+    """Forward pre-hook of a hybrid model: passes the `token_layout` of this call to every attention processor.
 
-    It runs outside the blocks, which may be compiled or checkpointed. A layout that the caller passes is left alone.
-    Raises ValueError where a converted layer has lost its processor: it would silently be dense.
+    It runs outside the blocks, which may be compiled or checkpointed. A layout that the caller passes is kept. Raises
+    ValueError if a converted layer has lost its processor, because it would silently be dense.
     """
     if model._dense_mode:
         return None
     check_processors(model)
     if getattr(model, "_parallel_config", None) is not None:
-        # each device would attend within its own share of the image, as if that were all of it
+        # each device would take its share of the image for the whole image
         raise ValueError("hybrid models do not run in parallel over devices: restore_dense(model) before that")
     family = family_of(model)
     inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
@@ -221,7 +221,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
 
 
 def check_processors(model: nn.Module) -> None:
-    """Raise ValueError where a layer of a hybrid model runs another processor than conversion gave it."""
+    """Raise ValueError if a layer of a hybrid model has another processor than conversion gave it."""
     family = family_of(model)
     for name in model._dense_processors:
         attn = model.get_submodule(name)
@@ -236,7 +236,7 @@ def check_processors(model: nn.Module) -> None:
 
 
 def reset_processors(model: nn.Module) -> None:
-    """Give every layer of a hybrid model the kind of processor that conversion gave it, where it has lost that."""
+    """Give the layers of a hybrid model that have lost their processor a new one of the class conversion gave them."""
     family = family_of(model)
     for name in model._dense_processors:
         attn = model.get_submodule(name)
@@ -252,8 +252,9 @@ def _own_processor(model: nn.Module, family: Family, name: str) -> type:
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
-    # FLUX keeps its processor when its projections are fused: hybrid attention would go on using the separate ones,
-    # which are then stale. Other models get another processor, which is noticed; their flag is never reset.
+    # FLUX keeps its processor when its projections are fused: hybrid attention would go on using the separate
+    # projections, which are then stale. Other models get another processor, which `check_processors` notices; their
+    # flag is never reset.
     if isinstance(attn, AttentionModuleMixin) and attn.fused_projections:
         raise ValueError(f"{name} has fused projections: call model.unfuse_qkv_projections() first")
 
@@ -264,7 +265,7 @@ def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Write what conversion and training added to a hybrid model: its config and its `*.hybrid.*` weights.
+    """Save the adapter of a hybrid model: what conversion and training added, its config and its `*.hybrid.*` weights.
 
     Each file is replaced whole, so that an interrupted save leaves the old one. Raises ValueError for a model that is
     not hybrid.
@@ -341,7 +342,7 @@ def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridConfig, str | None]:
-    """An adapter's config and the name of the class it is for, without its weights. Raises as load_adapter does."""
+    """Read an adapter's config and the name of the class it is for, but no weights. Raises as load_adapter does."""
     path = _adapter_file(str(folder_or_repo_id), CONFIG_NAME)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -353,7 +354,7 @@ def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridCon
 
 
 def _adapter_file(source: str, name: str) -> str:
-    """The path of one of an adapter's files, fetched where the source is no folder but may be a hub repository."""
+    """The path of one of an adapter's files, fetched if `source` is not a folder but may be a hub repository."""
     if os.path.isdir(source):
         path = os.path.join(source, name)
         if not os.path.isfile(path):
@@ -372,9 +373,9 @@ def _adapter_file(source: str, name: str) -> str:
 
 
 def _relabel_in_pipelines(model: nn.Module) -> None:
-    """Make the pipelines that hold the model note its new class, which they write into `model_index.json`.
+    """Update the model's class in the configs of the pipelines that hold it, which become their `model_index.json`.
 
-    They note a component's class only when it is set; a folder saved under the old one would load a dense model.
+    A pipeline records a component's class only when it is set. Saved with the old class, it would load a dense model.
     """
     pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
     if pipelines is None:

@@ -1,4 +1,4 @@
-"""diffusers' pipelines that load a base model and an adapter in one call, and the pipeline of SiT."""
+"""Pipelines: subclasses of diffusers' that load a base model and an adapter in one call, and SiT's pipeline."""
 
 from .hybrid import hybrid_pipeline
 from .sit import SiTPipeline

@@ -13,15 +13,15 @@ from ..models.family import Family
 
 
 class _AdapterPipelineMixin:
-    """What the hybrid pipelines of all families share; it goes before the family's own class, `_dense_pipeline`.
+    """The behaviour that all hybrid pipelines share; put it before diffusers' class, `_dense_pipeline`.
 
-    For image-to-image and inpainting hand the components on: `FluxImg2ImgPipeline(**pipeline.components)`. diffusers'
-    `from_pipe` looks for its own classes, and drops the hybrid transformer.
+    For image-to-image and inpainting pass the components on: `FluxImg2ImgPipeline(**pipeline.components)`. diffusers'
+    `from_pipe` looks for diffusers' own classes, and drops the hybrid transformer.
     """
 
     @classmethod
     def from_pretrained(cls, base: str | os.PathLike, adapter: str | os.PathLike | None = None, **kwargs):
-        """As diffusers', from safetensors only; then `load_adapter(pipeline, adapter)` where one is given.
+        """Load the base as diffusers does, from safetensors only; then `load_adapter(pipeline, adapter)` if given.
 
         base, adapter: folders or hub repositories; kwargs are diffusers'. Raises what load_adapter raises.
         """
@@ -29,7 +29,7 @@ class _AdapterPipelineMixin:
         return pipeline if adapter is None else load_adapter(pipeline, adapter)
 
     def to_json_string(self) -> str:
-        # what save_pretrained writes: DiffusionPipeline and AutoPipeline look for the class in diffusers
+        # save_pretrained writes this; DiffusionPipeline and AutoPipeline look for the class in diffusers
         config = json.loads(super().to_json_string())
         config["_class_name"] = self._dense_pipeline.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -37,7 +37,7 @@ class _AdapterPipelineMixin:
 
 @functools.cache
 def hybrid_pipeline(family: Family) -> type[DiffusionPipeline]:
-    """The class `Hybrid<pipeline>`: the family's text-to-image pipeline over a hybrid transformer."""
+    """Make the class `Hybrid<pipeline>`: the family's text-to-image pipeline with a hybrid transformer."""
     dense = family.pipelines["text-to-image"]
     doc = f"{dense.__name__} over a hybrid transformer."
     members = {"__doc__": doc, "__module__": "hybriddit", "_dense_pipeline": dense}

@@ -1,4 +1,4 @@
-"""Load pipelines from folders and hub repositories, safetensors only, with every failure in one line; hide their bars."""
+"""Load pipelines from folders and hub repositories, from safetensors only, with every failure told in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sit import SiTPipeline
 
 
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load a text-to-image pipeline, dense or hybrid, of diffusers or a registered family, from a folder or a repository.
+    """Load a text-to-image pipeline, dense or hybrid, of diffusers or a registered family, from a folder or repository.
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
@@ -36,7 +36,7 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
 
 
 def _pipeline_class(path: str) -> type[DiffusionPipeline]:
-    """The class to load a pipeline with: DiffusionPipeline itself finds those that are diffusers' own, and no others."""
+    """The class to load a pipeline with; DiffusionPipeline if it is diffusers' own, which that finds by itself."""
     name = DiffusionPipeline.load_config(path).get("_class_name")
     classes = (family.pipelines["text-to-image"] for family in families())
     return next((found for found in classes if found.__name__ == name), DiffusionPipeline)
@@ -69,12 +69,12 @@ def load_for_use(
     of_classes: bool = False,
     quiet: bool = False,
 ) -> DiffusionPipeline:
-    """Load a pipeline onto this machine's device, as the commands `generate` and `convert` use it.
+    """Load a pipeline onto this machine's device, for the commands `generate` and `convert`.
 
     dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU.
-    adapter: only its config is read here, so that a wrong one is told before the model, which may take minutes.
-    of_classes: a SiTPipeline, not a text-to-image pipeline.
-    quiet: no progress bars, and errors only, of the libraries that load.
+    adapter: not loaded here. Its config is checked before the model is loaded, which may take minutes.
+    of_classes: load a SiTPipeline, not a text-to-image pipeline.
+    quiet: hide progress bars, and messages of the libraries except errors.
     """
     if quiet:
         _silence_libraries()
@@ -98,19 +98,19 @@ def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def find_sit_pipeline(path: str | os.PathLike) -> Path | None:
-    """The folder of a saved SiTPipeline: `path`, or its folder `pipeline`, as in a training run's; None if neither is."""
+    """The folder of a saved SiTPipeline: `path`, or `path`/pipeline as in a training run's folder; None if neither."""
     folders = (Path(path), Path(path, "pipeline"))
     return next((folder for folder in folders if saved_class(folder) == SiTPipeline.__name__), None)
 
 
 def saved_class(folder: Path) -> str | None:
-    """The class of the pipeline, or else of the model, that was saved to a folder; None where neither was."""
+    """The class name of the pipeline, or else of the model, that was saved to a folder; None if neither was."""
     found = (folder / name for name in ("model_index.json", "config.json"))
     return next((read_json(path).get("_class_name") for path in found if path.is_file()), None)
 
 
 def refuse_sit(path: str | os.PathLike) -> None:
-    """Raises ValueError where `path` holds a SiT, and what is wanted is a text-to-image pipeline."""
+    """Raise ValueError if `path` holds a SiT, where a text-to-image pipeline is wanted."""
     name = saved_class(find_sit_pipeline(path) or Path(path))
     if name in (SiTPipeline.__name__, SiTTransformer2DModel.__name__):
         raise ValueError(
@@ -120,7 +120,7 @@ def refuse_sit(path: str | os.PathLike) -> None:
 
 
 def _is_local(path: str | os.PathLike) -> bool:
-    """Whether the path can only be a folder: it is there, or is not of the form "owner/name"."""
+    """Whether the path can only be a folder: it exists, or does not have the form "owner/name" of a repository."""
     return Path(path).exists() or Path(path).is_absolute() or str(path).count("/") != 1
 
 

@@ -1,4 +1,4 @@
-"""The pipeline of SiT: class labels in, images out, with a sampler of `hybriddit.flow` or a scheduler of diffusers."""
+"""SiT's pipeline: images from class labels, with a sampler of `hybriddit.flow` or a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..metrics.images import to_uint8
 from ..models import SiTTransformer2DModel
 
 SAMPLERS = (*ODE_METHODS, *(f"sde-{name}" for name in SDE_METHODS))
-# what `sampler_options` may hold
+# the keys that `sampler_options` may have
 FIXED_STEP_OPTIONS = ("interval",)
 DOPRI5_OPTIONS = ("atol", "rtol", "interval")
 SDE_OPTIONS = ("diffusion", "diffusion_norm", "last_step", "last_step_size", "interval")
@@ -32,7 +32,7 @@ IMAGENET_CLASSES, IMAGENET_ENDS = 1000, ("n01440764", "n15075141")
 
 
 class SiTPipeline(DiffusionPipeline):
-    """Generate images of given classes; called as diffusers' DiTPipeline is.
+    """Generates images of given classes; called like diffusers' DiTPipeline.
 
     Save it with save_pretrained and load it with `SiTPipeline.from_pretrained(folder)`: diffusers' own
     `DiffusionPipeline.from_pretrained` finds only classes that are in diffusers.
@@ -42,7 +42,7 @@ class SiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL; the transformer was trained on its latents times its scaling_factor. None: the transformer
             was trained on pixels in [-1, 1].
         scheduler: a flow-matching scheduler of diffusers (FlowMatchEulerDiscreteScheduler, or another one with
-            use_flow_sigmas), used by calls that name no sampler; the path must be linear. None: such calls use "euler".
+            use_flow_sigmas), used by calls that do not name a sampler; the path must be linear. None: they use "euler".
         id2label: {class index, as int or string: "name" or "name, other name"}. None: ImageNet's names if the model has
             1000 classes, else none.
         path, prediction: what the transformer was trained for, see `hybriddit.flow`.
@@ -97,14 +97,14 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def default_sampler(self) -> str:
-        """The sampler of calls that name none: the scheduler's class name, or "euler" without a scheduler."""
+        """The sampler of calls that do not name one: the scheduler's class name, or "euler" without a scheduler."""
         return "euler" if self.scheduler is None else type(self.scheduler).__name__
 
     def get_label_ids(self, label: str | int | Sequence[str | int]) -> list[int]:
         """Class indices of one label or several, always as a list. A label is a name, in any case, or an index.
 
-        Raises ValueError for an unknown name (with similar ones), a name that several classes share, and an index out of
-        range.
+        Raises ValueError for an unknown name (suggesting similar ones), a name that several classes share, and an index
+        out of range.
         """
         labels = [label] if isinstance(label, str) or not isinstance(label, Sequence | torch.Tensor) else label
         classes, names, found = self.transformer.config.num_classes, None, []
@@ -155,7 +155,7 @@ class SiTPipeline(DiffusionPipeline):
                 or "euler" without one.
             sampler_options: arguments of `hybriddit.flow.sample_ode` (interval; for "dopri5" also atol, rtol) or of
                 `sample_sde` (diffusion, diffusion_norm, last_step, last_step_size, interval).
-            shift: moves times towards noise; above 1 for images larger than the training size. A scheduler has its own.
+            shift: moves times towards noise; above 1 for images larger than the training size. Not for schedulers.
             guidance_channels: guide only the first so many channels; None: all. The published SiT and DiT numbers were
                 made with 3.
             guidance_interval: (low, high), the times that are guided; 0 is noise and 1 the image.
@@ -218,12 +218,12 @@ class SiTPipeline(DiffusionPipeline):
         shape = (batch, config.in_channels, *sides)
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for {batch} images")
-        # at least float32, so that a seed gives the same image in every dtype of the transformer, to rounding
+        # at least float32, so that a seed gives the same image in every dtype of the transformer, up to rounding
         dtype = torch.promote_types(self.transformer.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if height is None and width is None and latents.ndim == 4:
-            shape = (*shape[:2], *latents.shape[2:])  # the given noise says the size
+            shape = (*shape[:2], *latents.shape[2:])  # the given noise sets the size
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {list(shape)}, got {list(latents.shape)}")
         return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
@@ -277,7 +277,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels in about [-1, 1], [B, C, H, W], of latents [B, C, h, w] as output_type="latent" returns them.
+        """Decode latents [B, C, h, w], as output_type="latent" returns them, to pixels in about [-1, 1], [B, C, H, W].
 
         Without a VAE the latents are the pixels. The VAE must be on the latents' device; after
         `pipeline.vae.enable_slicing()` it decodes one image at a time.
@@ -299,7 +299,7 @@ class SiTPipeline(DiffusionPipeline):
 
 def imagenet_names() -> dict[int, str]:
     """{index: name} of ImageNet's 1000 classes, as torchvision has them."""
-    from torchvision.models import ResNet50_Weights  # here: it imports all of torchvision's models
+    from torchvision.models import ResNet50_Weights  # imported here: it imports all of torchvision's models
 
     return dict(enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]))
 
@@ -316,7 +316,7 @@ def id2label_of(classes: Sequence[str]) -> dict[int, str] | None:
 
 
 def _indices_by_name(class_names: Mapping[int, str]) -> dict[str, list[int]]:
-    """{name: class indices}: each class by its whole name, and by each part of a name with commas."""
+    """{name: class indices}: each class under its whole name, and under each part of a name with commas."""
     found: dict[str, list[int]] = {}
     for index, name in sorted(class_names.items()):
         for part in dict.fromkeys((name.strip(), *(part.strip() for part in name.split(",")))):

@@ -1,4 +1,4 @@
-"""Which samples a step has, and how its batch is made: the same for a seed and a step, however a run is divided."""
+"""Choose and prepare the samples of each step. They depend on the seed and the step, not on the number of processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, drawn for the whole batch.
+    """A generator for the random numbers of one step, which are drawn for the whole batch.
 
-    They depend on nothing else: a resumed run, and one on another number of processes, sees the same samples.
+    It depends on nothing else, so a resumed run and a run on another number of processes see the same samples.
     """
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
@@ -32,7 +32,7 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 def batches(make: Callable[[int], list], steps: range, device: torch.device) -> Iterator[tuple[int, list]]:
     """(step, make(step)) for every step; for a GPU, the next batch is made while the step runs.
 
-    On a CPU the batch's thread would take the cores from the model's: half its speed on two of them.
+    On a CPU that thread would take processor time from the model: on two cores, training would be half as fast.
     """
     return (in_turn if device.type == "cpu" else one_ahead)(make, steps)
 
@@ -43,7 +43,7 @@ def in_turn(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, li
 
 
 def one_ahead(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, list]]:
-    """As `in_turn`, with the next batch made in a thread meanwhile."""
+    """Like `in_turn`, but a thread makes the next batch meanwhile."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(make, steps[0]) if steps else None
         for step in steps:
@@ -53,7 +53,7 @@ def one_ahead(make: Callable[[int], list], steps: range) -> Iterator[tuple[int, 
 
 
 def loader_rate(make: Callable[[int], list], step: int, count: int, seconds: float = 0.2) -> float:
-    """Data-loading rate in images/s, of batches of `count`; the first call, which opens files, is not timed."""
+    """Data-loading rate in images/s, for batches of `count`; the first call, which opens files, is not timed."""
     make(step)
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

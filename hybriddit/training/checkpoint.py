@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import flush, read_tensors, write_tensors
 
-# Settings that were added later, with the values that the runs before them had.
+# Settings that older checkpoints lack, with the values that those runs had.
 ADDED_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
 
 
@@ -29,10 +29,11 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
-    It appears under its name only when complete; then all but the newest `keep` are removed. Random numbers and the
-    order of the data depend on the step alone, so no other state is needed.
+    The folder gets its name only when complete; then all checkpoints but the newest `keep` are removed. Random numbers
+    and the order of the data depend on the step alone, so no other state is needed.
 
-    With shards every process must call, and one of them writes; the files do not depend on the number of processes.
+    If the weights are sharded, every process must call this, and the one with `write` writes; the files do not depend
+    on the number of processes.
     """
     tensors = gather(_state(parameters, average, optimizer), keep=write)
     if not write:
@@ -56,7 +57,7 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
-        old.rename(partial)  # half removed, it must not look complete
+        old.rename(partial)  # so that a half-removed checkpoint does not look complete
         shutil.rmtree(partial)
     return final
 
@@ -70,9 +71,9 @@ def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]
 
 
 def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors by name; those in shards are made whole on the CPU, for which every process must call.
+    """The tensors by name; sharded ones are gathered on the CPU, for which every process must call this.
 
-    keep: False takes part and returns nothing, holding one tensor at a time.
+    keep: if False, take part in the gathering, but hold one tensor at a time and return nothing.
     """
     whole = {}
     for name, tensor in named:
@@ -83,7 +84,7 @@ def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> d
 
 
 def shard(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`value` on the device of `like`; if that is in shards, this process's shard of it."""
+    """Move `value` to the device of `like`; if `like` is sharded, return this process's shard of `value`."""
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value
@@ -97,7 +98,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path, settings: dict) -> dict:
-    """The checkpoint's step and settings. Raises ValueError where it is damaged, or was made with other settings."""
+    """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings."""
     try:
         state = dict(json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -125,7 +126,7 @@ def load_checkpoint(
     *,
     rename: Callable[[dict], dict] = dict,
 ) -> int:
-    """Load weights, their average and the optimizer's state in place; returns the step to go on from.
+    """Load weights, their average and the optimizer's state in place. Returns the step to continue from.
 
     rename: gives the tensors of an older version's checkpoint ("weight/NAME", …) today's names.
 
@@ -150,7 +151,7 @@ def load_checkpoint(
             parameter.copy_(shard(kinds.pop("weight"), parameter))
             mean.copy_(shard(kinds.pop("average"), mean))
             if kinds:
-                # AdamW counts steps on the host, beside moments on the device, unless one kernel does it all
+                # AdamW counts steps on the host, while its moments are on the device, unless it is fused
                 count = kinds.pop("step")
                 optimizer.state[parameter] = {
                     "step": count.to(parameter.device) if fused else count,

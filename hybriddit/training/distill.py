@@ -1,4 +1,4 @@
-"""Distill a hybrid from its own dense teacher: one copy of the model is both."""
+"""Distill a hybrid from its own dense teacher; both run on one copy of the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .step_cost import step_cost
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
-    """The whole job of a config file: load the teacher, let it make its images, distill, save the adapter."""
+    """Run a config from start to end: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
@@ -41,7 +41,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
-    # what can be told before the images are made, which may take days
+    # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
     loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
     planned_grid(config, transformer, pipeline.vae_scale_factor)
@@ -71,16 +71,16 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     never changed. `config.model.path` and `config.data` are not used here: `data` is the training set.
 
     With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
-    start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` goes on
-    from its newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
-    checkpoint and raise KeyboardInterrupt; a second one stops at once.
+    start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` continues
+    from its newest checkpoint, with the same result as an uninterrupted run. Ctrl-C and SIGTERM let the step end, write
+    a checkpoint and raise KeyboardInterrupt; a second signal stops at once.
 
-    Several processes of `accelerate launch`, by DDP or by FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
-    TRANSFORMER_BASED_WRAP), give what one gives, to rounding, and resume each other's checkpoints.
+    Several processes of `accelerate launch`, with DDP or FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
+    TRANSFORMER_BASED_WRAP), give the same result as one, up to rounding, and can resume each other's checkpoints.
 
-    Returns the transformer with the averaged weights; by FSDP it stays in shards, its trained weights in fp32. Raises
+    Returns the transformer with the averaged weights; with FSDP it stays sharded, with trained weights in fp32. Raises
     ValueError for settings that cannot work, and FloatingPointError, naming the step, when the loss stops being finite;
-    checkpoints written before stay.
+    earlier checkpoints are kept.
     """
     base = pipeline.transformer
     recipe = recipe_for(base, config)
@@ -93,7 +93,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         raise ValueError(f"the transformer's weights are {dtype}: set train.precision=bf16, or load it in float32")
     pipeline.to(accelerator.device)
     if getattr(pipeline, "vae", None) is not None:
-        pipeline.vae.to("cpu")  # where it waits until samples are drawn
+        pipeline.vae.to("cpu")  # until samples are drawn
     base.requires_grad_(False).eval()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
@@ -106,14 +106,14 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         return base
     for name, parameter in trained.items():
         parameter.requires_grad_(False)
-        if not is_gate(name):  # which stay fp32, as hybridize makes them
+        if not is_gate(name):  # gates stay fp32, as hybridize makes them
             parameter.data = parameter.data.to(dtype)
     pipeline.to(accelerator.device)
     return base
 
 
 class Distillation(Job):
-    """Batch, losses and samples of one distillation; the transformer is student, and within `dense_mode` teacher."""
+    """Batch, losses and samples of a distillation. The transformer is the student, and in `dense_mode` the teacher."""
 
     name, metrics, logged, fused = "distill", ("loss", "task", "output", "layer"), ("lr", "gate_lr"), False
 
@@ -154,7 +154,11 @@ class Distillation(Job):
         )
 
     def losses(self, model: nn.Module, part: tuple) -> torch.Tensor:
-        """The weighted sum; against the noise or velocity; against the teacher's output; against its layers' outputs."""
+        """The losses [loss, task, output, layer] of one part of a batch.
+
+        The first is the weighted sum of the others: errors against the noise or velocity, against the teacher's output,
+        and against the outputs of its attention layers.
+        """
         latents, noise, times, text = self._to_device(*part)
         if self.data.info.states:
             noisy, target = latents, None
@@ -179,7 +183,7 @@ class Distillation(Job):
         return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
 
     def samples(self) -> list[list[Image.Image]] | None:
-        """The teacher's images, and beside them the student's."""
+        """The columns of the sample grid: the teacher's images, and the student's."""
         if getattr(self.pipeline, "vae", None) is None:
             return None
         rows = range(min(self.config.output.samples, len(self.data)))
@@ -204,7 +208,7 @@ class Distillation(Job):
         if folder is None:
             return self.model
         model = self.model
-        if self.accelerator.is_fsdp2:  # what the adapter holds, in a copy without the rest
+        if self.accelerator.is_fsdp2:  # the adapter's weights, in a copy
             added = gather((name, tensor) for name, tensor in model.state_dict().items() if ".hybrid." in name)
             with torch.device("meta"):
                 model = unsharded_class(model).from_config(model.config)
@@ -214,7 +218,7 @@ class Distillation(Job):
         return self.model
 
     def _frechet(self) -> FrechetDistance:
-        """Measures against the teacher's images of the same prompts and noise, where the config names no file."""
+        """The distance to the config's reference, or else to the teacher's images of the same prompts and noise."""
         if getattr(self.pipeline, "vae", None) is None:
             raise ValueError("metrics.every: the teacher's pipeline has no VAE to make images with, set it to 0")
 
@@ -233,12 +237,12 @@ class Distillation(Job):
         )
 
     def _images(self, rows: range) -> list[Image.Image]:
-        """What the model makes of the set's prompts in turn; row i always from seed `train.seed` + i."""
+        """The model's images of the set's prompts in turn; row i always from seed `train.seed` + i."""
         pipeline, dtype = self.pipeline, self.dtype
         tensors = self.data.rows([row % len(self.data) for row in rows])
-        text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # the prompts' tensors alone
+        text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # only the prompts' tensors
         pipeline.vae.to(self.accelerator.device)
-        # accelerate hands outputs back in fp32, which would reach the pipeline's bf16 decoder
+        # accelerate returns outputs in fp32, which the pipeline's bf16 decoder does not take
         cast = self.model.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
         try:
             with quiet(pipeline):
@@ -260,10 +264,9 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
-    """Convert the transformer, in place, unless it is hybrid already; returns what is to be trained, by full name.
+    """Convert the transformer in place, unless it is hybrid already. Returns the parameters to train, by full name.
 
-    The student is the teacher plus what hybridize adds, and only that is trained. Raises ValueError where that is
-    nothing.
+    Only the weights that hybridize adds are trained. Raises ValueError if it adds none.
     """
     if not is_hybrid(transformer):
         with torch.random.fork_rng():
@@ -278,7 +281,7 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
 
 
 def recipe_for(transformer: nn.Module, config: DistillConfig) -> Recipe:
-    """The recipe that `config.model.recipe` names, or the one that fits the transformer. Raises ValueError."""
+    """The recipe that `config.model.recipe` names, or the one that fits the transformer. Raises as Family.recipe."""
     return family_of(transformer).recipe(transformer.config, config.model.recipe)
 
 
@@ -288,7 +291,7 @@ def loss_settings(
     """The weights of (task, output, layer) and the prompt dropout: the config's, or else the recipe's.
 
     teacher_made: whether the images are the teacher's own; trajectories: whether they are states of its sampling, for
-    which there is no task target. Raises ValueError for weights that train nothing.
+    which there is no task target. Raises ValueError if all weights are 0, or for a task weight that cannot work.
     """
     chosen = config.loss
     task = recipe.task if chosen.task is None else chosen.task
@@ -360,7 +363,7 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
 
 
 def resume_settings(config: DistillConfig) -> dict:
-    """What must not change between a checkpoint and its continuation."""
+    """The settings that must not change when a run is resumed."""
     values = to_dict(config)
     values["data"].pop("cache")
     names = ("batch_size", "accumulation", "precision", "seed")

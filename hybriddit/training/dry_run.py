@@ -1,4 +1,4 @@
-"""What a distillation would need, told in seconds without weights: the full-size model is made of shapes alone."""
+"""Estimate what a distillation needs, in seconds and without weights, from a full-size model of shapes only."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .distill import check_settings, loss_settings, make_student, planned_grid, 
 from .run_config import DistillConfig
 from .step_cost import step_cost
 
-# the one assumption behind every time: what a step reaches of an H100's dense bf16 peak
+# all estimated times assume that a step reaches this share of an H100's dense bf16 peak
 H100_PEAK = 989e12
 ASSUMED_SHARE = 0.4
 
 
 def dry_run(config: DistillConfig) -> dict:
-    """What the run of this config would train, compute and hold: plain numbers, every one an estimate.
+    """Estimate what a run of this config would train, compute and hold in memory, as plain numbers.
 
-    The model is built on the meta device from `model.path`, a local pipeline folder or a repository that a family lists:
-    no weights, no network. One training step of `train.batch_size / train.accumulation` images then runs on fake
-    tensors, which have shapes and no data: its FLOPs are what torch counts, its activations what autograd keeps.
+    The model is built on the meta device from `model.path`, a local pipeline folder or a repository that a family
+    lists, without weights or network. One training step of `train.batch_size / train.accumulation` images then runs on
+    fake tensors, which have shapes and no data: torch counts its FLOPs, and its activations are what autograd keeps.
 
-    Bytes are of one GPU that does the whole batch; FLOPs count two per multiply-add. Raises what a real run would
-    raise for settings that cannot work, before it loads weights; ValueError for a repository that is not known here.
+    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. Raises what a real run would
+    raise before it loads weights, and ValueError for a repository that no family lists.
     """
     check_settings(config)
     model, vae_scale_factor, tokenizer_length = plan_model(config.model.path)
@@ -47,7 +47,7 @@ def dry_run(config: DistillConfig) -> dict:
 
     def values(*shape: int) -> torch.Tensor:
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return torch.zeros((), dtype=dtype).expand(shape)  # of one element in memory
+        return torch.zeros((), dtype=dtype).expand(shape)  # one element in memory
 
     text = family.example_text(model.config, count, text_length, values)
     step = step_cost(model, grid, text, count, bf16=bf16)
@@ -95,7 +95,7 @@ def dry_run(config: DistillConfig) -> dict:
 
 
 def report(figures: dict) -> str:
-    """`dry_run`'s figures in words."""
+    """Format `dry_run`'s figures for a terminal."""
     attention, forward, memory = (figures[key] for key in ("attention_flops", "forward_flops", "memory_bytes"))
     tokens, hours, activations = figures["tokens"], figures["hours"], figures["activation_bytes"]
     share = figures["trained_parameters"] / figures["parameters"]
@@ -152,11 +152,11 @@ def _duration(hours: float) -> str:
 
 
 def plan_model(path: str) -> tuple[nn.Module, int, int]:
-    """The transformer on the meta device, the pixels of a latent, and the first tokenizer's longest text.
+    """The transformer on the meta device, the pixels per latent, and the first tokenizer's maximum length.
 
     path: a local pipeline folder, of which only the JSON files are read, or a repository that a family lists. Raises
-    ValueError for anything else and for a transformer that is not supported, FileNotFoundError where the folder is not
-    whole.
+    ValueError for anything else and for a transformer that is not supported, and FileNotFoundError if a file of the
+    folder is missing.
     """
     folder = Path(path)
     refuse_sit(path)

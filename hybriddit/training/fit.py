@@ -1,4 +1,4 @@
-"""The training loop: everything that distillation and training from scratch share, which is all but batch and loss."""
+"""The training loop that distillation and training from scratch share; they differ in batches and losses (see Job)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from .optimizer import make_optimizer, set_learning_rates
 from .run_config import to_dict
 from .run_log import log, plot_log, record_start, start_log
 
-# dense bf16 TFLOP/s, by words of the device's name
+# dense bf16 TFLOP/s, by a part of the device's name
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
 class Job(ABC):
-    """What one kind of training adds to the loop.
+    """What one kind of training adds to the loop: batches, losses, samples and results.
 
-    name: on the progress bar. metrics: names of what `losses` returns. logged: which of "lr", "gate_lr" and
-    "images_per_second" the log has. fused: whether AdamW runs as one kernel, which pays where many weights are trained.
+    name: shown on the progress bar. metrics: names of the values that `losses` returns. logged: which of "lr",
+    "gate_lr" and "images_per_second" to log. fused: whether AdamW runs as one kernel, which is worth it if many weights
+    are trained.
 
-    model: trained in place; its parameters with requires_grad are what is trained. settings: what must not change
-    between a checkpoint and its continuation.
+    model: its parameters with requires_grad are trained, in place. settings: the settings that must not change when a
+    run is resumed.
     """
 
     name: ClassVar[str]
@@ -55,51 +56,58 @@ class Job(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, part: Any) -> torch.Tensor:
-        """[metrics]: means over one part of a batch; the first is minimised. model: `self.model`, as it is trained."""
+        """The metrics of one part of a batch, as means, [metrics]; the first is minimised.
+
+        model: `self.model`, as accelerate has wrapped it.
+        """
 
     @abstractmethod
     def samples(self) -> Sequence[Sequence[Image.Image]] | None:
-        """The columns of the sample grid, by the model as it is; None where no image can be made."""
+        """The columns of the sample grid, made with the model's current weights; None if no image can be made."""
 
     @abstractmethod
     def distance(self) -> float:
-        """The Fréchet distance of `config.metrics`, of the model as it is."""
+        """The Fréchet distance that `config.metrics` asks for, with the model's current weights."""
 
     @abstractmethod
     def flops(self) -> float:
-        """FLOPs of one image in one step, forward and backward. Called before the model is prepared."""
+        """FLOPs of one image in one step, forward and backward. Called before accelerate wraps the model."""
 
     @abstractmethod
     def finish(self, folder: Path | None, step: int) -> nn.Module:
-        """Write the result of the run, if there is a folder, and return the model. Every process calls."""
+        """Write the result of the run, if there is a folder, and return the model. Every process calls this."""
 
     def checkpointed(self, folder: Path, step: int) -> None:  # noqa: B027
-        """Write what goes with a checkpoint, by the averaged model. With shards every process calls, else the main one."""
+        """Write other files with a checkpoint, while the model has the averaged weights.
+
+        The main process calls this; if the model is sharded, every process.
+        """
 
     def notes(self, first: int) -> dict[str, Any]:
-        """More of a start for run.json."""
+        """Further entries for this start in run.json. first: the first step."""
         return {}
 
     def renamed(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors of an older version's checkpoint under today's names."""
+        """Rename the tensors of an older version's checkpoint to today's names."""
         return tensors
 
 
 def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> nn.Module:
-    """Train `job.model` for `config.train.steps` steps; returns what `job.finish` makes of it, with averaged weights.
+    """Train `job.model` up to `config.train.steps` steps; returns what `job.finish` makes of the averaged weights.
 
-    What a run's folder receives, resuming, signals and errors: see `distill` and `train`, which call this.
+    For the run's folder, resuming, signals and errors see `distill` and `train`, which call this.
     """
     folder = Path(config.output.folder) if config.output.folder else None
     writes = folder is not None and accelerator.is_main_process
-    gathers = writes or (folder is not None and accelerator.is_fsdp2)  # with shards, all take part in what one writes
+    gathers = writes or (folder is not None and accelerator.is_fsdp2)  # sharded weights need all processes
     peak = config.train.peak_tflops or known_peak(accelerator.device)
     flops = job.flops() if peak else 0.0
 
     model, optimizer = prepare(job, config, accelerator)
     trained = trained_parameters(job.model)
     parameters = list(trained.values())
-    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not accelerator.is_fsdp2)  # not for shards
+    # foreach does not take shards
+    average = EMAModel(parameters, decay=config.optim.ema_decay, foreach=not accelerator.is_fsdp2)
     first = 0
     if resume:
         newest = checkpoints(folder / "checkpoints")[-1]
@@ -114,7 +122,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     names = (*job.metrics, "grad_norm")
     pending: list[torch.Tensor] = []  # metrics of the steps since the last log line, still on the device
     since = time.perf_counter()
-    # with several processes the launcher stops them all: one alone would leave the others waiting
+    # not with several processes: the launcher stops them all, and one that goes on would wait for the others
     signals = stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([])
     with signals as stopped, progress_bar(job.name, first, config, accelerator) as bar:
         for step, parts in batches(job.make_batch, range(first, config.train.steps), accelerator.device):
@@ -139,7 +147,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
             if not any(due.values()):
                 continue
             values = mean_metrics(names, accelerator.reduce(torch.stack(pending), "mean").cpu(), done)
-            # the metrics have arrived, so the steps are done
+            # the metrics are on the CPU, so the steps are done
             rate = len(pending) * config.train.batch_size / (time.perf_counter() - since)
             pending.clear()
             lr, gate_lr = (group["lr"] for group in optimizer.param_groups)
@@ -168,7 +176,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 if writes and columns:
                     save_grid(folder / "samples" / f"step-{done:08d}.png", columns)
                     plot_log(folder, (*names, "fd"))
-            since = time.perf_counter()  # saving and sampling are not part of the throughput
+            since = time.perf_counter()  # throughput leaves out saving and sampling
 
     average.copy_to(parameters)
     accelerator.wait_for_everyone()
@@ -184,7 +192,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
 
 
 def prepare(job: Job, config, accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model as accelerate distributes it, and the optimizer of its trained weights."""
+    """Wrap the model with accelerate, and make the optimizer of its trained weights."""
     base = job.model
     if config.train.gradient_checkpointing:
         base.enable_gradient_checkpointing()
@@ -193,7 +201,7 @@ def prepare(job: Job, config, accelerator: Accelerator) -> tuple[nn.Module, torc
     if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
         plugin.cpu_ram_efficient_loading = False  # every process has the same weights already
-        # accelerate's policy would round the times to bf16; under autocast the arithmetic is that of DDP
+        # accelerate's policy would round the times to bf16; autocast alone computes as with DDP
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         base.forward = accelerator.autocast()(base.forward)
     fused = job.fused and accelerator.device.type in ("cpu", "cuda")
@@ -208,7 +216,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def start_folder(folder: Path, first: int, job: Job, config, accelerator: Accelerator) -> None:
-    """Write a new run's config.yaml, this start's entry in run.json, and cut the log at step `first`."""
+    """Write config.yaml if the run is new, add this start to run.json, and cut the log after step `first`."""
     if first == 0:
         with replacing(folder / "config.yaml") as partial:
             OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
@@ -217,7 +225,7 @@ def start_folder(folder: Path, first: int, job: Job, config, accelerator: Accele
 
 
 def progress_bar(name: str, first: int, config, accelerator: Accelerator) -> tqdm:
-    """A bar of the run's steps, shown by the main process."""
+    """A progress bar over the run's steps, shown by the main process."""
     shown = config.train.progress and accelerator.is_main_process
     return tqdm(initial=first, total=config.train.steps, desc=name, unit="step", disable=not shown)
 
@@ -225,7 +233,7 @@ def progress_bar(name: str, first: int, config, accelerator: Accelerator) -> tqd
 def due_after(done: int, config) -> dict[str, bool]:
     """Whether to log, write a checkpoint, draw samples and measure the metrics after `done` steps.
 
-    What is done at all is also done after the last step.
+    Everything that is enabled is also done after the last step.
     """
     every = {name: getattr(config.output, f"{name}_every") for name in ("log", "checkpoint", "sample")}
     every["metrics"] = config.metrics.every
@@ -233,7 +241,7 @@ def due_after(done: int, config) -> dict[str, bool]:
 
 
 def mean_metrics(names: Sequence[str], values: torch.Tensor, done: int) -> dict[str, float]:
-    """Means of the last steps' metrics [steps, metrics]. Raises FloatingPointError, naming the step, for NaN or inf."""
+    """Means of the last steps' metrics [steps, metrics]. Raises FloatingPointError, naming the step, at NaN or inf."""
     bad = (~values.isfinite()).any(dim=1).nonzero()
     if len(bad):
         step = done - len(values) + int(bad[0]) + 1
@@ -245,7 +253,7 @@ def mean_metrics(names: Sequence[str], values: torch.Tensor, done: int) -> dict[
 
 
 def known_peak(device: torch.device) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU in PEAK_TFLOPS; None for other devices."""
+    """Dense bf16 TFLOP/s of a device listed in PEAK_TFLOPS; None for other devices."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -254,7 +262,7 @@ def known_peak(device: torch.device) -> float | None:
 
 @contextmanager
 def averaged(model: nn.Module, average: EMAModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within the block, `model` has the averaged weights."""
+    """Give `model` the averaged weights within the block."""
     average.store(parameters)
     average.copy_to(parameters)
     try:
@@ -268,7 +276,7 @@ def averaged(model: nn.Module, average: EMAModel, parameters: list[nn.Parameter]
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
+    """Yield a list that receives the first SIGINT or SIGTERM; a second one has its usual effect.
 
     Only the main thread can catch signals: elsewhere the list stays empty.
     """

@@ -1,4 +1,4 @@
-"""The Fréchet distance between what a model makes and reference images, measured while it trains."""
+"""The Fréchet distance between a model's images and reference images, measured while the model trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Images:
-    """`count` images, uint8 [N, H, W, 3]; `make` makes those of a range of rows when they are read."""
+    """`count` images, uint8 [N, H, W, 3], made when they are read: `make` makes a range of them."""
 
     def __init__(self, count: int, make: Callable[[range], np.ndarray]):
         self.count, self.make = count, make
@@ -31,11 +31,10 @@ class Images:
 class FrechetDistance:
     """Measures the distance to the reference images of `config`, whose moments are computed once.
 
-    images: the reference where the config names no file. blank: two images, uint8 [2, H, W, 3], of the size that the
-    model makes. processes: how many share the work; every one must construct and call.
+    images: the reference if the config names no file. blank: two images, uint8 [2, H, W, 3], of the size of the model's
+    images. processes: how many share the work; each of them must construct and call this.
 
-    Everything that can be wrong is found here, before any training: ValueError, FileNotFoundError or
-    ModuleNotFoundError.
+    The constructor finds all errors, before any training. Raises ValueError, FileNotFoundError or ModuleNotFoundError.
     """
 
     def __init__(
@@ -59,7 +58,10 @@ class FrechetDistance:
             )
 
     def __call__(self, make: Callable[[range], np.ndarray]) -> float:
-        """make: the model's images of a range of rows of the samples, uint8 [B, H, W, 3]. Every process must call."""
+        """Measure the distance. make: (range of samples) -> the model's images, uint8 [B, H, W, 3].
+
+        Every process must call this.
+        """
         return frechet_distance(
             *self._moments(Images(self.config.samples, make), "samples"), self.mean, self.covariance
         )
@@ -68,7 +70,7 @@ class FrechetDistance:
         path = self.config.reference
         if path is None:
             return self._moments(images, "reference", progress)
-        if self.config.features == "inception":  # whose statistics such a file may hold, and only these
+        if self.config.features == "inception":  # a file may hold statistics of Inception's features only
             found = read_reference(path)
             if "pooled" in found.precomputed:
                 return found.precomputed["pooled"]
@@ -99,12 +101,12 @@ def check_samples(config: MetricsConfig, processes: int) -> None:
 
 
 def as_rgb(images) -> np.ndarray:
-    """PIL images of one size as uint8 [B, H, W, 3]; grey ones in three equal channels."""
+    """Convert PIL images of one size to uint8 [B, H, W, 3]; grey ones get three equal channels."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 def load_features(name: str, device: torch.device) -> Features:
-    """uint8 [B, 3, H, W] -> [B, F]: Inception's pooled features, or the function named "package.module:function"."""
+    """Load a feature function, uint8 [B, 3, H, W] -> [B, F]: "inception" (pooled), or "package.module:function"."""
     if name == "inception":
         inception = load_inception(device=device)
         return lambda images: inception(images)["pooled"]

@@ -1,4 +1,4 @@
-"""What distillation compares: outputs of the attention layers, and of the whole model."""
+"""The layer loss of distillation, and the hooks that collect the attention layers' outputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def captured_outputs(family: Family, layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
-    """Yields a dict that the forward pass fills: name of a layer -> the parts of its output that the model uses.
+    """Yield a dict that the forward pass fills: name of a layer -> the parts of its output that the model uses.
 
-    The hooks are gone before the backward pass, so that recomputing a checkpointed block captures nothing twice. They
-    only keep references: a computation in a hook would differ between the pass and its recomputation.
+    Leave the block before the backward pass: its hooks are then gone, and recomputing a checkpointed block captures
+    nothing twice. The hooks only keep references: anything they computed would be missing in that recomputation.
     """
     outputs: dict[str, tuple[torch.Tensor, ...]] = {}
 
@@ -42,10 +42,10 @@ def captured_outputs(family: Family, layers: dict[str, nn.Module]) -> Iterator[d
 def layer_loss(
     student: dict[str, tuple[torch.Tensor, ...]], teacher: dict[str, tuple[torch.Tensor, ...]]
 ) -> torch.Tensor:
-    """Mean over samples and layers of the attention output's squared error, divided by the teacher's variance there.
+    """Squared error of attention outputs divided by the teacher's variance, as the mean over samples and layers.
 
-    Outputs are [B, tokens, width]; the variance is each sample's own, so that the loss of a batch does not depend on
-    how it is divided. A layer that returns image and text counts as the mean of the two, each over its own variance.
+    Outputs are [B, tokens, width]. Each sample has its own variance, so that the loss of a batch does not depend on how
+    it is divided. A layer that returns image and text counts as the mean of both, each divided by its own variance.
     """
     if student.keys() != teacher.keys() or not teacher:
         raise RuntimeError(f"student and teacher ran different layers: {sorted(student)} and {sorted(teacher)}")

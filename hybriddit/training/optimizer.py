@@ -1,4 +1,4 @@
-"""AdamW with a group of its own for the gates, and the learning rates of both groups."""
+"""AdamW with a separate parameter group for the gates, and the learning rates of both groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def make_optimizer(trained: dict[str, nn.Parameter], config, *, fused: bool = False) -> torch.optim.Optimizer:
-    """AdamW over two groups: all other weights, and the gates, which have their own rate and do not decay."""
+    """AdamW with two groups: the gates, which have their own rate and no weight decay, after all other weights."""
     gates = [p for name, p in trained.items() if is_gate(name)]
     others = [p for name, p in trained.items() if not is_gate(name)]
     groups = [{"params": others, "weight_decay": config.optim.weight_decay}, {"params": gates, "weight_decay": 0.0}]
@@ -17,18 +17,18 @@ def make_optimizer(trained: dict[str, nn.Parameter], config, *, fused: bool = Fa
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter's full name is a gate's."""
+    """Whether the parameter of this full name is a gate."""
     return any(part.startswith("gate") for part in name.split("."))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config) -> None:
-    """Give both groups their rates at `step` (from 0)."""
+    """Set both groups' learning rates for `step` (from 0)."""
     for group, rate in zip(optimizer.param_groups, learning_rates(step, config), strict=True):
         group["lr"] = rate
 
 
 def learning_rates(step: int, config) -> tuple[float, float]:
-    """Rates of the two groups at `step` (from 0); only the first warms up."""
+    """Learning rates of the two groups at `step` (from 0); only the first group warms up."""
     optim = config.optim
     decay = 0.5 * (1 + math.cos(math.pi * step / config.train.steps)) if optim.schedule == "cosine" else 1.0
     warmup = min(1.0, (step + 1) / max(1, optim.warmup_steps))

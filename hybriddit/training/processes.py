@@ -1,4 +1,4 @@
-"""Where a run starts: accelerate's processes, and a folder that no other run has."""
+"""Start a run: set up accelerate's processes, and claim a folder that no other run uses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .checkpoint import checkpoints, read_state
 def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerator:
     """Set up the processes and claim `config.output.folder`, if one is given, before anything is loaded.
 
-    result: the name in the folder of what the run is for, "adapter" or "pipeline". settings: what must not change
-    between a checkpoint and its continuation. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one
-    line, for settings, launchers and folders that cannot work.
+    result: the name of the run's result in the folder, "adapter" or "pipeline". settings: the settings that must not
+    change when a run is resumed. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one line, for
+    settings, launchers and folders that cannot work.
     """
     accelerator = make_accelerator(config)
     check_distribution(accelerator)
@@ -28,7 +28,7 @@ def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerat
 
 
 def make_accelerator(config) -> Accelerator:
-    """Accelerate as `accelerate launch` set it up, with the run's precision and tracker.
+    """Make the Accelerator that `accelerate launch` has configured, with the run's precision and tracker.
 
     Raises ModuleNotFoundError where the tracker is not installed, and NotImplementedError for DeepSpeed.
     """
@@ -47,7 +47,7 @@ def make_accelerator(config) -> Accelerator:
 
 
 def check_distribution(accelerator: Accelerator) -> None:
-    """Raise NotImplementedError for ways of distributing that the loop does not support."""
+    """Raise NotImplementedError for ways of distributed training that the loop does not support."""
     kind = accelerator.distributed_type
     if kind is DistributedType.FSDP and not accelerator.is_fsdp2:
         raise NotImplementedError("training shards by FSDP2: give accelerate --fsdp_version 2")
@@ -63,7 +63,7 @@ def _unsupported(kind: DistributedType) -> NotImplementedError:
 
 
 def check_processes(config, processes: int) -> None:
-    """Raise ValueError where a step's samples cannot be divided evenly."""
+    """Raise ValueError if a step's samples cannot be divided evenly among processes and accumulation steps."""
     count, accumulation = config.train.batch_size, config.train.accumulation
     if count % (processes * accumulation):
         raise ValueError(
@@ -72,7 +72,7 @@ def check_processes(config, processes: int) -> None:
 
 
 def claim_folder(folder: Path, result: str, settings: dict, resume: bool) -> None:
-    """Make the run's folder. Raises ValueError where a new run would overwrite another, or none can be resumed."""
+    """Make the run's folder. Raises ValueError if a new run would overwrite another, or if there is none to resume."""
     found = checkpoints(folder / "checkpoints")
     if resume and not found:
         raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")

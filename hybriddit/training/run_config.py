@@ -23,7 +23,7 @@ class ModelConfig:
     """The teacher.
 
     path: repository id or folder of its diffusers pipeline.
-    recipe: a name in the `recipes` of its family (`hybriddit.models.family.Family`); None: the one that fits its config.
+    recipe: a name in the `recipes` of its family (`hybriddit.models.family.Family`); None: the one that fits the model.
     """
 
     path: str = ""
@@ -36,11 +36,11 @@ class DataConfig:
 
     source: "teacher" (images that the teacher makes from the prompts), "folder" (images of your own with captions) or
         "trajectories" (intermediate states of the teacher's sampling, which needs no VAE).
-    folder: of images, for "folder"; captions in <image>.txt or in metadata.jsonl.
-    states: for "trajectories", how many inputs of the transformer are kept of each image's sampling.
+    folder: for "folder", the folder of images; captions are in <image>.txt or in metadata.jsonl.
+    states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
     prompts: a text file with one prompt a line, or the prompts themselves; repeated with new seeds up to `images`.
     cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
-    height, width: in pixels. steps: of the teacher's sampler. guidance_scale: as the pipeline's own argument.
+    height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
     batch_size: images the teacher makes at a time. seed: image i is made from seed + i.
     """
@@ -62,7 +62,7 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the three losses, and how often the prompt is dropped; None is the recipe's own value."""
+    """Weights of the three losses, and the share of prompts that are dropped; None is the recipe's value."""
 
     task: float | None = None
     output: float | None = None
@@ -72,10 +72,11 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. Gates have their own group: gate_lr_factor times the rate, no warm-up, no decay.
+    """AdamW. Gates have their own group: gate_lr_factor times the rate, no warm-up, no weight decay.
 
     schedule: "constant" or "cosine" (to zero at the last step). clip: largest gradient norm; None: no clipping.
-    ema_decay: of the fp32 moving average of the weights, which is sampled and saved; it warms up over the first steps.
+    ema_decay: of the weights' moving average in fp32, which is used for samples and results; it warms up over the first
+    steps.
     """
 
     lr: float = 1e-4
@@ -89,12 +90,12 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How the loop runs.
+    """The training loop.
 
     batch_size: samples of one optimizer step, over all processes and accumulation steps.
     precision: "no" (fp32) or "bf16" (autocast; frozen weights in bf16, trained weights in fp32).
     compile: torch.compile the model's blocks.
-    peak_tflops: the device's dense peak, for the log's `mfu` (share of the peak in use); None: known for common GPUs.
+    peak_tflops: the device's dense peak, for the log's `mfu` (share of the peak in use); None: looked up by GPU name.
     """
 
     steps: int = 10_000
@@ -113,7 +114,8 @@ class OutputConfig:
     """What a run writes, and how often.
 
     folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
-    Every `*_every` counts optimizer steps; 0 is never. keep: checkpoints kept. samples: images of the sample grid.
+    Every `*_every` is in optimizer steps; 0 is never. keep: number of checkpoints to keep. samples: number of images in
+    the sample grid.
     tracker: "tensorboard" or "wandb".
     """
 
@@ -131,13 +133,13 @@ class MetricsConfig:
     """A Fréchet distance of the averaged model's samples to reference images, logged as `fd` while it trains.
 
     every: optimizer steps from one measurement to the next; 0 is never.
-    samples: their number, which the distance depends on; always from the same noise, with prompts or classes in turn,
-        sampled as the images of the sample grid are.
-    features: "inception" (FID, where `samples` is 50,000), or "package.module:function", a function of your own from
+    samples: number of samples, which the distance depends on. They are always from the same noise, with prompts or
+        classes in turn, and sampled like the images of the sample grid.
+    features: "inception" (FID, if `samples` is 50,000), or "package.module:function", a function of your own from
         uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
-    reference: an npz file in ADM's layout. None: a distillation's teacher's own images of the same prompts and noise;
-        of training from scratch the training set, where it holds images.
-    batch_size: images at a time, of each process.
+    reference: an npz file in ADM's layout. None: for a distillation, the teacher's images of the same prompts and
+        noise; for training from scratch, the training set, if it holds images.
+    batch_size: images at a time in each process.
     """
 
     every: int = 0
@@ -181,15 +183,15 @@ class DistillConfig:
 
 @dataclass
 class ClassDataConfig:
-    """Labelled images that a SiT is trained on.
+    """The labelled images that a SiT is trained on.
 
     path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or a folder of
         MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
-        are cropped as ADM crops them, to the model's sample_size, and kept in memory: make a cache of what does not fit.
+        are cropped to the model's sample_size as ADM does, and kept in memory; for larger sets make a cache.
     flip: mirror each image with probability one half.
     memory: read a cache into memory at the start; else its rows are read when they are needed.
     vae: folder or repository of the AutoencoderKL that made a cache of latents; it decodes the sample grids and is
-        saved with the pipeline. None: the place that the cache notes.
+        saved with the pipeline. None: the place that the cache records.
     """
 
     path: str = ""
@@ -200,7 +202,7 @@ class ClassDataConfig:
 
 @dataclass
 class FlowConfig:
-    """What the model learns (see `hybriddit.flow`): path, prediction, weighting of the loss, and how times are drawn."""
+    """Flow matching (see `hybriddit.flow`): path, prediction, weighting of the loss, and how times are drawn."""
 
     path: str = "linear"
     prediction: str = "velocity"
@@ -213,7 +215,7 @@ class FlowConfig:
 
 @dataclass
 class SiTOptimConfig(OptimConfig):
-    """AdamW, as OptimConfig, with the defaults of SiT's recipe."""
+    """OptimConfig with the defaults of SiT's recipe."""
 
     gate_lr_factor: float = 1.0
     warmup_steps: int = 0
@@ -223,7 +225,7 @@ class SiTOptimConfig(OptimConfig):
 
 @dataclass
 class SiTTrainConfig(TrainConfig):
-    """As TrainConfig, with the defaults of SiT's recipe."""
+    """TrainConfig with the defaults of SiT's recipe."""
 
     steps: int = 400_000
     batch_size: int = 256
@@ -231,7 +233,7 @@ class SiTTrainConfig(TrainConfig):
 
 @dataclass
 class SiTOutputConfig(OutputConfig):
-    """As OutputConfig; sample grids are made by Heun's ODE sampler in `sample_steps` steps with `guidance`."""
+    """OutputConfig; sample grids are made by Heun's ODE sampler in `sample_steps` steps with scale `guidance`."""
 
     log_every: int = 100
     checkpoint_every: int = 5000
@@ -242,7 +244,7 @@ class SiTOutputConfig(OutputConfig):
 
 @dataclass
 class SiTMetricsConfig(MetricsConfig):
-    """As MetricsConfig. guidance: of these samples; 1 is none, as in published curves of training."""
+    """MetricsConfig. guidance: scale for these samples; 1 is no guidance, as in published training curves."""
 
     guidance: float = 1.0
 
@@ -262,7 +264,7 @@ class SiTConfig:
 
     def __post_init__(self):
         _check_shared(self)
-        from .. import flow  # torch, which the other config does without
+        from .. import flow  # imports torch, which DistillConfig does not need
         from ..models.sit import SiTTransformer2DModel
 
         known = [name for name in inspect.signature(SiTTransformer2DModel.__init__).parameters if name != "self"]
@@ -288,7 +290,7 @@ JOBS = {"distill": DistillConfig, "train": SiTConfig}
 
 
 def _check_shared(config) -> None:
-    """Raise ValueError for impossible values in the sections that both jobs have."""
+    """Raise ValueError for impossible values in the sections that both kinds of config have."""
     train, optim, output, metrics = config.train, config.optim, config.output, config.metrics
     _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
     _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
@@ -326,8 +328,8 @@ def load_config(
 
     A file with `job: train` is a SiTConfig, any other a DistillConfig. job: "distill" or "train" accepts only that one.
 
-    Raises FileNotFoundError, or ValueError with one line that names the key: unknown (and the nearest right one), of
-    the wrong type, or with an impossible value.
+    Raises FileNotFoundError; and ValueError, in one line that names the key, for an unknown key (suggesting the nearest
+    one), a wrong type or an impossible value.
     """
     path = Path(path)
     if not path.is_file():
@@ -354,7 +356,7 @@ def load_config(
 
 
 def to_dict(config: DistillConfig | SiTConfig) -> dict:
-    """The config as plain values, as `load_config` reads them."""
+    """The config as plain values, which `load_config` can read."""
     return dataclasses.asdict(config)
 
 
@@ -372,7 +374,7 @@ def _build(cls: type, values, prefix: str, root: type | None = None):
 
 
 def _convert(value, hint, key: str, root: type):
-    """`value` as the annotated type; only lossless conversions (int to float, list to tuple)."""
+    """Convert `value` to the annotated type, losslessly only (int to float, list to tuple)."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, key + ".", root)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -391,7 +393,7 @@ def _convert(value, hint, key: str, root: type):
 
 
 def _nearest(key: str, siblings: list[str], root: type) -> str:
-    """Advice on an unknown dotted key of `root`."""
+    """Advice for the error about an unknown dotted key of `root`."""
     *section, name = key.split(".")
     close = difflib.get_close_matches(name, siblings, n=1)
     if close:

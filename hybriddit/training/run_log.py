@@ -17,7 +17,7 @@ PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "sa
 
 
 def record_start(folder: Path, first: int, processes: int, device: torch.device, **notes) -> None:
-    """Append an entry, with `notes`, to the list in `folder/run.json`: one for every start or resumption of the run."""
+    """Append an entry, with `notes`, to the list in `folder/run.json`, which has one per start or resumption."""
     path = folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     starts.append(
@@ -38,7 +38,7 @@ def record_start(folder: Path, first: int, processes: int, device: torch.device,
 
 
 def start_log(folder: Path, first: int) -> None:
-    """Cut `folder/log.jsonl` after step `first`: steps that a stopped run logged beyond its checkpoint are run again."""
+    """Cut `folder/log.jsonl` after step `first`: steps logged after the last checkpoint are run again."""
     kept = [line for line in read_log(folder) if line["step"] <= first]
     with replacing(folder / "log.jsonl") as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -51,7 +51,7 @@ def log(folder: Path, values: dict[str, float]) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The lines of `folder/log.jsonl`, without one that a killed run left half written."""
+    """The lines of `folder/log.jsonl`, except one that a killed run left half written."""
     path = folder / "log.jsonl"
     if not path.exists():
         return []
@@ -66,7 +66,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 def plot_log(folder: Path, names: tuple[str, ...]) -> None:
     """Plot the metrics `names` of `folder/log.jsonl` over the steps, one panel each, into `folder/loss.png`."""
-    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a window
 
     lines = read_log(folder)
     shown = [name for name in names if any(line.get(name, 0) > 0 for line in lines)]
@@ -75,7 +75,7 @@ def plot_log(folder: Path, names: tuple[str, ...]) -> None:
     figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        # a few points alone would be no line
+        # markers, because a few points hardly make a line
         axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 50 else "")
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")

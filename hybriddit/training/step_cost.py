@@ -23,15 +23,15 @@ Storages = dict[int, torch.UntypedStorage]
 def step_cost(
     model: nn.Module, grid: tuple[int, int], text: Mapping[str, torch.Tensor], count: int, *, bf16: bool
 ) -> dict[str, int]:
-    """The cost of one pass of `count` images as `distill` makes it. model: hybrid, on any device, "meta" included.
+    """The cost of one step of `distill` on `count` images. model: a hybrid, on any device, "meta" included.
 
     grid: (rows, columns) in tokens. text: the prompts' tensors, see `Family.encode_prompts`, for `count` prompts.
 
-    Returns FLOPs of the "teacher", the "student" and the "backward" pass, and of the model's "attention" for one image;
-    bytes "kept" for the backward pass, and those kept where the blocks are "checkpointed".
+    Returns the FLOPs of the "teacher", "student" and "backward" passes, and of the model's "attention" for one image;
+    the bytes "kept" for the backward pass, and those kept if the blocks are "checkpointed".
     """
     family, dtype = family_of(model), torch.bfloat16 if bf16 else torch.float32
-    # Fake weights without an active mode: what is computed on the side, such as the windows' tiles, stays real.
+    # Fake weights without an active fake mode, so that side computations, such as the windows' tiles, stay real.
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {
             name: torch.empty(
@@ -79,7 +79,7 @@ def step_cost(
         **{name: counter.get_total_flops() for name, counter in counts.items()},
         "attention": attention_flops(model, layout),
         "kept": _bytes(*blocks, outside, without=weights),
-        # a block's input is kept, its inside only while its own gradients are computed
+        # a block's input is kept; its inner activations only while the block's own gradients are computed
         "checkpointed": _bytes(outside, entered, without=weights)
         + max((_bytes(block, without=weights | entered) for block in blocks), default=0),
     }
@@ -87,8 +87,10 @@ def step_cost(
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], Storages]]:
-    """Yields the storages that autograd keeps, by the index of the transformer block that uses them (None: outside of
-    all blocks), and those that enter a block."""
+    """Yield (kept, entered): the storages that autograd keeps, and those that are inputs of a block.
+
+    kept is by the index of the transformer block that uses the storages; None: outside all blocks.
+    """
     kept: dict[int | None, Storages] = defaultdict(dict)
     entered: Storages = {}
     current = None
@@ -121,7 +123,7 @@ def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], St
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> Storages:
-    """By identity, and held, so that no identity is used twice."""
+    """The tensors' storages by identity. They are held here, so that no identity is used twice."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage for storage in storages}
 

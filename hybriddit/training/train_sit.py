@@ -35,17 +35,17 @@ from .run_config import SiTConfig, to_dict
 
 
 def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
-    """The whole job of a config file: read the images or latents, train, save the pipeline."""
+    """Run a config from start to end: read the images or latents, train, save the pipeline."""
     if not config.output.folder:
         raise ValueError("output.folder is empty: the trained model would be lost")
-    start_run(config, "pipeline", resume_settings(config), resume=resume)  # its errors come before a large set is read
+    start_run(config, "pipeline", resume_settings(config), resume=resume)  # finds errors before a large set is read
     model = make_model(config)
     data = SOURCES["classes"].make(model, config.data, config.train.progress)
     return train(model, data, config, resume=resume)
 
 
 def make_model(config: SiTConfig) -> SiTTransformer2DModel:
-    """The model of `config.model`, its weights drawn from `train.seed`. ValueError for fields that cannot work."""
+    """Make the model of `config.model`, with weights from `train.seed`. Raises ValueError for impossible fields."""
     with torch.random.fork_rng():
         torch.manual_seed(config.train.seed)
         try:
@@ -59,26 +59,26 @@ def train(
 ) -> SiTTransformer2DModel:
     """Train `base` on `data`; `config.model` and `config.data.path` are not used here.
 
-    With `config.output.folder` set, the folder receives config.yaml, data.json (what the rows of the set are: classes,
-    VAE and scale), run.json (versions, git state, device of every start), log.jsonl, loss.png, checkpoints/, samples/,
-    a tracker's events, and with every checkpoint and at the end pipeline/: a SiTPipeline of the averaged weights, with
-    the set's classes, and of a set of latents with its VAE, without which such a run does not start. `resume` goes on
-    from the newest checkpoint, and gives what an unbroken run gives. Ctrl-C and SIGTERM let the step end, write a
-    checkpoint and raise KeyboardInterrupt; a second one stops at once.
+    With `config.output.folder` set, the folder receives config.yaml, data.json (a description of the set: classes, VAE
+    and scale), run.json (versions, git state, device of every start), log.jsonl, loss.png, checkpoints/, samples/ and a
+    tracker's events. With every checkpoint and at the end it receives pipeline/: a SiTPipeline of the averaged weights
+    with the set's class names. For a set of latents the pipeline includes the VAE, without which the run does not
+    start. `resume` continues from the newest checkpoint, with the same result as an uninterrupted run. Ctrl-C and
+    SIGTERM let the step end, write a checkpoint and raise KeyboardInterrupt; a second signal stops at once.
 
-    Several processes of `accelerate launch`, by DDP or by FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
-    TRANSFORMER_BASED_WRAP), give what one gives, to rounding, and go on from each other's checkpoints.
+    Several processes of `accelerate launch`, with DDP or FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
+    TRANSFORMER_BASED_WRAP), give the same result as one, up to rounding, and can resume each other's checkpoints.
 
-    Returns the model, holding the averaged weights (by FSDP a copy of it, on the CPU). Raises ValueError on settings
-    that cannot work, and FloatingPointError, naming the step, when the loss stops being finite; checkpoints written
-    before stay.
+    Returns the model with the averaged weights (with FSDP a copy of it, on the CPU). Raises ValueError for settings
+    that cannot work, and FloatingPointError, naming the step, when the loss stops being finite; earlier checkpoints are
+    kept.
     """
     accelerator = start_run(config, "pipeline", resume_settings(config), resume=resume)
     check_set(data, base)
     folder = Path(config.output.folder) if config.output.folder else None
     if resume:
         check_same_set(data, folder / "data.json")
-    base.requires_grad_(True).eval()  # labels are dropped by the step's own random numbers, not by the model
+    base.requires_grad_(True).eval()  # eval: the step's random numbers decide which labels are dropped, not the model
     base.pos_embed.requires_grad_(False)
     job = SiTTraining(base, data, config, accelerator)
     if folder is not None and accelerator.is_main_process and not resume:
@@ -87,7 +87,7 @@ def train(
 
 
 class SiTTraining(Job):
-    """Batch, loss and samples of the training of one SiT."""
+    """Batch, loss and samples for training one SiT."""
 
     name, metrics, logged, fused = "train", ("loss",), ("lr", "images_per_second"), True
 
@@ -121,7 +121,7 @@ class SiTTraining(Job):
         return [images[i::columns] for i in range(columns)]
 
     def distance(self) -> float:
-        """Of classes in turn; row i always from the noise of seed `train.seed` + i."""
+        """The Fréchet distance of images of all classes in turn; image i is always from seed `train.seed` + i."""
         own, seed = self.model.config, self.config.train.seed
 
         def make(rows: range) -> np.ndarray:
@@ -178,7 +178,7 @@ class SiTTraining(Job):
         )
 
     def _images(self, noise: torch.Tensor, labels: list[int], guidance: float) -> list[Image.Image]:
-        """The pipeline's images from this noise [B, C, H, W], by Heun's method."""
+        """The pipeline's images from this noise [B, C, H, W], sampled by Heun's method."""
         pipeline, device = self.pipeline, self.accelerator.device
         if pipeline.vae is not None:
             pipeline.vae.to(device)
@@ -197,7 +197,7 @@ def input_shape(model: SiTTransformer2DModel) -> tuple[int, int, int]:
 
 
 def whole_model(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
-    """The model itself; or a copy on the CPU with all weights if it is in shards: then every process must call."""
+    """The model itself; if it is sharded, a whole copy on the CPU, for which every process must call this."""
     if not isinstance(model, FSDPModule):
         return model
     copy = SiTTransformer2DModel.from_config(model.config).eval()
@@ -206,7 +206,7 @@ def whole_model(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
 
 
 def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
-    """Raise ValueError where the set has labels that the model has not."""
+    """Raise ValueError if the set has labels that the model does not have."""
     labels, classes = data.labels(), model.config.num_classes
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -217,12 +217,12 @@ def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
 
 
 def described(data: ClassData) -> dict:
-    """What data.json says of a run's training set."""
+    """The content of data.json, which describes a run's training set."""
     return json.loads(json.dumps({"images": len(data), **asdict(data.info)}))
 
 
 def check_same_set(data: ClassData, path: Path) -> None:
-    """Raise ValueError where `path`, a run's data.json, describes another set."""
+    """Raise ValueError if `path`, a run's data.json, describes another set."""
     found, here = read_json(path), described(data)
     other = [name for name in here if name != "vae" and found.get(name) != here[name]]  # a VAE may have moved
     if other:
@@ -233,7 +233,7 @@ def check_same_set(data: ClassData, path: Path) -> None:
 
 
 def resume_settings(config: SiTConfig) -> dict:
-    """What must not change between a checkpoint and its continuation."""
+    """The settings that must not change when a run is resumed."""
     values = to_dict(config)
     names = ("batch_size", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
@@ -248,8 +248,8 @@ def draw_batches(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """This process's samples of one optimizer step, in `accumulation` parts of (images, labels, noise, times).
 
-    model: the model's config, of which the number of classes and the share of labels to drop are used. See
-    `step_generator` for what the samples depend on.
+    model: the model's config, for the number of classes and the share of labels to drop. See `step_generator` for what
+    the samples depend on.
     """
     flow, count, parts = config.flow, config.train.batch_size, config.train.accumulation * processes
     generator = step_generator(config.train.seed, step)
@@ -275,9 +275,9 @@ def draw_batches(
 
 
 def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConfig) -> SiTPipeline:
-    """The pipeline that the run samples with and saves: the model, the names of the set's classes and the set's VAE.
+    """Make the pipeline that the run samples with and saves: the model, the set's class names and the set's VAE.
 
-    Raises ValueError where the set holds latents and its VAE is not found, or is not the one that made it.
+    Raises ValueError if the set holds latents and its VAE is not found, or is not the one that made the latents.
     """
     vae = set_vae(info, config.data.vae)
     if vae is not None:
@@ -287,7 +287,7 @@ def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConf
 
 
 def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
-    """The VAE that made a set of latents, from `path` or else the place that the set notes; None for images."""
+    """Load the VAE that made a set of latents, from `path` or else the place that the set records; None for images."""
     if info.vae_sha256 is None:
         if path:
             raise ValueError("data.vae is for latents, and the set holds images: leave it out")
@@ -305,13 +305,13 @@ def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
         raise ValueError(
             f"the VAE at {path!r} is not the one that made the cache, which then was at {info.vae!r}: set data.vae to it"
         )
-    # the scale that the model is trained on is the set's, whatever this copy of the VAE says
+    # the model is trained on the set's scale, whatever this copy of the VAE says
     vae.register_to_config(scaling_factor=info.scaling_factor, shift_factor=info.shift_factor)
     return vae
 
 
 def save_pipeline(pipeline: SiTPipeline, folder: Path, config: SiTConfig, step: int) -> None:
-    """Write the pipeline so that `folder` is never half a pipeline; its note says which weights these are."""
+    """Save the pipeline so that `folder` never holds half of it, with a note that says which weights these are."""
     pipeline.register_to_config(weights=f"EMA {config.optim.ema_decay}, step {step}")
     try:
         with replacing_folder(folder) as partial:
@@ -321,6 +321,6 @@ def save_pipeline(pipeline: SiTPipeline, folder: Path, config: SiTConfig, step: 
 
 
 def grid_columns(samples: int, classes: int) -> int:
-    """Columns of the sample grid: near square; where all classes are drawn, each column is of one class."""
+    """Number of columns for a nearly square sample grid; if all classes are drawn, each column shows one class."""
     side = samples**0.5
     return min(range(classes, samples + 1, classes), key=lambda n: abs(n - side), default=max(1, round(side)))

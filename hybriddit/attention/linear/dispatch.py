@@ -1,8 +1,8 @@
 """Generalized linear attention: checks, choice of backend, and the operators that torch.compile and autograd see.
 
-Two passes, each an operator of its own: `linear_state` sums over the keys, `linear_output` reads the sums for every
-query, and can join the result to another branch on the way out. What they compute stands in `formula.py`; `torch.py`
-and `triton.py` are the passes themselves.
+There are two passes, each a custom operator: `linear_state` sums over the keys; `linear_output` applies the sums to
+every query, and can join the result with another branch as it writes it. `formula.py` has the formula; `torch.py` and
+`triton.py` implement the passes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import torch as torch_passes
 from .features import FEATURE_MAPS
 from .formula import linear_attention_formula
 
-# What the Triton kernels are written for.
+# The dtypes that the Triton kernels support.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_WIDTH = 256
 
@@ -37,17 +37,18 @@ def linear_attention(
     eps: float = 1e-4,
     backend: str = "auto",
 ) -> Tensor:
-    """phi(q) (phi(k)^T v / N) / (phi(q) . mean(phi(k)) + eps) per head (LinFusion, arXiv 2409.02097; not causal).
+    """Generalized linear attention (LinFusion, arXiv 2409.02097; not causal).
 
-    phi is applied here; by default it is elu + 1. Time and memory are linear in the number of tokens. Sums over tokens
-    are kept in float32 (float64 for float64). `formula.linear_attention_formula` is the same in a few lines.
+    Per head it is phi(q) (phi(k)^T v / N) / (phi(q) . mean(phi(k)) + eps); phi, by default elu + 1, is applied here.
+    Time and memory are linear in the number of tokens. Sums over tokens are kept in float32 (float64 for float64).
+    `formula.linear_attention_formula` is the same in a few lines.
 
     Args:
         query: [B, M, heads, D], raw projection. key: [B, N, heads, D], likewise. value: [B, N, heads, E].
-        near, gate: join the result to another branch: near + gate * (result - near), without a pass of its own. near
-            [B, M, heads, E], gate of any dtype and broadcastable to that; both or neither.
-        key_mask: bool [B, N], False for keys that are left out, as if they were not among the N.
-        feature_map: phi, a name of `features.FEATURE_MAPS`. One that the backends lack is computed by the formula.
+        near, gate: return near + gate * (result - near) instead, computed in the same pass. near [B, M, heads, E],
+            gate of any dtype and broadcastable to that; both or neither.
+        key_mask: bool [B, N], False for keys that are left out and not counted in N.
+        feature_map: phi, a key of `features.FEATURE_MAPS`. One that the backends lack is computed by the formula.
         eps: added to the denominator.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
@@ -75,7 +76,7 @@ def linear_attention(
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     triton = False
     if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
-        # plain ints: torch.compile may hold sizes as symbols
+        # plain ints, because torch.compile may keep sizes symbolic
         widths = operator.index(query.shape[3]), operator.index(value.shape[3])
         case = (backend, query.device, query.dtype, *widths, gradients)
         if torch.compiler.is_compiling():
@@ -87,18 +88,18 @@ def linear_attention(
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, :, None, None], phi.vanishes_at)
     state, mean = _linear_state(key, value, triton)
-    if key_mask is not None:  # means over the keys that are left
+    if key_mask is not None:  # take the means over the unmasked keys only
         share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
         state, mean = state * share, mean * share
     if near is not None and gradients and not triton:
-        # kept for the backward: computing it again there, as on a GPU, costs a CPU a fifth of the time
+        # keep `far` for the backward: recomputing it there, as on a GPU, would cost a CPU a fifth of the time
         far = _linear_output(query, state, mean, None, None, eps, triton)
         return near + gate.to(near.dtype) * (far - near)
     return _linear_output(query, state, mean, near, gate, eps, triton)
 
 
 def _takes_triton(*case) -> bool:
-    """Whether the Triton kernels run. ValueError where they are named and cannot."""
+    """Whether the Triton kernels run. Raises ValueError where they are asked for by name and cannot."""
     return _kept_takes_triton(*case)
 
 
@@ -126,7 +127,7 @@ def _in_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why the Triton kernels cannot take tensors of this head width, or None."""
+    """Why the Triton kernels cannot take such tensors, or None if they can. width: of a head."""
     if dtype not in TRITON_DTYPES:
         return f"its kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     if width > TRITON_MAX_WIDTH:
@@ -201,12 +202,12 @@ def _linear_output(
 def _linear_output_backward(
     grad_out: Tensor, query: Tensor, state: Tensor, mean: Tensor, eps: float, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, state and mean, of an output that is not joined."""
+    """The gradients of query, state and mean, for an output without the join."""
     return _passes(triton).output_backward(grad_out, query, state, mean, eps)
 
 
 def _triton_passes():
-    from . import triton  # not above: it need not be installed
+    from . import triton  # imported here, because Triton may not be installed
 
     return triton
 
@@ -257,7 +258,7 @@ def _output_autograd(ctx, grad_out):
     query, state, mean, near, gate = ctx.saved_tensors
     grad_near = grad_gate = None
     if near is not None:
-        # computed again rather than kept: the join's own memory is then nothing
+        # recomputed rather than kept, so that the join needs no memory of its own
         far = _linear_output(query, state, mean, None, None, ctx.eps, ctx.triton)
         dtype = torch.promote_types(gate.dtype, far.dtype)
         grad_gate = (grad_out.to(dtype) * (far.to(dtype) - near)).sum_to_size(gate.shape).to(gate.dtype)
@@ -271,7 +272,7 @@ _linear_state.register_autograd(_state_autograd, setup_context=_save_state)
 _linear_output.register_autograd(_output_autograd, setup_context=_save_output)
 
 
-# The counter cannot look into custom operators; products alone are counted.
+# torch's FLOP counter cannot look into custom operators. Only matrix products are counted.
 @register_flop_formula(torch.ops.hybriddit.linear_state)
 def _state_flops(key_shape, value_shape, *args, out_shape=None, **kwargs):
     batch, length, heads, width = key_shape

@@ -1,4 +1,4 @@
-"""The feature maps of linear attention, one row each: what makes queries and keys positive."""
+"""The feature maps of linear attention, which make queries and keys positive; one row each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 class FeatureMap(NamedTuple):
     """One feature map phi.
 
-    formula: phi in plain torch, [..., D] -> [..., features], nowhere below 0.
-    fused: whether the backends of `linear_attention` compute it; else `formula.py` is what runs.
-    vanishes_at: a raw key whose features are all 0, by which the backends leave a masked key out.
+    formula: phi in plain torch, [..., D] -> [..., features], never negative.
+    fused: whether the backends of `linear_attention` compute it; if not, `formula.py` runs.
+    vanishes_at: the value at which all features are 0; `linear_attention` writes it over masked keys.
     """
 
     formula: Callable[[Tensor], Tensor]
@@ -24,7 +24,7 @@ class FeatureMap(NamedTuple):
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """x + 1 above 0 and exp(x) below (LinFusion's, arXiv 2409.02097)."""
+    """elu(x) + 1, that is x + 1 above 0 and exp(x) below; LinFusion's feature map (arXiv 2409.02097)."""
     return F.elu(x) + 1
 
 

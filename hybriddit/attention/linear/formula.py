@@ -1,4 +1,4 @@
-"""Linear attention as one reads it: the reference of every kernel, in any dtype."""
+"""The plain formula of linear attention, in any dtype: the reference for every kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def linear_attention_formula(
     feature_map: str = "elu",
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """out_i = phi(q_i) state / (phi(q_i) . mean + eps), with state = mean_j phi(k_j) v_j^T and mean = mean_j phi(k_j).
+    """Linear attention, computed directly from its formula.
 
+    out_i = phi(q_i) state / (phi(q_i) . mean + eps), with state = mean_j phi(k_j) v_j^T and mean = mean_j phi(k_j).
     query [B, M, heads, D], key [B, N, heads, D], value [B, N, heads, E], key_mask bool [B, N] -> [B, M, heads, E].
     """
     phi = FEATURE_MAPS[feature_map].formula

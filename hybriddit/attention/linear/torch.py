@@ -1,7 +1,7 @@
-"""Linear attention's passes in plain torch: what a CPU runs, and float64 on any device.
+"""The passes of linear attention in plain torch: for CPUs, and for float64 on any device.
 
-The same sums as `formula.py`'s, in blocks of rows that stay in cache, those over tokens in at least float32; gradients
-are by hand.
+They compute the sums of `formula.py` in blocks of rows that stay in cache; sums over tokens are in at least float32.
+Gradients are written by hand.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..inputs import sum_dtype
 
-# One work item is up to 2048 rows of as many heads as keep it near 2 MB: it stays in cache between the passes over it.
+# A work item has up to 2048 rows, of as many heads as fit in about 2 MB: it stays in cache between the passes over it.
 CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
 # Elsewhere kernel launches cost more than cache misses; the bound only keeps temporaries small at very high resolution.
 GPU_ROWS, GPU_ELEMENTS = 2**16, 2**28
-# Any of these multiplies bfloat16 several times faster than float32.
+# CPU instruction sets that multiply bfloat16 several times faster than float32.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -97,13 +97,16 @@ def output_backward(
 def _features(x: Tensor, dtype: torch.dtype) -> Tensor:
     """phi(x) = elu(x) + 1, in this dtype."""
     x = x.to(dtype)
-    # exp(min(x, 0)) in one pass: on a CPU a third of what clamp and exp take
+    # exp(min(x, 0)) in one pass: on a CPU it takes a third of the time of clamp and exp
     slope = torch.ops.aten.elu_backward(x.new_ones(()).expand_as(x), 1, 1, 1, False, x)
     return slope.add_(x.clamp(min=0))
 
 
 def _times_slope(grad: Tensor, phi: Tensor, out: Tensor) -> None:
-    """out = grad * phi'(x), by phi(x), which is overwritten: phi' is 1 above zero, exp(x) = phi below, at zero both."""
+    """Write grad * phi'(x) to `out`, given phi(x), which is overwritten.
+
+    phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1.
+    """
     torch.mul(grad, phi.clamp_(max=1), out=out)
 
 
@@ -124,12 +127,12 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """[group, rows, D] and [group, D, 1] -> [group, rows, 1]; the other way round a CPU takes three times as long."""
+    """x y, [group, rows, D] and [group, D, 1] -> [group, rows, 1], as (yᵀ xᵀ)ᵀ: three times as fast on a CPU."""
     return torch.bmm(y.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
 
 
 def _blocks(x: Tensor):
-    """The (batch, heads) index pairs of x [B, N, heads, D], and the row slices within each, sized for the cache."""
+    """Cut x [B, N, heads, D] to fit the cache: a list of (batch index, head slice), and the row slices of each."""
     batch, length, heads, width = x.shape
     rows, elements = (CPU_ROWS, CPU_ELEMENTS) if x.device.type == "cpu" else (GPU_ROWS, GPU_ELEMENTS)
     group = max(1, elements // (min(rows, max(length, 1)) * max(width, 1)))

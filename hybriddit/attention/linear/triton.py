@@ -1,8 +1,8 @@
 """Triton kernels of generalized linear attention: `formula.py`'s sums, with phi and the join fused in.
 
-Sums over tokens are split over the chip: every program adds up its share of the rows in float32 and writes it apart, and
-the shares are then added in a fixed order, so that results are reproducible bit for bit. Tokens are reached through
-64-bit offsets, tensors through their own strides (the last dimension is contiguous, or made so).
+Each program sums its share of the rows in float32 and writes that to a place of its own; the shares are then added in a
+fixed order, so that results are reproducible bit for bit. Token offsets are 64-bit. Tensors may have any strides (the
+last dimension is made contiguous if it is not).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-# Programs per multiprocessor that hide each other's waits on memory.
+# Programs per multiprocessor: while one waits for memory, another computes.
 PROGRAMS_PER_SM = 2
-# In the interpreter there is no chip to fill: enough to have several shares to add.
+# The interpreter has no chip to fill: just enough programs to have several shares to add.
 INTERPRETED_PROGRAMS = 6
 
 
@@ -28,7 +28,7 @@ def _phi(x):
 
 @triton.jit
 def _load(pointers, valid, mask_width: tl.constexpr, width_mask):
-    # width_mask is left out where the width is a whole block: it costs registers, and wide loads
+    # no width_mask where the width is a whole block: it costs registers and prevents wide loads
     if mask_width:
         return tl.load(pointers, mask=valid & width_mask, other=0.0)
     return tl.load(pointers, mask=valid, other=0.0)
@@ -36,9 +36,9 @@ def _load(pointers, valid, mask_width: tl.constexpr, width_mask):
 
 @triton.jit
 def _columns(x, DOT: tl.constexpr):
-    """x [n] as [n, 16] for a dot: rounded to DOT, and beside it what the rounding lost.
+    """Lay out x [n] as [n, 16] for a dot: column 0 is x rounded to DOT, column 1 the rounding error, the rest zero.
 
-    Sums over rows or channels then come out of the tensor cores with the products, instead of a reduction across warps.
+    The tensor cores then compute sums over rows or channels with the products, without a reduction across warps.
     """
     column = tl.arange(0, 16)[None, :]
     rounded = x.to(DOT).to(tl.float32)
@@ -112,7 +112,7 @@ def _sum_kernel(
             weights = tl.load(row_weight + pair * length + start + n, mask=n < length - start, other=0.0)
             weights = _columns(weights, DOT)
         else:
-            features = tl.where(valid, features, 0.0)  # phi(0) is 1: the mask comes after it
+            features = tl.where(valid, features, 0.0)  # masked after phi, because phi(0) is 1
         features = tl.trans(features.to(DOT))
         weight = tl.dot(features, weights, weight, input_precision=PRECISION)
         total = tl.dot(features, y_rows.to(DOT), total, input_precision=PRECISION)
@@ -168,7 +168,7 @@ def _output_kernel(
     if JOIN:
         near += (batch * near_batch + head * near_head) * UNIT
         gate += batch * gate_batch + head * gate_head
-    # channels beyond the width are zero in both, whatever phi gives for them
+    # channels beyond the width are zero in both sums, so phi's values there do not count
     sums = tl.load(
         state + (pair * WIDTH + d[:, None]) * OUT_WIDTH + e[None, :], mask=(d[:, None] < WIDTH) & inside, other=0.0
     ).to(DOT)
@@ -234,7 +234,7 @@ def _output_backward_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The query's gradient, and for the state's the scale and weight of every row that `_sum_kernel` takes."""
+    """The query's gradient; and each row's scale and weight, from which `_sum_kernel` makes the state's gradient."""
     blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -362,7 +362,7 @@ def _state_backward_kernel(
                 columns < OUT_WIDTH,
             )
             grad = tl.dot(v.to(DOT), tl.trans(sums), grad, input_precision=PRECISION)
-        # phi' is 1 above zero and phi below; at zero both
+        # phi' is 1 above zero and phi below; at zero both are 1
         grad = tl.where(k.to(tl.float32) > 0, grad, grad * features.to(tl.float32))
         tl.store(
             grad_key + start * heads * WIDTH + n[:, None] * (heads * WIDTH) + d[None, :],
@@ -382,7 +382,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     """
     block_d, precise = max(16, triton.next_power_of_2(width)), dtype != torch.bfloat16
     block_e = min(max(16, triton.next_power_of_2(out_width)), 128)
-    # wgmma takes 64 rows at a time; elsewhere and backward that many do not fit beside the state
+    # wgmma takes 64 rows at a time; on other chips, and in backward kernels, 64 rows do not fit beside the state
     rows = 64 if target in (90, 100, 103) and not precise and kernel in ("sum", "output") else 32
     if block_d > 128:
         rows, block_e = 16, 16
@@ -392,16 +392,16 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
         elif precise and kernel.endswith("backward"):
             rows = 16
     options = {"BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_N": rows}
-    if target == "interpreter":  # whose bfloat16 products are wrong
+    if target == "interpreter":  # the interpreter's bfloat16 products are wrong
         return options | {"DOT": tl.float32, "PRECISION": "ieee"}
     if precise:
-        # float16 is read as tf32, which has its 10 bits and float32's range: sums of products outgrow float16
+        # float16 runs as tf32, which has the same 10 bits and float32's range: sums of products overflow float16
         precision = "tf32" if dtype == torch.float16 else "tf32x3"
         options |= {"DOT": tl.float32, "PRECISION": "ieee" if target == "hip" else precision}
     else:
         options |= {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     warps = 4 if target == "hip" else 8
-    # a state that is read again for every block of rows is too large to be read ahead
+    # a state that is reloaded for every block of rows is too large to prefetch
     stages = 1 if block_e < out_width else 3 if rows == 64 and kernel == "sum" else 2
     if kernel == "sum" and target in (100, 103) and triton.__version__.startswith(("3.6", "3.7", "3.8")):
         stages = 1  # Triton 3.6 fails to overlap loads with two products there, 3.9 does not
@@ -515,7 +515,7 @@ def state_backward(grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Te
 def _sums(
     x: Tensor, y: Tensor, row_scale: Tensor | None, row_weight: Tensor | None, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """What `_sum_kernel` computes, its shares added: [B, heads, D, E] and [B, heads, D, 1] in float32."""
+    """Run `_sum_kernel` and add up its shares: [B, heads, D, E] and [B, heads, D, 1] in float32."""
     (batch, length, heads, width), out_width = x.shape, y.shape[3]
     if x.numel() == 0 or y.numel() == 0:
         return x.new_zeros(batch, heads, width, out_width, dtype=torch.float32), x.new_zeros(
@@ -562,7 +562,7 @@ def _options(kernel: str, x: Tensor, out_width: int) -> dict:
 
 
 def _splits(x: Tensor, programs: int, block_rows: int) -> tuple[int, int]:
-    """Into how many parts of how many rows (whole blocks) the tokens of x [B, N, heads, D] are split, to fill the chip."""
+    """Split the tokens of x [B, N, heads, D] to fill the chip: number of splits, and rows (whole blocks) of each."""
     if INTERPRETED:
         wanted = INTERPRETED_PROGRAMS
     else:
@@ -573,9 +573,9 @@ def _splits(x: Tensor, programs: int, block_rows: int) -> tuple[int, int]:
 
 
 def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """The tensors with a contiguous last dimension, and 8 where all their other strides are multiples of 8.
+    """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
 
-    A kernel is handed strides in that unit: the compiler knows divisibility by 16 alone, and would give up wide loads
+    Kernels are given strides in that unit: the compiler detects divisibility by 16 only, and would give up wide loads
     where the head width is 72.
     """
     tensors = [x if x is None or (x.stride(3) == 1 and x.stride(1) < 2**24) else x.contiguous() for x in tensors]
@@ -586,7 +586,7 @@ def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
 
 
 def _strides(x: Tensor, unit: int) -> list[int]:
-    """Of batch, token and head."""
+    """Strides of batch, token and head, in this unit."""
     return [stride // unit for stride in x.stride()[:3]]
 
 

@@ -1,4 +1,4 @@
-"""One call of window attention, as far as the choice of its backend depends on it."""
+"""The properties of a window attention call that decide which backend computes it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-# A mask of more elements than this is not made on account of speed alone.
+# Dense attention with a mask of more elements than this is never chosen for its speed alone.
 MASK_ELEMENTS = 2**26
 
 
 class WindowCase(NamedTuple):
-    """What decides which backend runs: sizes in tokens, pairs as (rows, columns), window and stride within the grid."""
+    """What decides which backend runs.
+
+    Sizes are in tokens, pairs are (rows, columns), and window and stride are clamped to the grid.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -35,13 +38,13 @@ class WindowCase(NamedTuple):
 
     @property
     def dense_pairs(self) -> int:
-        """Pairs of a query and a key that dense attention computes."""
+        """Number of query-key pairs that dense attention computes."""
         return self.tokens * (self.tokens + self.text_length)
 
     def too_much_work(self, share: float, limit: float) -> str | None:
-        """Why dense attention under a mask is faster than a backend with this share of its work, or None.
+        """Why dense attention under a mask is faster than a backend that does this share of its work, or None.
 
-        limit: the share from which on the backend does not pay.
+        limit: the share at and above which the backend is not worth it.
         """
         if share < limit or self.tokens**2 > MASK_ELEMENTS:
             return None

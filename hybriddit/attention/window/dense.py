@@ -12,16 +12,16 @@ from torch import Tensor
 from .case import WindowCase
 from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_mask, covers
 
-# Up to here torch's dense attention in bfloat16 is slower on a CPU than in float32, backward by a quarter.
+# Up to this many tokens, torch's dense attention on a CPU is slower in bfloat16 than in float32, backward by a quarter.
 FLOAT32_TOKENS = 512
 
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
-    """See `dispatch.Backend`."""
+    """Compute window attention (see `dispatch.Backend`)."""
     grid, text_length = tuple(query.shape[1:3]), 0 if text_key is None else text_key.shape[1]
     mask = None
     if not covers(grid, window, dilation):
-        # under torch.compile and fake tensors the mask is part of the graph; a kept one would leak into it
+        # under torch.compile and with fake tensors the mask is part of the graph; a cached one would leak into it
         keep = type(query) is Tensor and not torch.compiler.is_compiling()
         keep = keep and (grid[0] * grid[1]) ** 2 <= KEPT_MASK_ELEMENTS
         make_mask = _kept_mask if keep else _mask
@@ -36,17 +36,20 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
 
 
 def refusal(case: WindowCase) -> str | None:
-    """It runs everywhere."""
+    """None: this backend runs everywhere."""
     return None
 
 
 def slower(case: WindowCase) -> str | None:
-    """It is what the others are compared with."""
+    """None: this is the backend that the others are compared with."""
     return None
 
 
 def _join_text(query, key, value, text_key, text_value):
-    """Image [B, H, W, heads, D], text [B, S, heads, D] -> query [B, heads, N, D], key and value [B, heads, N + S, D]."""
+    """Append the text to keys and values: -> query [B, heads, N, D], key and value [B, heads, N + S, D].
+
+    Image tensors are [B, H, W, heads, D], those of the text [B, S, heads, D].
+    """
     query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     if text_key is not None:
         key, value = torch.cat((key, text_key), dim=1), torch.cat((value, text_value), dim=1)
@@ -54,7 +57,7 @@ def _join_text(query, key, value, text_key, text_value):
 
 
 def _mask(grid, window, stride, dilation, text_length, dtype, device) -> Tensor:
-    """Additive, [N, N + text]."""
+    """The additive mask, [N, N + text]."""
     rows, columns = (axis_mask(*axis).to(device) for axis in zip(grid, window, stride, dilation, strict=True))
     seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)
     return additive_mask(seen, text_length, dtype)

@@ -1,4 +1,4 @@
-"""Neighborhood (sliding-window) attention over a grid, and text that all see: checks, and the choice of a backend."""
+"""Neighborhood (sliding-window) attention over a grid and all text: checks, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def neighborhood_attention(
 ) -> Tensor:
     """Softmax attention of every token to the window around it and to all text.
 
-    natten's semantics per axis: the window shifts inwards at borders, and a group of `stride` tokens shares one. With
-    dilation d each of the d residue classes of an axis is its own axis. A window larger than its axis is clamped to
-    it, then the stride to the window.
+    Each axis follows natten's rule: the window shifts inwards at borders, and a group of `stride` tokens shares one.
+    With dilation d, tokens whose positions are equal modulo d form an axis of their own. A window larger than its axis
+    is clamped to it, then the stride to the window.
 
     Args:
         query, key, value: [B, H, W, heads, D].
         window, stride, dilation: int or (rows, columns), in tokens.
-        scale: of the scores; None is D ** -0.5.
+        scale: factor on the scores; None is D ** -0.5.
         text_key, text_value: [B, S, heads, D], both or neither.
         text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
-        backend: "tiled" and "dense" run on any device; "natten" wants its compiled kernels and an NVIDIA GPU, and takes
-            no window of 1 and none that has to be clamped; "flex" is torch's FlexAttention, compiled on a GPU (it wants
-            Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should be
-            fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
+        backend: "tiled" and "dense" run on any device. "natten" needs its compiled kernels and an NVIDIA GPU, and does
+            not take a window of 1 or one that has to be clamped. "flex" is torch's FlexAttention, compiled on a GPU (it
+            needs Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should
+            be fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
             it warns and takes another.
 
     Returns [B, H, W, heads, D]. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
@@ -65,12 +65,12 @@ def neighborhood_attention(
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     if query.numel() == 0:
-        return F.scaled_dot_product_attention(query, key, value)  # nothing to attend to, but a graph to keep
+        return F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
     masked = text_mask is not None and text_key is not None
     if masked:
         text = text_key, text_value, text_mask
         query, key, value, text_key, text_value = hide_padded_text(query, key, value, *text, scale)
-    # plain ints: torch.compile may hold sizes as symbols, and what runs is chosen for one grid
+    # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
     grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
     inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
     case = (
@@ -119,12 +119,12 @@ def _cast_and_check(query, key, value, text_key, text_value, text_mask):
     check_device(image + text if text_mask is None else (*image, *text, text_mask))
     tensors = autocast(image + text)
     check_dtype(tensors)
-    # text of no tokens is no text
+    # text without tokens counts as no text
     return tensors if text and text[0].shape[1] else (*tensors[:3], None, None)
 
 
 class Choice(NamedTuple):
-    """The backend that runs, why, and (name, reason) of those before it in BACKENDS that do not."""
+    """The backend that runs, why, and (name, reason) for each one before it in BACKENDS that does not."""
 
     backend: str
     reason: str
@@ -136,9 +136,9 @@ class Backend(NamedTuple):
 
     attend: (query, key, value, text_key, text_value, window, stride, dilation, scale) -> [B, H, W, heads, D]; image
         tensors are [B, H, W, heads, D], text [B, S, heads, D] or None, the others pairs (rows, columns) and a number.
-    refusal: why it cannot do a case, or None.
-    slower: why another is faster, or None.
-    tried: whether its first use on a GPU is tried on a small case.
+    refusal: (case) -> why the backend cannot do it, or None.
+    slower: (case) -> why another backend is faster, or None.
+    tried: whether a small case is tried before the backend's first use on a GPU.
     """
 
     attend: Callable[..., Tensor]
@@ -148,7 +148,7 @@ class Backend(NamedTuple):
 
 
 def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
-    """What `neighborhood_attention` takes for a case with backend "auto"; `tried` also runs a backend's small case."""
+    """Choose a backend as `neighborhood_attention` does with "auto". tried: also run the backends' small cases."""
     if covers(case.grid, case.window, case.dilation):
         return Choice("dense", "the window covers the grid", ())
     passed_over = []
@@ -171,7 +171,7 @@ def _why(name: str, case: WindowCase) -> str:
 
 
 def _take(backend: str, *case) -> str:
-    """The name of the backend to run. ValueError where a named one cannot."""
+    """The name of the backend to run. Raises ValueError where one is asked for by name and cannot."""
     return _taken(backend, WindowCase(*case))
 
 
@@ -190,7 +190,7 @@ def _taken(backend: str, case: WindowCase) -> str:
 
 @lru_cache(maxsize=64)
 def _trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
-    """What is wrong with a small case of a backend, compared with the tiles; None if nothing."""
+    """Why a backend fails on a small case, or differs there from the tiled backend; None if it does neither."""
     settings = (7, 9), (1, 1), (1, 1), head_dim**-0.5
     sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
     return failure_reason(

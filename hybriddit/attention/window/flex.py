@@ -1,8 +1,8 @@
 """Window attention by torch's FlexAttention: compiled on a GPU, exact, in memory linear in the tokens.
 
-The kernel works off blocks of 128 queries and 128 keys and skips those with nothing to see. Tokens are therefore
-reordered so that a block is a 2-D tile of the grid, which a window touches fewer of than rows of tokens; text keys
-follow the image's. Which blocks each block sees is arithmetic on the two axes: no mask of the grid is ever made.
+The kernel computes blocks of 128 queries x 128 keys and skips blocks that are masked entirely. Tokens are therefore
+reordered so that a block is a 2-D tile of the grid: a window touches fewer tiles than rows of tokens. Text keys follow
+the image's. Which blocks see which is computed per axis; no mask of the grid is ever made.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 BLOCK = 128
 # Rows x columns of a tile, squarest first: the first of equally good ones is taken.
 TILES = ((8, 16), (16, 8), (4, 32), (32, 4), (2, 64), (64, 2), (1, 128), (128, 1))
-# What masking a partly seen block costs, in seen blocks (estimated, unmeasured).
+# The cost of masking a partly seen block, as a share of computing one (estimated, unmeasured).
 MASKING_COST = 0.2
-MIN_HEAD_DIM = 16  # of the kernels; narrower heads are padded with zeros
+MIN_HEAD_DIM = 16  # the kernels' smallest; narrower heads are padded with zeros
 MAX_HEAD_DIM = 256
-# It is taken below this share of dense attention's query-key pairs (estimated from the pairs computed, unmeasured).
+# The backend is chosen below this share of dense attention's query-key pairs (estimated from the pairs, unmeasured).
 BREAK_EVEN = 0.8
 
 
@@ -62,8 +62,8 @@ def slower(case: WindowCase) -> str | None:
 class Axis(NamedTuple):
     """An axis of the grid, its window, and the tile it is cut into.
 
-    With dilation the positions of a residue class are made neighbors: the axis becomes `dilation` runs of `run`
-    positions. It is padded to whole tiles.
+    With dilation, positions that are equal modulo `dilation` are put next to each other: the axis becomes `dilation`
+    runs of `run` positions. It is padded to whole tiles.
     """
 
     length: int
@@ -82,10 +82,10 @@ class Axis(NamedTuple):
 
 
 def axis_windows(axis: Axis, position):
-    """The first position that each position of a reordered axis sees, and how many.
+    """What each position of a reordered axis sees: the first position, and the number of positions.
 
-    position: ints, a torch tensor or a numpy array. A position that is padding sees what the last real one of its run
-    sees, and is seen by none.
+    position: ints, a torch tensor or a numpy array. A padding position sees what the last real one of its run sees,
+    and is seen by none.
     """
     residue = 0 if axis.dilation == 1 else (position // axis.run).clip(max=axis.dilation - 1)
     begin = residue * axis.run
@@ -110,16 +110,16 @@ class Layout(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Of the queries and the keys."""
+        """Number of queries and of keys, padding included."""
         return BLOCK * self.image_blocks, BLOCK * (self.image_blocks + self.text_blocks)
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Whether a query sees a key, by their places in the reordered tokens."""
+        """FlexAttention's mask function: whether a query sees a key, given their places in the reordered tokens."""
         rows, columns, text_length = self
         image = self.lengths[0]
 
         def place(token):
-            # shifts: torch generates a dozen instructions for a division that rounds down
+            # shifts, because torch generates a dozen instructions for a floor division
             tile, inside = token >> BLOCK.bit_length() - 1, token & BLOCK - 1
             row = tile // columns.tiles * rows.tile + (inside >> columns.tile.bit_length() - 1)
             return row, tile % columns.tiles * columns.tile + (inside & columns.tile - 1)
@@ -138,7 +138,7 @@ class Layout(NamedTuple):
         return seen
 
     def to_tiles(self, x: Tensor) -> Tensor:
-        """[B, H, W, heads, D] -> [B, heads, tokens, D]."""
+        """Reorder the tokens and pad them: [B, H, W, heads, D] -> [B, heads, tokens, D]."""
         for dim, axis in enumerate((self.rows, self.columns), start=1):
             if axis.dilation > 1:
                 x = _pad(x, dim, axis.run * axis.dilation)
@@ -160,14 +160,17 @@ class Layout(NamedTuple):
 
 
 def _pad(x: Tensor, dim: int, size: int) -> Tensor:
-    """With zeros, at the end of one dimension."""
+    """Pad one dimension to `size` with zeros at its end."""
     if x.shape[dim] == size:
         return x
     return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, size - x.shape[dim]))
 
 
 class _Tiles(NamedTuple):
-    """Which tiles of an axis see which, [tiles, tiles] bool: any of its keys by any query, all of them by all."""
+    """Which tiles of an axis see which, bool [query tiles, key tiles].
+
+    seen: some query sees some key. whole: every query sees every key.
+    """
 
     seen: np.ndarray
     whole: np.ndarray
@@ -188,7 +191,7 @@ def _axis_tiles(axis: Axis) -> _Tiles:
 
 
 def visited_blocks(layout: Layout) -> tuple[int, int]:
-    """How many pairs of a block of queries and one of keys are computed, and how many of them need no mask."""
+    """The number of (query block, key block) pairs that are computed, and of those among them that need no mask."""
     rows, columns = _axis_tiles(layout.rows), _axis_tiles(layout.columns)
     text, whole_text = layout.image_blocks * layout.text_blocks, layout.image_blocks * (layout.text_length // BLOCK)
     seen, whole = (int(r.sum()) * int(c.sum()) for r, c in zip(rows, columns, strict=True))
@@ -212,7 +215,7 @@ def _layout(grid, window, stride, dilation, text_length, tile) -> Layout:
 
 
 def best_tile(*case) -> tuple[int, int]:
-    """Of TILES, for the arguments of `best_layout`."""
+    """The tile of TILES with the least work, for the arguments of `best_layout`."""
     return _kept_best_tile(*case)
 
 
@@ -226,7 +229,7 @@ def _kept_best_tile(*case):
 
 
 def _lists(rows: _Tiles, columns: _Tiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The blocks that each block may see [blocks, k], which of them it does see, and which of them wholly."""
+    """For each block: which blocks it may see [blocks, k], which of these it sees, and which it sees wholly."""
 
     def neighbors(tiles):
         count = tiles.seen.sum(1)
@@ -243,9 +246,9 @@ def _lists(rows: _Tiles, columns: _Tiles) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _counted(index: np.ndarray, *kinds: np.ndarray, width: int = 1) -> list[np.ndarray]:
-    """For each kind of block: how many there are in each row [1, 1, blocks], and which [1, 1, blocks, width].
+    """For each kind of block: their number in each row [1, 1, blocks], and their indices [1, 1, blocks, width].
 
-    All kinds share one width: torch 2.11 reads the list of whole blocks with the strides of the other's.
+    All kinds share one width: torch 2.11 reads the list of whole blocks with the strides of the other list.
     """
     width = max(width, *(int(kind.sum(1).max()) for kind in kinds))
     arrays = []
@@ -258,12 +261,12 @@ def _counted(index: np.ndarray, *kinds: np.ndarray, width: int = 1) -> list[np.n
 
 
 def block_arrays(layout: Layout, gradients: bool, all_columns: bool = False) -> list[np.ndarray]:
-    """What torch's BlockMask holds: counts and indices of the partly seen and of the wholly seen key blocks of each
-    query block and, for gradients, the query blocks of each key block.
+    """The arrays of torch's BlockMask.
 
-    The lists are as wide as the longest needs to be, or as there are key blocks with `all_columns`, which torch's
-    kernel for a CPU asks for. Text is seen by all queries: with it, the lists for gradients hold a number for every
-    pair of blocks (4 bytes per 16,384 pairs of tokens).
+    They are the counts and indices of each query block's partly seen and wholly seen key blocks and, for gradients, of
+    each key block's query blocks. The lists are as wide as the longest needs to be; with `all_columns`, as torch's CPU
+    kernel requires, as wide as the number of key blocks. Text is seen by all queries: with it, the lists for gradients
+    hold a number for every pair of blocks (4 bytes per 16,384 pairs of tokens).
     """
     rows, columns = _axis_tiles(layout.rows), _axis_tiles(layout.columns)
     blocks, whole_text, text = layout.image_blocks, layout.text_length // BLOCK, layout.text_blocks
@@ -298,8 +301,8 @@ def _kept_blocks(layout: Layout, gradients: bool, device: torch.device) -> list[
         return [torch.from_numpy(array).to(device, copy=True) for array in arrays]
 
 
-# Within torch.compile: an opaque operator, so that a graph holds neither the lists nor how they are made. The compiler
-# may write into what an operator returns, hence the copies.
+# An opaque operator for torch.compile, so that graphs hold neither the lists nor the code that makes them. The compiler
+# may overwrite an operator's results, hence the copies.
 @torch.library.custom_op("hybriddit::window_blocks", mutates_args=())
 def _window_blocks(
     rows: Sequence[int], columns: Sequence[int], text_length: int, gradients: bool, device: torch.device
@@ -317,7 +320,7 @@ def _(rows, columns, text_length, gradients, device):
 def _block_mask(layout: Layout, blocks: list[Tensor]) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
-    # built by its constructor: `from_kv_blocks` makes a dense matrix of blocks to transpose the lists
+    # the constructor, because `from_kv_blocks` makes a dense matrix of blocks to transpose the lists
     kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, *transposed = blocks
     q_num_blocks, q_indices, full_q_num_blocks, full_q_indices = transposed or (None,) * 4
     return BlockMask(
@@ -336,13 +339,13 @@ def _block_mask(layout: Layout, blocks: list[Tensor]) -> BlockMask:
 
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
-    """See `dispatch.Backend`. On a CPU without gradients."""
+    """Compute window attention (see `dispatch.Backend`); on a CPU without gradients."""
     text_length = 0 if text_key is None else operator.index(text_key.shape[1])
     grid = tuple(operator.index(n) for n in query.shape[1:3])
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
     gradients = query.device.type != "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     layout = best_layout(grid, window, stride, dilation, text_length)
-    if query.device.type == "cpu":  # there FlexAttention refuses even what no gradient is recorded of
+    if query.device.type == "cpu":  # there FlexAttention refuses inputs with requires_grad, even under no_grad
         query, key, value = query.detach(), key.detach(), value.detach()
     settings = layout, scale
     if torch.compiler.is_compiling() or type(query) is not Tensor:
@@ -383,20 +386,20 @@ def _compiled(*case: Any) -> Callable[..., Tensor]:
 def aligned_window(
     grid: tuple[int, int], cost: float, *, tile: tuple[int, int] | None = None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A window and stride whose borders are those of tiles: blocks of keys are seen wholly or not at all, none masked.
+    """Choose a window and stride that follow tile borders: key blocks are seen wholly or not at all, so none is masked.
 
     With a tile of t positions along an axis of n = c t, the window is b t and the stride a t, a = 1 where b is odd and
     2 where it is even: windows then start at multiples of t (generalized neighborhood attention, arXiv 2504.16922).
-    Every query sees (b1 t1) (b2 t2) keys, the share b1 b2 / (c1 c2) of dense attention's; the window returned is the
-    one nearest to a square of `cost` times all keys that is not larger.
+    Every query sees (b1 t1) (b2 t2) keys, the share b1 b2 / (c1 c2) of dense attention's. Of the windows whose share is
+    at most `cost`, the one nearest to a square of that share is returned.
 
     Args:
         grid: (rows, columns) in tokens.
-        cost: the share of dense attention's query-key pairs to stay within, above 0, at most 1; text apart.
+        cost: the largest share of dense attention's query-key pairs, above 0, at most 1; text is not counted.
         tile: (rows, columns); None takes the best of the tiles of 128 tokens that the "flex" backend uses.
 
-    Returns (window, stride), each (rows, columns). Raises ValueError where no tile divides the grid, and where one tile
-    is more than `cost`.
+    Returns (window, stride), each (rows, columns). Raises ValueError where no tile divides the grid, and where a single
+    tile costs more than `cost`.
     """
     grid = pair("grid", grid)
     if not 0 < cost <= 1:
@@ -406,9 +409,9 @@ def aligned_window(
     if not tiles:
         wanted = f"{tile} tokens" if tile else f"{BLOCK} tokens (as 8 x 16)"
         raise ValueError(f"no tile of {wanted} divides the grid {grid}")
-    budget = cost * math.prod(grid) * (1 + 1e-9)  # a share such as 9 / 64 is meant exactly
+    budget = cost * math.prod(grid) * (1 + 1e-9)  # allow for the rounding of a share such as 9 / 64
     side = math.sqrt(budget)
-    # a square cut by one axis of the grid may be longer on the other
+    # where one axis of the grid is too short for the square, the window may be longer along the other
     wanted = [min(n, max(side, budget / other)) for n, other in zip(grid, reversed(grid), strict=True)]
     windows = [
         ((b1 * t1, b2 * t2), (t1, t2))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .case import WindowCase
 
-# It is taken below this share of dense attention's query-key pairs (estimated from the pairs computed, unmeasured).
+# The backend is chosen below this share of dense attention's query-key pairs (estimated from the pairs, unmeasured).
 BREAK_EVEN = 0.8
 
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
-    """See `dispatch.Backend`."""
+    """Compute window attention (see `dispatch.Backend`)."""
     import natten
 
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
@@ -29,7 +29,7 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
         padding = constant(head_width, *case) - head_dim
     else:
         padding = head_width(*case) - head_dim
-    # zero channels change neither scores nor outputs, and the scale is the true width's
+    # padding with zero channels changes neither scores nor outputs; the scale is that of the true width
     query, key, value, text_key, text_value = (
         None if x is None else F.pad(x, (0, padding)).contiguous() for x in (query, key, value, text_key, text_value)
     )
@@ -48,9 +48,9 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
 
 
 def head_width(device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> int:
-    """The head width to pad to: that of Hopper's kernels where there is one, else the next multiple of 8."""
+    """The head width to pad to: one of Hopper's kernels where it is wide enough, else the next multiple of 8."""
     if torch.cuda.get_device_capability(device) == (9, 0) and dtype != torch.float32:
-        # estimated, unmeasured: they are worth the padding of 72 to 128
+        # Hopper's kernels are worth padding even 72 to 128 (estimated, unmeasured)
         for width in (32, 64, 128) if gradients else (32, 64, 128, 256):
             if head_dim <= width <= 2 * head_dim:
                 return width

@@ -19,10 +19,10 @@ KEPT_MASK_ELEMENTS = 2**21
 
 
 def class_windows(index, residue, length: int, window: int, stride: int, dilation: int):
-    """The window of each position of an axis, as (first, count): both within the position's residue class.
+    """The window of each position of an axis, as (first, count), both counted within the position's residue class.
 
-    index, residue: the positions, as places within their residue class and which class that is. index is a torch tensor
-    or a numpy array, residue as well, or an int; the result is of their kind.
+    index: each position's place within its residue class, a torch tensor or a numpy array. residue: which class that
+    is, likewise or an int. The result is of the same type.
     """
     size = (length - residue + dilation - 1) // dilation  # of the residue class
     window = _at_most(size, window)
@@ -53,24 +53,24 @@ def axis_mask(length: int, window: int, stride: int, dilation: int) -> Tensor:
 
 
 def additive_mask(seen: Tensor, text_length: int, dtype: torch.dtype) -> Tensor:
-    """[..., keys] bool -> what scores [..., keys + text] are added: 0 where a key is seen, as all text is; else -inf."""
+    """Make a bool mask [..., keys] additive, [..., keys + text]: 0 for seen keys and for all text, else -inf."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
     return F.pad(mask, (0, text_length))
 
 
 def covers(grid: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """Whether every token sees the whole grid; the window is one within the grid."""
+    """Whether every token sees the whole grid; the window is clamped to the grid."""
     return window == grid and all(d == 1 or n == 1 for n, d in zip(grid, dilation, strict=True))
 
 
 def seen_pairs(grid: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]) -> int:
-    """How many pairs there are of a token of the grid and one that it sees."""
+    """The number of pairs of a token of the grid and a token that it sees."""
     axes = zip(grid, window, dilation, strict=True)
     return math.prod(sum(n * min(w, n) for n in class_lengths(length, d)) for length, w, d in axes)
 
 
 def pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
-    """An int or (rows, columns) as a pair. Raises ValueError, naming it, for anything else and for sizes below 1."""
+    """An int or (rows, columns) as a pair. Raises ValueError with `name` for anything else and for sizes below 1."""
     if type(size) is int and size >= 1:
         return size, size
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)

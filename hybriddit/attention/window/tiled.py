@@ -1,7 +1,7 @@
 """Tiled ("halo") window attention in plain torch: exact, on any device, in memory linear in the tokens.
 
 The grid is cut into tiles; each tile's queries attend to the union of their windows under a small mask. Tiles are
-worked off in bands of tile rows, so that gathered keys and values stay in cache and never exist for the whole grid.
+processed one row of tiles at a time, so that gathered keys and values stay in cache and never exist for the whole grid.
 The backward gathers them again instead of keeping them.
 """
 
@@ -19,26 +19,26 @@ from .case import WindowCase
 from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_mask, class_lengths
 
 TILES = ((8, 8), (8, 16), (16, 16), (32, 32))
-# Measured on a CPU, in query-key pairs of one head of width 64: what gathering a key costs a tile, and what one step of
-# the loop over rows of tiles costs.
+# The cost of gathering one key for a tile, and of one step of the loop over rows of tiles, measured on a CPU; the unit
+# is a query-key pair of one head of width 64.
 GATHER_COST, STEP_COST = 35, 60_000
 # Text up to this length is copied behind every tile's keys; longer text is attended to once and merged.
 SHORT_TEXT = 128
 # Gathered keys of one work item, in elements: about what the cache of a core holds.
 GATHER_ELEMENTS = 2**20
-# It is taken below this share of dense attention's work, by the costs above. The CPU's is measured; those of GPUs are
-# estimated from the pairs computed, unmeasured.
+# The backend is chosen below this share of dense attention's work, by the costs above. The CPU's share is measured; the
+# GPUs' is estimated from the pairs computed, unmeasured.
 BREAK_EVEN = {"cpu": 0.65, "gpu": 0.5}
 
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
-    """See `dispatch.Backend`."""
+    """Compute window attention (see `dispatch.Backend`)."""
     settings = (list(x) for x in (window, stride, dilation))
     return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
 
 
 def refusal(case: WindowCase) -> str | None:
-    """It runs everywhere."""
+    """None: this backend runs everywhere."""
     return None
 
 
@@ -46,7 +46,7 @@ def slower(case: WindowCase) -> str | None:
     """Why dense attention is faster, or None."""
     shape = 1, *case.grid, case.heads, case.head_dim
     settings = case.window, case.stride, case.dilation
-    dense = case.heads * case.head_dim / 64 * case.tokens**2  # by the cost model of a CPU, as the tiles'
+    dense = case.heads * case.head_dim / 64 * case.tokens**2  # in the CPU's cost model, as for the tiles
     share = tiled_cost(shape, *settings, best_tile(shape, *settings)) / dense
     return case.too_much_work(share, BREAK_EVEN["gpu" if case.on_gpu else "cpu"])
 
@@ -119,12 +119,12 @@ def best_tile(shape, window, stride, dilation) -> tuple[int, int]:
 
 
 def _residues(length: int, dilation: int, tile: int) -> int:
-    """How many axes a dilated axis is split into: its residue classes; 1 where a tile covers it, and masks instead."""
+    """How many axes a dilated axis is split into: its residue classes; 1 where a tile covers it and is masked."""
     return 1 if tile >= length else min(dilation, length)
 
 
 def _residue_lengths(length: int, dilation: int, tile: int) -> list[tuple[int, int]]:
-    """The axes that an axis is split into, as (length, dilation left)."""
+    """The axes that an axis is split into, each as (length, remaining dilation)."""
     count = _residues(length, dilation, tile)
     return [(size, dilation if count == 1 else 1) for size in class_lengths(length, count)]
 
@@ -193,7 +193,10 @@ def _scatter_queries(x: Tensor, item: _Item, tiles: Tensor) -> None:
 
 
 def _gather_keys(x: Tensor, item: _Item, text: Tensor | None, buffers: dict) -> Tensor:
-    """[B, H, W, heads, D] and [B, S, heads, D] -> [batch * tiles, heads, keys + S, D], in a buffer of the call's own."""
+    """Gather the tiles' keys or values, text included: -> [batch * tiles, heads, keys + S, D], in a reused buffer.
+
+    x: [B, H, W, heads, D]. text: [B, S, heads, D] or None. buffers: kept by the caller for all its items.
+    """
     x = x[item.batch, item.key_rows]
     if item.tiles == 1 and text is None:
         return x[:, :, item.key_columns[0]].flatten(1, 2).transpose(1, 2).to(_tile_dtype(x))
@@ -213,7 +216,7 @@ def _gather_keys(x: Tensor, item: _Item, text: Tensor | None, buffers: dict) -> 
 
 
 def _even_runs(starts: list[int]):
-    """Cuts increasing numbers into runs of equal steps, each (first index, count, step): one copy gathers a run."""
+    """Cut increasing numbers into runs of equal steps, as (first index, count, step): one copy gathers a run."""
     first = 0
     while first < len(starts):
         step, last = 1, first
@@ -226,7 +229,7 @@ def _even_runs(starts: list[int]):
 
 
 def _add_keys(x: Tensor, item: _Item, text: Tensor | None, tiles: Tensor) -> None:
-    """The transpose of `_gather_keys`: adds every tile's share to x, and to text."""
+    """The transpose of `_gather_keys`: add every tile's share to x, and to text."""
     x = x[item.batch, item.key_rows]
     tiles = tiles.transpose(1, 2).unflatten(0, (-1, item.tiles))
     rows, span = x.shape[1], item.key_columns[0].stop - item.key_columns[0].start
@@ -242,12 +245,14 @@ def _add_keys(x: Tensor, item: _Item, text: Tensor | None, tiles: Tensor) -> Non
 
 
 def _has_fused_kernel(query: Tensor) -> bool:
-    return query.device.type == "cpu"  # one that returns its log-sum-exp, takes a mask and every dtype and width
+    return query.device.type == "cpu"  # its kernel returns the log-sum-exp, and takes a mask and every dtype and width
 
 
 def _tile_dtype(x: Tensor) -> torch.dtype:
-    """What tiles of x are gathered in. On small tiles the CPU's kernel is slower in bfloat16 than in float32: 1.1 times
-    forward, 1.4 times backward."""
+    """The dtype that tiles of x are gathered in.
+
+    On small tiles the CPU's kernel is slower in bfloat16 than in float32: 1.1 times forward, 1.4 times backward.
+    """
     return sum_dtype(x.dtype) if _has_fused_kernel(x) else x.dtype
 
 
@@ -285,7 +290,7 @@ def _scores(query, key, mask, scale):
 
 
 def _residue_grids(grid, dilation, tile):
-    """The row and column slices of the independent sub-grids, and the dilation left within them."""
+    """The row and column slices of the independent sub-grids, and the remaining dilation within them."""
     counts = [_residues(*axis) for axis in zip(grid, dilation, tile, strict=True)]
     left = [d if count == 1 else 1 for d, count in zip(dilation, counts, strict=True)]
     rows, columns = ([slice(r, None, count) for r in range(count)] for count in counts)
@@ -435,7 +440,7 @@ def _autograd(ctx, grad_out, grad_log_sum):
 tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
 
 
-# The counter cannot look into custom operators.
+# torch's FLOP counter cannot look into custom operators.
 @register_flop_formula(torch.ops.hybriddit.tiled_attention)
 def _forward_flops(
     query, key, value, text_key, text_value, window, stride, dilation, scale, *, out_shape=None, **kwargs
