@@ -699,6 +699,7 @@ def test_a_part_whose_default_does_not_fit_is_named():
         name, published, recipes = "Plain", {}, {"plain": Toy.recipes["toy"]}
         dense_class = type("PlainTransformer2DModel", (ToyTransformer2DModel,), {})
         hybrid_class = type("HybridPlainTransformer2DModel", (dense_class,), {})
+        pipelines = {"text-to-image": type("PlainPipeline", (ToyPipeline,), {})}
 
     for part, needs in (
         ("token_layout", "forward's hidden_states and forward's encoder_hidden_states"),
