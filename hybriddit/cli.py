@@ -18,7 +18,7 @@ from typing import Any
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
 
-# a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample.py compares them)
+# a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = """exit codes:

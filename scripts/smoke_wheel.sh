@@ -38,6 +38,7 @@ for python in "$@"; do
         (cd "$work" && HF_HUB_OFFLINE=1 PATH="$environment/bin:$PATH" bash -euo pipefail -c '
             hybriddit --version
             hybriddit info
+            for command in cache sample; do hybriddit $command --help > help; done
             if hybriddit demo 2> error; then exit 1; fi
             grep -q "run the demo from a checkout" error
             python -P - <<PYTHON

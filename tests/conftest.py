@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(autouse=True)
 def alone():
-    """One thread (the models are tiny), and a fresh accelerate, whose precision is fixed once a process."""
+    """One thread (the models are tiny), random numbers that do not depend on the tests before, and a fresh accelerate,
+    whose precision is fixed once a process."""
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

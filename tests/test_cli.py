@@ -228,6 +228,7 @@ def test_version_and_completion(tmp_path):
         assert "generate" in python("-m", "hybriddit", "--print-completion", shell).stdout
 
 
+@pytest.mark.slow
 def test_the_module_and_the_training_script_are_the_same_command(config, tmp_path):
     run = [str(config), "train.steps=1"]
     for number, command in enumerate(

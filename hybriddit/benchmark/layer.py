@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import HybridAttention, TokenLayout, linear_attention, neighborhood_attention
+from ..attention import HybridAttention, TokenLayout, neighborhood_attention
 from ..attention.work import Work, dense_work
 from ..models.family import AttentionShape
 from .circular import circular_attention, circular_block_mask, circular_work, compiled_flex
@@ -83,8 +83,8 @@ def layer_cases(
         return case(forward, inputs)
 
     def linear() -> Case:
-        inputs = [far_query, far_key, image_value]
-        return case(lambda: linear_attention(*inputs), inputs)
+        inputs, mixer = [far_query, far_key, image_value], _hybrid_layer(shape, window).to(device).far
+        return case(lambda: mixer(*inputs), inputs)
 
     def dense(backend: SDPBackend | None = None) -> Case:
         def forward() -> Tensor:

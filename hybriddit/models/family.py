@@ -15,6 +15,7 @@ from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -163,6 +164,16 @@ class Family(ABC):
         """How many pixels one token covers, along each axis: image sizes are multiples of it."""
         return vae_scale_factor * self.latents_per_token(config)
 
+    def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
+        """How many pixels one latent covers, along each axis; here of a VAE that halves once less than it has levels.
+
+        Raises ValueError for the config of a VAE that does not say its levels as diffusers' AutoencoderKL does.
+        """
+        if "block_out_channels" not in vae_config:
+            kind = vae_config.get("_class_name", "VAE of no class")
+            raise ValueError(f"how many pixels a latent of {kind} covers is not known: {self.name} needs latent_pixels")
+        return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
     def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
@@ -299,11 +310,22 @@ def register(family_class: type[Family]) -> Family:
         value = getattr(family_class, part)
         if not fits(family_class, value):
             raise ValueError(f"the family {named}: {part} must be {wanted}, not {shorten(repr(value), 80)}")
+    for row in family_class.processors if family_class.attention_kwargs is not None else ():
+        for made in (row.hybrid, row.dense or row.teacher):
+            if not _takes(made.__call__, "token_layout"):
+                raise ValueError(
+                    f"the family {named}: {made.__name__} must take the keyword token_layout, as processors of hybrid "
+                    "and of dense layers both do with attention_kwargs"
+                )
     for other in _FAMILIES:
         own, theirs = _unique_names(family_class), _unique_names(other)
         taken = [f"{kind} {name}" for kind in own for name in sorted(own[kind] & theirs[kind])]
         if taken:
             raise ValueError(f"the family {named} repeats {', '.join(taken)} of the family {other.name}")
+    unfit = {part: lacks for part in _DEFAULTS if (lacks := _lacks_for_default(family_class, part))}
+    if unfit:
+        found = ", ".join(f"{part} (the default needs {' and '.join(lacks)})" for part, lacks in unfit.items())
+        raise ValueError(f"the family {named} lacks {found}: see hybriddit.models.family.Family")
     family = family_class()
     _FAMILIES.append(family)
     return family
@@ -329,6 +351,16 @@ def _maps(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, Mapping) and all(isinstance(name, str) and fits(part) for name, part in value.items())
 
 
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this name."""
+    parameters = signature(function).parameters
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _are_processors(row: Any) -> bool:
+    return isinstance(row, Processors) and all(_is_class(made) for made in row if made is not None)
+
+
 # part of a family -> a check of its value (run in this order), and what the value must be, in words
 _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
     "name": (lambda family, value: isinstance(value, str) and value, "a text"),
@@ -341,16 +373,23 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
         lambda family, value: isinstance(value, tuple) and value and all(isinstance(name, str) for name in value),
         "a tuple of patterns of module names",
     ),
-    "processors": (
-        lambda family, value: isinstance(value, tuple) and value and all(isinstance(row, Processors) for row in value),
-        "a tuple of Processors",
-    ),
     "attention_kwargs": (
         lambda family, value: value is None or value in signature(family.dense_class.forward).parameters,
         "None or an argument of the model's forward",
     ),
+    "processors": (
+        lambda family, value: isinstance(value, tuple) and value and all(_are_processors(row) for row in value),
+        "a tuple of Processors, each of classes",
+    ),
+    **dict.fromkeys(
+        ("joint", "text_first", "guided"), (lambda family, value: isinstance(value, bool), "True or False")
+    ),
     "pipelines": (
-        lambda family, value: _maps(value, _is_class) and "text-to-image" in value and set(value) <= set(TASKS),
+        lambda family, value: (
+            _maps(value, lambda made: _is_class(made, DiffusionPipeline))
+            and "text-to-image" in value
+            and set(value) <= set(TASKS)
+        ),
         f"pipeline classes by task: text-to-image, and where they exist {' and '.join(TASKS[1:])}",
     ),
     "scheduler": (lambda family, value: _is_class(value), "a scheduler's class"),
@@ -363,6 +402,32 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
         "a mapping of repositories to Published",
     ),
 }
+
+
+# method with a default -> what the default reads: fields of the model's config, arguments of its forward, and of the
+# text-to-image pipeline's call
+_DEFAULTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "token_layout": (("patch_size",), ("hidden_states",), ()),
+    "latents_per_token": (("patch_size",), (), ()),
+    "latents_shape": (("in_channels",), (), ()),
+    "latents_and_times": ((), ("hidden_states", "timestep"), ()),
+    "text_length": ((), (), ("max_sequence_length",)),
+}
+
+
+def _lacks_for_default(family_class: type[Family], method: str) -> list[str]:
+    """What the default of a method needs and the family's classes do not have; nothing where it has its own."""
+    if getattr(family_class, method) is not getattr(Family, method):
+        return []
+    fields, arguments, settings = _DEFAULTS[method]
+    if method == "token_layout" and family_class.joint:
+        arguments = (*arguments, "encoder_hidden_states")
+    model, pipeline = family_class.dense_class, family_class.pipelines["text-to-image"]
+    return [
+        *(f"config.{name}" for name in fields if not _takes(model.__init__, name)),
+        *(f"forward's {name}" for name in arguments if not _takes(model.forward, name)),
+        *(f"the pipeline's {name}" for name in settings if not _takes(pipeline.__call__, name)),
+    ]
 
 
 def unregister(family: Family) -> None:

@@ -174,8 +174,13 @@ def plan_model(path: str) -> tuple[nn.Module, int, int]:
             supported = ", ".join(family.dense_class.__name__ for family in families())
             raise ValueError(f"{path}: its transformer is a {name}, which is not supported: {supported} are")
         model_class = next(c for c in (family.dense_class, family.hybrid_class) if c.__name__ == name)
-        vae_scale_factor = 2 ** (len(_read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
-        tokenizer_length = _read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length", 77)
+        components = _read_json(folder / "model_index.json")
+        vae_scale_factor, tokenizer_length = 8, 77  # what diffusers' pipelines go by without a VAE or a tokenizer
+        if any(components.get("vae") or ()):
+            vae_scale_factor = family.latent_pixels(_read_json(folder / "vae" / "config.json"))
+        if any(components.get("tokenizer") or ()):
+            tokenizer = _read_json(folder / "tokenizer" / "tokenizer_config.json")
+            tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
     else:
         known = ", ".join(repository for family in families() for repository in family.published)
         raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")

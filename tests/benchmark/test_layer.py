@@ -2,6 +2,7 @@ import pytest
 import torch
 from small_benchmarks import CPU, SMALL
 
+from hybriddit.attention.mixers import MIXERS, LinearMixer
 from hybriddit.benchmark.circular import circular_pairs
 from hybriddit.benchmark.layer import device_variants, input_bytes, layer_cases, layer_work
 
@@ -49,6 +50,20 @@ def test_every_case_of_a_layer_runs_and_has_gradients(shape, backward):
         if backward:
             grads = torch.autograd.grad(out.sum(), case.inputs)
             assert all(grad.abs().sum() > 0 for grad in grads), case.name
+
+
+def test_the_far_branch_is_the_mixer_that_is_counted(monkeypatch):
+    class Last(LinearMixer):
+        def forward(self, query, key, value, near=None, gate=None):
+            return value if near is None else near + gate * (value - near)
+
+        def flops(self, queries, keys):
+            return {"products": 7 * queries, "normalization": 0}
+
+    monkeypatch.setitem(MIXERS, "linear", Last)
+    (linear,) = layer_cases(SMALL, 80, ["linear"], 3, 2, torch.float32, CPU, False)
+    assert linear.forward() is linear.inputs[2]
+    assert layer_work("linear", SMALL, (5, 5), 3, 2, 4)["forward"].flops == 7 * 25
 
 
 def test_a_window_that_covers_the_grid_is_dense():

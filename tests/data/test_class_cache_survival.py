@@ -64,6 +64,7 @@ def done(out):
     return len(list(out.glob("shard-*.json")))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(arguments, unbroken, tmp_path):
     out, chance = tmp_path / "cache", random.Random(0)
     for _ in range(3):

@@ -117,6 +117,7 @@ for folder in sorted(Path(sys.argv[2]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_save_and_load_in_a_new_process(tmp_path):
     for kind in KINDS:
         folder = tmp_path / kind

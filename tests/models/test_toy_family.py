@@ -673,11 +673,15 @@ def test_repeated_names_are_refused(toy):
         ("layers", "blocks.*.attention", "a tuple of patterns"),
         ("layers", (), "a tuple of patterns"),
         ("processors", (ToyProcessor, HybridToyProcessor), "a tuple of Processors"),
+        ("processors", (Processors(ToyProcessor, HybridToyProcessor()),), "a tuple of Processors, each of classes"),
+        ("joint", "text", "True or False, not 'text'"),
+        ("guided", None, "True or False, not None"),
         ("attention_kwargs", "joint_attention_kwargs", "None or an argument of the model's forward"),
         ("pipelines", {}, "text-to-image, and where they exist image-to-image and inpainting"),
         ("pipelines", {"image-to-image": ToyPipeline}, "text-to-image, and where"),
         ("pipelines", {"text-to-image": ToyPipeline, "text-to-video": ToyPipeline}, "text-to-image, and where"),
         ("pipelines", {"text-to-image": "ToyPipeline"}, "pipeline classes by task"),
+        ("pipelines", {"text-to-image": ToyTransformer2DModel}, "pipeline classes by task"),
         ("scheduler", FlowMatchEulerDiscreteScheduler(), "a scheduler's class"),
         ("recipes", {}, "one Recipe or more"),
         ("recipes", {"toy": shifted_logit_normal}, "one Recipe or more"),
@@ -686,6 +690,39 @@ def test_repeated_names_are_refused(toy):
 )
 def test_parts_of_the_wrong_kind_are_named(part, value, match):
     refused(type("Wrong", (Toy,), {part: value}), f"^the family .*: {part} must be .*{match}")
+
+
+def test_a_part_whose_default_does_not_fit_is_named():
+    """Defaults read names that most models have: told at once, not where they are first called."""
+
+    class Plain(Toy):
+        name, published, recipes = "Plain", {}, {"plain": Toy.recipes["toy"]}
+        dense_class = type("PlainTransformer2DModel", (ToyTransformer2DModel,), {})
+        hybrid_class = type("HybridPlainTransformer2DModel", (dense_class,), {})
+        pipelines = {"text-to-image": type("PlainPipeline", (ToyPipeline,), {})}
+
+    for part, needs in (
+        ("token_layout", "forward's hidden_states and forward's encoder_hidden_states"),
+        ("latents_and_times", "forward's hidden_states and forward's timestep"),
+    ):
+        own = type("Lacking", (Plain,), {part: getattr(Family, part)})
+        refused(own, rf"^the family Plain lacks {part} \(the default needs {needs}\): see ")
+    short = type("ShortPipeline", (DiffusionPipeline,), {"__call__": lambda self, prompt: None})
+    own = type("Lacking", (Plain,), {"pipelines": {"text-to-image": short}})
+    refused(own, r"lacks text_length \(the default needs the pipeline's max_sequence_length\)")
+    unregister(register(type("Whole", (own,), {"text_length": lambda self, *lengths: 8})))
+
+
+def test_processors_that_do_not_take_the_layout_are_named():
+    class TakesLayout:
+        def __call__(self, attn, tokens, text_mask, token_layout=None): ...
+
+    for rows, lacking in (
+        ((Processors(ToyProcessor, HybridToyProcessor, TakesLayout),), "HybridToyProcessor"),
+        ((Processors(ToyProcessor, TakesLayout),), "ToyProcessor"),
+    ):
+        own = type("Lacking", (Toy,), {"attention_kwargs": "reference", "processors": rows})
+        refused(own, f"^the family Toy: {lacking} must take the keyword token_layout")
 
 
 # What the rest of the package does with it

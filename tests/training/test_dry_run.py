@@ -1,6 +1,7 @@
 """What a dry run tells, against the run itself and against published sizes; that it needs no weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,30 @@ def test_a_folder_that_is_not_whole_is_named(config_of, capsys):
     (path.parent / "teacher" / "transformer" / "config.json").unlink()
     assert main(["distill", str(path), "--dry-run"]) == 1
     assert "the pipeline folder is not whole" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_vae_or_a_tokenizer_is_planned(config_of):
+    """Trajectories need no VAE, and a family's pipeline may encode prompts by other means."""
+    path, pipeline = config_of("flux_dev")
+    teacher = path.parent / "teacher"
+    whole = dry_run(load_config(path))
+    for parts in (["tokenizer"], ["tokenizer", "vae"]):
+        index = json.loads((teacher / "model_index.json").read_text())
+        for part in parts:
+            index[part] = [None, None]
+            shutil.rmtree(teacher / part, ignore_errors=True)
+        (teacher / "model_index.json").write_text(json.dumps(index))
+        figures = dry_run(load_config(path, ["data.height=128", "data.width=128"] if "vae" in parts else []))
+        assert figures["tokens"] == whole["tokens"]  # without a VAE, diffusers' pipelines take a latent for 8 pixels
+        assert figures["step_flops"] == whole["step_flops"]
+
+
+def test_a_vae_of_another_kind_is_named(config_of, capsys):
+    path, _ = config_of("flux_dev")
+    config = path.parent / "teacher" / "vae" / "config.json"
+    config.write_text('{"_class_name": "AutoencoderDC", "encoder_block_out_channels": [4, 4]}')
+    assert main(["distill", str(path), "--dry-run"]) == 1
+    assert "a latent of AutoencoderDC covers is not known: FLUX needs latent_pixels" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_go_together(config_of, capsys):

@@ -348,6 +348,7 @@ def test_triton_is_refused_in_one_line():
         linear_attention(x, x, x, backend="triton")
 
 
+@pytest.mark.slow
 def test_the_kernels_in_triton_s_interpreter():
     """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
     pytest.importorskip("triton", reason="triton is not installed")
