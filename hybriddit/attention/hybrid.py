@@ -97,12 +97,21 @@ class HybridAttention(nn.Module):
         self.far = MIXERS[mixer](heads, head_dim, feature_map=feature_map)
         if not has_near:
             return
+        self.gate_init = float(gate_init)
         if gate == "token":
             self.gate = nn.Linear(width, heads)
-            nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, gate_init)
         else:
-            self.gate = nn.Parameter(torch.full((heads, head_dim if gate == "channel" else 1), float(gate_init)))
+            self.gate = nn.Parameter(torch.empty(heads, head_dim if gate == "channel" else 1))
+        self.init_gate()
+
+    def init_gate(self) -> None:
+        """Give the gate, where there is one, its value at the start, whatever the token."""
+        gate = getattr(self, "gate", None)
+        if isinstance(gate, nn.Linear):
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, self.gate_init)
+        elif gate is not None:
+            nn.init.constant_(gate, self.gate_init)
 
     def far_inputs(
         self,

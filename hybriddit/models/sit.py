@@ -277,10 +277,11 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
     def _init_weights(self) -> None:
         """Initialise as SiT does: Xavier, with zeros in each block's modulation and the last layer.
 
-        Gates keep the value that HybridAttention gives them.
+        Gates start as HybridAttention has them. One that is a layer is drawn with the others all the same, so that a
+        seed gives the weights that it always gave.
         """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith(".gate"):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         patches = self.patch_embed.proj
@@ -296,6 +297,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             if attn.value_conv is not None:
                 nn.init.zeros_(attn.value_conv.weight)
                 nn.init.zeros_(attn.value_conv.bias)
+            attn.hybrid.init_gate()
         for last in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)

@@ -533,6 +533,26 @@ def test_initial_weights():
         assert layer.weight.abs().max() == 0 and layer.bias.abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    ("gate", "query", "label"),
+    [
+        ("head", (-0.01640291, -0.33552352), 0.00147184),
+        ("channel", (-0.01640291, -0.33552352), 0.00147184),
+        ("token", (0.12899210, -0.05253749), 0.01242009),
+    ],
+)
+def test_a_seed_gives_the_weights_it_gave_in_0_1_0(gate, query, label):
+    """As commit ca6db7a drew them: a run that is started again from its config begins from the same model."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 2, "sample_size": 8}
+    model = SiTTransformer2DModel(**sizes, num_classes=3, attention="hybrid", window=3, gate=gate, gate_init=0.25)
+    attn = model.transformer_blocks[1].attn
+    assert attn.to_q.weight[0, :2].tolist() == pytest.approx(query, abs=1e-7)
+    assert model.label_embed.weight[0, 0].item() == pytest.approx(label, abs=1e-7)
+    weights, start = (attn.hybrid.gate.weight, attn.hybrid.gate.bias) if gate == "token" else ((), attn.hybrid.gate)
+    assert all(not row.any() for row in weights) and (start == 0.25).all()
+
+
 @pytest.mark.parametrize("fields", [*({"attention": kind} for kind in KINDS), EVERYTHING])
 def test_every_weight_learns(fields):
     """From SiT's zeros it takes some steps until gradients reach the first weights; then none is idle."""
