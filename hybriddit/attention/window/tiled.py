@@ -256,11 +256,16 @@ def _tile_dtype(x: Tensor) -> torch.dtype:
     return sum_dtype(x.dtype) if _has_fused_kernel(x) else x.dtype
 
 
+def _unit_stride(x: Tensor) -> Tensor:
+    """x as the CPU's kernel needs it: it reads channels as neighbors in memory, and does not check that they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
     """[.., heads, L, D] each -> the attention output and its log-sum-exp [.., heads, L]."""
     if _has_fused_kernel(query):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=mask, scale=scale
+            *map(_unit_stride, (query, key, value)), attn_mask=mask, scale=scale
         )
     scores = _scores(query, key, mask, scale)
     log_sum = scores.logsumexp(-1)
@@ -270,8 +275,9 @@ def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
 def _attend_backward(grad_out, query, key, value, out, log_sum, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_attend`, for an `out` and `log_sum` that may cover more keys than these (a merged attention)."""
     if _has_fused_kernel(query):
+        tensors = map(_unit_stride, (grad_out, query, key, value, out))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, log_sum, 0.0, False, attn_mask=mask, scale=scale
+            *tensors, log_sum, 0.0, False, attn_mask=mask, scale=scale
         )
     weights = _scores(query, key, mask, scale).sub_(log_sum.unsqueeze(-1)).exp_()
     grad_scores = (grad_out @ value.transpose(-1, -2)).to(weights.dtype)

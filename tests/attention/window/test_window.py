@@ -117,6 +117,29 @@ def test_non_contiguous_input(backend):
     assert_equal_to_oracle(inputs, weight, (5, 4), (1, 1), (1, 1), 1e-11, backend=backend)
 
 
+# (shape, dtype) -> random numbers of that shape, with channels that are not neighbors in memory, or that overlap
+LAYOUTS = {
+    "heads innermost": lambda shape, dtype: torch.randn(*shape[:-2], *shape[:-3:-1], dtype=dtype).transpose(-1, -2),
+    "every other channel": lambda shape, dtype: torch.randn(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2],
+    "channels slowest": lambda shape, dtype: torch.randn(shape[-1], *shape[:-1], dtype=dtype).movedim(0, -1),
+    "one head for all": lambda shape, dtype: torch.randn(*shape[:-2], 1, shape[-1], dtype=dtype).expand(shape),
+    "one value for all channels": lambda shape, dtype: torch.randn(*shape[:-1], 1, dtype=dtype).expand(shape),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("text", [0, 3, 150])  # none, copied behind every tile's keys, attended to once
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_inputs_and_gradients_of_any_strides(dtype, text, layout, backend):
+    image, prompt = (2, 9, 10, 3, 24), (2, text, 3, 24)
+    inputs = [LAYOUTS[layout](shape, dtype).requires_grad_() for shape in (image,) * 3 + (prompt,) * 2 * bool(text)]
+    weight = LAYOUTS[layout](image, dtype)
+    assert all(not x.is_contiguous() for x in (*inputs, weight))
+    inputs += [] if text else [None, None]
+    assert_equal_to_oracle(inputs, weight, (3, 4), (1, 1), (1, 1), TOLERANCE[dtype], backend=backend)
+
+
 @pytest.mark.parametrize("backend", ["tiled", "dense"])
 def test_a_kept_mask_is_of_its_dtype(backend):
     """Masks are kept from call to call: one dtype's must not serve another's."""
