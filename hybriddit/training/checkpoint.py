@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import flush, read_tensors, write_tensors
+from ..files import flush, read_json, read_tensors, write_tensors
 
 # Settings that older checkpoints lack, with the values that those runs had.
 ADDED_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
@@ -100,10 +100,12 @@ def checkpoints(folder: Path) -> list[Path]:
 def read_state(path: Path, settings: dict) -> dict:
     """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings."""
     try:
-        state = dict(json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        state = read_json(path / "state.json")
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
+            raise ValueError("state.json holds no step and settings")
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    found = {**ADDED_SETTINGS, **state.get("settings", {})}
+    found = {**ADDED_SETTINGS, **state["settings"]}
     other = [key for key in settings if found.get(key) != settings[key]]
     if other:
         raise ValueError(
