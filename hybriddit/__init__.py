@@ -30,7 +30,8 @@ def _family_classes():
 
     models = [family.hybrid_class for family in families()]
     pipelines = [hybrid_pipeline(family) for family in families()]
-    return {made.__name__: made for made in (*models, *pipelines)}
+    # of families that share a pipeline, the first gives the class: the last of equal names would win
+    return {made.__name__: made for made in reversed((*models, *pipelines))}
 
 
 def __getattr__(name):

@@ -235,14 +235,16 @@ def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Imag
         return pipeline
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-    from .models import families
+    from .models.family import family_of_class
 
     task, auto = ("image-to-image", AutoPipelineForImage2Image)
     if mask is not None:
         task, auto = ("inpainting", AutoPipelineForInpainting)
-    family = next((f for f in families() if isinstance(pipeline, f.pipelines["text-to-image"])), None)
+    family = family_of_class(type(getattr(pipeline, "transformer", None)).__name__)
+    if family is not None and not isinstance(pipeline, family.pipelines["text-to-image"]):
+        family = None  # another pipeline of the family's models
     bars = getattr(pipeline, "_progress_bar_config", {})
-    if family is None:  # not a registered family: diffusers finds its own pipelines by class name
+    if family is None:  # diffusers finds its own pipelines by class name
         try:
             made = auto.from_pipe(pipeline)
         except ValueError as error:

@@ -336,7 +336,6 @@ def _unique_names(family: Family | type[Family]) -> dict[str, set[str]]:
     return {
         "name": {family.name},
         "model class": {family.dense_class.__name__},
-        "pipeline": {family.pipelines["text-to-image"].__name__},
         "recipe": set(family.recipes),
         "repository": set(family.published),
         "shape": {published.shape for published in family.published.values() if published.shape},

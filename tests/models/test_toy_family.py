@@ -652,7 +652,7 @@ def test_only_classes_of_families_are_registered(toy):
 
 def test_repeated_names_are_refused(toy):
     assert family_of(make()) is family_of(hybridize(make(), HybridConfig(window=3))) is toy
-    names = "name Toy, model class ToyTransformer2DModel, pipeline ToyPipeline, recipe toy, repository toys/toy-large, "
+    names = "name Toy, model class ToyTransformer2DModel, recipe toy, repository toys/toy-large, "
     refused(Toy, f"^the family Toy repeats {names}shape toy of the family Toy$")
 
     class Other(Toy):
