@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 CHECKSUM = "hybriddit_sha256"
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless it is there. Raises FileExistsError where a file stands in the way."""
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        what = "give a folder" if there == folder else f"{folder} cannot be made in it"
+        raise FileExistsError(f"{there} is a file: {what}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends without an error.
@@ -71,7 +80,8 @@ def filling(folder: Path) -> Iterator[Path]:
     if held is not None:
         raise FileExistsError(f"{folder} holds {held.name} already: give a folder that is new or empty")
     partial = folder / f".{os.getpid()}.tmp"
-    partial.mkdir(parents=True)
+    make_folder(folder)
+    partial.mkdir()
     try:
         yield partial
         for path in sorted(partial.iterdir(), key=Path.is_file):  # files last: they say what the folders are

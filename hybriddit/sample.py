@@ -24,7 +24,7 @@ import torch.distributed as dist
 from diffusers.utils.logging import disable_progress_bar
 from tqdm import tqdm
 
-from .files import checksum, read_json, read_tensors, replacing, write_json, write_tensors
+from .files import checksum, make_folder, read_json, read_tensors, replacing, write_json, write_tensors
 from .machine import running_versions
 from .metrics.processes import process_group
 from .pipelines.loading import load_sit_pipeline
@@ -139,7 +139,7 @@ def check(settings: SampleSettings) -> None:
         raise ValueError(f"--seed must be from 0 to 2**32 - num, not {settings.seed}")
     if settings.out.is_dir():
         raise ValueError(f"{settings.out} is a folder: give a file")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.out.parent)
 
 
 def describe(settings: SampleSettings, pipeline: SiTPipeline) -> dict[str, Any]:

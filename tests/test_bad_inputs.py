@@ -397,6 +397,48 @@ def an_average_that_never_moves(w):
     return lambda: load_config(w.config, ["optim.ema_decay=1"])
 
 
+@bad(r"optim.lr must be a finite number, got inf")
+def an_endless_learning_rate(w):
+    return lambda: load_config(w.config, ["optim.lr=.inf"])
+
+
+@bad(r"data.guidance_scale must be a finite number, got nan")
+def guidance_that_is_no_number(w):
+    return lambda: load_config(w.config, ["data.guidance_scale=.nan"])
+
+
+@bad(r"optim.warmup_steps must be 0 or more, got -5")
+def a_negative_warm_up(w):
+    return lambda: load_config(w.config, ["optim.warmup_steps=-5"])
+
+
+@bad(r"optim.weight_decay must be 0 or more, got -1.0")
+def weights_that_grow_by_themselves(w):
+    return lambda: load_config(w.config, ["optim.weight_decay=-1"])
+
+
+@bad(r"train.seed must be between")
+def a_seed_that_no_generator_takes(w):
+    return lambda: load_config(w.config, ["train.seed=99999999999999999999"])
+
+
+@bad(r"data.max_sequence_length must be at least 1, got -4")
+def a_text_of_less_than_nothing(w):
+    return lambda: load_config(w.config, ["data.max_sequence_length=-4"])
+
+
+@bad(r"flow.time_mean must be a finite number, got nan")
+def times_that_are_no_numbers(w):
+    w.config.write_text("job: train\n")
+    return lambda: load_config(w.config, ["flow.time_mean=.nan"])
+
+
+@bad(r"output.guidance must be 0 or more, got -2.0")
+def a_sample_grid_with_negative_guidance(w):
+    w.config.write_text("job: train\n")
+    return lambda: load_config(w.config, ["output.guidance=-2"])
+
+
 @bad(r"not of the form section.key=value")
 def an_override_without_a_value(w):
     return lambda: load_config(w.config, ["optim.lr"])
@@ -531,6 +573,35 @@ def a_cache_whose_description_is_damaged(w):
     return w.distill()
 
 
+@bad(r"state-of-cache is a file: give a folder")
+def a_cache_that_is_a_file(w):
+    (w.folder / "state-of-cache").write_text("mine")
+    return w.distill("data.cache=state-of-cache")
+
+
+@bad(r"notes is a file: notes.run cannot be made in it")
+def an_output_folder_inside_a_file(w):
+    (w.folder / "notes").write_text("mine")
+    return w.distill(run="notes/run")
+
+
+@bad(r"is damaged \(state.json holds no step and settings\): delete it")
+def a_checkpoint_whose_settings_are_a_list(w):
+    path = w.folder / "run" / "checkpoints" / "step-00000002" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": [1]}))
+    return w.distill("train.steps=3", "--resume", run="run")
+
+
+@bad(r"metrics.features: os:getcwd fails on uint8 \[2, 3, 64, 64\] \(TypeError: .*takes no arguments")
+def features_that_take_no_images(w):
+    return w.distill("metrics.every=1", "metrics.samples=2", "metrics.features=os:getcwd")
+
+
+@bad(r"metrics.features: builtins:len gives int for 2 images, and not \[B, F\]")
+def features_that_are_no_tensor(w):
+    return w.distill("metrics.every=1", "metrics.samples=2", "metrics.features=builtins:len")
+
+
 @bad(r"no image folder")
 def an_image_folder_that_is_not_there(w):
     return w.distill("data.source=folder", f"data.folder={w.folder / 'none'}")
@@ -659,6 +730,39 @@ def converting_to_a_window_of_0(w):
 @bad(r"no .*none|there is no")
 def info_about_nothing(w):
     return lambda: cli("info", w.folder / "none")
+
+
+@bad(r"index.json is damaged: it says of no weights which file holds them")
+def info_about_weights_whose_index_is_a_list(w):
+    (w.folder / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        '{"weight_map": ["a.safetensors"]}'
+    )
+    return lambda: cli("info", w.folder / "sd3")
+
+
+@bad(r"notes is a file: .*notes/hybrid cannot be made in it")
+def converting_into_a_file(w):
+    (w.folder / "notes").write_text("mine")
+    return lambda: cli("convert", "--model", w.folder / "flux_dev", "--out", w.folder / "notes" / "hybrid")
+
+
+@bad(r"no AutoencoderKL at .*: it is a FluxTransformer2DModel")
+def a_cache_by_what_is_no_vae(w):
+    vae = w.folder / "flux_dev" / "transformer"
+    return lambda: cli("cache", w.folder / "images", "--vae", vae, "--out", w.folder / "latents")
+
+
+@bad(r"would be a class, as every subfolder of .* is: give another folder")
+def a_cache_that_would_become_a_class(w):
+    classes = w.folder / "classes"
+    shutil.copytree(w.folder / "images", classes / "shoe")
+    return lambda: cli("cache", classes, "--size", "8", "--out", classes / "cache")
+
+
+@bad(r"rtol must be a number above 0, not -1.0")
+def a_tolerance_below_0(w):
+    how = ["--random", "--num", "1", "--sampler", "dopri5", "--rtol", "-1", "--quiet"]
+    return lambda: cli("sample", w.folder / "sit", *how, "--out", w.folder / "samples.npz")
 
 
 @bad(r"checksum")

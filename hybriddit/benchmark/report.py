@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import make_folder, replacing
 from .shapes import BRANCHES, MODEL_VARIANTS, VARIANTS, is_dense
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def busy(machine: dict[str, Any], load: float) -> bool:
 
 def check_folder(folder: Path, device: dict[str, Any]) -> None:
     """Make the folder. Raises OSError where nothing can be written, ValueError where another device's results lie."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryFile(dir=folder):
         pass
     if not (folder / NAMES[0]).exists():

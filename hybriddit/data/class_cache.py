@@ -25,6 +25,9 @@ INDEX = "index.json"  # written last: a cache without it is not finished
 def load_vae(path: str) -> AutoencoderKL:
     """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none."""
     try:
+        kind = AutoencoderKL.load_config(path).get("_class_name")
+        if kind not in (None, AutoencoderKL.__name__):
+            raise ValueError(f"it is a {kind}")
         return AutoencoderKL.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"no AutoencoderKL at {path!r}: {' '.join(str(error).split())}") from error
@@ -99,6 +102,8 @@ def make_cache(
                 f"not of {channels} and {size}"
             )
     paths, labels, classes = class_images(folder)
+    if classes != [""] and cache.resolve().parent == folder.resolve():
+        raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
     shape = (channels, size, size)
     info = ClassInfo(shape, classes)
     if vae is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import CHECKSUM, read_tensors, replacing, write_json, write_tensors
+from ..files import CHECKSUM, make_folder, read_tensors, replacing, write_json, write_tensors
 
 SETTINGS = "data.json"  # in a cache: how it was made
 
@@ -99,7 +99,7 @@ def write_or_check_settings(folder: Path, settings: dict, option: str = "data.ca
     path = folder / SETTINGS
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(path, settings)
         return
     try:

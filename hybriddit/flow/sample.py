@@ -242,6 +242,9 @@ def solve_ode(
     times = time_grid(steps, interval, shift)
     times = times[::-1] if reverse else times
     if method == "dopri5":
+        for name, tolerance in (("atol", atol), ("rtol", rtol)):
+            if not 0 < tolerance < float("inf"):
+                raise ValueError(f"{name} must be a number above 0, not {tolerance}")
         return _dopri5(field, x, times[0], times[-1], atol, rtol, callback)
 
     def at_time(x: Tensor, time: float) -> Tensor:

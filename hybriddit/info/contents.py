@@ -174,7 +174,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for stem in ("diffusion_pytorch_model", "model"):
         index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
-            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise ValueError(f"{index} is damaged: it says of no weights which file holds them")
+            files = sorted({folder / name for name in names.values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")

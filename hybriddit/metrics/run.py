@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import make_folder, write_json
 from ..machine import gpu_name
 from .adm import evaluate, read_reference
 from .images import read_images
@@ -34,7 +34,7 @@ def run(
     if out is not None:
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder: give a file for the scores")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
     inception = find_inception(inception)
     read_images(samples, check=False)
     read_reference(reference, check=False)

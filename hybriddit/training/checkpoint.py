@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import flush, read_tensors, write_tensors
+from ..files import flush, read_json, read_tensors, write_tensors
 
 # Settings that were added later, with the values that the runs before them had.
 ADDED_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
@@ -99,10 +99,12 @@ def checkpoints(folder: Path) -> list[Path]:
 def read_state(path: Path, settings: dict) -> dict:
     """The checkpoint's step and settings. Raises ValueError where it is damaged, or was made with other settings."""
     try:
-        state = dict(json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        state = read_json(path / "state.json")
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
+            raise ValueError("state.json holds no step and settings")
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    found = {**ADDED_SETTINGS, **state.get("settings", {})}
+    found = {**ADDED_SETTINGS, **state["settings"]}
     other = [key for key in settings if found.get(key) != settings[key]]
     if other:
         raise ValueError(

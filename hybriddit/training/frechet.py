@@ -82,7 +82,7 @@ class FrechetDistance:
         """Mean and covariance of the features."""
         seen = collect_statistics(
             images,
-            lambda batch: {"pooled": self.features(batch)},
+            lambda batch: {"pooled": self._pooled(batch)},
             name,
             batch_size=self.config.batch_size,
             distributed=shared and self.processes > 1,
@@ -90,6 +90,21 @@ class FrechetDistance:
             keep=False,
         )
         return seen.moments["pooled"].mean, seen.moments["pooled"].covariance
+
+    def _pooled(self, batch: torch.Tensor) -> torch.Tensor:
+        """[B, features]. Raises ValueError where a function of the user's own fails or gives something else."""
+        name = self.config.features
+        if name == "inception":
+            return self.features(batch)
+        try:
+            found = self.features(batch)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"metrics.features: {name} fails on uint8 {list(batch.shape)} ({reason})") from error
+        if not isinstance(found, torch.Tensor) or found.shape[:1] != batch.shape[:1] or found.ndim != 2:
+            what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(f"metrics.features: {name} gives {what} for {len(batch)} images, and not [B, F]")
+        return found
 
 
 def check_samples(config: MetricsConfig, processes: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, is_wandb_available, str_to_bool
 
+from ..files import make_folder
 from .checkpoint import checkpoints, read_state
 
 
@@ -84,4 +85,4 @@ def claim_folder(folder: Path, result: str, settings: dict, resume: bool) -> Non
         )
     if not found and (folder / result).exists():
         raise ValueError(f"{folder} holds a run's {result} already, and no checkpoint: give another output.folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)

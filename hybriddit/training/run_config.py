@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -16,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..config import HybridConfig
 from ..data.sources import SOURCES, sources_of
+
+MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fits into the generator's 64 bits
 
 
 @dataclass
@@ -172,6 +175,10 @@ class DistillConfig:
             'a folder of images with data.source "folder", and left out with another',
         )
         _require_positive(data, "data", "images states height width steps batch_size")
+        if data.max_sequence_length is not None:
+            _require_positive(data, "data", "max_sequence_length")
+        _require(data.guidance_scale >= 0, "data.guidance_scale", data.guidance_scale, "0 or more")
+        _require(abs(data.seed) < MAX_SEED, "data.seed", data.seed, f"between -{MAX_SEED} and {MAX_SEED}")
         for name in ("task", "output", "layer"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
@@ -282,6 +289,9 @@ class SiTConfig:
         for name in ("time_std", "time_shift"):
             _require(getattr(self.flow, name) > 0, f"flow.{name}", getattr(self.flow, name), "above 0")
         _require_positive(self.output, "output", "sample_steps")
+        for section in ("output", "metrics"):
+            guidance = getattr(self, section).guidance
+            _require(guidance >= 0, f"{section}.guidance", guidance, "0 or more")
 
 
 JOBS = {"distill": DistillConfig, "train": SiTConfig}
@@ -290,6 +300,12 @@ JOBS = {"distill": DistillConfig, "train": SiTConfig}
 def _check_shared(config) -> None:
     """Raise ValueError for impossible values in the sections that both jobs have."""
     train, optim, output, metrics = config.train, config.optim, config.output, config.metrics
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, value in vars(values).items() if dataclasses.is_dataclass(values) else ():
+            endless = (section.name, name) == ("optim", "clip")  # which clips nothing
+            finite = not isinstance(value, float) or math.isfinite(value) or (endless and value > 0)
+            _require(finite, f"{section.name}.{name}", value, "a finite number")
     _require(train.precision in ("no", "bf16"), "train.precision", train.precision, "'no' or 'bf16'")
     _require(optim.schedule in ("constant", "cosine"), "optim.schedule", optim.schedule, "'constant' or 'cosine'")
     _require_positive(train, "train", "steps batch_size accumulation")
@@ -299,6 +315,9 @@ def _check_shared(config) -> None:
     trackers = ("tensorboard", "wandb")
     _require(output.tracker in trackers, "output.tracker", output.tracker, f"one of {', '.join(trackers)}")
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
+    for name in ("gate_lr_factor", "weight_decay", "warmup_steps"):
+        _require(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "0 or more")
+    _require(abs(train.seed) < MAX_SEED, "train.seed", train.seed, f"between -{MAX_SEED} and {MAX_SEED}")
     _require(optim.clip is None or optim.clip > 0, "optim.clip", optim.clip, "above 0")
     _require(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
     _require(
