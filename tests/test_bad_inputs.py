@@ -752,9 +752,11 @@ def a_cache_by_what_is_no_vae(w):
     return lambda: cli("cache", w.folder / "images", "--vae", vae, "--out", w.folder / "latents")
 
 
-@bad(r"lies in the folder of images, whose subfolders are the classes: give another")
+@bad(r"would be a class, as every subfolder of .* is: give another folder")
 def a_cache_that_would_become_a_class(w):
-    return lambda: cli("cache", w.folder / "images", "--size", "8", "--out", w.folder / "images" / "cache")
+    classes = w.folder / "classes"
+    shutil.copytree(w.folder / "images", classes / "shoe")
+    return lambda: cli("cache", classes, "--size", "8", "--out", classes / "cache")
 
 
 @bad(r"rtol must be a number above 0, not -1.0")

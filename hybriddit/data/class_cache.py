@@ -104,6 +104,8 @@ def make_cache(
     if cache.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--out {cache} lies in the folder of images, whose subfolders are the classes: give another")
     paths, labels, classes = class_images(folder)
+    if classes != [""] and cache.resolve().parent == folder.resolve():
+        raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
     shape = (channels, size, size)
     info = ClassInfo(shape, classes)
     if vae is not None:

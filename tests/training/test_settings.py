@@ -183,6 +183,15 @@ def test_the_gradient_is_of_the_weighted_losses_alone(tmp_path):
     assert norms[0, 1, 0] != pytest.approx(norms[0, 0, 1], rel=0.05)
 
 
+def test_a_step_in_parts_is_logged_as_one(job, tmp_path):
+    for parts in (1, 2, 4):
+        job.run(tmp_path / str(parts), {"train.accumulation": parts, "train.steps": 2})
+    whole = [{k: v for k, v in line.items() if k != "images_per_second"} for line in log_of(tmp_path / "1")]
+    for parts in (2, 4):
+        for line, expected in zip(log_of(tmp_path / str(parts)), whole, strict=True):
+            assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
 def test_every_step_draws_its_own_noise_and_times(job, tmp_path):
     config = job.config(tmp_path)
     (noise, times), (noise2, times2) = job.draw(config, 0), job.draw(config, 1)
