@@ -101,8 +101,6 @@ def make_cache(
                 f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
                 f"not of {channels} and {size}"
             )
-    if cache.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--out {cache} lies in the folder of images, whose subfolders are the classes: give another")
     paths, labels, classes = class_images(folder)
     if classes != [""] and cache.resolve().parent == folder.resolve():
         raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
