@@ -291,6 +291,17 @@ def test_the_log_tells_the_share_of_the_device_s_peak(job, tmp_path, monkeypatch
     assert set(lines[0]) == {"step", "grad_norm", "lr", "mfu"} | names
 
 
+def test_the_throughput_is_of_all_steps_since_the_last_line(job, tmp_path, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(fitting.time, "perf_counter", lambda: next(seconds))
+    shares = []
+    for every in (1, 3):
+        settings = {"train.peak_tflops": 1e-3, "train.steps": 3, "output.checkpoint_every": 0}
+        job.run(tmp_path / str(every), {**settings, "output.log_every": every})
+        shares.append(log_of(tmp_path / str(every))[-1]["mfu"])
+    assert shares[1] == pytest.approx(3 * shares[0]), "three times the images in the one second between two lines"
+
+
 def test_a_checkpoint_of_another_model_is_refused(job, tmp_path):
     job.run(tmp_path, {})
     if isinstance(job, Training):
