@@ -126,9 +126,6 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Latents as the transformer takes them: the mode of the VAE's posterior, shifted, scaled and packed."""
-    vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(list(images)).to(vae.device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mode()
-    latents = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    return family_of(pipeline.transformer).pack(latents)
+    """Latents of images as the transformer takes them."""
+    pixels = pipeline.image_processor.preprocess(list(images)).to(pipeline.vae.device, pipeline.vae.dtype)
+    return family_of(pipeline.transformer).encode_images(pipeline.vae, pixels)

@@ -178,6 +178,14 @@ class Family(ABC):
         """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
 
+    def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents as the transformer takes them, of images [B, 3, height, width] in [-1, 1].
+
+        This is the mode of the VAE's posterior, shifted, scaled and packed.
+        """
+        latents = vae.encode(pixels).latent_dist.mode()
+        return self.pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Rearrange the VAE's latents, [B, C, h, w], to what the transformer takes."""
         return latents

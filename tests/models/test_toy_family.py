@@ -30,7 +30,7 @@ import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 from hybriddit.attention import TokenLayout
 from hybriddit.cli import main
-from hybriddit.data.sources import teacher, trajectories
+from hybriddit.data.sources import captioned_folder, teacher, trajectories
 from hybriddit.generate import generate
 from hybriddit.info import describe, description_text, environment
 from hybriddit.models.family import (
@@ -838,6 +838,16 @@ def test_trajectories_hold_what_the_transformer_saw(pipeline):
     assert rows["states"].shape == (4, 2, 4, 16, 12) and torch.allclose(rows["times"][:, 0], torch.ones(4))
     noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(config.seed + 3))
     assert torch.equal(rows["states"][3, 0], noise[0])
+
+
+def test_images_of_your_own_are_encoded_as_it_says(pipeline, tmp_path, monkeypatch):
+    Image.new("RGB", (24, 32), (255, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    monkeypatch.setattr(Toy, "encode_images", lambda self, vae, pixels: pixels[:, [0, 0, 1, 1], ::2, ::2])
+    config = distill_config().data
+    config.folder = str(tmp_path)
+    latents = captioned_folder(pipeline, config, progress=False).rows([0])["latents"]
+    assert latents.shape == (1, 4, 16, 12) and latents.amax((0, 2, 3)).tolist() == [1, 1, -1, -1]
 
 
 def test_distillation_hands_it_what_its_teacher_was_trained_on(pipeline):
