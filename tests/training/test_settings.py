@@ -1,6 +1,7 @@
 """Every setting reaches the training step: for each, a value under which a run that ignored it would end differently."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -181,6 +182,20 @@ def test_the_gradient_is_of_the_weighted_losses_alone(tmp_path):
     assert norms[0, 2, 0] == pytest.approx(2 * norms[0, 1, 0], rel=1e-4)
     assert norms[0, 0, 2] == pytest.approx(2 * norms[0, 0, 1], rel=1e-4)
     assert norms[0, 1, 0] != pytest.approx(norms[0, 0, 1], rel=0.05)
+
+
+def test_times_are_drawn_for_the_image_s_tokens_and_the_teacher_s_scheduler(tmp_path, monkeypatch):
+    """Large images are trained nearer to noise: a recipe has to know how large they are."""
+    job, seen = Distilling(), []
+
+    def draw_times(count, tokens, scheduler, generator):
+        seen.append((count, tokens, scheduler))
+        return torch.full((count,), 0.5)
+
+    recipe = dataclasses.replace(recipe_of(job.pipeline), draw_times=draw_times)
+    monkeypatch.setattr(distilling, "recipe_for", lambda *_: recipe)
+    job.run(tmp_path, {})
+    assert seen == [(4, 8 * 8, job.pipeline.scheduler)]
 
 
 def test_a_step_in_parts_is_logged_as_one(job, tmp_path):
