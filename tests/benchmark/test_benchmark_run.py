@@ -138,8 +138,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys, finished)
         (["--repeats", "0"], "--repeats must be above 0, not 0"),
         (["--max-seconds", "nan"], "--max-seconds must be above 0, not nan"),
         (["--window", "-1"], "--window must be above 0"),
-        (["--out", "FILE/folder"], "Not a directory"),
-        (["--out", "FILE"], "File exists"),
+        (["--out", "FILE/folder"], "file/folder cannot be made in it"),
+        (["--out", "FILE"], "file is a file: give a folder"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
