@@ -8,7 +8,7 @@ every query, and can join the result with another branch as it writes it. `formu
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -34,14 +34,16 @@ def linear_attention(
     gate: Tensor | None = None,
     key_mask: Tensor | None = None,
     feature_map: str = "elu",
-    eps: float = 1e-4,
+    query_projection: Tensor | None = None,
+    key_projection: Tensor | None = None,
+    eps: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Generalized linear attention (LinFusion, arXiv 2409.02097; not causal).
 
-    Per head it is phi(q) (phi(k)^T v / N) / (phi(q) . mean(phi(k)) + eps); phi, by default elu + 1, is applied here.
-    Time and memory are linear in the number of tokens. Sums over tokens are kept in float32 (float64 for float64).
-    `formula.linear_attention_formula` is the same in a few lines.
+    Per head it is phi(q) (phi(k)^T v / N) / (phi(q) . mean(phi(k)) + eps); phi, by default elu + 1, is applied here,
+    after the projections where there are any. Time and memory are linear in the number of tokens. Sums over tokens are
+    kept in float32 (float64 for float64). `formula.linear_attention_formula` is the same in a few lines.
 
     Args:
         query: [B, M, heads, D], raw projection. key: [B, N, heads, D], likewise. value: [B, N, heads, E].
@@ -49,7 +51,9 @@ def linear_attention(
             gate of any dtype and broadcastable to that; both or neither.
         key_mask: bool [B, N], False for keys that are left out and not counted in N.
         feature_map: phi, a key of `features.FEATURE_MAPS`. One that the backends lack is computed by the formula.
-        eps: added to the denominator.
+        query_projection, key_projection: [heads, D, m], m up to 256: phi is of q query_projection, and of
+            k key_projection; both or neither.
+        eps: added to the denominator; None is the feature map's own (1e-4 for elu).
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
             and takes torch.
@@ -61,41 +65,51 @@ def linear_attention(
         raise ValueError(f'unknown linear attention backend {backend!r}: use "auto", "torch" or "triton"')
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"unknown feature map {feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
-    _check(query, key, value, near, gate, key_mask)
+    _check(query, key, value, near, gate, key_mask, query_projection, key_projection)
     query, key, value, *beside = autocast((query, key, value) if near is None else (query, key, value, near))
     check_dtype((query, key, value, *beside))
     (near,) = beside or (None,)
     phi = FEATURE_MAPS[feature_map]
-    if not phi.fused:
+    eps = phi.eps if eps is None else eps
+    if query_projection is not None:
+        query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
+    if not phi.fused or query_projection is not None:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
-        tensors = (x.to(sum_dtype(x.dtype)) for x in (query, key, value))
-        out = linear_attention_formula(*tensors, eps=eps, feature_map=feature_map, key_mask=key_mask).to(value.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            out = linear_attention_formula(
+                *(x.to(sum_dtype(x.dtype)) for x in (query, key, value)),
+                eps=eps,
+                feature_map=feature_map,
+                query_projection=query_projection,
+                key_projection=key_projection,
+                key_mask=key_mask,
+            ).to(value.dtype)
         return out if near is None else near + gate.to(near.dtype) * (out - near)
-    tensors = [x for x in (query, key, value, near, gate) if x is not None]
+    tensors = [x for x in (query, key, value, near, gate, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     triton = False
     if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
         # plain ints, because torch.compile may keep sizes symbolic
-        widths = operator.index(query.shape[3]), operator.index(value.shape[3])
-        case = (backend, query.device, query.dtype, *widths, gradients)
+        channels = query.shape[3] if query_projection is None else query_projection.shape[2]
+        widths = tuple(map(operator.index, (query.shape[3], value.shape[3], channels)))
+        case = (backend, query.device, query.dtype, *widths, feature_map, query_projection is not None, gradients)
         if torch.compiler.is_compiling():
             from ..tracing import constant
 
             triton = constant(_takes_triton, *case)
         else:
             triton = _takes_triton(*case)
-    if key_mask is not None:
-        key = key.masked_fill(~key_mask[:, :, None, None], phi.vanishes_at)
-    state, mean = _linear_state(key, value, triton)
+    state, mean = _linear_state(key, value, key_projection, key_mask, feature_map, triton)
     if key_mask is not None:  # take the means over the unmasked keys only
         share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
         state, mean = state * share, mean * share
+    settings = query_projection, eps, feature_map, triton
     if near is not None and gradients and not triton:
         # keep `far` for the backward: recomputing it there, as on a GPU, would cost a CPU a fifth of the time
-        far = _linear_output(query, state, mean, None, None, eps, triton)
+        far = _linear_output(query, state, mean, None, None, *settings)
         return near + gate.to(near.dtype) * (far - near)
-    return _linear_output(query, state, mean, near, gate, eps, triton)
+    return _linear_output(query, state, mean, near, gate, *settings)
 
 
 def _takes_triton(*case) -> bool:
@@ -105,12 +119,22 @@ def _takes_triton(*case) -> bool:
 
 @lru_cache(maxsize=64)
 def _kept_takes_triton(
-    backend: str, device: torch.device, dtype: torch.dtype, width: int, value_width: int, gradients: bool
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    channels: int,
+    feature_map: str,
+    projected: bool,
+    gradients: bool,
 ) -> bool:
-    reason = triton_refusal(device.type, dtype, max(width, value_width))
+    reason = triton_refusal(device.type, dtype, max(width, value_width, channels))
     if reason is None and device.type == "cuda":
         sizes = [(1, 70, 2, width), (1, 90, 2, width), (1, 90, 2, value_width)]
-        reason = failure_reason(_in_triton, _in_torch, sizes, device, dtype, gradients)
+        sizes += [(2, width, channels)] * (2 * projected)
+        run, reference = (partial(_small_case, feature_map, triton) for triton in (True, False))
+        reason = failure_reason(run, reference, sizes, device, dtype, gradients)
         if reason and backend == "auto":
             warn_once(f"linear attention does not use triton: {reason}")
     if reason and backend == "triton":
@@ -118,12 +142,10 @@ def _kept_takes_triton(
     return reason is None
 
 
-def _in_triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _linear_output(query, *_linear_state(key, value, True), None, None, 1e-4, True)
-
-
-def _in_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _linear_output(query, *_linear_state(key, value, False), None, None, 1e-4, False)
+def _small_case(feature_map: str, triton: bool, query: Tensor, key: Tensor, value: Tensor, *projections: Tensor):
+    query_projection, key_projection = projections or (None, None)
+    sums = _linear_state(key, value, key_projection, None, feature_map, triton)
+    return _linear_output(query, *sums, None, None, query_projection, 1e-4, feature_map, triton)
 
 
 def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | None:
@@ -144,7 +166,7 @@ def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | No
     return f"it needs {' and '.join(missing)}" if missing else None
 
 
-def _check(query, key, value, near, gate, key_mask):
+def _check(query, key, value, near, gate, key_mask, query_projection, key_projection):
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {shapes(query, key, value)}")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
@@ -157,9 +179,18 @@ def _check(query, key, value, near, gate, key_mask):
         raise ValueError(f"near must have the result's shape, one of {shapes(query, value)}, got {shapes(near)}")
     if near is not None and not _broadcasts(gate.shape, near.shape):
         raise ValueError(f"gate must broadcast to near, got {shapes(gate, near)}")
+    if (query_projection is None) != (key_projection is None):
+        raise ValueError("query_projection and key_projection come together: pass both or neither")
+    if query_projection is not None:
+        given = shapes(query_projection, key_projection)
+        if query_projection.shape != key_projection.shape or query_projection.shape[:-1] != query.shape[2:]:
+            raise ValueError(f"the projections must be {list(query.shape[2:])} x m, one m for both, got {given}")
+        if not 1 <= query_projection.shape[-1] <= TRITON_MAX_WIDTH:
+            raise ValueError(f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {given}")
     if key_mask is not None:
         check_mask("key_mask", key_mask, key)
-    check_device([x for x in (query, key, value, near, gate, key_mask) if x is not None])
+    others = near, gate, key_mask, query_projection, key_projection
+    check_device([x for x in (query, key, value, *others) if x is not None])
 
 
 def _broadcasts(shape, target) -> bool:
@@ -169,19 +200,32 @@ def _broadcasts(shape, target) -> bool:
 
 
 # Opaque operators: torch.compile sees one node each instead of unrolling the loops, and the state may be summed over
-# several devices between them.
+# several devices between them. F is the number of features, m the projection's channels.
 @torch.library.custom_op("hybriddit::linear_state", mutates_args=())
-def _linear_state(key: Tensor, value: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
-    """state [B, heads, D, E] = phi(k)^T v / N and mean [B, heads, D, 1] of phi(k), in at least float32."""
-    return _passes(triton).state(key, value)
+def _linear_state(
+    key: Tensor, value: Tensor, projection: Tensor | None, key_mask: Tensor | None, feature_map: str, triton: bool
+) -> tuple[Tensor, Tensor]:
+    """state [B, heads, F, E] = phi(k)^T v / N and mean [B, heads, F, 1] of phi(k), in at least float32.
+
+    Masked keys count as zero in both, but are counted in N.
+    """
+    return _passes(triton).state(key, value, projection, key_mask, feature_map)
 
 
 @torch.library.custom_op("hybriddit::linear_state_backward", mutates_args=())
 def _linear_state_backward(
-    grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Tensor, triton: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of key and value."""
-    return _passes(triton).state_backward(grad_state, grad_mean, key, value)
+    grad_state: Tensor,
+    grad_mean: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor | None,
+    key_mask: Tensor | None,
+    feature_map: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of key, value and projection (empty without one)."""
+    inputs = grad_state, grad_mean, key, value, projection, key_mask, feature_map
+    return _with_projection_gradient(key, *_passes(triton).state_backward(*inputs))
 
 
 @torch.library.custom_op("hybriddit::linear_output", mutates_args=())
@@ -191,19 +235,34 @@ def _linear_output(
     mean: Tensor,
     near: Tensor | None,
     gate: Tensor | None,
+    projection: Tensor | None,
     eps: float,
+    feature_map: str,
     triton: bool,
 ) -> Tensor:
     """[B, M, heads, E]: phi(q) state / (phi(q) . mean + eps), joined to near by the gate where there is one."""
-    return _passes(triton).output(query, state, mean, near, gate, eps)
+    return _passes(triton).output(query, state, mean, near, gate, projection, eps, feature_map)
 
 
 @torch.library.custom_op("hybriddit::linear_output_backward", mutates_args=())
 def _linear_output_backward(
-    grad_out: Tensor, query: Tensor, state: Tensor, mean: Tensor, eps: float, triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, state and mean, for an output without the join."""
-    return _passes(triton).output_backward(grad_out, query, state, mean, eps)
+    grad_out: Tensor,
+    query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, state, mean and projection (empty without one), for an output without the join."""
+    inputs = grad_out, query, state, mean, projection, eps, feature_map
+    return _with_projection_gradient(query, *_passes(triton).output_backward(*inputs))
+
+
+def _with_projection_gradient(x: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """The gradients, of which the projection's is the last; operators cannot return None."""
+    return grads if grads[-1] is not None else (*grads[:-1], x.new_empty(0))
 
 
 def _triton_passes():
@@ -216,80 +275,103 @@ def _passes(triton: bool):
     return _triton_passes() if triton else torch_passes
 
 
+def _features(width: int, projection: Tensor | None, feature_map: str) -> int:
+    return FEATURE_MAPS[feature_map].features(width if projection is None else projection.shape[2])
+
+
+def _like_projection(projection: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if projection is None else projection.new_empty(projection.shape)
+
+
 @_linear_state.register_fake
-def _(key, value, triton):
+def _(key, value, projection, key_mask, feature_map, triton):
     (batch, _, heads, width), dtype = key.shape, sum_dtype(key.dtype)
+    features = _features(width, projection, feature_map)
     return (
-        key.new_empty(batch, heads, width, value.shape[3], dtype=dtype),
-        key.new_empty(batch, heads, width, 1, dtype=dtype),
+        key.new_empty(batch, heads, features, value.shape[3], dtype=dtype),
+        key.new_empty(batch, heads, features, 1, dtype=dtype),
     )
 
 
 @_linear_state_backward.register_fake
-def _(grad_state, grad_mean, key, value, triton):
-    return key.new_empty(key.shape), value.new_empty(value.shape)
+def _(grad_state, grad_mean, key, value, projection, key_mask, feature_map, triton):
+    return key.new_empty(key.shape), value.new_empty(value.shape), _like_projection(projection, key)
 
 
 @_linear_output.register_fake
-def _(query, state, mean, near, gate, eps, triton):
+def _(query, state, mean, near, gate, projection, eps, feature_map, triton):
     return query.new_empty(*query.shape[:3], state.shape[3])
 
 
 @_linear_output_backward.register_fake
-def _(grad_out, query, state, mean, eps, triton):
-    return query.new_empty(query.shape), state.new_empty(state.shape), mean.new_empty(mean.shape)
+def _(grad_out, query, state, mean, projection, eps, feature_map, triton):
+    sums = (x.new_empty(x.shape) for x in (state, mean))
+    return query.new_empty(query.shape), *sums, _like_projection(projection, query)
 
 
 def _save_state(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.triton = inputs[2]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
 
 
 def _state_autograd(ctx, grad_state, grad_mean):
-    return *_linear_state_backward(grad_state, grad_mean, *ctx.saved_tensors, ctx.triton), None
+    key, value, projection, key_mask = ctx.saved_tensors  # read once: checkpointing recomputes them at each reading
+    grads = _linear_state_backward(grad_state, grad_mean, key, value, projection, key_mask, *ctx.settings)
+    return *grads[:2], None if projection is None else grads[2], None, None, None
 
 
 def _save_output(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.eps, ctx.triton = inputs[5:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _output_autograd(ctx, grad_out):
-    query, state, mean, near, gate = ctx.saved_tensors
+    query, state, mean, near, gate, projection = ctx.saved_tensors
     grad_near = grad_gate = None
     if near is not None:
         # recomputed rather than kept, so that the join needs no memory of its own
-        far = _linear_output(query, state, mean, None, None, ctx.eps, ctx.triton)
+        far = _linear_output(query, state, mean, None, None, projection, *ctx.settings)
         dtype = torch.promote_types(gate.dtype, far.dtype)
         grad_gate = (grad_out.to(dtype) * (far.to(dtype) - near)).sum_to_size(gate.shape).to(gate.dtype)
         grad_far = (gate * grad_out).to(far.dtype)
         grad_near, grad_out = grad_out - grad_far, grad_far
-    grads = _linear_output_backward(grad_out, query, state, mean, ctx.eps, ctx.triton)
-    return *grads, grad_near, grad_gate, None, None
+    *grads, grad_projection = _linear_output_backward(grad_out, query, state, mean, projection, *ctx.settings)
+    grad_projection = None if projection is None else grad_projection
+    return *grads, grad_near, grad_gate, grad_projection, None, None, None
 
 
 _linear_state.register_autograd(_state_autograd, setup_context=_save_state)
 _linear_output.register_autograd(_output_autograd, setup_context=_save_output)
 
 
-# torch's FLOP counter cannot look into custom operators. Only matrix products are counted.
+# torch's FLOP counter cannot look into custom operators. Only matrix products are counted; a projection's is one.
 @register_flop_formula(torch.ops.hybriddit.linear_state)
-def _state_flops(key_shape, value_shape, *args, out_shape=None, **kwargs):
-    batch, length, heads, width = key_shape
-    return 2 * batch * heads * length * width * value_shape[3]
+def _state_flops(key_shape, value_shape, projection_shape, key_mask_shape, feature_map, *args, **kwargs):
+    return _flops(key_shape, projection_shape, feature_map, value_shape[3])
 
 
 @register_flop_formula(torch.ops.hybriddit.linear_state_backward)
 def _state_backward_flops(grad_state_shape, grad_mean_shape, key_shape, value_shape, *args, **kwargs):
-    return 2 * _state_flops(key_shape, value_shape)
+    return 2 * _state_flops(key_shape, value_shape, *args)
 
 
 @register_flop_formula(torch.ops.hybriddit.linear_output)
-def _output_flops(query_shape, state_shape, *args, out_shape=None, **kwargs):
-    batch, length, heads, width = query_shape
-    return 2 * batch * heads * length * width * (state_shape[3] + 1)
+def _output_flops(
+    query_shape, state_shape, mean_shape, near_shape, gate_shape, projection_shape, eps, feature_map, *args, **kwargs
+):
+    return _flops(query_shape, projection_shape, feature_map, state_shape[3] + 1)
 
 
 @register_flop_formula(torch.ops.hybriddit.linear_output_backward)
-def _output_backward_flops(grad_out_shape, query_shape, state_shape, *args, out_shape=None, **kwargs):
-    return 2 * _output_flops(query_shape, state_shape)
+def _output_backward_flops(
+    grad_out_shape, query_shape, state_shape, mean_shape, projection_shape, eps, feature_map, *args, **kwargs
+):
+    return 2 * _flops(query_shape, projection_shape, feature_map, state_shape[3] + 1)
+
+
+def _flops(shape, projection_shape, feature_map, columns):
+    """Of one pass over tokens of this shape: the projection, and phi's product with this many columns."""
+    batch, length, heads, width = shape
+    channels = width if projection_shape is None else projection_shape[2]
+    projected = 0 if projection_shape is None else width * channels
+    return 2 * batch * length * heads * (projected + FEATURE_MAPS[feature_map].features(channels) * columns)

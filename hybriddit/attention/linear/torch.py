@@ -19,7 +19,9 @@ GPU_ROWS, GPU_ELEMENTS = 2**16, 2**28
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
-def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def state(
+    key: Tensor, value: Tensor, projection: Tensor | None, key_mask: Tensor | None, feature_map: str
+) -> tuple[Tensor, Tensor]:
     """The sums over the keys: see `dispatch`'s operators of these names."""
     (batch, length, heads, width), dtype = key.shape, sum_dtype(key.dtype)
     sums = key.new_zeros(batch, heads, width, value.shape[3], dtype=dtype)
@@ -29,12 +31,22 @@ def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         for b, h in pairs:
             for rows in blocks:
                 k = _features(_rows(key, b, h, rows), dtype)
+                if key_mask is not None:
+                    k *= key_mask[b, rows, None]
                 sums[b, h].baddbmm_(k.transpose(1, 2), _rows(value, b, h, rows).to(dtype), alpha=1 / length)
                 mean[b, h].add_(k.sum(1).unsqueeze(-1), alpha=1 / length)
     return sums, mean
 
 
-def state_backward(grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def state_backward(
+    grad_state: Tensor,
+    grad_mean: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor | None,
+    key_mask: Tensor | None,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     length, dtype = max(key.shape[1], 1), grad_state.dtype
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     grad_state, grad_mean = grad_state / length, grad_mean / length
@@ -44,13 +56,24 @@ def state_backward(grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Te
         for b, h in pairs:
             for rows in blocks:
                 k, v = _features(_rows(key, b, h, rows), dtype), _rows(value, b, h, rows).to(dtype)
+                if key_mask is not None:
+                    k *= key_mask[b, rows, None]
                 _product(k, read_state[b, h], _rows(grad_value, b, h, rows))
                 grad_k = torch.baddbmm(grad_mean[b, h].transpose(1, 2), v, grad_state[b, h].transpose(1, 2))
                 _times_slope(grad_k, k, _rows(grad_key, b, h, rows))
-    return grad_key, grad_value
+    return grad_key, grad_value, None
 
 
-def output(query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+def output(
+    query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    near: Tensor | None,
+    gate: Tensor | None,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+) -> Tensor:
     dtype = state.dtype
     out = query.new_empty(*query.shape[:3], state.shape[3])
     gate = None if gate is None else gate.expand(out.shape)
@@ -72,8 +95,14 @@ def output(query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate
 
 
 def output_backward(
-    grad_out: Tensor, query: Tensor, state: Tensor, mean: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor,
+    query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dtype = state.dtype
     grad_query = query.new_empty(query.shape)
     grad_state, grad_mean = torch.zeros_like(state), torch.zeros_like(mean)
@@ -91,7 +120,7 @@ def output_backward(
                 grad_mean[b, h].transpose(1, 2).baddbmm_(grad_denominator.transpose(1, 2), q)
                 grad_q.addcmul_(grad_denominator, mean[b, h].transpose(1, 2))
                 _times_slope(grad_q, q, _rows(grad_query, b, h, rows))
-    return grad_query, grad_state, grad_mean
+    return grad_query, grad_state, grad_mean, None
 
 
 def _features(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -408,12 +408,26 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
     return options | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def state(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def state(
+    key: Tensor, value: Tensor, projection: Tensor | None, key_mask: Tensor | None, feature_map: str
+) -> tuple[Tensor, Tensor]:
     """The sums over the keys: see `dispatch`'s operators of these names."""
-    return _sums(key, value, None, None, 1 / max(key.shape[1], 1))
+    weight = None
+    if key_mask is not None:
+        weight = key_mask[:, None].float().expand(-1, key.shape[2], -1).contiguous()  # [B, heads, N]
+    return _sums(key, value, weight, weight, 1 / max(key.shape[1], 1))
 
 
-def output(query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+def output(
+    query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    near: Tensor | None,
+    gate: Tensor | None,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+) -> Tensor:
     batch, length, heads, width = query.shape
     out = query.new_empty(batch, length, heads, state.shape[3])
     if out.numel() == 0:
@@ -449,12 +463,18 @@ def output(query: Tensor, state: Tensor, mean: Tensor, near: Tensor | None, gate
 
 
 def output_backward(
-    grad_out: Tensor, query: Tensor, state: Tensor, mean: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor,
+    query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     batch, length, heads, width = query.shape
     grad_query = query.new_empty(query.shape)
     if grad_out.numel() == 0:
-        return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean)
+        return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), None
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
     (grad_out, query), unit = _with_unit(grad_out, query)
     options = _options("output_backward", query, state.shape[3])
@@ -479,14 +499,22 @@ def output_backward(
             UNIT=unit,
             **options,
         )
-    return grad_query, *_sums(query, grad_out, row_scale, row_weight, 1.0)
+    return grad_query, *_sums(query, grad_out, row_scale, row_weight, 1.0), None
 
 
-def state_backward(grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def state_backward(
+    grad_state: Tensor,
+    grad_mean: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projection: Tensor | None,
+    key_mask: Tensor | None,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, length, heads, width = key.shape
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     if key.numel() == 0 or value.numel() == 0:
-        return grad_key.zero_(), grad_value.zero_()
+        return grad_key.zero_(), grad_value.zero_(), None
     (key, value), unit = _with_unit(key, value)
     options = _options("state_backward", key, value.shape[3])
     splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"])
@@ -509,7 +537,10 @@ def state_backward(grad_state: Tensor, grad_mean: Tensor, key: Tensor, value: Te
             UNIT=unit,
             **options,
         )
-    return grad_key, grad_value
+    if key_mask is not None:
+        for grad in (grad_key, grad_value):
+            grad.masked_fill_(~key_mask[:, :, None, None], 0)
+    return grad_key, grad_value, None
 
 
 def _sums(

@@ -72,7 +72,7 @@ def test_the_formula_is_the_definition(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_another_feature_map_is_a_row(dtype, monkeypatch):
     """One that no kernel has is computed by the formula, with the mask and the join."""
-    monkeypatch.setitem(FEATURE_MAPS, "exp", FeatureMap(torch.exp))
+    monkeypatch.setitem(FEATURE_MAPS, "exp", FeatureMap(torch.exp, lambda m: m, eps=1e-4))
     inputs, weight = random_inputs((2, 30, 20, 3, 8, 12), dtype)
     key_mask = torch.arange(20).expand(2, -1) < 13
     near, gate = torch.randn(weight.shape).to(dtype), torch.rand(3, 1, dtype=torch.float64)
@@ -98,11 +98,13 @@ def test_gradcheck():
 def test_operator_registration():
     inputs, _ = random_inputs((2, 5, 4, 2, 3, 4))
     query, key, value = inputs
-    torch.library.opcheck(torch.ops.hybriddit.linear_state, (key, value, False))
-    state, mean = (x.detach().requires_grad_() for x in torch.ops.hybriddit.linear_state(key, value, False))
-    torch.library.opcheck(torch.ops.hybriddit.linear_output, (query, state, mean, None, None, 1e-4, False))
+    torch.library.opcheck(torch.ops.hybriddit.linear_state, (key, value, None, None, "elu", False))
+    state, mean = (
+        x.detach().requires_grad_() for x in torch.ops.hybriddit.linear_state(key, value, None, None, "elu", False)
+    )
+    torch.library.opcheck(torch.ops.hybriddit.linear_output, (query, state, mean, None, None, None, 1e-4, "elu", False))
     near, gate = torch.randn(2, 5, 2, 4, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
-    joined = (query, state, mean, near.requires_grad_(), gate.requires_grad_(), 1e-4, False)
+    joined = (query, state, mean, near.requires_grad_(), gate.requires_grad_(), None, 1e-4, "elu", False)
     torch.library.opcheck(torch.ops.hybriddit.linear_output, joined)
 
 
@@ -235,13 +237,23 @@ def test_flop_formulas_count_what_runs():
     (query, key, value), weight = random_inputs((2, 30, 20, 3, 8, 12), torch.float32)
     query, key, value = query.detach(), key.detach(), value.detach()
     operators = torch.ops.hybriddit
-    state = operators.linear_state(key, value, False)
+    state = operators.linear_state(key, value, None, None, "elu", False)
     grad_state = [torch.randn_like(x) for x in state]
     for operator, function, args, options in (
-        (operators.linear_state, passes.state, (key, value), (False,)),
-        (operators.linear_state_backward, passes.state_backward, (*grad_state, key, value), (False,)),
-        (operators.linear_output, passes.output, (query, *state, None, None, 1e-4), (False,)),
-        (operators.linear_output_backward, passes.output_backward, (weight, query, *state, 1e-4), (False,)),
+        (operators.linear_state, passes.state, (key, value, None, None, "elu"), (False,)),
+        (
+            operators.linear_state_backward,
+            passes.state_backward,
+            (*grad_state, key, value, None, None, "elu"),
+            (False,),
+        ),
+        (operators.linear_output, passes.output, (query, *state, None, None, None, 1e-4, "elu"), (False,)),
+        (
+            operators.linear_output_backward,
+            passes.output_backward,
+            (weight, query, *state, None, 1e-4, "elu"),
+            (False,),
+        ),
     ):
         with FlopCounterMode(display=False) as declared:
             operator(*args, *options)

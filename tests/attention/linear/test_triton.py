@@ -233,11 +233,13 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
 def test_operator_registration():
     (query, key, value), _ = random_inputs((2, 5, 4, 2, 16, 16), torch.float32)
     operators = torch.ops.hybriddit
-    torch.library.opcheck(operators.linear_state, (key, value, True), atol=1e-5, rtol=1e-5)
-    state, mean = (x.detach().requires_grad_() for x in operators.linear_state(key, value, True))
+    torch.library.opcheck(operators.linear_state, (key, value, None, None, "elu", True), atol=1e-5, rtol=1e-5)
+    state, mean = (x.detach().requires_grad_() for x in operators.linear_state(key, value, None, None, "elu", True))
     near, gate = torch.randn_like(query).requires_grad_(), torch.randn(2, 1, device=DEVICE).requires_grad_()
     for join in ((None, None), (near, gate)):
-        torch.library.opcheck(operators.linear_output, (query, state, mean, *join, 1e-4, True), atol=1e-5, rtol=1e-5)
+        torch.library.opcheck(
+            operators.linear_output, (query, state, mean, *join, None, 1e-4, "elu", True), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_compiled_whole():
