@@ -229,7 +229,8 @@ class PeakMemory(TorchDispatchMode):
 def test_memory_beside_the_output_does_not_grow(dtype):
     key, query = (torch.randn(1, 65536, 1, 64).to(dtype).expand(1, 65536, 16, 64) for _ in range(2))
     with torch.no_grad(), PeakMemory() as peak:
-        out = passes.output(query, *passes.state(key, key), None, None, 1e-4)
+        state = passes.state(key, key, None, None, "elu")
+        out = passes.output(query, *state, None, None, None, 1e-4, "elu")
     assert out.nbytes <= peak.bytes <= 1.1 * out.nbytes
 
 
@@ -372,7 +373,7 @@ def test_the_kernels_in_triton_s_interpreter():
 
 def test_kernels_that_fail_their_trial_are_left_aside_with_a_warning(monkeypatch):
     """A GPU's first use of the kernels; the GPU is pretended."""
-    case = torch.device("cuda"), torch.bfloat16, 64, 40, True
+    case = torch.device("cuda"), torch.bfloat16, 64, 40, 64, "elu", False, True
     tried = []
     monkeypatch.setattr(dispatch, "triton_refusal", lambda *case: None)
     monkeypatch.setattr(dispatch, "failure_reason", lambda *case: tried.append(case[2:]))
