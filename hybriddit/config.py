@@ -12,6 +12,20 @@ from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
+ROTARY = ("auto", "model", "axial", "none")
+# What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
+FAR_BRANCH = {"feature_map": "hedgehog", "projection": None, "rotary": "auto"}
+LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none"}
+# The fields that the first version had; and what those added since were then, for the files that it wrote.
+FIRST_FIELDS = {"window", "stride", "dilation", "linear", "map_rank", "gate", "layers", "delta_rank"}
+ADDED_FIELDS = {
+    "mixer": "linear",
+    **LINFUSION,
+    "temperature": False,
+    "center_keys": False,
+    "value_conv": None,
+    "window_dropout": 0.0,
+}
 MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
 
@@ -24,11 +38,22 @@ class HybridConfig:
 
     window, stride, dilation: int or (rows, columns), in tokens; window=None: linear attention alone.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
-    map_rank: hidden width of the query and key maps; None is a sixteenth of the layer's width.
+    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
+        the far branch takes the layer's own queries and keys.
     gate: "head", "channel" or "token".
-    mixer: the far branch's attention over the whole image, a key of `attention.mixers.MIXERS`: "linear".
-    feature_map: the function that makes the mixer's queries and keys positive: "elu", which is elu + 1. The names of
-        mixer and feature map are checked when a model is converted (`attention.mixers.check_mixer`, which needs torch).
+    mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
+        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none".
+    feature_map: the function phi that makes the mixer's queries and keys positive: "hedgehog" (the default),
+        "polynomial" or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
+    projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give
+        phi at most D features, so that the mixer's state is D x D (hedgehog: D / 2).
+    rotary: positions of the far branch's queries and keys: "model", the model's own rotary embedding; "axial", a rotary
+        embedding of rows and columns; "none"; or "auto", the model's own if it has one, else "none".
+    temperature: whether each head of the far branch learns a temperature of its queries, and one of its keys.
+    center_keys: whether the mean over the image is subtracted from the far branch's keys.
+    value_conv: side, an odd number, of a depthwise convolution of the values over the grid, which is added to the
+        output of hybrid and linear layers and is zero at the start; None: no convolution.
+    window_dropout: share of the training images for which hybrid layers use the far branch alone.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a
         layer that no pattern matches is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
@@ -43,7 +68,13 @@ class HybridConfig:
     layers: dict[str, str] = field(default_factory=dict)
     delta_rank: int | None = None
     mixer: str = "linear"
-    feature_map: str = "elu"
+    feature_map: str | None = None
+    projection: int | None = None
+    rotary: str | None = None
+    temperature: bool = False
+    center_keys: bool = False
+    value_conv: int | None = None
+    window_dropout: float = 0.0
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
@@ -55,17 +86,23 @@ class HybridConfig:
                 raise ValueError(f"{name} must be a positive integer or a pair of them (rows, columns), not {value!r}")
             # JSON and YAML give lists: as tuples, both forms of one config are equal
             object.__setattr__(self, name, sides if isinstance(value, (tuple, list)) else value)
-        for name in ("map_rank", "delta_rank"):
+        if self.delta_rank is not None and not _is_count(self.delta_rank):
+            raise ValueError(f"delta_rank must be a positive integer or None, not {self.delta_rank!r}")
+        for name in ("map_rank", "projection"):
             value = getattr(self, name)
-            if value is not None and not _is_count(value):
-                raise ValueError(f"{name} must be a positive integer or None, not {value!r}")
-        if self.linear not in (True, False):
-            raise ValueError(f"linear must be true or false, not {self.linear!r}")
+            if value is not None and not _is_count(value) and (value != 0 or value is False):
+                raise ValueError(f"{name} must be a positive integer, 0 for none, or None, not {value!r}")
+        for name in ("linear", "temperature", "center_keys"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        side, share = self.value_conv, self.window_dropout
+        if side is not None and (not _is_count(side) or side % 2 == 0):
+            raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"window_dropout must be from 0 to 1, not {share!r}")
         if self.gate not in GATES:
             raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
-        for name in ("mixer", "feature_map"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a name, not {getattr(self, name)!r}")
+        self._complete_far_branch()
         # pairs are what `to_dict` gives
         pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
         if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):
@@ -82,10 +119,36 @@ class HybridConfig:
         elif any(stride > window for stride, window in zip(self.pair("stride"), self.pair("window"), strict=True)):
             raise ValueError(f"stride {self.stride} is larger than window {self.window}: use a stride up to the window")
 
+    def _complete_far_branch(self) -> None:
+        """Give the far branch's fields that were left out their values; "linfusion" stands for several."""
+        linfusion = self.mixer == "linfusion"
+        if linfusion and self.map_rank == 0:
+            raise ValueError('mixer "linfusion" has query and key maps: leave map_rank out, or use mixer "linear"')
+        for name, value in (LINFUSION if linfusion else FAR_BRANCH).items():
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, value)
+            elif linfusion and given != value:
+                raise ValueError(
+                    f'mixer "linfusion" has {name} {value!r}, not {given!r}: leave {name} out, or use mixer "linear"'
+                )
+        if linfusion:
+            object.__setattr__(self, "mixer", "linear")
+        for name in ("mixer", "feature_map"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, not {getattr(self, name)!r}")
+        if self.rotary not in ROTARY:
+            raise ValueError(f"unknown rotary {self.rotary!r}: use one of {', '.join(ROTARY)}")
+
     def pair(self, name: str) -> tuple[int, int] | None:
         """`window`, `stride` or `dilation` as (rows, columns); None where the window is None."""
         value = getattr(self, name)
         return value if value is None or isinstance(value, tuple) else (value, value)
+
+    @property
+    def mixer_settings(self) -> dict[str, Any]:
+        """The fields that the mixer is made with."""
+        return {name: getattr(self, name) for name in ("feature_map", "projection", "temperature", "center_keys")}
 
     def kind(self, layer: str) -> str:
         """The kind that the attention layer of this name gets: one of LAYER_KINDS, with window and linear applied."""
@@ -138,7 +201,7 @@ class HybridConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HybridConfig:
-        """The inverse of `to_dict`. Keys that begin with an underscore are a file's notes and are ignored."""
+        """The inverse of `to_dict`; fields may be missing. Keys with an underscore first are notes and are ignored."""
         if not isinstance(values, Mapping):
             raise TypeError(f"a HybridConfig is made from field names and their values, not from {values!r}")
         known = [f.name for f in fields(cls)]
@@ -149,6 +212,16 @@ class HybridConfig:
                 hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
                 raise ValueError(f"unknown field {name!r} of HybridConfig: {hint}")
         return cls(**values)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> HybridConfig:
+        """`from_dict` for saved models and adapters, which hold all fields that their version had.
+
+        What an older version did not have yet means what it did then, and not today's defaults.
+        """
+        if isinstance(values, Mapping) and values.keys() >= FIRST_FIELDS:
+            values = {**ADDED_FIELDS, **values}
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON would give them back (pairs as lists).

@@ -31,7 +31,7 @@ def run(
     config = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
     from .attention.mixers import check_mixer
 
-    check_mixer(config.mixer, config.feature_map)
+    check_mixer(config.mixer, **config.mixer_settings)
     with filling(out) as folder:
         from .models import hybridize, load_adapter
         from .pipelines.loading import load_for_use

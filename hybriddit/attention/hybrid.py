@@ -16,6 +16,7 @@ from .window import neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
+ROTARY = ("model", "axial", "none")
 
 
 class HybridAttention(nn.Module):
@@ -27,13 +28,15 @@ class HybridAttention(nn.Module):
         far_i  = linear attention of q'_i over X, with keys k' and the same values
         out_i  = near_i + gate * (far_i - near_i)
 
-    and text queries attend to everything by softmax. Before the layer's own norms, q' is
+    and text queries attend to everything by softmax. Before the layer's own norms and rotary embedding, q' is
 
         maps "after":  q + up(act(LN(down(x))))             k' likewise; x is the layer's input
         maps "before": to_q(x + up(act(LN(down(x)))))       LinFusion's own form (arXiv 2409.02097)
+        map_rank 0:    q
 
-    "after" folds the projection into `up`, so that the projection runs only once. In a pretrained model this module is
-    `<attention>.hybrid`; projections, norms and rotary embedding stay the model's own.
+    "after" folds the projection into `up`, so that the projection runs only once. The far branch projects q' and k' once
+    more, per head, before its feature map: see the mixer. In a pretrained model this module is `<attention>.hybrid`;
+    projections, norms and rotary embedding stay the model's own.
 
     Args:
         width: channels of the layer's input x.
@@ -42,9 +45,14 @@ class HybridAttention(nn.Module):
             all tokens. Only hybrid and linear layers have weights.
         kv_heads: number of key and value heads, a divisor of `heads` (grouped-query attention); None: as many.
         window, stride, dilation: (rows, columns) in tokens, for hybrid and window layers.
-        map_rank: width of the maps' hidden layer; None is a sixteenth of `width`.
+        map_rank: width of the maps' hidden layer; None is a sixteenth of `width`; 0: no maps.
         maps: "after" or "before" the projection. Both start at zero.
-        mixer: the far branch, a key of `mixers.MIXERS`. feature_map: its phi, a key of `linear.FEATURE_MAPS`.
+        mixer: the far branch, a key of `mixers.MIXERS`. feature_map, projection, temperature, center_keys: its settings.
+        rotary: positions of q' and k': "model", which the caller rotates; "axial", rotated here by row and column; or
+            "none".
+        value_conv: side, an odd number, of a depthwise convolution of the image's values over each grid, zero at the
+            start, which is added to the output of hybrid and linear layers. None: no convolution.
+        window_dropout: in training mode, the probability that an image's output is the far branch alone.
         gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
         gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
 
@@ -65,7 +73,13 @@ class HybridAttention(nn.Module):
         map_rank: int | None = None,
         maps: str = "after",
         mixer: str = "linear",
-        feature_map: str = "elu",
+        feature_map: str = "hedgehog",
+        projection: int | None = None,
+        temperature: bool = False,
+        center_keys: bool = False,
+        rotary: str = "none",
+        value_conv: int | None = None,
+        window_dropout: float = 0.0,
         gate: str = "head",
         gate_init: float = 0.0,
     ):
@@ -74,27 +88,40 @@ class HybridAttention(nn.Module):
             "layer kind": (kind, LAYER_KINDS),
             "gate": (gate, GATES),
             "maps": (maps, MAPS),
+            "rotary": (rotary, ROTARY),
         }
         for name, (value, known) in names.items():
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-        check_mixer(mixer, feature_map)
+        settings = {
+            "feature_map": feature_map,
+            "projection": projection,
+            "temperature": temperature,
+            "center_keys": center_keys,
+        }
+        has_near, has_far = kind in ("hybrid", "window"), kind in ("hybrid", "linear")
+        check_mixer(mixer, head_dim if has_far else 1, **settings)
         self.kind, self.heads, self.head_dim = kind, heads, head_dim
         self.kv_heads = heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"{heads} heads cannot share {kv_heads} heads of keys and values: use a divisor")
-        has_near, has_far = kind in ("hybrid", "window"), kind in ("hybrid", "linear")
         if has_near and window is None:
             raise ValueError(f"a layer of kind {kind!r} needs a window")
         self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
-        self.maps, self.far = maps, None
+        self.maps, self.rotary, self.window_dropout = maps, rotary, window_dropout
+        self.far = self.map_q = self.map_k = self.value_conv = None
         if not has_far:
             return
-        map_rank = map_rank or max(1, width // 16)
-        widths = (width, width) if maps == "before" else (heads * head_dim, self.kv_heads * head_dim)
-        self.map_q = QueryKeyMap(width, widths[0], map_rank)
-        self.map_k = QueryKeyMap(width, widths[1], map_rank)
-        self.far = MIXERS[mixer](heads, head_dim, feature_map=feature_map)
+        if rotary == "axial" and head_dim % 4:
+            raise ValueError(f"rotary 'axial' needs a head width that is a multiple of 4, not {head_dim}")
+        if map_rank != 0:
+            map_rank = map_rank or max(1, width // 16)
+            widths = (width, width) if maps == "before" else (heads * head_dim, self.kv_heads * head_dim)
+            self.map_q = QueryKeyMap(width, widths[0], map_rank)
+            self.map_k = QueryKeyMap(width, widths[1], map_rank)
+        self.far = MIXERS[mixer](heads, head_dim, **settings)
+        if value_conv is not None:
+            self.value_conv = ValueConv(heads * head_dim, value_conv)
         if not has_near:
             return
         self.gate_init = float(gate_init)
@@ -132,7 +159,7 @@ class HybridAttention(nn.Module):
 
         Returns query [B, N, heads, D], key [B, N, kv_heads, D] and gate [B, N, heads, 1]. The gate is None unless it
         depends on the token: a gate that is a parameter is read in `forward`, once an offloading hook has loaded it.
-        All three are None for a layer without a far branch.
+        Query and key are None for a layer without maps; all three are for one without a far branch.
         """
         if self.far is None:
             return None, None, None
@@ -140,6 +167,8 @@ class HybridAttention(nn.Module):
         if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
             # the gate stays in fp32, whatever the layer's dtype
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
+        if self.map_q is None:
+            return None, None, gate
         if self.maps == "after":
             return query + self.map_q(hidden_states).view_as(query), key + self.map_k(hidden_states).view_as(key), gate
         far_query = to_q(hidden_states + self.map_q(hidden_states)).unflatten(-1, (self.heads, self.head_dim))
@@ -163,7 +192,8 @@ class HybridAttention(nn.Module):
 
         query [B, S, heads, D], key and value [B, S, kv_heads, D]: text and image in `token_layout`'s order, after norm
             and rotary embedding.
-        far_query [B, N, heads, D], far_key [B, N, kv_heads, D]: of the image, after norm, without rotary embedding.
+        far_query [B, N, heads, D], far_key [B, N, kv_heads, D]: of the image, after norm, and after rotary embedding
+            if `rotary` is "model". None: the image's part of query and key.
         gate: as `far_inputs` gives it.
         scale: factor on the scores of softmax attention; None is D ** -0.5.
         text_mask: bool [B, T], False for padded text, which no query sees; None sees all of it.
@@ -173,11 +203,17 @@ class HybridAttention(nn.Module):
         if token_layout.text_length == 0:
             text_mask = None
         key, value, far_key = (self._for_every_head(x) for x in (key, value, far_key))
+        grids = token_layout.grids
         if self.kind == "dense":
             return self._softmax(query, key, value, token_layout, scale, text_mask)
         (text_query, image_query), (text_key, image_key), (text_value, image_value) = (
             token_layout.split(tokens) for tokens in (query, key, value)
         )
+        if self.far is not None:
+            far_query = image_query if far_query is None else far_query
+            far_key = image_key if far_key is None else far_key
+            if self.rotary == "axial":
+                far_query, far_key = (rotate_by_position(x, grids) for x in (far_query, far_key))
         if self.kind == "linear":
             keys, values = far_key, image_value
             if token_layout.text_length:
@@ -190,7 +226,12 @@ class HybridAttention(nn.Module):
             image = self._near(image_query, image_key, image_value, *text, token_layout, scale)
             if self.far is not None:
                 gate = self.gate if gate is None else gate
+                if self.training and self.window_dropout:
+                    dropped = torch.rand(len(image), 1, 1, 1, device=image.device) < self.window_dropout
+                    gate = torch.where(dropped, torch.ones_like(gate), gate)
                 image = self.far(far_query, far_key, image_value, near=image, gate=gate)
+        if self.value_conv is not None:
+            image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
             return image
         text = self._softmax(text_query, key, value, token_layout, scale, text_mask)
@@ -241,8 +282,8 @@ class HybridAttention(nn.Module):
 
         "text": text queries over everything. "dense", "near": softmax of image queries over everything, or over their
         window and the text. "far": the mixer's matrix products. "normalization": the mixer's denominator. "maps": the
-        query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and to_k. Parts
-        that the layer does not have are missing.
+        query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and to_k.
+        "value_conv": the convolution. Parts that the layer does not have are missing.
         """
         text, image = token_layout.text_length, token_layout.image_length
         width = self.heads * self.head_dim
@@ -254,12 +295,15 @@ class HybridAttention(nn.Module):
         if self.far is not None:
             far = self.far.flops(image, image + (text if self.kind == "linear" else 0))
             parts |= {"far": far["products"], "normalization": far["normalization"]}
+        if self.map_q is not None:
             weights = sum(
                 layer.weight.numel() for map in (self.map_q, self.map_k) for layer in (map.down, map.up)
             )  # fmt: skip
             if self.maps == "before" and self.kind == "hybrid":
                 weights += self.map_q.down.in_features * (self.heads + self.kv_heads) * self.head_dim
             parts["maps"] = 2 * image * weights
+        if self.value_conv is not None:
+            parts["value_conv"] = 2 * image * self.value_conv.weight.numel()
         return parts
 
     def _near_pairs(self, token_layout: TokenLayout) -> int:
@@ -279,10 +323,11 @@ class HybridAttention(nn.Module):
         flops = sum(parts.get(name, 0) for name in ("text", "dense", "near", "far"))
         inputs, softmax_outputs = whole * (width + 2 * kv_width), whole * width
         if self.kind == "linear":
-            # only the text queries use q and k themselves
-            inputs = text * width + (whole if text else 0) * kv_width + whole * kv_width
+            # with maps, only the text queries use q and k themselves
+            if self.map_q is not None:
+                inputs = text * width + (whole if text else 0) * kv_width + whole * kv_width
             softmax_outputs = text * width
-        if self.far is not None:
+        if self.map_q is not None:
             inputs += image * (width + kv_width)
         return attention_work(inputs, whole * width, flops, element_size, softmax_outputs=softmax_outputs)
 
@@ -293,6 +338,40 @@ class HybridAttention(nn.Module):
         inputs, outputs = image * width + 2 * (text + image) * kv_width, image * width
         flops = softmax_flops(self._near_pairs(token_layout), width)
         return attention_work(inputs, outputs, flops, element_size, softmax_outputs=outputs)
+
+
+class ValueConv(nn.Conv2d):
+    """Depthwise convolution of an image's values over its grid, zero at the start (LiT, arXiv 2501.12976)."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__(width, width, side, padding=side // 2, groups=width)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, value: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """[B, N, heads, D] -> [B, N, heads, D], each grid by itself."""
+        images = value.flatten(2).transpose(1, 2).split([rows * columns for rows, columns in grids], dim=2)
+        images = [super(ValueConv, self).forward(x.unflatten(2, grid)) for x, grid in zip(images, grids, strict=True)]
+        return torch.cat([x.flatten(2) for x in images], dim=2).transpose(1, 2).view_as(value)
+
+
+def rotate_by_position(x: torch.Tensor, grids: tuple[tuple[int, int], ...], theta: float = 10000.0) -> torch.Tensor:
+    """Rotate the first half of the channels by each token's row, the second half by its column: [B, N, heads, D].
+
+    Neighbouring channels are pairs, as in FLUX; pair i of d / 2 turns by theta ** (-2 i / d) a token, where d is half
+    of D.
+    """
+    width, rotated = x.shape[-1] // 2, []
+    rates = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    for image, (rows, columns) in zip(x.split([rows * columns for rows, columns in grids], dim=1), grids, strict=True):
+        image, parts = image.unflatten(1, (rows, columns)), []
+        for part, count, shape in zip(image.chunk(2, -1), (rows, columns), ((-1, 1, 1), (1, -1, 1)), strict=True):
+            angles = (torch.arange(count, device=x.device)[:, None] * rates).unflatten(0, shape)  # [rows, 1, 1, d / 2]
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            a, b = part.unflatten(-1, (-1, 2)).unbind(-1)
+            parts.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))
+        rotated.append(torch.cat(parts, dim=-1).flatten(1, 2))
+    return torch.cat(rotated, dim=1)
 
 
 class QueryKeyMap(nn.Module):

@@ -1,7 +1,7 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
-A mixer is made by Mixer(heads, head_dim, feature_map=...) and has the methods of LinearMixer: `forward`, `flops` and
-`work`. Another mixer takes one file and a row of `MIXERS`.
+A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
+methods of LinearMixer: `forward`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,56 @@ from torch import nn
 from .linear import FEATURE_MAPS, linear_attention
 from .work import Work, attention_work
 
+MAX_CHANNELS, MAX_FEATURES = 128, 256  # of the kernels
+
 
 class LinearMixer(nn.Module):
     """Generalized linear attention (arXiv 2409.02097): every query sees all keys, at a cost linear in both.
 
-    It has no weights. heads, head_dim: of queries, keys and values. feature_map: a key of `linear.FEATURE_MAPS`.
+    Queries and keys are projected by a learned matrix per head, one for each of the two, and then made positive by phi.
+
+    Args:
+        heads, head_dim: of queries, keys and values.
+        feature_map: phi, a key of `linear.FEATURE_MAPS`.
+        projection: channels m of the projections [heads, D, m], up to 128; they start alike, with orthonormal columns
+            (rows if m > D). 0: none. None: as many channels as give phi at most D features.
+        temperature: whether each head learns a temperature of its queries and one of its keys, 1 at the start.
+        center_keys: whether the mean over the tokens is subtracted from the keys.
+
+    Raises ValueError for an unknown feature map, and a projection that is too wide for it.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, feature_map: str = "elu"):
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        feature_map: str = "hedgehog",
+        projection: int | None = None,
+        temperature: bool = False,
+        center_keys: bool = False,
+    ):
         super().__init__()
         if feature_map not in FEATURE_MAPS:
             raise ValueError(f"unknown feature map {feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
-        self.heads, self.head_dim, self.feature_map = heads, head_dim, feature_map
+        phi = FEATURE_MAPS[feature_map]
+        if projection is None:
+            projection = phi.channels(head_dim)
+        channels = projection or head_dim
+        most = min(MAX_CHANNELS, phi.channels(MAX_FEATURES))
+        if projection > most or phi.features(channels) > MAX_FEATURES:
+            what = f"a projection of {projection} channels" if projection else f"heads of {head_dim} without projection"
+            raise ValueError(f"feature map {feature_map!r} does not take {what}: use a projection of at most {most}")
+        self.heads, self.head_dim, self.feature_map, self.center_keys = heads, head_dim, feature_map, center_keys
+        self.channels, self.features = channels, phi.features(channels)
+        self.projection_q = self.projection_k = self.log_temperature_q = self.log_temperature_k = None
+        if projection:
+            self.projection_q, self.projection_k = (nn.Parameter(torch.empty(heads, head_dim, channels)) for _ in "qk")
+            for matrix in self.projection_q.data:
+                nn.init.orthogonal_(matrix)
+            self.projection_k.data.copy_(self.projection_q.data)
+        if temperature:
+            self.log_temperature_q, self.log_temperature_k = (nn.Parameter(torch.zeros(heads, 1, 1)) for _ in "qk")
 
     def forward(
         self,
@@ -40,14 +78,30 @@ class LinearMixer(nn.Module):
         near, gate: the result is near + gate * (far - near), computed in one pass. key_mask: bool [B, N], False for
         keys to leave out.
         """
+        if self.center_keys:
+            key = key - _mean(key, key_mask)
+        query, query_projection = _cooled(query, self.projection_q, self.log_temperature_q)
+        key, key_projection = _cooled(key, self.projection_k, self.log_temperature_k)
         return linear_attention(
-            query, key, value, near=near, gate=gate, key_mask=key_mask, feature_map=self.feature_map
+            query,
+            key,
+            value,
+            near=near,
+            gate=gate,
+            key_mask=key_mask,
+            feature_map=self.feature_map,
+            query_projection=query_projection,
+            key_projection=key_projection,
         )
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""
-        tokens, width = queries + keys, self.heads * self.head_dim
-        return {"products": 2 * tokens * width * self.head_dim, "normalization": 2 * tokens * width}
+        tokens = (queries + keys) * self.heads
+        projected = 0 if self.projection_q is None else self.head_dim * self.channels
+        return {
+            "products": 2 * tokens * (projected + self.features * self.head_dim),
+            "normalization": 2 * tokens * self.features,
+        }
 
     def work(self, queries: int, keys: int, element_size: int) -> dict[str, Work]:
         """The work of this branch alone, by direction (see `attention_work`); FLOPs are those of the products."""
@@ -56,12 +110,35 @@ class LinearMixer(nn.Module):
         return attention_work(inputs, outputs, self.flops(queries, keys)["products"], element_size)
 
 
+def _mean(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the keys that are not masked: [B, N, heads, D] -> [B, 1, heads, D]."""
+    if key_mask is None:
+        return key.mean(1, keepdim=True)
+    key_mask = key_mask[:, :, None, None]
+    return (key * key_mask).sum(1, keepdim=True) / key_mask.sum(1, keepdim=True)
+
+
+def _cooled(
+    x: torch.Tensor, projection: torch.Tensor | None, log_temperature: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Divide by the temperature: the projection where there is one, as it is smaller, else x [B, N, heads, D]."""
+    if log_temperature is None:
+        return x, projection
+    factor = torch.exp(-log_temperature)
+    if projection is None:
+        return x * factor.squeeze(-1).to(x.dtype), None
+    return x, projection * factor
+
+
 MIXERS = {"linear": LinearMixer}
 
 
-def check_mixer(mixer: str, feature_map: str) -> None:
-    """Raise ValueError for an unknown mixer, or a feature map that the mixer does not have."""
+def check_mixer(mixer: str, head_dim: int = 1, **settings) -> None:
+    """Raise ValueError for an unknown mixer, or settings that it does not take for heads of this width.
+
+    The width is not known before a model is: 1 finds what is wrong at any width.
+    """
     if mixer not in MIXERS:
         raise ValueError(f"unknown mixer {mixer!r}: use one of {', '.join(MIXERS)}")
     with torch.device("meta"):
-        MIXERS[mixer](1, 1, feature_map=feature_map)
+        MIXERS[mixer](1, head_dim, **settings)

@@ -164,7 +164,7 @@ def _family_name(model_class: str | None) -> str | None:
 
 def _hybrid_config(path: Path, values: Any) -> HybridConfig:
     try:
-        return HybridConfig.from_dict(values)
+        return HybridConfig.from_saved(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no hybrid config: {error}") from error
 

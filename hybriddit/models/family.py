@@ -95,6 +95,8 @@ class Family(ABC):
         `models.processing.LayoutHolder`.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
+    rotary: whether the layers rotate queries and keys by position, and the hybrid processor gives `far_inputs` that
+        rotation.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     scheduler: the pipeline's usual scheduler class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
@@ -111,6 +113,7 @@ class Family(ABC):
     attention_kwargs: ClassVar[str | None]
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
+    rotary: ClassVar[bool] = False
     pipelines: ClassVar[Mapping[str, type]]
     scheduler: ClassVar[type]
     guided: ClassVar[bool] = True

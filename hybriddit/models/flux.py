@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ class HybridFluxAttnProcessor:
         image = (hidden_states, query, key)
         if encoder_hidden_states is None:  # a single block, where text and image are already one sequence
             image = (token_layout.split(tokens)[1] for tokens in image)
-        far = far_inputs(attn, *image)
+        rotate = None
+        if image_rotary_emb is not None:
+            image_positions = [token_layout.split(table[None])[1][0] for table in image_rotary_emb]  # [N, D] each
+            rotate = partial(apply_rotary_emb, freqs_cis=image_positions, sequence_dim=1)
+        far = far_inputs(attn, *image, rotate=rotate)
 
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
@@ -94,6 +99,7 @@ class Flux(Family):
     attention_kwargs = "joint_attention_kwargs"
     joint = True
     text_first = True
+    rotary = True
     pipelines = {
         "text-to-image": FluxPipeline,
         "image-to-image": FluxImg2ImgPipeline,

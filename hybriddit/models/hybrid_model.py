@@ -28,7 +28,7 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
         hybrid_config = values.pop("hybrid_config")
         dense_class.__init__(self, **values)
         if not isinstance(hybrid_config, HybridConfig):
-            hybrid_config = HybridConfig.from_dict(hybrid_config or {})
+            hybrid_config = HybridConfig.from_saved(hybrid_config or {})
         insert_hybrid(self, hybrid_config)
 
     # register_to_config keeps the arguments that the signature names

@@ -46,19 +46,27 @@ def far_inputs(
     query: torch.Tensor,
     key: torch.Tensor,
     norms: tuple[nn.Module | None, nn.Module | None] | None = None,
+    rotate: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor | None]:
     """HybridAttention's far_query, far_key and gate; empty for a layer without a far branch.
 
     hidden_states [B, N, width] and its raw projections query [B, N, heads, D] and key [B, N, kv_heads, D]: of image
-    tokens only. norms: the layer's norms of queries and keys; None: its `norm_q` and `norm_k`. They are applied here;
-    rotary embedding is not, as the far branch uses no positions.
+    tokens only. norms: the layer's norms of queries and keys; None: its `norm_q` and `norm_k`. rotate: the model's
+    rotary embedding of image tokens, if it has one. Both are applied here.
     """
     hybrid: HybridAttention = attn.hybrid
     if hybrid.far is None:
         return {}
-    norm_q, norm_k = (attn.norm_q, attn.norm_k) if norms is None else norms
     far_query, far_key, gate = hybrid.far_inputs(hidden_states, query, key)
-    return {"far_query": norm(norm_q, far_query), "far_key": norm(norm_k, far_key), "gate": gate}
+    if far_query is None:
+        if rotate is None or hybrid.rotary == "model":
+            return {"gate": gate}  # the far branch takes the layer's own queries and keys
+        far_query, far_key = query, key
+    norm_q, norm_k = (attn.norm_q, attn.norm_k) if norms is None else norms
+    far_query, far_key = norm(norm_q, far_query), norm(norm_k, far_key)
+    if hybrid.rotary == "model":
+        far_query, far_key = rotate(far_query), rotate(far_key)
+    return {"far_query": far_query, "far_key": far_key, "gate": gate}
 
 
 def norm(module: nn.Module | None, heads: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,11 @@ def _hybrid_attention(
 ) -> HybridAttention:
     """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32)."""
     shape = family.layer_shape(attn)
+    rotary = config.rotary
+    if rotary == "auto":
+        rotary = "model" if family.rotary else "none"
+    if rotary == "model" and not family.rotary:
+        raise ValueError(f"rotary 'model': {family.name} has no rotary embedding: use 'axial', 'none' or 'auto'")
     hybrid = HybridAttention(
         shape.width,
         shape.heads,
@@ -178,7 +183,10 @@ def _hybrid_attention(
         dilation=config.pair("dilation"),
         map_rank=config.map_rank,
         mixer=config.mixer,
-        feature_map=config.feature_map,
+        **config.mixer_settings,
+        rotary=rotary,
+        value_conv=config.value_conv,
+        window_dropout=config.window_dropout,
         gate=config.gate,
     )
     projections = family.projections(attn)
@@ -303,7 +311,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
         raise ValueError("the model is offloaded: load the adapter before enabling offload")
     if not was_hybrid:
         hybridize(model, config)
-    elif HybridConfig.from_dict(model.config.hybrid_config) != config:
+    elif HybridConfig.from_saved(model.config.hybrid_config) != config:
         raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
     try:
         _check_fit(weights, _hybrid_state(model), source)
@@ -346,8 +354,8 @@ def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridCon
     path = _adapter_file(str(folder_or_repo_id), CONFIG_NAME)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        config = HybridConfig.from_dict(values)
-        check_mixer(config.mixer, config.feature_map)
+        config = HybridConfig.from_saved(values)
+        check_mixer(config.mixer, **config.mixer_settings)
         return config, values.get("_base_class")
     except (TypeError, ValueError) as error:  # json's and unicode's decoding errors are ValueErrors too
         raise ValueError(f"{path} is no adapter config: {error}") from error

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..config import ADDED_FIELDS
 from ..files import flush, read_json, read_tensors, write_tensors
 
 # Settings that older checkpoints lack, with the values that those runs had.
-ADDED_SETTINGS = {"hybrid.mixer": "linear", "hybrid.feature_map": "elu"}
+ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 
 
 def save_checkpoint(

@@ -60,7 +60,7 @@ def check_settings(config: DistillConfig) -> None:
         raise ValueError("model.path is empty: give the repository id or the folder of the teacher's pipeline")
     if not config.output.folder:
         raise ValueError("output.folder is empty: the distilled adapter would be lost")
-    check_mixer(config.hybrid.mixer, config.hybrid.feature_map)
+    check_mixer(config.hybrid.mixer, **config.hybrid.mixer_settings)
     SOURCES[config.data.source].count(config.data)
 
 

@@ -1,0 +1,320 @@
+#!/usr/bin/env python
+"""Distill a demo teacher with one setting changed at a time, several seeds each, and compare the students.
+
+    python scripts/ablation.py                                    # every row, seeds 0 to 2
+    python scripts/ablation.py --rows default "elu + 1" --seeds 0
+    python scripts/ablation.py --config configs/distill/demo_sd3.yaml --out outputs/ablation/sd3
+    python scripts/ablation.py --row "wide window" hybrid.window=9
+    python scripts/ablation.py --report outputs/ablation/flux outputs/ablation/sd3
+
+Finished runs are not repeated, and the same command may run several times at once: each process takes runs that no
+other has, so start one per core with OMP_NUM_THREADS=1. Every student sees the same images, noise and order of a seed;
+it is judged on other prompts' seeds, as a whole and with its near or far branch switched off. --report writes the
+tables of benchmarks/results/ablation.md, whose other text stays, and its plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hybriddit.attention import TokenLayout
+from hybriddit.data.sources import make_data
+from hybriddit.demo.judge import Judge
+from hybriddit.demo.run import SHOWN, compare, contact_sheet, generate, judged, sampling_of
+from hybriddit.files import read_json, replacing, write_json
+from hybriddit.machine import git_state
+from hybriddit.models import family_of, hybridize
+from hybriddit.models.flops import attention_flops
+from hybriddit.pipelines.loading import load_pipeline
+from hybriddit.training.distill import distill
+from hybriddit.training.run_config import load_config, to_dict
+
+# What each row changes of the config, as on the command line of `hybriddit distill`.
+ROWS: dict[str, list[str]] = {
+    "default": [],
+    # the branches
+    "window only": ["hybrid.linear=false"],
+    "linear only": ["hybrid.window=null"],
+    "LinFusion's far branch": ["hybrid.mixer=linfusion"],
+    # feature map, position and projection
+    "elu + 1": ["hybrid.feature_map=elu"],
+    "elu + 1, half as wide": ["hybrid.feature_map=elu", "hybrid.projection=16"],
+    "polynomial": ["hybrid.feature_map=polynomial"],
+    "polynomial, m = 16": ["hybrid.feature_map=polynomial", "hybrid.projection=16"],
+    "no rotary embedding": ["hybrid.rotary=none"],
+    "axial rotary embedding": ["hybrid.rotary=axial"],
+    "no projection": ["hybrid.projection=0"],
+    "m = 8": ["hybrid.projection=8"],
+    "m = 16": ["hybrid.projection=16"],
+    "m = 32": ["hybrid.projection=32"],
+    "m = 64": ["hybrid.projection=64"],
+    # maps
+    "no maps": ["hybrid.map_rank=0"],
+    "no maps, m = 32": ["hybrid.map_rank=0", "hybrid.projection=32"],
+    "maps of rank 8": ["hybrid.map_rank=8"],
+    "maps of rank 32": ["hybrid.map_rank=32"],
+    # smaller parts
+    "gate per head": ["hybrid.gate=head"],
+    "gate per channel": ["hybrid.gate=channel"],
+    "temperature": ["hybrid.temperature=true"],
+    "keys centred": ["hybrid.center_keys=true"],
+    "convolution of v, 3 x 3": ["hybrid.value_conv=3"],
+    "window dropout 0.1": ["hybrid.window_dropout=0.1"],
+    # window
+    "window 3": ["hybrid.window=3"],
+    "window 7": ["hybrid.window=7"],
+    "window 6, stride 2": ["hybrid.window=6", "hybrid.stride=2"],
+    "window 3, dilation 2": ["hybrid.window=3", "hybrid.dilation=2"],
+    # what learns
+    "no low-rank deltas": ["hybrid.delta_rank=null"],
+    "deltas of rank 8": ["hybrid.delta_rank=8"],
+    "every third layer dense": ["hybrid.layers={'*blocks.0.*': dense, '*blocks.3.*': dense}"],
+    # losses
+    "task loss 1": ["loss.task=1"],
+    "layer loss 0.5": ["loss.layer=0.5"],
+    "task 1, output 0.5, layer 0.5": ["loss.task=1", "loss.output=0.5", "loss.layer=0.5"],
+    # training
+    "300 steps": ["train.steps=300"],
+    "1300 steps": ["train.steps=1300"],
+    "4000 steps": ["train.steps=4000"],
+    "rate 6e-3": ["optim.lr=6e-3"],
+    "rate 1.5e-3": ["optim.lr=1.5e-3"],
+}
+PAGE = Path("benchmarks/results/ablation.md")
+IMAGE_SEEDS = tuple(range(1001, 1009))
+BRANCH_SEEDS = 3  # of these, for the students with a branch switched off
+COLUMNS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "pair_match": "pairs right",
+    "far_off": "far off, dB",
+    "near_off": "near off, dB",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/distill/demo.yaml")
+    parser.add_argument("--out", type=Path, default=Path("outputs/ablation/flux"))
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"of {', '.join(ROWS)}; all if left out")
+    parser.add_argument("--row", nargs="+", action="append", default=[], metavar=("NAME", "section.key=value"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all rows")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="OUT", help="write the tables and the plot")
+    args = parser.parse_args()
+    if args.report:
+        report(args.report)
+        return
+    rows = {name: overrides for name, *overrides in args.row}
+    for name in args.rows or ([] if rows else ROWS):
+        if name not in ROWS:
+            parser.error(f"unknown row {name!r}: the rows are {', '.join(ROWS)}")
+        rows[name] = ROWS[name]
+    args.out.mkdir(parents=True, exist_ok=True)
+    ablation = Ablation(args.config, args.set, args.out)
+    for seed in args.seeds:
+        for name, overrides in rows.items():
+            ablation.run(name, overrides, seed)
+
+
+class Ablation:
+    """One teacher, its images to learn from and to be compared with, and the folder of the runs' records."""
+
+    def __init__(self, config_path: str, overrides: list[str], out: Path):
+        self.config_path, self.overrides, self.out = config_path, overrides, out
+        config = self.config([])
+        folder = Path(config.model.path)
+        self.judge = Judge.load(folder.parent / "demo-judge.safetensors")
+        self.pipeline = load_pipeline(str(folder))
+        self.dense = self.pipeline.transformer
+        self.sampling = sampling_of(config)
+        self.prompts = [scene.prompt for scene in SHOWN]
+        with locked(out / "teacher.lock", wait=True):
+            path = out / "teacher.npy"
+            if not path.exists():
+                images = generate(self.pipeline, self.prompts, IMAGE_SEEDS, self.sampling, "teacher")
+                with replacing(path) as new, open(new, "wb") as file:
+                    np.save(file, images)
+            self.data = make_data(self.pipeline, config.data)
+        self.teacher = np.load(path)
+
+    def config(self, overrides: list[str], seed: int = 0):
+        given = [f"data.cache={self.out / 'latents'}", "train.progress=false", *self.overrides, *overrides]
+        config = load_config(self.config_path, [*given, f"train.seed={seed}"])
+        config.output.folder = None
+        return config
+
+    def run(self, name: str, overrides: list[str], seed: int) -> None:
+        """Distill and judge one student, unless that is done or another process does it."""
+        config = self.config(overrides, seed)
+        settings = json.loads(json.dumps(to_dict(config)))
+        path = self.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}.json"
+        with locked(path.with_suffix(".lock")) as mine:
+            if not mine or (path.exists() and read_json(path)["settings"] == settings):
+                return
+            model = copy.deepcopy(self.dense)
+            torch.manual_seed(seed)
+            hybridize(model, config.hybrid)
+            self.pipeline.transformer = model
+            started = time.monotonic()
+            distill(self.pipeline, self.data, config)
+            seconds = time.monotonic() - started
+            images, found = self.measure(model, len(IMAGE_SEEDS), name)
+            for branch, value in (("near_off", 1.0), ("far_off", 0.0)):
+                if config.hybrid.linear and config.hybrid.window is not None:
+                    off = copy.deepcopy(model)
+                    set_gates(off, value)
+                    found[branch] = self.measure(off, BRANCH_SEEDS, f"{name}, {branch}")[1]["psnr"]
+            family, data = family_of(model), config.data
+            pixels = family.token_pixels(model.config, self.pipeline.vae_scale_factor)
+            grid = data.height // pixels, data.width // pixels
+            layout = TokenLayout(data.max_sequence_length if family.joint else 0, (grid,), family.text_first)
+            found |= {
+                "name": name,
+                "seed": seed,
+                "overrides": overrides,
+                "config": self.config_path,
+                "common": self.overrides,
+                "parameters": sum(p.numel() for key, p in model.named_parameters() if ".hybrid." in key),
+                "attention_flops": attention_flops(model, layout),
+                "seconds": round(seconds),
+                "threads": torch.get_num_threads(),
+                "git": git_state(),
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": platform.machine(),
+                "settings": settings,
+            }
+            with replacing(path.with_suffix(".npy")) as new, open(new, "wb") as file:
+                np.save(file, images)
+            write_json(path, found)
+            print(json.dumps({key: found[key] for key in ("name", "seed", "seconds", *COLUMNS) if key in found}))
+
+    def measure(self, model: nn.Module, seeds: int, name: str) -> tuple[np.ndarray, dict[str, float]]:
+        """The images of a student for the first so many seeds, and how near they are to the teacher's."""
+        self.pipeline.transformer = model
+        images = generate(self.pipeline, self.prompts, IMAGE_SEEDS[:seeds], self.sampling, name)
+        teacher = self.teacher.reshape(len(self.prompts), len(IMAGE_SEEDS), *images.shape[1:])[:, :seeds]
+        scenes = [scene for scene in SHOWN for _ in range(seeds)]
+        return images, compare(images, teacher.reshape(images.shape)) | judged(images, scenes, self.judge)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock that ends with the process; yields whether it was free, which it always is after waiting."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def set_gates(model: nn.Module, value: float) -> None:
+    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
+    for module in model.modules():
+        gate = getattr(getattr(module, "hybrid", None), "gate", None)
+        if isinstance(gate, nn.Linear):
+            nn.init.zeros_(gate.weight)
+            nn.init.constant_(gate.bias, value)
+        elif gate is not None:
+            nn.init.constant_(gate, value)
+
+
+def read_runs(out: Path) -> dict[str, list[dict]]:
+    """The records of a folder by row, in the order of ROWS."""
+    runs: dict[str, list[dict]] = {}
+    for path in sorted(out.glob("*-[0-9]*.json")):
+        record = read_json(path)
+        runs.setdefault(record["name"], []).append(record)
+    known = list(ROWS)
+    return dict(sorted(runs.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
+
+
+def table(runs: dict[str, list[dict]]) -> str:
+    """Means and, from two seeds on, standard deviations of each row, as Markdown."""
+    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for name, records in runs.items():
+        cells = [name, " ".join(f"`{x}`" for x in records[0]["overrides"]), str(len(records))]
+        for column in COLUMNS:
+            values = [record[column] for record in records if column in record]
+            digits = {"ssim": 3, "pair_match": 3}.get(column, 2)
+            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
+        flops = records[0]["attention_flops"]
+        cells += [f"{flops['hybrid'] / flops['dense']:.2f} of dense", f"{np.mean([r['seconds'] for r in records]):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(runs_of: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """PSNR of every row, a point a seed, one panel a teacher."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tallest = max(map(len, runs_of.values()))
+    figure, axes = pyplot.subplots(
+        1, len(runs_of), figsize=(6.5 * len(runs_of), 1.2 + 0.26 * tallest), squeeze=False, layout="constrained"
+    )
+    for axis, (teacher, runs) in zip(axes[0], runs_of.items(), strict=True):
+        for y, records in enumerate(runs.values()):
+            values = [record["psnr"] for record in records]
+            axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6, markersize=5)
+            axis.plot(np.mean(values), y, "|", color="black", markersize=12)
+        if "default" in runs:
+            axis.axvline(np.mean([record["psnr"] for record in runs["default"]]), color="C1", linewidth=1, zorder=0)
+        axis.set_yticks(range(len(runs)), list(runs))
+        axis.invert_yaxis()
+        axis.set_xlabel("PSNR to the teacher, dB (a point a seed; line: default)")
+        axis.set_title(teacher)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def report(outs: list[Path]) -> None:
+    """Write the tables between the page's marks, the plot and a sheet of images."""
+    runs_of = {out.name: read_runs(out) for out in outs}
+    page = PAGE.read_text(encoding="utf-8")
+    for out in outs:
+        runs = runs_of[out.name]
+        last = max((record for records in runs.values() for record in records), key=lambda record: record["date"])
+        common = " ".join(last["common"])
+        command = f"python scripts/ablation.py --config {last['config']}" + (f" --set {common}" if common else "")
+        text = f"{table(runs)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
+        start, end = f"<!-- {out.name} -->", f"<!-- end of {out.name} -->"
+        if start not in page or end not in page:
+            raise SystemExit(f"{PAGE} has no marks {start} and {end} to write between")
+        page = page[: page.index(start) + len(start)] + f"\n{text}\n" + page[page.index(end) :]
+        shown = {"teacher": np.load(out / "teacher.npy")}
+        for name in ("default", "window only", "linear only", "LinFusion's far branch"):
+            for path in sorted(out.glob("*.npy")):
+                if path.with_suffix(".json").exists() and read_json(path.with_suffix(".json"))["name"] == name:
+                    shown.setdefault(name, np.load(path))
+        first = slice(None, None, len(IMAGE_SEEDS))
+        sheet = {name.replace(" only", ",\nalone").replace("'s far", "'s\nfar"): x[first] for name, x in shown.items()}
+        contact_sheet(sheet, [scene.prompt for scene in SHOWN], PAGE.with_name(f"ablation_{out.name}.png"))
+    with replacing(PAGE) as new:
+        new.write_text(page, encoding="utf-8")
+    plot(runs_of, PAGE.with_name("ablation.png"))
+
+
+if __name__ == "__main__":
+    main()
