@@ -3,15 +3,19 @@ import pytest
 import torch
 
 from hybriddit.attention import HybridAttention, TokenLayout, mixers
+from hybriddit.attention.hybrid import ValueConv, rotate_by_position
 from hybriddit.attention.work import dense_flops, dense_work
 
 WIDTH, HEADS, HEAD_DIM, GRID, TEXT = 20, 4, 24, (11, 9), 5
 
 
+PLAIN = {"feature_map": "elu", "projection": 0}
+
+
 def make_case(text=TEXT, text_first=True, seed=0, **kwargs):
-    """A layer with open maps, and all it is called with, in float64."""
+    """A layer with open maps, and all it is called with, in float64; its far branch is LinFusion's if none is given."""
     torch.manual_seed(seed)
-    layer = HybridAttention(WIDTH, HEADS, HEAD_DIM, map_rank=3, **kwargs).double()
+    layer = HybridAttention(WIDTH, HEADS, HEAD_DIM, **PLAIN | {"map_rank": 3} | kwargs).double()
     layout = TokenLayout(text, (GRID,), text_first)
     heads = (HEADS, layer.kv_heads, layer.kv_heads)
     qkv = [torch.randn(2, text + layout.image_length, n, HEAD_DIM).double() for n in heads]
@@ -217,13 +221,64 @@ def test_a_gate_starts_where_it_is_told():
     assert HybridAttention(64, 2, 16, window=(3, 3)).map_q.down.out_features == 4  # a sixteenth of the width
 
 
+def test_window_dropout_is_the_far_branch_alone_for_some_images():
+    """In training only, image by image, whatever the gate."""
+    layer, layout, qkv, hidden = make_case(window=(3, 3), window_dropout=0.5, gate="token", gate_init=0.25)
+    layer, qkv, hidden = layer, [x.repeat(20, 1, 1, 1) for x in qkv], hidden.repeat(20, 1, 1)
+    layer.gate_init = 1.0
+    alone = layer.eval()
+    kept = layout.split(call(alone, layout, qkv, hidden)[0])[1]
+    torch.nn.init.ones_(alone.gate.bias)
+    far = layout.split(call(alone, layout, qkv, hidden)[0])[1]
+    torch.nn.init.constant_(layer.gate.bias, 0.25)
+    found = layout.split(call(layer.train(), layout, qkv, hidden)[0])[1]
+    dropped = [(image - wanted).abs().max() < 1e-12 for image, wanted in zip(found, far, strict=True)]
+    for image, is_far, whole, far_alone in zip(found, dropped, kept, far, strict=True):
+        torch.testing.assert_close(image, far_alone if is_far else whole)
+    assert 8 < sum(dropped) < 32
+
+
+@pytest.mark.parametrize("grids", [((11, 9),), ((4, 5), (3, 2))])
+def test_positions_depend_on_differences_of_rows_and_columns(grids):
+    """q . k of rotated vectors is a function of the distance alone, of each axis, and lengths stay."""
+    x = torch.randn(1, 1, 2, 24, dtype=torch.float64)
+    rotated = rotate_by_position(x.expand(1, sum(rows * columns for rows, columns in grids), 2, 24), grids)
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1).expand(rotated.shape[:3]))
+    start, seen = 0, {}
+    for rows, columns in grids:
+        image = rotated[0, start : start + rows * columns].unflatten(0, (rows, columns))
+        torch.testing.assert_close(image[0, 0], x[0, 0])
+        for y in range(rows - 1):
+            for z in range(columns - 1):
+                for dy, dz in ((1, 0), (0, 1), (1, 1)):
+                    product = (image[y, z] * image[y + dy, z + dz]).sum(-1)
+                    torch.testing.assert_close(product, seen.setdefault((dy, dz), product), rtol=0, atol=1e-5)
+        start += rows * columns
+    assert len({round(float(value[0]), 3) for value in seen.values()}) == 3
+
+
+def test_the_convolution_is_zero_at_the_start_and_keeps_to_its_grid():
+    conv = ValueConv(12, 3)
+    value = torch.randn(2, 26, 3, 4)
+    assert torch.equal(conv(value, ((4, 5), (3, 2))), torch.zeros_like(value))
+    torch.nn.init.normal_(conv.weight)
+    changed = value.clone()
+    changed[:, :20] += 1
+    assert torch.equal(conv(changed, ((4, 5), (3, 2)))[:, 20:], conv(value, ((4, 5), (3, 2)))[:, 20:])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (dict(kind="softmax"), "unknown layer kind 'softmax': use one of hybrid, window, linear, dense"),
         (dict(gate="door"), "unknown gate 'door'"),
         (dict(mixer="mamba"), "unknown mixer 'mamba': use one of linear"),
-        (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu"),
+        (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu, hedgehog, polynomial"),
+        (dict(projection=129), "'hedgehog' does not take a projection of 129 channels: use .* at most 128"),
+        (dict(feature_map="polynomial", projection=22), "does not take a projection of 22 channels: .* at most 21"),
+        (dict(feature_map="polynomial", head_dim=22, projection=0), "does not take heads of 22 without projection"),
+        (dict(rotary="yes"), "unknown rotary 'yes': use one of model, axial, none"),
+        (dict(rotary="axial"), "'axial' needs a head width that is a multiple of 4, not 2"),
         (dict(maps="beside"), "unknown maps 'beside'"),
         (dict(kv_heads=4), "6 heads cannot share 4 heads of keys and values"),
         (dict(window=None), "a layer of kind 'hybrid' needs a window"),
@@ -239,7 +294,7 @@ def test_another_mixer_is_a_row(monkeypatch):
     """A layer asks its mixer for the result and for the cost of it."""
 
     class Mean(torch.nn.Module):
-        def __init__(self, heads, head_dim, *, feature_map):
+        def __init__(self, heads, head_dim, **settings):
             super().__init__()
 
         def forward(self, query, key, value, *, near=None, gate=None, key_mask=None):
@@ -258,7 +313,7 @@ def test_another_mixer_is_a_row(monkeypatch):
 
 
 # width 32 in 2 heads of 16, one head of keys, N = 30, T = 7, window 3 x 3 of 6 x 5, rank 2
-COUNTED = dict(width=32, heads=2, head_dim=16, map_rank=2)
+COUNTED = dict(width=32, heads=2, head_dim=16, map_rank=2, **PLAIN)
 LAYOUT = TokenLayout(7, ((6, 5),), True)
 
 
@@ -280,6 +335,12 @@ def test_flops_by_hand():
     assert HybridAttention(**COUNTED, maps="before", kind="linear").flops_by_part(LAYOUT)["maps"] == both
     before = HybridAttention(**COUNTED, maps="before", window=(3, 3))
     assert before.flops_by_part(LAYOUT)["maps"] == both + 2 * 30 * 32 * (32 + 32)
+    # a projection to 5 channels and hedgehog's 10 features of them, no maps, and a convolution of 3 x 3
+    counted = COUNTED | {"feature_map": "hedgehog", "projection": 5, "map_rank": 0}
+    hybrid = HybridAttention(**counted, kv_heads=1, window=(3, 3), value_conv=3)
+    far, sums = 2 * 60 * 2 * (16 * 5 + 10 * 16), 2 * 60 * 2 * 10
+    expected = {"text": text, "near": near, "far": far, "normalization": sums, "value_conv": 2 * 30 * 32 * 9}
+    assert hybrid.flops_by_part(LAYOUT) == expected
 
 
 def test_a_dilated_window_ends_with_its_residue_class():
@@ -297,6 +358,8 @@ def test_work_by_hand():
     products = 4 * 7 * 37 * 32 + 4 * 30 * (9 + 7) * 32 + 2 * (30 + 30) * 32 * 16
     read, written = 37 * (32 + 16 + 16) + 30 * (32 + 16), 37 * 32
     assert work("hybrid", "forward") == (2 * (read + written), products)
+    no_maps = HybridAttention(**COUNTED | {"map_rank": 0}, kv_heads=1, window=(3, 3))
+    assert no_maps.work(LAYOUT, 2)["forward"] == (2 * (37 * (32 + 16 + 16) + written), products)
     # back: the inputs, the output and its gradient are read, the inputs' gradients written
     assert work("hybrid", "backward") == (2 * (2 * read + 2 * written), 2 * products)
     assert work("hybrid", "forward + backward") == (2 * (3 * read + 3 * written), 3 * products)

@@ -171,17 +171,62 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("gate", ["head", "channel", "token", "linear only"])
+OPEN = {
+    "head": HybridConfig(window=(3, 2)),
+    "channel": HybridConfig(window=(3, 2), gate="channel"),
+    "token": HybridConfig(window=(3, 2), gate="token"),
+    "linear only": HybridConfig(window=None),
+    "linfusion": HybridConfig(window=(3, 2), mixer="linfusion"),
+    "linear only, linfusion": HybridConfig(window=None, mixer="linfusion"),
+    "no maps": HybridConfig(window=(3, 2), map_rank=0),
+    "no maps, linear only": HybridConfig(window=None, map_rank=0, projection=5),
+    "no maps, not rotated": HybridConfig(window=(3, 2), map_rank=0, rotary="none", projection=0),
+    "axial": HybridConfig(window=(3, 2), rotary="axial", feature_map="polynomial", temperature=True),
+    "axial, no maps": HybridConfig(window=(3, 2), rotary="axial", map_rank=0, center_keys=True),
+    "convolution": HybridConfig(window=(3, 2), value_conv=3, feature_map="elu"),
+}
+
+
+def rotated(x, cos, sin):
+    """[B, N, heads, D] by tables [N, D], as complex numbers of neighbouring channels."""
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)[:, None, ::2]
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def axial_tables(grid, width):
+    """Angles of the first half of the channels by row, of the second by column, at 10000 ** -(2 i / (width / 2))."""
+    rates = torch.tensor([10000.0 ** -(2 * (i // 2) / (width / 2)) for i in range(width // 2)])
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    angles = torch.stack([torch.cat((row * rates, column * rates)) for row, column in places])
+    return angles.cos(), angles.sin()
+
+
+def similarity(query, key, config):
+    """phi(q) . phi(k) of all pairs, [B, heads, N, M], of queries and keys after their projections."""
+    if config.feature_map == "elu":
+        return torch.einsum("bnhd,bmhd->bhnm", F.elu(query) + 1, F.elu(key) + 1)
+    if config.feature_map == "polynomial":
+        scores = torch.einsum("bnhd,bmhd->bhnm", query, key) * query.shape[-1] ** -0.5
+        return 1 + scores + scores**2 / 2
+    parts = []
+    for sign in (1, -1):
+        soft = [(sign * x).exp() / (sign * x).exp().sum(-1, keepdim=True) for x in (query, key)]
+        parts.append(torch.einsum("bnhd,bmhd->bhnm", *soft))
+    return parts[0] + parts[1]
+
+
+@pytest.mark.parametrize("far", OPEN)
 @pytest.mark.parametrize(("kind", "layer", "sizes"), LAYERS)
-def test_an_open_layer_against_the_formulas(kind, layer, sizes, gate):
+def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
     """One layer of a model, recomputed from its input and its joint query, key and value, with dense matrices."""
-    config = HybridConfig(window=None) if gate == "linear only" else HybridConfig(window=(3, 2), gate=gate)
+    config = OPEN[far]
     model = perturb_hybrid(hybridize(make(kind, **ONE_BLOCK[kind] | sizes), config))
     attn = next(module for name, module in model.named_modules() if name.endswith(f".{layer}"))
     seen = {}
 
     def keep_input(module, args, kwargs):
         seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen["tables"] = kwargs.get("image_rotary_emb")
 
     def keep_joint(module, args, kwargs, out):
         seen["query"], seen["key"], seen["value"], seen["layout"] = args
@@ -195,28 +240,55 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, gate):
     assert seen["layout"] == TokenLayout(text, (grid,), text_first)
     image = slice(text, None) if text_first else slice(0, count)
     words = slice(0, text) if text_first else slice(count, None)
+    hybrid = attn.hybrid
 
     with torch.no_grad():
         x = seen["x"][:, image] if sizes else seen["x"]  # a single block's input is text and image
         norms = (attn.norm_q or torch.nn.Identity(), attn.norm_k or torch.nn.Identity())
-        pairs = zip((attn.to_q, attn.to_k), (attn.hybrid.map_q, attn.hybrid.map_k), norms, strict=True)
+        maps = (hybrid.map_q, hybrid.map_k) if config.map_rank != 0 else (torch.zeros_like, torch.zeros_like)
+        pairs = zip((attn.to_q, attn.to_k), maps, norms, strict=True)
         far_query, far_key = (
-            norm((project(x) + up_down(x)).unflatten(-1, (-1, HEAD_DIM))) for project, up_down, norm in pairs
+            norm((project(x) + (up_down(x) if config.map_rank != 0 else 0)).unflatten(-1, (-1, HEAD_DIM)))
+            for project, up_down, norm in pairs
         )
+        tables = None
+        if config.rotary == "axial":
+            tables = axial_tables(grid, HEAD_DIM)
+        elif config.rotary == "auto" and "flux" in kind:
+            tables = [table[image] for table in seen["tables"]]
+        if tables is not None:
+            far_query, far_key = rotated(far_query, *tables), rotated(far_key, *tables)
         value = seen["value"][:, image]
-        if gate == "linear only":  # over text too, with the keys as the teacher made them
+        if config.window is None:  # over text too, with the keys as the teacher made them
             far_key = torch.cat([seen["key"][:, words], far_key], 1)
             value = torch.cat([seen["value"][:, words], value], 1)
-        weights = torch.einsum("bnhd,bmhd->bhnm", F.elu(far_query) + 1, F.elu(far_key) + 1)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-4 * value.shape[1])
+        if config.center_keys:
+            far_key = far_key - far_key.mean(1, keepdim=True)
+        if config.projection != 0:
+            far_query, far_key = (
+                torch.stack([x[:, :, head] @ matrix[head] for head in range(len(matrix))], dim=2)
+                for x, matrix in ((far_query, hybrid.far.projection_q), (far_key, hybrid.far.projection_k))
+            )
+        if config.temperature:
+            far_query = far_query / hybrid.far.log_temperature_q.exp().view(-1, 1)
+            far_key = far_key / hybrid.far.log_temperature_k.exp().view(-1, 1)
+        weights = similarity(far_query, far_key, config)
+        eps = 1e-4 if config.feature_map == "elu" else 1e-8
+        weights = weights / (weights.sum(-1, keepdim=True) + eps * value.shape[1])
         expected = torch.einsum("bhnm,bmhd->bnhd", weights, value)
-        if gate != "linear only":
+        if config.window is not None:
             mask = joint_mask(window_mask(grid, (3, 2)), text, text_first)
             joint = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
             near = F.scaled_dot_product_attention(*joint, attn_mask=mask).transpose(1, 2)[:, image]
-            g = attn.hybrid.gate(x.float()).unsqueeze(-1) if gate == "token" else attn.hybrid.gate
+            g = hybrid.gate(x.float()).unsqueeze(-1) if config.gate == "token" else hybrid.gate
             expected = near + g * (expected - near)
-    torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=2e-7)
+        if config.value_conv:
+            picture = seen["value"][:, image].flatten(2).transpose(1, 2).unflatten(2, grid)
+            conv = hybrid.value_conv
+            picture = F.pad(picture, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # [B, width, rows, columns, 3, 3]
+            picture = torch.einsum("bcyxij,cij->bcyx", picture, conv.weight[:, 0]) + conv.bias[:, None, None]
+            expected = expected + picture.flatten(2).transpose(1, 2).view_as(expected)
+    torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=5e-7)
     dense_text = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
     text_out = F.scaled_dot_product_attention(*dense_text).transpose(1, 2)[:, words]
     torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)

@@ -230,7 +230,7 @@ def test_bf16_keeps_the_gates_in_fp32(kind, gate, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pixart", "sd3", "flux-dev"])
 def test_layerwise_casting_leaves_the_gates(kind):
-    """Stored in bf16 are the maps, not the gates; the model is the one whose maps were rounded to bf16."""
+    """Stored in bf16 are the maps, not the gates and projections; the model is the one whose maps were rounded to bf16."""
     model = converted(kind, HybridConfig(window=3, gate="token"))
     inputs, gates = make_inputs(model, GRID), {}
     for name, parameter in model.named_parameters():
@@ -241,7 +241,8 @@ def test_layerwise_casting_leaves_the_gates(kind):
     stored = dict(model.named_parameters())
     hybrid = {name: parameter.dtype for name, parameter in stored.items() if ".hybrid." in name}
     assert set(hybrid.values()) == {torch.bfloat16, torch.float32}
-    assert all((dtype is torch.float32) == ("gate" in name or ".norm." in name) for name, dtype in hybrid.items())
+    kept = ("gate", ".norm.", ".far.projection_")  # diffusers casts linear layers and convolutions
+    assert all((dtype is torch.float32) == any(part in name for part in kept) for name, dtype in hybrid.items())
     assert gates and all(torch.equal(stored[name], gate) for name, gate in gates.items())
     with torch.no_grad():
         for name, parameter in rounded.named_parameters():

@@ -421,7 +421,7 @@ def test_padded_text_is_not_seen():
 def test_an_open_layer_against_the_formulas(kind, gate):
     """One layer's image tokens, recomputed from its input: softmax in the window, linear attention, the gate."""
     grid = (4, 5)
-    model = perturb_hybrid(hybridize(make(), HybridConfig(window=(3, 2), gate=gate)))
+    model = perturb_hybrid(hybridize(make(), HybridConfig(window=(3, 2), gate=gate, mixer="linfusion")))
     attn, seen = model.get_submodule(f"{kind}.0.attention"), {}
     attn.register_forward_hook(lambda module, args, out: seen.update(tokens=args[0], mask=args[1], out=out))
     run(model, make_inputs(model, grid))
@@ -527,7 +527,7 @@ def test_saved_and_loaded(dtype, tmp_path):
     """An adapter and a whole model. A gate of the model's own is in the model's precision, hybrid attention's in fp32."""
     model = make(torch.float32)
     model.save_pretrained(tmp_path / "dense")
-    perturb_hybrid(hybridize(model, HybridConfig(window=3, gate="token")))
+    perturb_hybrid(hybridize(model, HybridConfig(window=3, gate="token", mixer="linfusion")))
     model.save_pretrained(tmp_path / "whole")
     save_adapter(model, tmp_path / "adapter")
 
