@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
 ROTARY = ("auto", "model", "axial", "none")
+JOINS = ("gate", "joint")
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
 FAR_BRANCH = {"feature_map": "hedgehog", "projection": None, "rotary": "auto"}
 LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none"}
@@ -25,6 +26,7 @@ ADDED_FIELDS = {
     "center_keys": False,
     "value_conv": None,
     "window_dropout": 0.0,
+    "join": "gate",
 }
 MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
@@ -54,6 +56,8 @@ class HybridConfig:
     value_conv: side, an odd number, of a depthwise convolution of the values over the grid, which is added to the
         output of hybrid and linear layers and is zero at the start; None: no convolution.
     window_dropout: share of the training images for which hybrid layers use the far branch alone.
+    join: "gate", near + gate * (far - near); or "joint", one softmax-like average over the window's and the text's
+        exponentials and the gate's share of the far branch's weights, for mixers that have sums. It uses no kernel.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a
         layer that no pattern matches is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
@@ -75,6 +79,7 @@ class HybridConfig:
     center_keys: bool = False
     value_conv: int | None = None
     window_dropout: float = 0.0
+    join: str = "gate"
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
@@ -100,8 +105,9 @@ class HybridConfig:
             raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"window_dropout must be from 0 to 1, not {share!r}")
-        if self.gate not in GATES:
-            raise ValueError(f"unknown gate {self.gate!r}: use one of {', '.join(GATES)}")
+        for name, known in (("gate", GATES), ("join", JOINS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         self._complete_far_branch()
         # pairs are what `to_dict` gives
         pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers

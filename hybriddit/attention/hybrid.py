@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import GATES, LAYER_KINDS
+from ..config import GATES, JOINS, LAYER_KINDS
 from .layout import TokenLayout
 from .mixers import MIXERS, check_mixer
 from .window import neighborhood_attention, seen_pairs
@@ -17,6 +17,7 @@ from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
 ROTARY = ("model", "axial", "none")
+JOINT_CHANNELS = 8  # added to the heads for "joint", which needs one: kernels want multiples of 8
 
 
 class HybridAttention(nn.Module):
@@ -53,6 +54,8 @@ class HybridAttention(nn.Module):
         value_conv: side, an odd number, of a depthwise convolution of the image's values over each grid, zero at the
             start, which is added to the output of hybrid and linear layers. None: no convolution.
         window_dropout: in training mode, the probability that an image's output is the far branch alone.
+        join: "gate", as above; or "joint": one average of all values, in which those of the window and the text have
+            weight exp(q . k scale), and every image token's also gate * phi(q') . phi(k'), where that is above 0.
         gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
         gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
 
@@ -80,6 +83,7 @@ class HybridAttention(nn.Module):
         rotary: str = "none",
         value_conv: int | None = None,
         window_dropout: float = 0.0,
+        join: str = "gate",
         gate: str = "head",
         gate_init: float = 0.0,
     ):
@@ -89,6 +93,7 @@ class HybridAttention(nn.Module):
             "gate": (gate, GATES),
             "maps": (maps, MAPS),
             "rotary": (rotary, ROTARY),
+            "join": (join, JOINS),
         }
         for name, (value, known) in names.items():
             if value not in known:
@@ -108,7 +113,7 @@ class HybridAttention(nn.Module):
         if has_near and window is None:
             raise ValueError(f"a layer of kind {kind!r} needs a window")
         self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
-        self.maps, self.rotary, self.window_dropout = maps, rotary, window_dropout
+        self.maps, self.rotary, self.join, self.window_dropout = maps, rotary, join, window_dropout
         self.far = self.map_q = self.map_k = self.value_conv = None
         if not has_far:
             return
@@ -223,13 +228,15 @@ class HybridAttention(nn.Module):
             image = self.far(far_query, keys, values, key_mask=seen)
         else:
             text = (text_key, text_value, text_mask) if token_layout.text_length else (None, None, None)
-            image = self._near(image_query, image_key, image_value, *text, token_layout, scale)
-            if self.far is not None:
-                gate = self.gate if gate is None else gate
-                if self.training and self.window_dropout:
-                    dropped = torch.rand(len(image), 1, 1, 1, device=image.device) < self.window_dropout
-                    gate = torch.where(dropped, torch.ones_like(gate), gate)
-                image = self.far(far_query, far_key, image_value, near=image, gate=gate)
+            near = image_query, image_key, image_value, *text, token_layout, scale
+            if self.far is None:
+                image = self._near(*near)
+            else:
+                gate = self._dropped(self.gate if gate is None else gate, len(query))
+                if self.join == "joint":
+                    image = self._joint(near, far_query, far_key, gate)
+                else:
+                    image = self.far(far_query, far_key, image_value, near=self._near(*near), gate=gate)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -272,6 +279,38 @@ class HybridAttention(nn.Module):
             text_mask=text_mask,
         )
         return near.flatten(1, 2)
+
+    def _dropped(self, gate: torch.Tensor, count: int) -> torch.Tensor:
+        """The gate, in training mode 1 for some of the images: `window_dropout`."""
+        if not (self.training and self.window_dropout):
+            return gate
+        dropped = torch.rand(count, 1, 1, 1, device=gate.device) < self.window_dropout
+        return torch.where(dropped, torch.ones_like(gate), gate)
+
+    def _joint(self, near, far_query, far_key, gate):
+        """The "joint" join.
+
+        Window attention does not give its denominator Z. So one more key, of zeros and thus of weight exp(0) = 1, is
+        put beside the text, and its value is 1 in a channel of its own, which gives 1 / (Z + 1) there. Gradients are
+        right with every backend.
+        """
+        query, key, value, text_key, text_value, text_mask, token_layout, scale = near
+        numerator, denominator = self.far.sums(far_query, far_key, value)
+        scale = self.head_dim**-0.5 if scale is None else scale
+        query, key, value = (F.pad(x, (0, JOINT_CHANNELS)) for x in (query, key, value))
+        one_key = key.new_zeros(len(key), 1, self.heads, key.shape[3])
+        one_value = F.pad(one_key[..., :1] + 1, (self.head_dim, JOINT_CHANNELS - 1))
+        if text_key is None:
+            text_key, text_value = one_key, one_value
+        else:
+            text_key, text_value = (F.pad(x, (0, JOINT_CHANNELS)) for x in (text_key, text_value))
+            text_key, text_value = torch.cat((text_key, one_key), 1), torch.cat((text_value, one_value), 1)
+        if text_mask is not None:
+            text_mask = F.pad(text_mask, (0, 1), value=True)
+        out = self._near(query, key, value, text_key, text_value, text_mask, token_layout, scale).to(numerator.dtype)
+        out, rest = out[..., : self.head_dim], out[..., self.head_dim : self.head_dim + 1]  # rest is 1 / (Z + 1)
+        share = gate.to(rest.dtype).clamp(min=0) * rest
+        return ((out + share * numerator) / (1 - rest + share * denominator)).to(value.dtype)
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""

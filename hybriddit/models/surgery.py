@@ -187,6 +187,7 @@ def _hybrid_attention(
         rotary=rotary,
         value_conv=config.value_conv,
         window_dropout=config.window_dropout,
+        join=config.join,
         gate=config.gate,
     )
     projections = family.projections(attn)

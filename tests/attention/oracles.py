@@ -67,3 +67,20 @@ def gradient_of_features(query, key, value, weight, which, eps=1e-4):
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value.double())
     out = out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
     return torch.autograd.grad(out, features[which], weight.double())[0]
+
+
+def similarity(query, key, feature_map):
+    """phi(q) . phi(k) of all pairs of queries and keys, [B, heads, M, N] in float64, from each map's definition."""
+    query, key = query.double(), key.double()
+    if feature_map == "elu":
+        phi = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query, key)]
+        return torch.einsum("bqhd,bkhd->bhqk", *phi)
+    if feature_map == "polynomial":
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        return 1 + scores + scores**2 / 2
+    parts = []
+    for sign in (1, -1):
+        soft = [(sign * x - (sign * x).amax(-1, keepdim=True)).exp() for x in (query, key)]
+        soft = [x / x.sum(-1, keepdim=True) for x in soft]
+        parts.append(torch.einsum("bqhd,bkhd->bhqk", *soft))
+    return parts[0] + parts[1]

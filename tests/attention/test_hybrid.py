@@ -238,6 +238,45 @@ def test_window_dropout_is_the_far_branch_alone_for_some_images():
     assert 8 < sum(dropped) < 32
 
 
+@pytest.mark.parametrize("text_first, text", [(True, TEXT), (False, TEXT), (True, 0)])
+@pytest.mark.parametrize("gate", ["head", "channel", "token"])
+@pytest.mark.parametrize("feature_map, projection", [("elu", 0), ("polynomial", 6), ("hedgehog", 10)])
+def test_joint_is_one_average(feature_map, projection, gate, text, text_first):
+    """Window, text and far weights over one denominator: values and gradients, by dense weights."""
+    settings = {"feature_map": feature_map, "projection": projection, "join": "joint", "gate": gate}
+    layer, layout, qkv, hidden = make_case(text, text_first, window=(3, 4), **settings)
+    fresh = call(layer, layout, qkv, hidden)[0]
+    torch.testing.assert_close(fresh, oracles.softmax_attention(*qkv, joint_mask(layout, (3, 4))))
+    for name, parameter in layer.named_parameters():
+        if name.startswith("gate"):
+            torch.nn.init.normal_(parameter)
+    text_mask = torch.tensor([[True, False, True, True, False], [False] * TEXT]) if text and gate == "head" else None
+    leaves = [x.requires_grad_() for x in qkv]
+    out, far_query, far_key = call(layer, layout, qkv, hidden, text_mask=text_mask, scale=0.3)
+    opening = layer.gate
+    if gate == "token":
+        opening = torch.nn.functional.linear(hidden, layer.gate.weight, layer.gate.bias).unsqueeze(-1)
+    if projection:
+        far_query = torch.einsum("bnhd,hdm->bnhm", far_query, layer.far.projection_q)
+        far_key = torch.einsum("bnhd,hdm->bnhm", far_key, layer.far.projection_k)
+    far = oracles.similarity(far_query, far_key, feature_map)  # [B, heads, N, N]
+    mask = joint_mask(layout, (3, 4)).expand(2, -1, -1)
+    if text_mask is not None:
+        mask = mask & layout.join(text_mask, torch.ones(2, layout.image_length, dtype=torch.bool))[:, None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", *qkv[:2]) * 0.3
+    weights = scores.exp() * mask[:, None]
+    weights = weights.movedim(2, 0)[slice(text, None) if text_first else slice(0, layout.image_length)].movedim(0, 2)
+    image_value = layout.split(qkv[2])[1]
+    opening = torch.relu(opening)
+    numerator = torch.einsum("bhqk,bkhd->bqhd", weights, qkv[2])
+    numerator = numerator + opening * torch.einsum("bhqk,bkhd->bqhd", far, image_value)
+    sums = (weights.sum(-1).transpose(1, 2).unsqueeze(-1), far.sum(-1).transpose(1, 2).unsqueeze(-1))
+    expected = numerator / (sums[0] + opening * sums[1])
+    found = layout.split(out)[1]
+    torch.testing.assert_close(found, expected)
+    assert_gradients_equal(found, expected, [*leaves, *layer.parameters()])
+
+
 @pytest.mark.parametrize("grids", [((11, 9),), ((4, 5), (3, 2))])
 def test_positions_depend_on_differences_of_rows_and_columns(grids):
     """q . k of rotated vectors is a function of the distance alone, of each axis, and lengths stay."""

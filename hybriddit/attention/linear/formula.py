@@ -27,17 +27,36 @@ def linear_attention_formula(
     query [B, M, heads, D], key [B, N, heads, D], value [B, N, heads, E], projections [heads, D, m], key_mask bool
     [B, N] -> [B, M, heads, E]. eps: None is the feature map's own.
     """
-    row, count = FEATURE_MAPS[feature_map], max(key.shape[1], 1)
+    count = max(key.shape[1], 1) if key_mask is None else key_mask.sum(1)[:, None, None, None]
+    settings = {"feature_map": feature_map, "query_projection": query_projection, "key_projection": key_projection}
+    numerator, denominator = linear_attention_sums(query, key, value, key_mask=key_mask, **settings)
+    eps = FEATURE_MAPS[feature_map].eps if eps is None else eps
+    return numerator / count / (denominator / count + eps)
+
+
+def linear_attention_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "elu",
+    query_projection: Tensor | None = None,
+    key_projection: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sums over j of phi(q_i) . phi(k_j) v_j and of phi(q_i) . phi(k_j): [B, M, heads, E] and [B, M, heads, 1].
+
+    Arguments as above.
+    """
+    phi = FEATURE_MAPS[feature_map].formula
     if query_projection is not None:
         query, key = (
             torch.einsum("bnhd,hdm->bnhm", x, projection.to(x.dtype))
             for x, projection in ((query, query_projection), (key, key_projection))
         )
-    query, key = row.formula(query), row.formula(key)
+    query, key = phi(query), phi(key)
     if key_mask is not None:
         key = key * key_mask[:, :, None, None]
-        count = key_mask.sum(1)[:, None, None, None]
-    state = torch.einsum("bnhf,bnhe->bhfe", key, value) / count
-    mean = key.sum(1).unsqueeze(-1) / count  # [B, heads, features, 1]
-    weighted, total = (torch.einsum("bmhf,bhfe->bmhe", query, sums) for sums in (state, mean))
-    return weighted / (total + (row.eps if eps is None else eps))
+    state = torch.einsum("bnhf,bnhe->bhfe", key, value)
+    total = key.sum(1).unsqueeze(-1)  # [B, heads, features, 1]
+    return tuple(torch.einsum("bmhf,bhfe->bmhe", query, sums) for sums in (state, total))
