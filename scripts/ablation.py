@@ -73,6 +73,9 @@ ROWS: dict[str, list[str]] = {
     "keys centred": ["hybrid.center_keys=true"],
     "convolution of v, 3 x 3": ["hybrid.value_conv=3"],
     "window dropout 0.1": ["hybrid.window_dropout=0.1"],
+    "joint": ["hybrid.join=joint"],
+    "polynomial, joint": ["hybrid.feature_map=polynomial", "hybrid.join=joint"],
+    "polynomial, m = 16, joint": ["hybrid.feature_map=polynomial", "hybrid.projection=16", "hybrid.join=joint"],
     # window
     "window 3": ["hybrid.window=3"],
     "window 7": ["hybrid.window=7"],
