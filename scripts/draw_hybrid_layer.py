@@ -77,8 +77,8 @@ def _layer(axis) -> None:
     _box(axis, 61, 35, 12, 7, "norm, rotary\nembedding")
     _box(axis, 79, 35, 16, 7, "softmax attention\nover window and text", color=NEAR, edge="#5b8fc7")
     _box(axis, 44, 10, 11, 7, "maps of q, k\n(low rank)", color=ADDED, edge=ADDED_EDGE)
-    _box(axis, 61, 16, 12, 7, "q + map\nk + map\nnorm, elu + 1")
-    _box(axis, 79, 16, 16, 7, "linear attention\nover the image", color=FAR, edge="#5b8fc7")
+    _box(axis, 61, 16, 12, 7, "+ maps, norm,\nrotary\nembedding")
+    _box(axis, 79, 16, 16, 7, "projections, φ,\nlinear attention\nover the image", color=FAR, edge=ADDED_EDGE)
     _box(axis, 79, 25.5, 16, 6.5, "near +\ngate · (far − near)", color=ADDED, edge=ADDED_EDGE)
     _box(axis, 100, 25.5, 9, 6.5, "to_out")
 
@@ -99,7 +99,7 @@ def _layer(axis) -> None:
 
     for x, color, edge, words in (
         (44, FROZEN, "#8c959f", "the teacher's, frozen"),
-        (68, ADDED, ADDED_EDGE, "added, trained; gate and maps start at zero"),
+        (68, ADDED, ADDED_EDGE, "added, trained (also: the projections)"),
     ):
         axis.add_patch(Rectangle((x, 5.6), 1.8, 1.8, facecolor=color, edgecolor=edge, linewidth=0.8))
         axis.text(x + 3, 6.5, words, fontsize=9, va="center", color=INK)
