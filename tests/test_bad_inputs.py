@@ -117,6 +117,10 @@ def damage(path, how):
     path.write_bytes(data)
 
 
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def flux(**config):
     return hybridize(tiny_pipeline("flux_dev").transformer, HybridConfig(**{"window": 3, **config}))
 
@@ -350,6 +354,23 @@ def an_adapter_of_another_config(w):
     return lambda: load_adapter(flux(window=5), w.folder / "adapter")
 
 
+@bad(r"hybrid with another config than")
+def an_adapter_of_another_feature_map(w):
+    return lambda: load_adapter(flux(feature_map="elu"), w.folder / "adapter")
+
+
+@bad(r"does not fit this model: .*projection_k is \(.*\), the model's is \(")
+def an_adapter_whose_config_names_another_feature_map(w):
+    change_json(w.folder / "adapter" / "hybrid_config.json", feature_map="polynomial")
+    return lambda: load_adapter(tiny_pipeline("flux_dev"), w.folder / "adapter")
+
+
+@bad(r"no adapter config: unknown feature map 'exp': use one of elu, hedgehog, polynomial")
+def an_adapter_config_with_a_feature_map_that_is_none(w):
+    change_json(w.folder / "adapter" / "hybrid_config.json", feature_map="exp")
+    return lambda: load_adapter(tiny_pipeline("flux_dev"), w.folder / "adapter")
+
+
 @bad(r"no adapter config")
 def an_adapter_config_that_is_no_json(w):
     (w.folder / "adapter" / "hybrid_config.json").write_text("{window: 3")
@@ -475,6 +496,29 @@ def a_mixer_that_is_none(w):
 @bad(r"unknown feature map 'exp': use one of elu")
 def a_feature_map_that_is_none(w):
     return w.distill("hybrid.feature_map=exp", "model.path=/nowhere")
+
+
+@bad(r"feature map 'polynomial' does not take a projection of 22 channels: use a projection of at most 21")
+def a_projection_too_wide_for_its_feature_map(w):
+    return w.distill("hybrid.feature_map=polynomial", "hybrid.projection=22", "model.path=/nowhere")
+
+
+@bad(r"mixer \"linfusion\" has projection 0, not 16: leave projection out, or use mixer \"linear\"")
+def linfusion_with_a_projection(w):
+    return w.distill("hybrid.mixer=linfusion", "hybrid.projection=16")
+
+
+@bad(r"rotary 'model': Stable Diffusion 3 has no rotary embedding: use 'axial', 'none' or 'auto'")
+def positions_of_a_model_that_has_none(w):
+    return lambda: hybridize(tiny_pipeline("sd3").transformer, HybridConfig(window=3, rotary="model"))
+
+
+@bad(r"feature map 'polynomial' does not take heads of 32 without projection: use a projection of at most 21")
+def a_feature_map_too_wide_for_the_heads(w):
+    config = HybridConfig(window=3, feature_map="polynomial", projection=0)
+    sizes = {"num_layers": 1, "num_single_layers": 0, "attention_head_dim": 32, "num_attention_heads": 1}
+    model = FluxTransformer2DModel(**sizes, joint_attention_dim=8, axes_dims_rope=(8, 12, 12))
+    return lambda: hybridize(model, config)
 
 
 @bad(r"unknown feature map 'exp': use one of elu")
