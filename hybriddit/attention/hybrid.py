@@ -220,12 +220,12 @@ class HybridAttention(nn.Module):
             if self.rotary == "axial":
                 far_query, far_key = (rotate_by_position(x, grids) for x in (far_query, far_key))
         if self.kind == "linear":
-            keys, values = far_key, image_value
-            if token_layout.text_length:
-                # text keys are the layer's own projections: the maps are for image tokens only
-                keys, values = torch.cat((text_key, far_key), dim=1), torch.cat((text_value, image_value), dim=1)
-            seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
-            image = self.far(far_query, keys, values, key_mask=seen)
+            # text keys are the layer's own projections: the maps are for image tokens only
+            keys = key if far_key is image_key else token_layout.join(text_key, far_key)
+            seen = None
+            if text_mask is not None:
+                seen = token_layout.join(text_mask, text_mask.new_ones(len(text_mask), token_layout.image_length))
+            image = self.far(far_query, keys, value, key_mask=seen)
         else:
             text = (text_key, text_value, text_mask) if token_layout.text_length else (None, None, None)
             near = image_query, image_key, image_value, *text, token_layout, scale

@@ -43,4 +43,6 @@ class TokenLayout(NamedTuple):
 
     def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         """The inverse of `split`."""
+        if self.text_length == 0:
+            return image
         return torch.cat((text, image) if self.text_first else (image, text), dim=1)
