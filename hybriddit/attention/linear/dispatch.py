@@ -183,11 +183,13 @@ def _check(query, key, value, near, gate, key_mask, query_projection, key_projec
     if (query_projection is None) != (key_projection is None):
         raise ValueError("query_projection and key_projection come together: pass both or neither")
     if query_projection is not None:
-        given = shapes(query_projection, key_projection)
         if query_projection.shape != key_projection.shape or query_projection.shape[:-1] != query.shape[2:]:
+            given = shapes(query_projection, key_projection)  # only here: torch.compile cannot print symbolic sizes
             raise ValueError(f"the projections must be {list(query.shape[2:])} x m, one m for both, got {given}")
         if not 1 <= query_projection.shape[-1] <= TRITON_MAX_WIDTH:
-            raise ValueError(f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {given}")
+            raise ValueError(
+                f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {shapes(query_projection)}"
+            )
     if key_mask is not None:
         check_mask("key_mask", key_mask, key)
     others = near, gate, key_mask, query_projection, key_projection
