@@ -160,7 +160,10 @@ def _elu(x: Tensor) -> Tensor:
 
 
 def _elu_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
-    """phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1."""
+    """phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1.
+
+    Beyond LARGEST it stays 1, where the formula has 0: to look for such values would cost time.
+    """
     return torch.mul(grad, phi.clamp_(max=1), out=out)
 
 
@@ -269,11 +272,9 @@ def _blocks(x: Tensor, features: int) -> Iterator[_Block]:
     rows, elements = (CPU_ROWS, CPU_ELEMENTS) if x.device.type == "cpu" else (GPU_ROWS, GPU_ELEMENTS)
     group = max(1, elements // (min(rows, max(length, 1)) * max(width, features, 1)))
     images = max(1, group // max(heads, 1)) if length <= rows else 1
-    for b in range(0, batch, images):
-        for h in range(0, heads, group):
-            for n in range(0, length, rows):
-                yield _Block(*(slice(i, min(i + step, end)) for i, step, end in (
-                    (b, images, batch), (h, group, heads), (n, rows, length))))  # fmt: skip
+    steps = range(0, batch, images), range(0, heads, group), range(0, length, rows)
+    for b, h, n in itertools.product(*steps):
+        yield _Block(slice(b, min(b + images, batch)), slice(h, min(h + group, heads)), slice(n, n + rows))
 
 
 def _weights(projection: Tensor | None, x: Tensor) -> Tensor | None:
@@ -282,7 +283,7 @@ def _weights(projection: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _channels(block: _Block, x: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """The block of x that the projection is of (None without one), and the channels that phi is of, in this dtype."""
+    """What the projection reads of x (None without one), and the channels of phi: both of the block, in this dtype."""
     if weights is None:
         return None, block.of(x).to(dtype).transpose(1, 2)
     x = block.of(x).to(dtype)
