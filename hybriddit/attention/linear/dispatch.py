@@ -73,7 +73,7 @@ def linear_attention(
     eps = phi.eps if eps is None else eps
     if query_projection is not None:
         query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
-    if not phi.fused or query_projection is not None:
+    if not phi.fused:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
         with torch.autocast(query.device.type, enabled=False):
@@ -130,6 +130,7 @@ def _kept_takes_triton(
     gradients: bool,
 ) -> bool:
     reason = triton_refusal(device.type, dtype, max(width, value_width, channels))
+    reason = reason or (None if (feature_map, projected) == ("elu", False) else "its kernels lack it")  # until they do
     if reason is None and device.type == "cuda":
         sizes = [(1, 70, 2, width), (1, 90, 2, width), (1, 90, 2, value_width)]
         sizes += [(2, width, channels)] * (2 * projected)
@@ -182,11 +183,13 @@ def _check(query, key, value, near, gate, key_mask, query_projection, key_projec
     if (query_projection is None) != (key_projection is None):
         raise ValueError("query_projection and key_projection come together: pass both or neither")
     if query_projection is not None:
-        given = shapes(query_projection, key_projection)
         if query_projection.shape != key_projection.shape or query_projection.shape[:-1] != query.shape[2:]:
+            given = shapes(query_projection, key_projection)  # only here: torch.compile cannot print symbolic sizes
             raise ValueError(f"the projections must be {list(query.shape[2:])} x m, one m for both, got {given}")
         if not 1 <= query_projection.shape[-1] <= TRITON_MAX_WIDTH:
-            raise ValueError(f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {given}")
+            raise ValueError(
+                f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {shapes(query_projection)}"
+            )
     if key_mask is not None:
         check_mask("key_mask", key_mask, key)
     others = near, gate, key_mask, query_projection, key_projection
@@ -352,7 +355,8 @@ def _state_flops(key_shape, value_shape, projection_shape, key_mask_shape, featu
 
 @register_flop_formula(torch.ops.hybriddit.linear_state_backward)
 def _state_backward_flops(grad_state_shape, grad_mean_shape, key_shape, value_shape, *args, **kwargs):
-    return 2 * _state_flops(key_shape, value_shape, *args)
+    projection_shape, _, feature_map = args[:3]
+    return _flops(key_shape, projection_shape, feature_map, value_shape[3], backward=True)
 
 
 @register_flop_formula(torch.ops.hybriddit.linear_output)
@@ -366,12 +370,16 @@ def _output_flops(
 def _output_backward_flops(
     grad_out_shape, query_shape, state_shape, mean_shape, projection_shape, eps, feature_map, *args, **kwargs
 ):
-    return 2 * _flops(query_shape, projection_shape, feature_map, state_shape[3] + 1)
+    return _flops(query_shape, projection_shape, feature_map, state_shape[3] + 1, backward=True)
 
 
-def _flops(shape, projection_shape, feature_map, columns):
-    """Of one pass over tokens of this shape: the projection, and phi's product with this many columns."""
+def _flops(shape, projection_shape, feature_map, columns, backward=False):
+    """Of one pass over tokens of this shape: the projection, and phi's product with this many columns.
+
+    The backward computes the projection again, and like the other product it has two gradients.
+    """
     batch, length, heads, width = shape
     channels = width if projection_shape is None else projection_shape[2]
     projected = 0 if projection_shape is None else width * channels
-    return 2 * batch * length * heads * (projected + FEATURE_MAPS[feature_map].features(channels) * columns)
+    product = FEATURE_MAPS[feature_map].features(channels) * columns
+    return 2 * batch * length * heads * (3 * projected + 2 * product if backward else projected + product)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .features import FEATURE_MAPS
+from .features import FEATURE_MAPS, LARGEST
 
 
 def linear_attention_formula(
@@ -51,7 +51,7 @@ def linear_attention_sums(
     phi = FEATURE_MAPS[feature_map].formula
     if query_projection is not None:
         query, key = (
-            torch.einsum("bnhd,hdm->bnhm", x, projection.to(x.dtype))
+            torch.einsum("bnhd,hdm->bnhm", x.clamp(-LARGEST, LARGEST), projection.to(x.dtype))
             for x, projection in ((query, query_projection), (key, key_projection))
         )
     query, key = phi(query), phi(key)

@@ -2,19 +2,29 @@
 
 They compute the sums of `formula.py` in blocks of rows that stay in cache; sums over tokens are in at least float32.
 Gradients are written by hand.
+
+A block's channels and features are [group, channels, rows]; the group is heads of one image or of several. The rows are
+last in memory, so that what is done per row is done for many at once; but elu without projection, which does nothing
+per row, leaves the channels last, as they come.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..inputs import sum_dtype
+from .features import FEATURE_MAPS, LARGEST, LARGEST_FACTOR
 
-# A work item has up to 2048 rows, of as many heads as fit in about 2 MB: it stays in cache between the passes over it.
+# A block has up to 2048 rows, of as many heads (then images) as fit in about 2 MB: it stays in cache between the steps.
 CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
-# Elsewhere kernel launches cost more than cache misses; the bound only keeps temporaries small at very high resolution.
-GPU_ROWS, GPU_ELEMENTS = 2**16, 2**28
+# Elsewhere kernel launches cost more than cache misses; the bound only keeps temporaries small.
+GPU_ROWS, GPU_ELEMENTS = 2**16, 2**26
 # CPU instruction sets that multiply bfloat16 several times faster than float32.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
@@ -24,17 +34,18 @@ def state(
 ) -> tuple[Tensor, Tensor]:
     """The sums over the keys: see `dispatch`'s operators of these names."""
     (batch, length, heads, width), dtype = key.shape, sum_dtype(key.dtype)
-    sums = key.new_zeros(batch, heads, width, value.shape[3], dtype=dtype)
-    mean = key.new_zeros(batch, heads, width, 1, dtype=dtype)
-    pairs, blocks = _blocks(key)
+    features = FEATURE_MAPS[feature_map].features(width if projection is None else projection.shape[2])
+    sums = key.new_zeros(batch, heads, features, value.shape[3], dtype=dtype)
+    mean = key.new_zeros(batch, heads, features, 1, dtype=dtype)
+    phi, weights = _PHI[feature_map], _weights(projection, key)
     with torch.autocast(key.device.type, enabled=False):
-        for b, h in pairs:
-            for rows in blocks:
-                k = _features(_rows(key, b, h, rows), dtype)
-                if key_mask is not None:
-                    k *= key_mask[b, rows, None]
-                sums[b, h].baddbmm_(k.transpose(1, 2), _rows(value, b, h, rows).to(dtype), alpha=1 / length)
-                mean[b, h].add_(k.sum(1).unsqueeze(-1), alpha=1 / length)
+        for block in _blocks(key, features):
+            _, channels = _channels(block, key, weights, dtype)
+            k = phi.features(channels)
+            if key_mask is not None:
+                k *= block.of_mask(key_mask)
+            block.of_sums(sums).baddbmm_(k, block.of(value).to(dtype), alpha=1 / length)
+            block.of_sums(mean).add_(k.sum(2, keepdim=True), alpha=1 / length)
     return sums, mean
 
 
@@ -51,17 +62,18 @@ def state_backward(
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     grad_state, grad_mean = grad_state / length, grad_mean / length
     read_state = grad_state.to(_product_dtype(value))
-    pairs, blocks = _blocks(key)
+    phi, weights = _PHI[feature_map], _weights(projection, key)
+    grad_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)
     with torch.autocast(key.device.type, enabled=False):
-        for b, h in pairs:
-            for rows in blocks:
-                k, v = _features(_rows(key, b, h, rows), dtype), _rows(value, b, h, rows).to(dtype)
-                if key_mask is not None:
-                    k *= key_mask[b, rows, None]
-                _product(k, read_state[b, h], _rows(grad_value, b, h, rows))
-                grad_k = torch.baddbmm(grad_mean[b, h].transpose(1, 2), v, grad_state[b, h].transpose(1, 2))
-                _times_slope(grad_k, k, _rows(grad_key, b, h, rows))
-    return grad_key, grad_value, None
+        for block in _blocks(key, grad_state.shape[2]):
+            x, channels = _channels(block, key, weights, dtype)
+            k, v = phi.features(channels), block.of(value).to(dtype)
+            if key_mask is not None:
+                k *= block.of_mask(key_mask)
+            block.write_product(grad_value, k.transpose(1, 2), block.of_sums(read_state))
+            grad_k = _product_like(k, block.of_sums(grad_state), v.transpose(1, 2), block.of_sums(grad_mean))
+            _channels_backward(phi, grad_k, k, channels, x, weights, block, grad_key, grad_weights)
+    return grad_key, grad_value, _projection_gradient(grad_weights, projection)
 
 
 def output(
@@ -78,19 +90,18 @@ def output(
     out = query.new_empty(*query.shape[:3], state.shape[3])
     gate = None if gate is None else gate.expand(out.shape)
     read_state = state.to(_product_dtype(query))
-    pairs, blocks = _blocks(query)
+    phi, weights = _PHI[feature_map], _weights(projection, query)
     with torch.autocast(query.device.type, enabled=False):
-        for b, h in pairs:
-            for rows in blocks:
-                q = _features(_rows(query, b, h, rows), dtype)
-                q.div_(_dot(q, mean[b, h]).add_(eps))
-                o = _rows(out, b, h, rows)
-                if near is None:
-                    _product(q, read_state[b, h], o)
-                else:
-                    far = torch.bmm(q.to(read_state.dtype), read_state[b, h])
-                    beside, opening = _rows(near, b, h, rows), _rows(gate, b, h, rows)
-                    o.copy_(torch.lerp(*(x.to(dtype) for x in (beside, far, opening))))
+        for block in _blocks(query, state.shape[2]):
+            _, channels = _channels(block, query, weights, dtype)
+            q = phi.features(channels)
+            q.div_(torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps))
+            if near is None:
+                block.write_product(out, q.transpose(1, 2), block.of_sums(read_state))
+            else:
+                far = torch.bmm(q.transpose(1, 2).to(read_state.dtype), block.of_sums(read_state))
+                beside, opening = block.of(near), block.of(gate)
+                block.write(out, torch.lerp(*(x.to(dtype) for x in (beside, far, opening))))
     return out
 
 
@@ -106,37 +117,224 @@ def output_backward(
     dtype = state.dtype
     grad_query = query.new_empty(query.shape)
     grad_state, grad_mean = torch.zeros_like(state), torch.zeros_like(mean)
-    pairs, blocks = _blocks(query)
+    phi, weights = _PHI[feature_map], _weights(projection, query)
+    grad_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)
     with torch.autocast(query.device.type, enabled=False):
-        for b, h in pairs:
-            for rows in blocks:
-                q, g = _features(_rows(query, b, h, rows), dtype), _rows(grad_out, b, h, rows).to(dtype)
-                denominator = _dot(q, mean[b, h]).add_(eps)
-                g = g / denominator
-                grad_q = torch.bmm(g, state[b, h].transpose(1, 2))
-                # the output is not needed: grad_out . out = phi(q) . (state grad_out) / denominator
-                grad_denominator = (grad_q * q).sum(-1, keepdim=True).div_(denominator).neg_()
-                grad_state[b, h].baddbmm_(q.transpose(1, 2), g)
-                grad_mean[b, h].transpose(1, 2).baddbmm_(grad_denominator.transpose(1, 2), q)
-                grad_q.addcmul_(grad_denominator, mean[b, h].transpose(1, 2))
-                _times_slope(grad_q, q, _rows(grad_query, b, h, rows))
-    return grad_query, grad_state, grad_mean, None
+        for block in _blocks(query, state.shape[2]):
+            x, channels = _channels(block, query, weights, dtype)
+            q, g = phi.features(channels), block.of(grad_out).to(dtype)
+            denominator = torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps)
+            g = g / denominator.transpose(1, 2)
+            grad_q = _product_like(q, block.of_sums(state), g.transpose(1, 2))
+            # the output is not needed: grad_out . out = phi(q) . (state grad_out) / denominator
+            grad_denominator = (grad_q * q).sum(1, keepdim=True).div_(denominator).neg_()
+            block.of_sums(grad_state).baddbmm_(q, g)
+            block.of_sums(grad_mean).transpose(1, 2).baddbmm_(grad_denominator, q.transpose(1, 2))
+            grad_q.addcmul_(grad_denominator, block.of_sums(mean))
+            _channels_backward(phi, grad_q, q, channels, x, weights, block, grad_query, grad_weights)
+    return grad_query, grad_state, grad_mean, _projection_gradient(grad_weights, projection)
 
 
-def _features(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """phi(x) = elu(x) + 1, in this dtype."""
-    x = x.to(dtype)
-    # exp(min(x, 0)) in one pass: on a CPU it takes a third of the time of clamp and exp
-    slope = torch.ops.aten.elu_backward(x.new_ones(()).expand_as(x), 1, 1, 1, False, x)
-    return slope.add_(x.clamp(min=0))
+class _Phi(NamedTuple):
+    """How the passes compute one feature map, on blocks of channels [group, m, rows].
 
-
-def _times_slope(grad: Tensor, phi: Tensor, out: Tensor) -> None:
-    """Write grad * phi'(x) to `out`, given phi(x), which is overwritten.
-
-    phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1.
+    features: channels -> phi [group, F, rows], in memory of its own.
+    times_slope: gradient of phi, phi, channels, out -> gradient of the channels, in `out` unless that is None; it may
+        overwrite the first two. It is zero for rows whose phi a mask has set to zero.
     """
-    torch.mul(grad, phi.clamp_(max=1), out=out)
+
+    features: Callable[[Tensor], Tensor]
+    times_slope: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _exp(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """exp(min(x, 0)); on a CPU it takes half of the time of torch.exp, and a third of that of clamp and exp."""
+    one = x.new_ones(()).expand_as(x)
+    if out is None:
+        return torch.ops.aten.elu_backward(one, 1, 1, 1, False, x)
+    return torch.ops.aten.elu_backward.grad_input(one, 1, 1, 1, False, x, grad_input=out)
+
+
+def _elu(x: Tensor) -> Tensor:
+    return _exp(x).add_(x.clamp(0, LARGEST))
+
+
+def _elu_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1.
+
+    Beyond LARGEST it stays 1, where the formula has 0: to look for such values would cost time.
+    """
+    return torch.mul(grad, phi.clamp_(max=1), out=out)
+
+
+def _hedgehog(x: Tensor) -> Tensor:
+    phi = x.new_empty(x.shape[0], 2, *x.shape[1:])
+    torch.sub(x, x.amax(1, keepdim=True), out=phi[:, 0])
+    torch.sub(x.amin(1, keepdim=True), x, out=phi[:, 1])
+    _exp(phi, out=phi)
+    return phi.div_(phi.sum(2, keepdim=True)).flatten(1, 2)
+
+
+def _hedgehog_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    halves = (y.unflatten(1, (2, x.shape[1])) for y in (grad, phi))
+    up, down = torch._softmax_backward_data(*halves, 2, grad.dtype).unbind(1)
+    return torch.sub(up, down, out=out)
+
+
+def _polynomial(x: Tensor) -> Tensor:
+    factors, slices = _factors(x)
+    phi = x.new_empty(x.shape[0], slices[-1].stop, x.shape[2])
+    for i, products in enumerate(slices):
+        torch.mul(factors[:, i:], factors[:, i, None], out=phi[:, products])
+        if i > 0:
+            phi[:, products.start] *= math.sqrt(0.5)
+    return phi
+
+
+def _polynomial_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    factors, slices = _factors(x)
+    grad_factors = torch.zeros_like(factors)
+    for i, products in enumerate(slices):
+        if i > 0:
+            grad[:, products.start] *= math.sqrt(0.5)
+        grad_factors[:, i:].addcmul_(grad[:, products], factors[:, i, None])
+        grad_factors[:, i].add_((grad[:, products] * factors[:, i:]).sum(1))
+    # phi's first feature is 1, or 0 where a mask has set it so
+    grad = grad_factors[:, 1:] * (phi[:, :1] * x.shape[1] ** -0.25)
+    grad = torch.ops.aten.hardtanh_backward(grad, x, -LARGEST_FACTOR, LARGEST_FACTOR)
+    return grad if out is None else out.copy_(grad)
+
+
+def _factors(x: Tensor) -> tuple[Tensor, list[slice]]:
+    """(1, x_1, …, x_m), scaled, and where phi has the products of each one with itself and those that follow."""
+    group, channels, rows = x.shape
+    factors = x.new_ones(group, channels + 1, rows)
+    torch.mul(x.clamp(-LARGEST_FACTOR, LARGEST_FACTOR), channels**-0.25, out=factors[:, 1:])
+    ends = itertools.accumulate(range(channels + 1, 0, -1), initial=0)
+    return factors, [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+_PHI = {
+    "elu": _Phi(_elu, _elu_times_slope),
+    "hedgehog": _Phi(_hedgehog, _hedgehog_times_slope),
+    "polynomial": _Phi(_polynomial, _polynomial_times_slope),
+}
+
+
+class _Block(NamedTuple):
+    """Rows of some heads of an image, or all rows and heads of several images."""
+
+    images: slice
+    heads: slice
+    rows: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """[group, rows, D] of x [B, N, heads, D]: a view of it, if the block is of one image."""
+        return self._part(x).flatten(0, 1)
+
+    def of_sums(self, x: Tensor) -> Tensor:
+        """A view [group, F, E] of x [B, heads, F, E]."""
+        return x[self.images, self.heads].view(-1, *x.shape[2:])
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """[group, m, D] of x [heads, m, D]: a view of it, if the block is of one image."""
+        return x[None, self.heads].expand(self.images.stop - self.images.start, -1, -1, -1).flatten(0, 1)
+
+    def of_mask(self, key_mask: Tensor) -> Tensor:
+        """[group, 1, rows] of key_mask [B, N]."""
+        heads = self.heads.stop - self.heads.start
+        return key_mask[self.images, None, None, self.rows].expand(-1, heads, -1, -1).flatten(0, 1)
+
+    def view(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The view [group, rows, D] of x [B, N, heads, D], where there is one and it has this dtype."""
+        part = self._part(x)
+        return part[0] if len(part) == 1 and part.dtype == dtype else None
+
+    def write(self, x: Tensor, y: Tensor) -> None:
+        part = self._part(x)
+        part.copy_(y.unflatten(0, part.shape[:2]))
+
+    def write_product(self, x: Tensor, y: Tensor, z: Tensor) -> None:
+        """Write y z, with y in the dtype of z."""
+        y, out = y.to(z.dtype), self.view(x, z.dtype)
+        if out is not None:
+            torch.bmm(y, z, out=out)
+        else:
+            self.write(x, torch.bmm(y, z))
+
+    def _part(self, x: Tensor) -> Tensor:
+        return x[self.images, self.rows, self.heads].transpose(1, 2)
+
+
+def _blocks(x: Tensor, features: int) -> Iterator[_Block]:
+    """Cut x [B, N, heads, D] so that a block of it and of its features fits the cache."""
+    batch, length, heads, width = x.shape
+    rows, elements = (CPU_ROWS, CPU_ELEMENTS) if x.device.type == "cpu" else (GPU_ROWS, GPU_ELEMENTS)
+    group = max(1, elements // (min(rows, max(length, 1)) * max(width, features, 1)))
+    images = max(1, group // max(heads, 1)) if length <= rows else 1
+    steps = range(0, batch, images), range(0, heads, group), range(0, length, rows)
+    for b, h, n in itertools.product(*steps):
+        yield _Block(slice(b, min(b + images, batch)), slice(h, min(h + group, heads)), slice(n, n + rows))
+
+
+def _weights(projection: Tensor | None, x: Tensor) -> Tensor | None:
+    """The projection [heads, D, m], for tensors like x, as [heads, m, D]."""
+    return None if projection is None else projection.transpose(1, 2).to(_product_dtype(x)).contiguous()
+
+
+def _channels(block: _Block, x: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """What the projection reads of x (None without one), and the channels of phi: both of the block, in this dtype."""
+    if weights is None:
+        return None, block.of(x).to(dtype).transpose(1, 2)
+    x = block.of(x).to(dtype)
+    if torch.finfo(weights.dtype).max > LARGEST:
+        x = x.clamp(-LARGEST, LARGEST)
+    # contiguous, because strided products in bfloat16 are slow
+    return x, torch.bmm(block.of_heads(weights), x.to(weights.dtype).contiguous().transpose(1, 2)).to(dtype)
+
+
+def _channels_backward(
+    phi: _Phi,
+    grad_phi: Tensor,
+    features: Tensor,
+    channels: Tensor,
+    x: Tensor | None,
+    weights: Tensor | None,
+    block: _Block,
+    grad_x: Tensor,
+    grad_weights: Tensor | None,
+) -> None:
+    """Write the block of grad_x, and add to grad_weights."""
+    if weights is None:
+        out = block.view(grad_x, grad_phi.dtype)
+        grad = phi.times_slope(grad_phi, features, channels, None if out is None else out.transpose(1, 2))
+        if out is None:
+            block.write(grad_x, grad.transpose(1, 2))
+        return
+    grad = phi.times_slope(grad_phi, features, channels, None)
+    block.write_product(grad_x, grad.transpose(1, 2), block.of_heads(weights))
+    if torch.finfo(weights.dtype).max > LARGEST and _may_reach(x, LARGEST):
+        block.write(grad_x, block.of(grad_x).masked_fill(x.abs() >= LARGEST, 0))
+    images = block.images.stop - block.images.start
+    added = torch.bmm(grad, x.to(grad.dtype)).unflatten(0, (images, -1))
+    grad_weights[block.heads] += added.sum(0)
+
+
+def _may_reach(x: Tensor, bound: float) -> bool:
+    """On a CPU, whether x does; elsewhere, where asking would wait for the device, True."""
+    return x.device.type != "cpu" or bool(x.amax() >= bound) or bool(x.amin() <= -bound)
+
+
+def _projection_gradient(grad_weights: Tensor | None, projection: Tensor | None) -> Tensor | None:
+    return None if projection is None else grad_weights.transpose(1, 2).to(projection.dtype).contiguous()
+
+
+def _product_like(phi: Tensor, x: Tensor, y: Tensor, added: Tensor | None = None) -> Tensor:
+    """x y (+ added), in memory as phi is: steps that read both would be slow otherwise."""
+    if phi.stride(2) != 1:
+        return _product_like(phi.transpose(1, 2), y.transpose(1, 2), x.transpose(1, 2),
+                             None if added is None else added.transpose(1, 2)).transpose(1, 2)  # fmt: skip
+    return torch.bmm(x, y) if added is None else torch.baddbmm(added, x, y)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -146,29 +344,3 @@ def _product_dtype(x: Tensor) -> torch.dtype:
         if any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS):
             return torch.bfloat16
     return sum_dtype(x.dtype)
-
-
-def _product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    if out.dtype == y.dtype:
-        torch.bmm(x.to(y.dtype), y, out=out)
-    else:
-        out.copy_(torch.bmm(x.to(y.dtype), y))
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """x y, [group, rows, D] and [group, D, 1] -> [group, rows, 1], as (yᵀ xᵀ)ᵀ: three times as fast on a CPU."""
-    return torch.bmm(y.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
-
-
-def _blocks(x: Tensor):
-    """Cut x [B, N, heads, D] to fit the cache: a list of (batch index, head slice), and the row slices of each."""
-    batch, length, heads, width = x.shape
-    rows, elements = (CPU_ROWS, CPU_ELEMENTS) if x.device.type == "cpu" else (GPU_ROWS, GPU_ELEMENTS)
-    group = max(1, elements // (min(rows, max(length, 1)) * max(width, 1)))
-    pairs = [(b, slice(h, h + group)) for b in range(batch) for h in range(0, heads, group)]
-    return pairs, [slice(n, n + rows) for n in range(0, length, rows)]
-
-
-def _rows(x: Tensor, b: int, heads: slice, rows: slice) -> Tensor:
-    """A view [group, rows, D] of x [B, N, heads, D]."""
-    return x[b, rows, heads].transpose(0, 1)
