@@ -59,6 +59,31 @@ def linear(query, key, value, eps=1e-4):
     return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
 
 
+def mapped_linear(feature_map, query, key, value, projections=None, key_mask=None, eps=None):
+    """[B, N, heads, D] in float64, by the N x N weights of this feature map; key_mask bool [B, N]."""
+    query, key, value = (x.double() for x in (query, key, value))
+    if projections is not None:
+        query, key = ((x.unsqueeze(-1) * y.double()).sum(-2) for x, y in zip((query, key), projections, strict=True))
+    if feature_map == "elu":
+        pairs = [[torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query, key)]]
+    elif feature_map == "hedgehog":
+        powers = [[(sign * x).exp() for x in (query, key)] for sign in (1, -1)]
+        pairs = [[x / x.sum(-1, keepdim=True) for x in pair] for pair in powers]
+    if feature_map == "polynomial":
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        weights = 1 + scores + scores**2 / 2
+    else:
+        weights = sum(torch.einsum("bqhd,bkhd->bhqk", *pair) for pair in pairs)
+    count = key.shape[1]
+    if key_mask is not None:
+        weights = weights * key_mask[:, None, None, :]
+        count = key_mask.sum(1)[:, None, None, None]
+    weights = weights / count
+    eps = (1e-4 if feature_map == "elu" else 1e-8) if eps is None else eps
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, value)
+    return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+
+
 def gradient_of_features(query, key, value, weight, which, eps=1e-4):
     """Of sum(weight * linear(...)) in float64: the gradient of the features of the query (which = 0) or the key (1)."""
     features = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()).detach() for x in (query.double(), key.double())]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LARGEST = 2.0**40  # values beyond it count as this: then no sum or product of features overflows float32
+LARGEST_FACTOR = 2.0**15  # likewise for the factors of products of degree 2
 
 
 class FeatureMap(NamedTuple):
@@ -48,7 +49,7 @@ def polynomial(x: Tensor) -> Tensor:
 
     That is exp(s) up to its second order, and at least 1/2 (arXiv 2402.18668).
     """
-    x = x.clamp(-(2.0**15), 2.0**15)
+    x = x.clamp(-LARGEST_FACTOR, LARGEST_FACTOR)
     x = torch.cat((torch.ones_like(x[..., :1]), x * x.shape[-1] ** -0.25), dim=-1)
     left, right, scale = product_pairs(x.shape[-1] - 1)
     return x[..., left] * x[..., right] * torch.tensor(scale, dtype=x.dtype, device=x.device)

@@ -26,17 +26,20 @@ SHARED = {
     89: 99 * KILO,
     90: 227 * KILO,
     100: 227 * KILO,
+    103: 227 * KILO,
     120: 99 * KILO,
     "gfx942": 64 * KILO,
 }
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "gate"}
+FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "grad_projection", "gate"}
 TENSORS = FLOAT32 | {
     "x",
     "y",
     "query",
     "key",
     "value",
+    "projection",
+    "key_mask",
     "near",
     "out",
     "grad_out",
@@ -51,7 +54,8 @@ KERNELS = [
     ("output", {"JOIN": True, "GATE_PER_ROW": True}),
     ("output", {"JOIN": True, "GATE_PER_ROW": False}),
     ("output_backward", {}),
-    ("state_backward", {}),
+    ("state_backward", {"MASKED": False}),
+    ("state_backward", {"MASKED": True}),
 ]
 # what models run in on every chip; the rest on one chip of each kind
 CASES = [(torch.bfloat16, width, chip) for width in (64, 72, 128) for chip in SHARED]
@@ -64,15 +68,16 @@ CASES += [
 SPILLED_BY_3_6 = {("output_backward", torch.float32): 72, ("sum", torch.bfloat16): 12}
 
 
-def compiled(name, options, dtype, width, chip, unit=8):
+def compiled(name, options, dtype, width, chip, unit=8, feature_map="elu", channels=None):
     kernel = getattr(linear_triton, f"_{name}_kernel")
     target = chip if isinstance(chip, int) else "hip"
-    launch = linear_triton.launch_options(name, dtype, width, width, target)
+    launch = linear_triton.launch_options(name, dtype, width, width, target, feature_map, channels)
     stages = {key: launch.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants = {"WIDTH": width, "OUT_WIDTH": width, "UNIT": unit, **options, **launch}
+    constants = {**linear_triton.constants(feature_map, width, width, channels), "UNIT": unit, **options, **launch}
     names = kernel.arg_names
     signature = {
         argument: "constexpr" if argument in constants
+        else "*u8" if argument == "key_mask"
         else ("*fp32" if argument in FLOAT32 else POINTER[dtype]) if argument in TENSORS
         else "fp32" if argument in ("factor", "eps")
         else "i32"
