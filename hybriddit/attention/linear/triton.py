@@ -798,7 +798,10 @@ def launch_options(
             block_e = min(block_e, 64)
         if block_m > 64 and feature_map == "hedgehog" and kernel == "sum":
             block_e = min(block_e, 32)
-        reload = channels is not None and backward and min(block_d, block_m) > 64 and target in (86, 89, 120, "hip")
+        if precise and wide:
+            rows, block_e = 16, min(block_e, 32)
+        large = min(block_d, block_m) > 64 or (precise and wide)
+        reload = channels is not None and backward and large and target in (86, 89, 120, "hip")
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_E": block_e, "BLOCK_N": rows}
     if kernel.endswith("backward"):
         options["RELOAD_PROJECTION"] = reload

@@ -462,8 +462,9 @@ def test_values_beyond_the_largest_count_as_it(feature_map, projected, largest):
     """And have no gradient."""
     inputs, weight = random_inputs((1, 40, 40, 1, 12, 12), torch.float32)
     inputs = [x.detach().clone() for x in inputs]
+    factors = torch.linspace(2, 200, 14, device=DEVICE)  # one for all would not show in the weighted mean
     for x in inputs[:2]:
-        x[0, ::3, 0, 1], x[0, 1::7, 0, 3] = 3e38 if projected else 8 * largest, -8 * largest
+        x[0, ::3, 0, 1], x[0, 1::7, 0, 3] = factors * largest, -8 * largest
     # small enough that what is clamped gives channels of size 1
     projections = random_projections(1, 12, 5, torch.float32) if projected else None
     for x in projections or ():
