@@ -64,16 +64,7 @@ def mapped_linear(feature_map, query, key, value, projections=None, key_mask=Non
     query, key, value = (x.double() for x in (query, key, value))
     if projections is not None:
         query, key = ((x.unsqueeze(-1) * y.double()).sum(-2) for x, y in zip((query, key), projections, strict=True))
-    if feature_map == "elu":
-        pairs = [[torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query, key)]]
-    elif feature_map == "hedgehog":
-        powers = [[(sign * x).exp() for x in (query, key)] for sign in (1, -1)]
-        pairs = [[x / x.sum(-1, keepdim=True) for x in pair] for pair in powers]
-    if feature_map == "polynomial":
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-        weights = 1 + scores + scores**2 / 2
-    else:
-        weights = sum(torch.einsum("bqhd,bkhd->bhqk", *pair) for pair in pairs)
+    weights = similarity(query, key, feature_map)
     count = key.shape[1]
     if key_mask is not None:
         weights = weights * key_mask[:, None, None, :]

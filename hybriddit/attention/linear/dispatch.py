@@ -20,9 +20,11 @@ from . import torch as torch_passes
 from .features import FEATURE_MAPS
 from .formula import linear_attention_formula
 
-# The dtypes that the Triton kernels support.
+# What the Triton kernels support. The second width is of the queries, keys and channels where the state may have more
+# features than these: with a projection, or another map than elu.
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_MAX_WIDTH = 256
+TRITON_MAPS = ("elu", "hedgehog", "polynomial")
+TRITON_MAX_WIDTH, TRITON_MAX_MAPPED_WIDTH = 256, 128
 
 
 def linear_attention(
@@ -129,8 +131,8 @@ def _kept_takes_triton(
     projected: bool,
     gradients: bool,
 ) -> bool:
-    reason = triton_refusal(device.type, dtype, max(width, value_width, channels))
-    reason = reason or (None if (feature_map, projected) == ("elu", False) else "its kernels lack it")  # until they do
+    mapped_width = 0 if feature_map == "elu" and not projected else max(width, channels)
+    reason = triton_refusal(device.type, dtype, max(width, value_width), feature_map, mapped_width)
     if reason is None and device.type == "cuda":
         sizes = [(1, 70, 2, width), (1, 90, 2, width), (1, 90, 2, value_width)]
         sizes += [(2, width, channels)] * (2 * projected)
@@ -149,12 +151,22 @@ def _small_case(feature_map: str, triton: bool, query: Tensor, key: Tensor, valu
     return _linear_output(query, *sums, None, None, query_projection, 1e-4, feature_map, triton)
 
 
-def triton_refusal(device_type: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why the Triton kernels cannot take such tensors, or None if they can. width: of a head."""
+def triton_refusal(
+    device_type: str, dtype: torch.dtype, width: int, feature_map: str = "elu", mapped_width: int = 0
+) -> str | None:
+    """Why the Triton kernels cannot take such tensors, or None if they can.
+
+    width: of a head. mapped_width: of queries, keys and projections, if there are projections or a map other than elu.
+    """
+    if feature_map not in TRITON_MAPS:
+        return f"its kernels have the feature maps {', '.join(TRITON_MAPS)}, not {feature_map}"
     if dtype not in TRITON_DTYPES:
         return f"its kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     if width > TRITON_MAX_WIDTH:
         return f"its kernels take head widths up to {TRITON_MAX_WIDTH}, not {width}"
+    if mapped_width > TRITON_MAX_MAPPED_WIDTH:
+        given = "projections, and feature maps other than elu,"
+        return f"its kernels take {given} at widths up to {TRITON_MAX_MAPPED_WIDTH}, not {mapped_width}"
     try:
         interpreted = _triton_passes().INTERPRETED
     except ImportError:

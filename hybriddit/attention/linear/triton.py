@@ -1,4 +1,4 @@
-"""Triton kernels of generalized linear attention: `formula.py`'s sums, with phi and the join fused in.
+"""Triton kernels of generalized linear attention: `formula.py`'s sums, with projection, phi and the join fused in.
 
 Each program sums its share of the rows in float32 and writes that to a place of its own; the shares are then added in a
 fixed order, so that results are reproducible bit for bit. Token offsets are 64-bit. Tensors may have any strides (the
@@ -15,15 +15,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import features as maps
+
 # Programs per multiprocessor: while one waits for memory, another computes.
 PROGRAMS_PER_SM = 2
 # The interpreter has no chip to fill: just enough programs to have several shares to add.
 INTERPRETED_PROGRAMS = 6
+# Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
+OVERRIDES: dict[str, dict] = {}
 
-
-@triton.jit
-def _phi(x):
-    return tl.where(x > 0, x + 1, tl.exp(x))  # NaN takes the second branch, and stays NaN
+LARGEST = tl.constexpr(maps.LARGEST)
+LARGEST_FACTOR = tl.constexpr(maps.LARGEST_FACTOR)
 
 
 @triton.jit
@@ -32,6 +34,12 @@ def _load(pointers, valid, mask_width: tl.constexpr, width_mask):
     if mask_width:
         return tl.load(pointers, mask=valid & width_mask, other=0.0)
     return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def _load_matrix(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Elements [row, column] of a contiguous matrix [ROWS, COLUMNS], zero beyond; transposed if the column is first."""
+    return tl.load(matrix + row * COLUMNS + column, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
 
 
 @triton.jit
@@ -46,9 +54,139 @@ def _columns(x, DOT: tl.constexpr):
 
 
 @triton.jit
+def _clamp(x, bound: tl.constexpr):
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # NaN stays NaN
+
+
+@triton.jit
+def _channels(x, matrix, MAP: tl.constexpr, PROJECTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """What phi is of, in float32: the rows x [n, D], or x P where PROJECTED; matrix is P, zero beyond its size."""
+    x = x.to(tl.float32)
+    if PROJECTED:
+        x = tl.dot(_clamp(x, LARGEST).to(DOT), matrix, input_precision=PRECISION)
+    elif MAP == "hedgehog":
+        x = _clamp(x, LARGEST)  # the other maps clamp the channels
+    return x
+
+
+@triton.jit
+def _phi(x):
+    x = tl.where(x > LARGEST, LARGEST, x)
+    return tl.where(x > 0, x + 1, tl.exp(x))  # NaN takes the second branch, and stays NaN
+
+
+@triton.jit
+def _phi_backward(grad, x, features):
+    """phi' is 1 above zero and phi below; at zero both are 1."""
+    return tl.where(x > LARGEST, 0.0, tl.where(x > 0, grad, grad * features))
+
+
+@triton.jit
+def _softmax(x, CHANNELS: tl.constexpr):
+    """Half of hedgehog's features: softmax(x) over the first CHANNELS of x [n, BLOCK_M], zero beyond."""
+    if x.shape[1] != CHANNELS:
+        x = tl.where(tl.arange(0, x.shape[1])[None, :] < CHANNELS, x, float("-inf"))
+    x = tl.exp(x - tl.max(x, axis=1)[:, None])
+    return x * (1 / tl.sum(x, axis=1))[:, None]
+
+
+@triton.jit
+def _softmax_backward(grad, features):
+    return features * (grad - tl.sum(features * grad, axis=1)[:, None])
+
+
+@triton.jit
+def _pairs(f, CHANNELS: tl.constexpr):
+    """The two factors of the polynomial's features f, and their scales; see `features.product_pairs`.
+
+    Factor 0 is the constant 1, factor i > 0 channel i - 1. Those of one left factor i begin at i (2 CHANNELS + 3 - i) / 2.
+    """
+    size: tl.constexpr = 2 * CHANNELS + 3
+    # what is added makes up for rounding: a step of f changes the root's half by at least 2 / size
+    root = tl.sqrt(tl.maximum(size * size - 8 * f, 1).to(tl.float32))
+    left = ((size - root) * 0.5 + 0.4 / size).to(tl.int32)
+    right = f - left * (size - left) // 2 + left
+    return left, right, tl.where((left == right) & (left > 0), 0.5**0.5, 1.0)
+
+
+@triton.jit
+def _factor(x, index, SELECT: tl.constexpr):
+    """The factors of these indices, [n, F]: columns of (1, x), chosen by a product with ones and zeros."""
+    ones = (tl.arange(0, x.shape[1])[:, None] + 1 == index[None, :]).to(tl.float32)
+    return tl.dot(x, ones, input_precision=SELECT) + (index == 0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _factor_backward(grad, index, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the gradient of x, given that of `_factor`'s result, to total."""
+    ones = (tl.arange(0, total.shape[1])[None, :] + 1 == index[:, None]).to(DOT)
+    return tl.dot(grad.to(DOT), ones, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _factors(x, f, CHANNELS: tl.constexpr, SELECT: tl.constexpr):
+    """Of each of the polynomial's features f: left, and right times its scale; x as from `_scaled`."""
+    left, right, scale = _pairs(f, CHANNELS)
+    return _factor(x, left, SELECT), _factor(x, right, SELECT) * scale[None, :]
+
+
+@triton.jit
+def _products_backward(grad, left, right, f, total, CHANNELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the gradient of x, given that of the polynomial's features f and `_factors`, to total."""
+    left_index, right_index, scale = _pairs(f, CHANNELS)
+    total = _factor_backward(grad * right, left_index, total, DOT, PRECISION)
+    return _factor_backward(grad * left * scale[None, :], right_index, total, DOT, PRECISION)
+
+
+@triton.jit
+def _times_state(
+    rows,
+    valid,
+    state,
+    f,
+    whole,
+    KEPT: tl.constexpr,
+    FEATURES: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The rows [n, E] at these pointers, times the transposed rows f of state: whole where KEPT, else loaded."""
+    total = tl.zeros((rows.shape[0], f.shape[0]), dtype=tl.float32)
+    for block in range((OUT_WIDTH + BLOCK_E - 1) // BLOCK_E):
+        column = block * BLOCK_E + tl.arange(0, BLOCK_E)
+        sums = whole if KEPT else _load_matrix(state, f[None, :], column[:, None], FEATURES, OUT_WIDTH).to(DOT)
+        x = _load(rows + column[None, :], valid, OUT_WIDTH % BLOCK_E != 0, column[None, :] < OUT_WIDTH)
+        total = tl.dot(x.to(DOT), sums, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _scaled(x, CHANNELS: tl.constexpr):
+    """The polynomial's channels, each bounded and over CHANNELS^(1/4)."""
+    return _clamp(x, LARGEST_FACTOR) * (CHANNELS**-0.25)
+
+
+@triton.jit
+def _scaled_backward(grad, x, CHANNELS: tl.constexpr):
+    return tl.where(tl.abs(x) > LARGEST_FACTOR, 0.0, grad * (CHANNELS**-0.25))
+
+
+@triton.jit
+def _rows_backward(grad, x, matrix, PROJECTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradient of the rows x, given that of `_channels`."""
+    if PROJECTED:
+        grad = tl.dot(grad.to(DOT), tl.trans(matrix), input_precision=PRECISION)
+        grad = tl.where(tl.abs(x.to(tl.float32)) > LARGEST, 0.0, grad)
+    return grad
+
+
+@triton.jit
 def _sum_kernel(
     x,
     y,
+    projection,
     row_scale,
     row_weight,
     state,
@@ -63,31 +201,50 @@ def _sum_kernel(
     y_batch,
     y_row,
     y_head,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
     SCALED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     """A split's share of state = sum_n f_n y_n^T and mean = sum_n row_weight_n f_n, times factor; f = row_scale phi(x).
 
-    row_scale and row_weight are [B, heads, N] where SCALED, else 1; state is [splits, B, heads, D, E] and mean
-    [splits, B, heads, D].
+    row_scale and row_weight are [B, heads, N] where SCALED, else 1; state is [splits, B, heads, F, E] and mean
+    [splits, B, heads, F]. Each program sums a block of E and, of the polynomial, a block of F.
     """
-    blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
+    halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
+    half: tl.constexpr = FEATURES // halves
+    e_blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
+    blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F * e_blocks
     pair, split = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0) % blocks
     batch, head = pair // heads, pair % heads
     pairs = (tl.num_programs(0) // blocks).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
+    f = block // e_blocks * BLOCK_F + tl.arange(0, BLOCK_F)
+    e = block % e_blocks * BLOCK_E + tl.arange(0, BLOCK_E)
     x += (batch * x_batch + head * x_head) * UNIT
     y += (batch * y_batch + head * y_head) * UNIT
-    total = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
-    weight = tl.zeros((BLOCK_D, 16), dtype=tl.float32)
+    matrix = None
+    if PROJECTED:
+        projection += head * WIDTH * CHANNELS
+        matrix = _load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
+    total = tl.zeros((BLOCK_F, BLOCK_E), dtype=tl.float32)
+    weight = tl.zeros((BLOCK_F, 16), dtype=tl.float32)
+    if halves == 2:
+        total_2 = tl.zeros((BLOCK_F, BLOCK_E), dtype=tl.float32)
+        weight_2 = tl.zeros((BLOCK_F, 16), dtype=tl.float32)
     weights = tl.full((BLOCK_N, 16), 1 / 16, dtype=DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
@@ -106,26 +263,48 @@ def _sum_kernel(
             OUT_WIDTH % BLOCK_E != 0,
             e[None, :] < OUT_WIDTH,
         )
-        features = _phi(x_rows.to(tl.float32))
+        channels = _channels(x_rows, matrix, MAP, PROJECTED, DOT, PRECISION)
+        if MAP == "polynomial":
+            left, right = _factors(_scaled(channels, CHANNELS), f, CHANNELS, SELECT)
+            features = left * right
+        elif MAP == "hedgehog":
+            features, features_2 = _softmax(channels, CHANNELS), _softmax(-channels, CHANNELS)
+        else:
+            features = _phi(channels)
         if SCALED:
-            features *= tl.load(row_scale + pair * length + start + n, mask=n < length - start, other=0.0)[:, None]
+            scale = tl.load(row_scale + pair * length + start + n, mask=n < length - start, other=0.0)[:, None]
             weights = tl.load(row_weight + pair * length + start + n, mask=n < length - start, other=0.0)
             weights = _columns(weights, DOT)
+            features *= scale
+            if halves == 2:
+                features_2 *= scale
         else:
-            features = tl.where(valid, features, 0.0)  # masked after phi, because phi(0) is 1
+            features = tl.where(valid, features, 0.0)  # masked after phi, because phi(0) is not 0
+            if halves == 2:
+                features_2 = tl.where(valid, features_2, 0.0)
         features = tl.trans(features.to(DOT))
         weight = tl.dot(features, weights, weight, input_precision=PRECISION)
         total = tl.dot(features, y_rows.to(DOT), total, input_precision=PRECISION)
-    out = split * pairs + pair
-    state += (out * WIDTH + d[:, None]) * OUT_WIDTH + e[None, :]
-    tl.store(state, total * factor, mask=(d[:, None] < WIDTH) & (e[None, :] < OUT_WIDTH))
-    if tl.program_id(0) % blocks == 0:
-        tl.store(mean + out * WIDTH + d, tl.sum(weight, axis=1) * factor, mask=d < WIDTH)
+        if halves == 2:
+            features_2 = tl.trans(features_2.to(DOT))
+            weight_2 = tl.dot(features_2, weights, weight_2, input_precision=PRECISION)
+            total_2 = tl.dot(features_2, y_rows.to(DOT), total_2, input_precision=PRECISION)
+    out = (split * pairs + pair) * FEATURES
+    inside = (f[:, None] < half) & (e[None, :] < OUT_WIDTH)
+    state += (out + f[:, None]) * OUT_WIDTH + e[None, :]
+    tl.store(state, total * factor, mask=inside)
+    if halves == 2:
+        tl.store(state + half * OUT_WIDTH, total_2 * factor, mask=inside)
+    if block % e_blocks == 0:
+        tl.store(mean + out + f, tl.sum(weight, axis=1) * factor, mask=f < half)
+        if halves == 2:
+            tl.store(mean + out + half + f, tl.sum(weight_2, axis=1) * factor, mask=f < half)
 
 
 @triton.jit
 def _output_kernel(
     query,
+    projection,
     state,
     mean,
     near,
@@ -145,9 +324,15 @@ def _output_kernel(
     gate_row,
     gate_head,
     gate_column,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
@@ -155,24 +340,36 @@ def _output_kernel(
     GATE_PER_ROW: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
     """out = phi(q) state / (phi(q) . mean + eps), joined to near where JOIN; out [B, N, heads, E] is contiguous."""
+    halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
+    half: tl.constexpr = FEATURES // halves
+    f_blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F
     blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
     pair, split = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    d = tl.arange(0, BLOCK_D)
+    d, f = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     e = (tl.program_id(0) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = e[None, :] < OUT_WIDTH
     query += (batch * q_batch + head * q_head) * UNIT
     out += batch * length * heads * OUT_WIDTH + head * OUT_WIDTH
+    state += pair * FEATURES * OUT_WIDTH
+    mean += pair * FEATURES
     if JOIN:
         near += (batch * near_batch + head * near_head) * UNIT
         gate += batch * gate_batch + head * gate_head
-    # channels beyond the width are zero in both sums, so phi's values there do not count
-    sums = tl.load(
-        state + (pair * WIDTH + d[:, None]) * OUT_WIDTH + e[None, :], mask=(d[:, None] < WIDTH) & inside, other=0.0
-    ).to(DOT)
-    means = _columns(tl.load(mean + pair * WIDTH + d, mask=d < WIDTH, other=0.0), DOT)
+    matrix = None
+    if PROJECTED:
+        projection += head * WIDTH * CHANNELS
+        matrix = _load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
+    # features beyond the last are zero in both sums, so phi's values there do not count
+    if f_blocks == 1:
+        sums = _load_matrix(state, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+        means = _columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
+    if halves == 2:
+        sums_2 = _load_matrix(state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+        means_2 = _columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
     for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
@@ -184,9 +381,29 @@ def _output_kernel(
             WIDTH != BLOCK_D,
             d[None, :] < WIDTH,
         )
-        features = _phi(q.to(tl.float32)).to(DOT)
-        denominator = tl.sum(tl.dot(features, means, input_precision=PRECISION), axis=1) + eps
-        result = tl.dot(features, sums, input_precision=PRECISION) / denominator[:, None]
+        channels = _channels(q, matrix, MAP, PROJECTED, DOT, PRECISION)
+        if MAP == "polynomial":
+            channels = _scaled(channels, CHANNELS)
+            total = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
+            result = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+            for block in range(f_blocks):
+                row = block * BLOCK_F + f
+                if f_blocks > 1:
+                    sums = _load_matrix(state, row[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                left, right = _factors(channels, row, CHANNELS, SELECT)
+                features = (left * right).to(DOT)
+                total = tl.dot(features, means, total, input_precision=PRECISION)
+                result = tl.dot(features, sums, result, input_precision=PRECISION)
+        else:
+            features = (_softmax(channels, CHANNELS) if MAP == "hedgehog" else _phi(channels)).to(DOT)
+            total = tl.dot(features, means, input_precision=PRECISION)
+            result = tl.dot(features, sums, input_precision=PRECISION)
+            if halves == 2:
+                features = _softmax(-channels, CHANNELS).to(DOT)
+                total = tl.dot(features, means_2, total, input_precision=PRECISION)
+                result = tl.dot(features, sums_2, result, input_precision=PRECISION)
+        result = result / (tl.sum(total, axis=1) + eps)[:, None]
         if JOIN:
             beside = tl.load(
                 near + start * near_row * UNIT + n[:, None] * (near_row * UNIT) + e[None, :],
@@ -210,9 +427,11 @@ def _output_kernel(
 def _output_backward_kernel(
     grad_out,
     query,
+    projection,
     state,
     mean,
     grad_query,
+    grad_projection,
     row_scale,
     row_weight,
     length,
@@ -225,61 +444,141 @@ def _output_backward_kernel(
     q_batch,
     q_row,
     q_head,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    RELOAD_PROJECTION: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
-    """The query's gradient; and each row's scale and weight, from which `_sum_kernel` makes the state's gradient."""
-    blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
+    """The query's gradient; a split's share of the projection's, [splits, B, heads, D, m]; and each row's scale and
+    weight, from which `_sum_kernel` makes the state's gradient."""
+    halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
+    half: tl.constexpr = FEATURES // halves
+    f_blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F
+    e_blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    d, m, f, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     grad_out += (batch * g_batch + head * g_head) * UNIT
     query += (batch * q_batch + head * q_head) * UNIT
     grad_query += batch * length * heads * WIDTH + head * WIDTH
-    state += (pair * WIDTH + d[None, :]) * OUT_WIDTH + e[:, None]  # transposed
-    means = _columns(tl.load(mean + pair * WIDTH + d, mask=d < WIDTH, other=0.0), DOT)
-    if blocks == 1:
-        sums = tl.load(state, mask=(d[None, :] < WIDTH) & (e[:, None] < OUT_WIDTH), other=0.0).to(DOT)
+    state += pair * FEATURES * OUT_WIDTH
+    mean += pair * FEATURES
+    matrix = None
+    if PROJECTED:
+        projection += head * WIDTH * CHANNELS
+        if not RELOAD_PROJECTION:
+            matrix = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+        projection_total = tl.zeros((BLOCK_D, BLOCK_M), dtype=tl.float32)
+    kept: tl.constexpr = f_blocks == 1 and e_blocks == 1
+    whole = None
+    if f_blocks == 1:
+        means = _columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
+        if kept:
+            whole = _load_matrix(state, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
+    if halves == 2:
+        means_2 = _columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
+        if e_blocks == 1:
+            sums_2 = _load_matrix(state + half * OUT_WIDTH, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
     for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
         start = first + step * BLOCK_N
         valid = n[:, None] < length - start
-        grad_features = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        for block in range(blocks):
-            if blocks > 1:
-                sums = tl.load(
-                    state + block * BLOCK_E,
-                    mask=(d[None, :] < WIDTH) & (block * BLOCK_E + e[:, None] < OUT_WIDTH),
-                    other=0.0,
-                ).to(DOT)
-            g = _load(
-                grad_out + start * g_row * UNIT + n[:, None] * (g_row * UNIT) + block * BLOCK_E + e[None, :],
-                valid,
-                OUT_WIDTH % BLOCK_E != 0,
-                block * BLOCK_E + e[None, :] < OUT_WIDTH,
-            )
-            grad_features = tl.dot(g.to(DOT), sums, grad_features, input_precision=PRECISION)
         q = _load(
             query + start * q_row * UNIT + n[:, None] * (q_row * UNIT) + d[None, :],
             valid,
             WIDTH != BLOCK_D,
             d[None, :] < WIDTH,
         )
-        q = q.to(tl.float32)
-        features = _phi(q)
-        scale = 1 / (tl.sum(tl.dot(features.to(DOT), means, input_precision=PRECISION), axis=1) + eps)
+        g_rows = grad_out + start * g_row * UNIT + n[:, None] * (g_row * UNIT)
+        if RELOAD_PROJECTION:
+            loaded = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+        else:
+            loaded = matrix
+        channels = _channels(q, loaded, MAP, PROJECTED, DOT, PRECISION)
         # grad_out . out = phi(q) . (state grad_out) / denominator: the output itself is not needed
-        weight = -tl.sum(features * grad_features, axis=1) * scale
-        weights = tl.broadcast_to(weight[:, None], (BLOCK_N, 16)).to(DOT)
-        grad = tl.dot(weights, tl.trans(means), grad_features, input_precision=PRECISION) * scale[:, None]
-        grad = tl.where(q > 0, grad, grad * features)
+        if MAP == "polynomial":
+            scaled = _scaled(channels, CHANNELS)
+            total = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
+            along = tl.zeros((BLOCK_N,), dtype=tl.float32)
+            grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+            left, right = grad_features, grad_features
+            for block in range(f_blocks):
+                row = block * BLOCK_F + f
+                if f_blocks > 1:
+                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                grad_features = _times_state(
+                    g_rows, valid, state, row, whole, kept, FEATURES, OUT_WIDTH, BLOCK_E, DOT, PRECISION
+                )
+                left, right = _factors(scaled, row, CHANNELS, SELECT)
+                features = left * right
+                total = tl.dot(features.to(DOT), means, total, input_precision=PRECISION)
+                along += tl.sum(features * grad_features, axis=1)
+            scale = 1 / (tl.sum(total, axis=1) + eps)
+            weight = -along * scale
+            weights = tl.broadcast_to(weight[:, None], (BLOCK_N, 16)).to(DOT)
+            grad = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for block in range(f_blocks):
+                row = block * BLOCK_F + f
+                if f_blocks > 1:  # too much to keep
+                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                    grad_features = _times_state(
+                        g_rows, valid, state, row, whole, kept, FEATURES, OUT_WIDTH, BLOCK_E, DOT, PRECISION
+                    )
+                    left, right = _factors(scaled, row, CHANNELS, SELECT)
+                grad_features = tl.dot(weights, tl.trans(means), grad_features, input_precision=PRECISION)
+                grad_features *= scale[:, None]
+                grad = _products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
+            grad = _scaled_backward(grad, channels, CHANNELS)
+        else:
+            grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+            if halves == 2:
+                grad_2 = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+            for block in range(e_blocks):
+                column = block * BLOCK_E + e
+                sums = whole if kept else _load_matrix(state, f[None, :], column[:, None], half, OUT_WIDTH).to(DOT)
+                g = _load(g_rows + column[None, :], valid, OUT_WIDTH % BLOCK_E != 0, column[None, :] < OUT_WIDTH)
+                grad_features = tl.dot(g.to(DOT), sums, grad_features, input_precision=PRECISION)
+                if halves == 2:
+                    if e_blocks > 1:
+                        sums_2 = _load_matrix(
+                            state + half * OUT_WIDTH, f[None, :], column[:, None], half, OUT_WIDTH
+                        ).to(DOT)
+                    grad_2 = tl.dot(g.to(DOT), sums_2, grad_2, input_precision=PRECISION)
+            if MAP == "hedgehog":
+                features, features_2 = _softmax(channels, CHANNELS), _softmax(-channels, CHANNELS)
+            else:
+                features = _phi(channels)
+            total = tl.dot(features.to(DOT), means, input_precision=PRECISION)
+            along = tl.sum(features * grad_features, axis=1)
+            if halves == 2:
+                total = tl.dot(features_2.to(DOT), means_2, total, input_precision=PRECISION)
+                along += tl.sum(features_2 * grad_2, axis=1)
+            scale = 1 / (tl.sum(total, axis=1) + eps)
+            weight = -along * scale
+            weights = tl.broadcast_to(weight[:, None], (BLOCK_N, 16)).to(DOT)
+            grad = tl.dot(weights, tl.trans(means), grad_features, input_precision=PRECISION) * scale[:, None]
+            if halves == 2:
+                grad_2 = tl.dot(weights, tl.trans(means_2), grad_2, input_precision=PRECISION) * scale[:, None]
+                grad = _softmax_backward(grad, features) - _softmax_backward(grad_2, features_2)
+            else:
+                grad = _phi_backward(grad, channels, features)
+        if PROJECTED:  # rows beyond the last are zeros, and add nothing
+            rows = tl.trans(_clamp(q.to(tl.float32), LARGEST).to(DOT))
+            projection_total = tl.dot(rows, grad.to(DOT), projection_total, input_precision=PRECISION)
+        grad = _rows_backward(grad, q, loaded, PROJECTED, DOT, PRECISION)
         tl.store(
             grad_query + start * heads * WIDTH + n[:, None] * (heads * WIDTH) + d[None, :],
             grad.to(grad_query.dtype.element_ty),
@@ -287,6 +586,13 @@ def _output_backward_kernel(
         )
         tl.store(row_scale + pair * length + start + n, scale, mask=n < length - start)
         tl.store(row_weight + pair * length + start + n, weight, mask=n < length - start)
+    if PROJECTED:
+        grad_projection += (split * tl.num_programs(0) + pair) * WIDTH * CHANNELS
+        tl.store(
+            grad_projection + d[:, None] * CHANNELS + m[None, :],
+            projection_total,
+            mask=(d[:, None] < WIDTH) & (m[None, :] < CHANNELS),
+        )
 
 
 @triton.jit
@@ -295,8 +601,11 @@ def _state_backward_kernel(
     grad_mean,
     key,
     value,
+    projection,
+    key_mask,
     grad_key,
     grad_value,
+    grad_projection,
     length,
     heads,
     rows_per_split,
@@ -307,78 +616,162 @@ def _state_backward_kernel(
     v_batch,
     v_row,
     v_head,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    RELOAD_PROJECTION: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
+    MASKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
 ):
-    """grad_value = phi(k) grad_state, grad_key = phi'(k) (v grad_state^T + grad_mean), both times factor."""
-    blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
+    """grad_value = phi(k) grad_state, grad_key = phi'(k) (v grad_state^T + grad_mean), both times factor; and a split's
+    share of the projection's gradient, [splits, B, heads, D, m].
+
+    key_mask [B, N], where MASKED, is 0 for keys that are left out: their gradients are zero.
+    """
+    halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
+    half: tl.constexpr = FEATURES // halves
+    f_blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F
+    e_blocks: tl.constexpr = (OUT_WIDTH + BLOCK_E - 1) // BLOCK_E
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    d, m, f, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_E)
     key += (batch * k_batch + head * k_head) * UNIT
     value += (batch * v_batch + head * v_head) * UNIT
     grad_key += batch * length * heads * WIDTH + head * WIDTH
     grad_value += batch * length * heads * OUT_WIDTH + head * OUT_WIDTH
-    grad_state += (pair * WIDTH + d[:, None]) * OUT_WIDTH + e[None, :]
-    means = tl.load(grad_mean + pair * WIDTH + d, mask=d < WIDTH, other=0.0) * factor
-    if blocks == 1:
-        sums = tl.load(grad_state, mask=(d[:, None] < WIDTH) & (e[None, :] < OUT_WIDTH), other=0.0)
-        sums = (sums * factor).to(DOT)
+    grad_state += pair * FEATURES * OUT_WIDTH
+    grad_mean += pair * FEATURES
+    matrix = None
+    if PROJECTED:
+        projection += head * WIDTH * CHANNELS
+        if not RELOAD_PROJECTION:
+            matrix = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+        projection_total = tl.zeros((BLOCK_D, BLOCK_M), dtype=tl.float32)
+    if f_blocks == 1:
+        means = tl.load(grad_mean + f, mask=f < half, other=0.0) * factor
+        if e_blocks == 1:
+            sums = (_load_matrix(grad_state, f[:, None], e[None, :], half, OUT_WIDTH) * factor).to(DOT)
+    if halves == 2:
+        means_2 = tl.load(grad_mean + half + f, mask=f < half, other=0.0) * factor
+        if e_blocks == 1:
+            sums_2 = _load_matrix(grad_state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH)
+            sums_2 = (sums_2 * factor).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
     for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
         start = first + step * BLOCK_N
         valid = n[:, None] < length - start
+        if MASKED:
+            seen = tl.load(key_mask + batch * length + start + n, mask=n < length - start, other=0)[:, None] != 0
         k = _load(
             key + start * k_row * UNIT + n[:, None] * (k_row * UNIT) + d[None, :],
             valid,
             WIDTH != BLOCK_D,
             d[None, :] < WIDTH,
         )
-        features = _phi(k.to(tl.float32)).to(DOT)
-        grad = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32) + means[None, :]
-        for block in range(blocks):
-            columns = block * BLOCK_E + e[None, :]
-            if blocks > 1:
-                sums = tl.load(
-                    grad_state + block * BLOCK_E, mask=(d[:, None] < WIDTH) & (columns < OUT_WIDTH), other=0.0
-                )
-                sums = (sums * factor).to(DOT)
-            tl.store(
-                grad_value + start * heads * OUT_WIDTH + n[:, None] * (heads * OUT_WIDTH) + columns,
-                tl.dot(features, sums, input_precision=PRECISION).to(grad_value.dtype.element_ty),
-                mask=valid & (columns < OUT_WIDTH),
-            )
-            v = _load(
-                value + start * v_row * UNIT + n[:, None] * (v_row * UNIT) + columns,
-                valid,
-                OUT_WIDTH % BLOCK_E != 0,
-                columns < OUT_WIDTH,
-            )
-            grad = tl.dot(v.to(DOT), tl.trans(sums), grad, input_precision=PRECISION)
-        # phi' is 1 above zero and phi below; at zero both are 1
-        grad = tl.where(k.to(tl.float32) > 0, grad, grad * features.to(tl.float32))
+        v_rows = value + start * v_row * UNIT + n[:, None] * (v_row * UNIT)
+        out = grad_value + start * heads * OUT_WIDTH + n[:, None] * (heads * OUT_WIDTH)
+        if RELOAD_PROJECTION:
+            loaded = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+        else:
+            loaded = matrix
+        channels = _channels(k, loaded, MAP, PROJECTED, DOT, PRECISION)
+        if MAP == "polynomial":
+            scaled = _scaled(channels, CHANNELS)
+            grad = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        else:
+            grad = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32) + means[None, :]
+            if MAP == "hedgehog":
+                features, features_2 = _softmax(channels, CHANNELS).to(DOT), _softmax(-channels, CHANNELS).to(DOT)
+                grad_2 = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32) + means_2[None, :]
+            else:
+                features = _phi(channels).to(DOT)
+        for block in range(e_blocks):
+            column = block * BLOCK_E + e[None, :]
+            v = _load(v_rows + column, valid, OUT_WIDTH % BLOCK_E != 0, column < OUT_WIDTH)
+            if MAP == "polynomial":
+                result = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+                for f_block in range(f_blocks):
+                    row = f_block * BLOCK_F + f
+                    if f_blocks > 1:
+                        means = tl.load(grad_mean + row, mask=row < half, other=0.0) * factor
+                    if f_blocks > 1 or e_blocks > 1:
+                        sums = (_load_matrix(grad_state, row[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
+                    left, right = _factors(scaled, row, CHANNELS, SELECT)
+                    result = tl.dot((left * right).to(DOT), sums, result, input_precision=PRECISION)
+                    grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+                    grad_features += tl.where(block == 0, means, 0.0)[None, :]
+                    grad_features = tl.dot(v.to(DOT), tl.trans(sums), grad_features, input_precision=PRECISION)
+                    grad = _products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
+            else:
+                if e_blocks > 1:
+                    sums = (_load_matrix(grad_state, f[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
+                result = tl.dot(features, sums, input_precision=PRECISION)
+                grad = tl.dot(v.to(DOT), tl.trans(sums), grad, input_precision=PRECISION)
+                if halves == 2:
+                    if e_blocks > 1:
+                        sums_2 = _load_matrix(grad_state + half * OUT_WIDTH, f[:, None], column, half, OUT_WIDTH)
+                        sums_2 = (sums_2 * factor).to(DOT)
+                    result = tl.dot(features_2, sums_2, result, input_precision=PRECISION)
+                    grad_2 = tl.dot(v.to(DOT), tl.trans(sums_2), grad_2, input_precision=PRECISION)
+            if MASKED:
+                result = tl.where(seen, result, 0.0)
+            tl.store(out + column, result.to(grad_value.dtype.element_ty), mask=valid & (column < OUT_WIDTH))
+        if MAP == "polynomial":
+            grad = _scaled_backward(grad, channels, CHANNELS)
+        elif MAP == "hedgehog":
+            grad = _softmax_backward(grad, features.to(tl.float32))
+            grad -= _softmax_backward(grad_2, features_2.to(tl.float32))
+        else:
+            grad = _phi_backward(grad, channels, features.to(tl.float32))
+        if MASKED:
+            grad = tl.where(seen, grad, 0.0)
+        if PROJECTED:  # rows beyond the last are zeros, and add nothing
+            rows = tl.trans(_clamp(k.to(tl.float32), LARGEST).to(DOT))
+            projection_total = tl.dot(rows, grad.to(DOT), projection_total, input_precision=PRECISION)
+        grad = _rows_backward(grad, k, loaded, PROJECTED, DOT, PRECISION)
         tl.store(
             grad_key + start * heads * WIDTH + n[:, None] * (heads * WIDTH) + d[None, :],
             grad.to(grad_key.dtype.element_ty),
             mask=valid & (d[None, :] < WIDTH),
+        )
+    if PROJECTED:
+        grad_projection += (split * tl.num_programs(0) + pair) * WIDTH * CHANNELS
+        tl.store(
+            grad_projection + d[:, None] * CHANNELS + m[None, :],
+            projection_total,
+            mask=(d[:, None] < WIDTH) & (m[None, :] < CHANNELS),
         )
 
 
 INTERPRETED = isinstance(_sum_kernel, InterpretedFunction)
 
 
-def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, target: int | str) -> dict:
+def launch_options(
+    kernel: str,
+    dtype: torch.dtype,
+    width: int,
+    out_width: int,
+    target: int | str,
+    feature_map: str = "elu",
+    channels: int | None = None,
+) -> dict:
     """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
 
-    target: 10 * major + minor of a CUDA compute capability, "hip", or "interpreter". The sizes are those that the
-    compiler fits into registers and shared memory on every chip (tests/attention/linear/test_compile.py).
+    channels: of the projection, if there is one; then, and for other maps than elu, widths are up to 128. target:
+    10 * major + minor of a CUDA compute capability, "hip", or "interpreter". The sizes are those that the compiler fits
+    into registers and shared memory on every chip (tests/attention/linear/test_compile.py); OVERRIDES replaces them.
     """
     block_d, precise = max(16, triton.next_power_of_2(width)), dtype != torch.bfloat16
     block_e = min(max(16, triton.next_power_of_2(out_width)), 128)
@@ -391,21 +784,43 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, out_width: int, 
             rows, block_e = 16, min(block_e, 64)
         elif precise and kernel.endswith("backward"):
             rows = 16
-    options = {"BLOCK_D": block_d, "BLOCK_E": block_e, "BLOCK_N": rows}
+    block_m = block_f = block_d if channels is None else max(16, triton.next_power_of_2(channels))
+    reload = False
+    if channels is not None or feature_map != "elu":
+        # the projection and its gradient, the second half of hedgehog and the polynomial's factors need room too
+        if feature_map == "polynomial":
+            features = maps.FEATURE_MAPS[feature_map].features(width if channels is None else channels)
+            block_f = min(max(16, triton.next_power_of_2(features)), 64 if kernel == "sum" else 128)
+        backward, wide = kernel.endswith("backward"), max(block_d, block_m, block_f) > 64
+        if (backward and (wide or target == "hip")) or block_m > 64 or (block_f > 64 and block_m < block_f):
+            rows = 16
+        if block_m > 64 or (wide and target == "hip" and backward):
+            block_e = min(block_e, 64)
+        if block_m > 64 and feature_map == "hedgehog" and kernel == "sum":
+            block_e = min(block_e, 32)
+        if precise and wide:
+            rows, block_e = 16, min(block_e, 32)
+        large = min(block_d, block_m) > 64 or (precise and wide)
+        reload = channels is not None and backward and large and target in (86, 89, 120, "hip")
+    options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_E": block_e, "BLOCK_N": rows}
+    if kernel.endswith("backward"):
+        options["RELOAD_PROJECTION"] = reload
     if target == "interpreter":  # the interpreter's bfloat16 products are wrong
-        return options | {"DOT": tl.float32, "PRECISION": "ieee"}
+        return options | {"DOT": tl.float32, "PRECISION": "ieee", "SELECT": "ieee"} | OVERRIDES.get(kernel, {})
+    # float16 runs as tf32, which has the same 10 bits and float32's range: sums of products overflow float16
+    precision = "ieee" if target == "hip" else "tf32x3" if dtype == torch.float32 else "tf32"
+    options["SELECT"] = precision
     if precise:
-        # float16 runs as tf32, which has the same 10 bits and float32's range: sums of products overflow float16
-        precision = "tf32" if dtype == torch.float16 else "tf32x3"
-        options |= {"DOT": tl.float32, "PRECISION": "ieee" if target == "hip" else precision}
+        options |= {"DOT": tl.float32, "PRECISION": precision}
     else:
         options |= {"DOT": tl.bfloat16, "PRECISION": "ieee"}
     warps = 4 if target == "hip" else 8
     # a state that is reloaded for every block of rows is too large to prefetch
-    stages = 1 if block_e < out_width else 3 if rows == 64 and kernel == "sum" else 2
+    stages = 1 if block_e < out_width or reload else 3 if rows == 64 and kernel == "sum" else 2
     if kernel == "sum" and target in (100, 103) and triton.__version__.startswith(("3.6", "3.7", "3.8")):
         stages = 1  # Triton 3.6 fails to overlap loads with two products there, 3.9 does not
-    return options | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return options | OVERRIDES.get(kernel, {})
 
 
 def state(
@@ -415,7 +830,7 @@ def state(
     weight = None
     if key_mask is not None:
         weight = key_mask[:, None].float().expand(-1, key.shape[2], -1).contiguous()  # [B, heads, N]
-    return _sums(key, value, weight, weight, 1 / max(key.shape[1], 1))
+    return _sums(key, value, projection, feature_map, weight, weight, 1 / max(key.shape[1], 1))
 
 
 def output(
@@ -428,18 +843,19 @@ def output(
     eps: float,
     feature_map: str,
 ) -> Tensor:
-    batch, length, heads, width = query.shape
+    batch, length, heads, _ = query.shape
     out = query.new_empty(batch, length, heads, state.shape[3])
     if out.numel() == 0:
         return out
     (query, near), unit = _with_unit(query, near)
     gate = None if gate is None else gate.expand(out.shape)
-    options = _options("output", query, state.shape[3])
+    options = _options("output", query, state.shape[3], projection, feature_map)
     blocks = triton.cdiv(state.shape[3], options["BLOCK_E"])
     splits, rows_per_split = _splits(query, batch * heads * blocks, options["BLOCK_N"])
     with _device(query):
         _output_kernel[batch * heads * blocks, splits](
             query,
+            query if projection is None else projection.contiguous(),
             state.contiguous(),
             mean.contiguous(),
             out if near is None else near,
@@ -452,8 +868,6 @@ def output(
             *_strides(query, unit),
             *((0, 0, 0) if near is None else _strides(near, unit)),
             *((0, 0, 0, 0) if near is None else gate.stride()),
-            WIDTH=width,
-            OUT_WIDTH=state.shape[3],
             UNIT=unit,
             JOIN=near is not None,
             GATE_PER_ROW=near is not None and gate.stride(3) == 0,
@@ -471,21 +885,25 @@ def output_backward(
     eps: float,
     feature_map: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    batch, length, heads, width = query.shape
+    batch, length, heads, _ = query.shape
     grad_query = query.new_empty(query.shape)
     if grad_out.numel() == 0:
-        return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), None
+        grad_projection = None if projection is None else torch.zeros_like(projection)
+        return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), grad_projection
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
     (grad_out, query), unit = _with_unit(grad_out, query)
-    options = _options("output_backward", query, state.shape[3])
+    options = _options("output_backward", query, state.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(query, batch * heads, options["BLOCK_N"])
+    shares = _projection_shares(projection, splits, batch)
     with _device(query):
         _output_backward_kernel[batch * heads, splits](
             grad_out,
             query,
+            query if projection is None else projection.contiguous(),
             state.contiguous(),
             mean.contiguous(),
             grad_query,
+            row_scale if shares is None else shares,
             row_scale,
             row_weight,
             length,
@@ -494,12 +912,11 @@ def output_backward(
             eps,
             *_strides(grad_out, unit),
             *_strides(query, unit),
-            WIDTH=width,
-            OUT_WIDTH=state.shape[3],
             UNIT=unit,
             **options,
         )
-    return grad_query, *_sums(query, grad_out, row_scale, row_weight, 1.0), None
+    sums = _sums(query, grad_out, projection, feature_map, row_scale, row_weight, 1.0)
+    return grad_query, *sums, None if shares is None else shares.sum((0, 1)).to(projection.dtype)
 
 
 def state_backward(
@@ -511,57 +928,67 @@ def state_backward(
     key_mask: Tensor | None,
     feature_map: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    batch, length, heads, width = key.shape
+    batch, length, heads, _ = key.shape
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     if key.numel() == 0 or value.numel() == 0:
-        return grad_key.zero_(), grad_value.zero_(), None
+        return grad_key.zero_(), grad_value.zero_(), None if projection is None else torch.zeros_like(projection)
     (key, value), unit = _with_unit(key, value)
-    options = _options("state_backward", key, value.shape[3])
+    options = _options("state_backward", key, value.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"])
+    shares = _projection_shares(projection, splits, batch)
     with _device(key):
         _state_backward_kernel[batch * heads, splits](
             grad_state.contiguous(),
             grad_mean.contiguous(),
             key,
             value,
+            key if projection is None else projection.contiguous(),
+            key if key_mask is None else key_mask.contiguous().view(torch.uint8),
             grad_key,
             grad_value,
+            grad_state if shares is None else shares,
             length,
             heads,
             rows_per_split,
             1 / length,
             *_strides(key, unit),
             *_strides(value, unit),
-            WIDTH=width,
-            OUT_WIDTH=value.shape[3],
             UNIT=unit,
+            MASKED=key_mask is not None,
             **options,
         )
-    if key_mask is not None:
-        for grad in (grad_key, grad_value):
-            grad.masked_fill_(~key_mask[:, :, None, None], 0)
-    return grad_key, grad_value, None
+    return grad_key, grad_value, None if shares is None else shares.sum((0, 1)).to(projection.dtype)
 
 
 def _sums(
-    x: Tensor, y: Tensor, row_scale: Tensor | None, row_weight: Tensor | None, factor: float
+    x: Tensor,
+    y: Tensor,
+    projection: Tensor | None,
+    feature_map: str,
+    row_scale: Tensor | None,
+    row_weight: Tensor | None,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run `_sum_kernel` and add up its shares: [B, heads, D, E] and [B, heads, D, 1] in float32."""
-    (batch, length, heads, width), out_width = x.shape, y.shape[3]
+    """Run `_sum_kernel` and add up its shares: [B, heads, F, E] and [B, heads, F, 1] in float32."""
+    (batch, length, heads, _), out_width = x.shape, y.shape[3]
+    options = _options("sum", x, out_width, projection, feature_map)
+    features = options["FEATURES"]
     if x.numel() == 0 or y.numel() == 0:
-        return x.new_zeros(batch, heads, width, out_width, dtype=torch.float32), x.new_zeros(
-            batch, heads, width, 1, dtype=torch.float32
+        return x.new_zeros(batch, heads, features, out_width, dtype=torch.float32), x.new_zeros(
+            batch, heads, features, 1, dtype=torch.float32
         )
     (x, y), unit = _with_unit(x, y)
-    options = _options("sum", x, out_width)
     blocks = triton.cdiv(out_width, options["BLOCK_E"])
+    if feature_map == "polynomial":
+        blocks *= triton.cdiv(features, options["BLOCK_F"])
     splits, rows_per_split = _splits(x, batch * heads * blocks, options["BLOCK_N"])
-    state = x.new_empty(splits, batch, heads, width, out_width, dtype=torch.float32)
-    mean = x.new_empty(splits, batch, heads, width, 1, dtype=torch.float32)
+    state = x.new_empty(splits, batch, heads, features, out_width, dtype=torch.float32)
+    mean = x.new_empty(splits, batch, heads, features, 1, dtype=torch.float32)
     with _device(x):
         _sum_kernel[batch * heads * blocks, splits](
             x,
             y,
+            x if projection is None else projection.contiguous(),
             mean if row_scale is None else row_scale,
             mean if row_weight is None else row_weight,
             state,
@@ -572,8 +999,6 @@ def _sums(
             factor,
             *_strides(x, unit),
             *_strides(y, unit),
-            WIDTH=width,
-            OUT_WIDTH=out_width,
             UNIT=unit,
             SCALED=row_scale is not None,
             **options,
@@ -581,7 +1006,15 @@ def _sums(
     return (state.squeeze(0), mean.squeeze(0)) if splits == 1 else (state.sum(0), mean.sum(0))
 
 
-def _options(kernel: str, x: Tensor, out_width: int) -> dict:
+def _projection_shares(projection: Tensor | None, splits: int, batch: int) -> Tensor | None:
+    """Where the programs write their shares of the projection's gradient, [splits, B, heads, D, m], if there is one."""
+    if projection is None:
+        return None
+    return projection.new_empty(splits, batch, *projection.shape, dtype=torch.float32)
+
+
+def _options(kernel: str, x: Tensor, out_width: int, projection: Tensor | None, feature_map: str) -> dict:
+    """`launch_options` on this device, and the constants that the kernels share."""
     if INTERPRETED:
         target = "interpreter"
     elif torch.version.hip:
@@ -589,7 +1022,22 @@ def _options(kernel: str, x: Tensor, out_width: int) -> dict:
     else:
         major, minor = torch.cuda.get_device_capability(x.device)
         target = 10 * major + minor
-    return launch_options(kernel, x.dtype, x.shape[3], out_width, target)
+    channels = None if projection is None else projection.shape[2]
+    options = launch_options(kernel, x.dtype, x.shape[3], out_width, target, feature_map, channels)
+    return constants(feature_map, x.shape[3], out_width, channels) | options
+
+
+def constants(feature_map: str, width: int, out_width: int, channels: int | None) -> dict:
+    """What every kernel is told of the case; channels: of the projection, if there is one."""
+    m = width if channels is None else channels
+    return {
+        "MAP": feature_map,
+        "PROJECTED": channels is not None,
+        "WIDTH": width,
+        "CHANNELS": m,
+        "FEATURES": maps.FEATURE_MAPS[feature_map].features(m),
+        "OUT_WIDTH": out_width,
+    }
 
 
 def _splits(x: Tensor, programs: int, block_rows: int) -> tuple[int, int]:

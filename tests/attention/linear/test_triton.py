@@ -1,13 +1,15 @@
 """The Triton kernels against float64: on a GPU where there is one, else in Triton's interpreter, where test_linear.py
 runs this file in a process of its own (Triton reads TRITON_INTERPRET as it reads a kernel)."""
 
+from functools import partial
+
 import pytest
 import torch
 from attention import oracles
 from torch.utils import deterministic
 
 from hybriddit.attention import linear_attention
-from hybriddit.attention.linear import dispatch
+from hybriddit.attention.linear import FEATURE_MAPS, dispatch, features
 from hybriddit.attention.trial import failure_reason
 
 linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
@@ -317,11 +319,12 @@ def test_the_trial_of_a_first_use(dtype, monkeypatch):
     shapes = [(1, 70, 2, 72), (1, 90, 2, 72), (1, 90, 2, 40)]
 
     def tried():
-        return failure_reason(dispatch._in_triton, dispatch._in_torch, shapes, torch.device(DEVICE), dtype, True)
+        run, reference = (partial(dispatch._small_case, "elu", triton) for triton in (True, False))
+        return failure_reason(run, reference, shapes, torch.device(DEVICE), dtype, True)
 
     assert tried() is None
     backward = linear_triton.state_backward
-    monkeypatch.setattr(linear_triton, "state_backward", lambda *args: [1.1 * x for x in backward(*args)])
+    monkeypatch.setattr(linear_triton, "state_backward", lambda *args: (*(1.1 * x for x in backward(*args)[:2]), None))
     assert tried() == "its gradient is wrong on this device"
     monkeypatch.setattr(linear_triton, "output", lambda query, *args: torch.full_like(query, float("nan"))[..., :40])
     assert tried() == "its output is wrong on this device"
@@ -331,3 +334,245 @@ def test_the_trial_of_a_first_use(dtype, monkeypatch):
 
     monkeypatch.setattr(linear_triton, "output", fails)
     assert tried() == "it failed with RuntimeError: out of resource: shared memory"
+
+
+def attend(query, key, value, feature_map, projections=None, key_mask=None, near=None, gate=None):
+    """The two passes of the kernels, put together as `linear_attention` does."""
+    query_projection, key_projection = projections or (None, None)
+    state, mean = torch.ops.hybriddit.linear_state(key, value, key_projection, key_mask, feature_map, True)
+    if key_mask is not None:
+        share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
+        state, mean = state * share, mean * share
+    settings = query_projection, FEATURE_MAPS[feature_map].eps, feature_map, True
+    return torch.ops.hybriddit.linear_output(query, state, mean, near, gate, *settings)
+
+
+def random_projections(heads, width, channels, dtype, seed=3):
+    """Not contiguous, and such that the channels are of size 1."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = heads, channels, width
+    pairs = [torch.randn(shape, generator=generator).to(DEVICE, dtype) / width**0.5 for _ in range(2)]
+    return [x.transpose(1, 2).detach().requires_grad_() for x in pairs]
+
+
+def assert_close_to_oracle(feature_map, inputs, weight, projections=None, key_mask=None, join=(), change=lambda x: x):
+    """change: of query and key, for the oracle only."""
+    tolerance = TOLERANCE[inputs[0].dtype]
+    out = attend(*inputs, feature_map, projections, key_mask, *join)
+    changed = change(inputs[0].double()), change(inputs[1].double()), inputs[2]
+    expected = oracles.mapped_linear(feature_map, *changed, projections, key_mask)
+    if join:
+        expected = join[0].double() + join[1].double() * (expected - join[0].double())
+    assert out.dtype == inputs[0].dtype and out.shape == expected.shape
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
+    leaves = [*inputs, *(projections or ()), *join]
+    grads = torch.autograd.grad(out, leaves, weight)
+    references = torch.autograd.grad(expected, leaves, weight.double())
+    for i, (leaf, grad, reference) in enumerate(zip(leaves, grads, references, strict=True)):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+        bound = reference.double().norm() + 0.02 * weight.double().norm()
+        assert (grad.double() - reference.double()).norm() <= 1.5 * tolerance * bound, f"gradient {i}"
+    if key_mask is not None:
+        assert all(grad[~key_mask].eq(0).all() for grad in grads[1:3])
+    return grads
+
+
+# feature map, shape, channels of the projection (None is without one): the state is of one block and of several, of
+# features and of values, and no width is a whole block
+MAPPED = [
+    ("elu", (2, 33, 31, 2, 24, 24), 5),
+    ("elu", (1, 70, 90, 2, 72, 72), 36),
+    ("elu", (1, 33, 40, 1, 16, 130), 33),
+    ("hedgehog", (2, 33, 31, 2, 24, 24), None),
+    ("hedgehog", (1, 70, 90, 2, 72, 72), 36),
+    ("hedgehog", (1, 33, 40, 1, 16, 130), 33),
+    ("hedgehog", (1, 40, 33, 1, 128, 128), 128),
+    ("polynomial", (2, 33, 31, 2, 24, 24), 5),
+    ("polynomial", (1, 70, 90, 2, 72, 72), 10),
+    ("polynomial", (1, 17, 20, 1, 16, 130), None),
+    ("polynomial", (1, 20, 17, 1, 24, 24), 16),
+]
+
+
+@pytest.mark.parametrize("feature_map, shape, channels", MAPPED, ids=str)
+def test_feature_maps_and_projections(feature_map, shape, channels):
+    inputs, weight = random_inputs(shape, torch.float32)
+    projections = channels and random_projections(*shape[3:5], channels, torch.float32)
+    assert_close_to_oracle(feature_map, inputs, weight, projections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [33, 36])
+def test_a_polynomial_of_many_blocks(channels):
+    inputs, weight = random_inputs((1, 20, 17, 1, 24, 24), torch.float32)
+    assert_close_to_oracle("polynomial", inputs, weight, random_projections(1, 24, channels, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_feature_maps_in_half_precision(feature_map, dtype):
+    """With a mask and the join."""
+    inputs, weight = random_inputs((2, 33, 31, 2, 24, 24), dtype)
+    projections = random_projections(2, 24, 5, dtype)
+    assert_close_to_oracle(feature_map, inputs, weight, projections)
+    generator = torch.Generator().manual_seed(1)
+    key_mask = (torch.rand(2, 31, generator=generator) < 0.6).to(DEVICE)
+    near, gate = fenced(weight.shape, dtype, generator), torch.rand(2, 1, generator=generator).to(DEVICE)
+    out = attend(*inputs, feature_map, projections, key_mask, near, gate)
+    far = oracles.mapped_linear(feature_map, *inputs, projections, key_mask)
+    expected = near.double() + gate.double() * (far - near.double())
+    assert (out.double() - expected).norm() <= 1.5 * TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_feature_maps_with_mask_and_join(feature_map, projected):
+    shape = (2, 40, 50, 2, 12, 20)
+    inputs, weight = random_inputs(shape, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    key_mask = (torch.rand(2, 50, generator=generator) < 0.6).to(DEVICE)
+    near = fenced(weight.shape, torch.float32, generator)
+    gate = torch.rand(2, 40, 2, 1, generator=generator).to(DEVICE).requires_grad_()
+    projections = random_projections(2, 12, 5, torch.float32) if projected else None
+    assert_close_to_oracle(feature_map, inputs, weight, projections, key_mask, (near, gate))
+
+
+@pytest.mark.parametrize("programs", [1, 10**6])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_any_number_of_splits_gives_the_gradient_of_projections(feature_map, programs, monkeypatch):
+    inputs, weight = random_inputs((2, 100, 117, 1, 16, 16), torch.float32)
+    projections = random_projections(1, 16, 5, torch.float32)
+
+    def splits(x, pairs, block_rows):
+        blocks = -(-x.shape[1] // block_rows)
+        count = min(programs, blocks)
+        return -(-blocks // -(-blocks // count)), -(-blocks // count) * block_rows
+
+    monkeypatch.setattr(linear_triton, "_splits", splits)
+    first, second = (assert_close_to_oracle(feature_map, inputs, weight, projections) for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "feature_map, projected, largest",
+    [("elu", False, features.LARGEST), ("hedgehog", True, features.LARGEST), ("elu", True, features.LARGEST),
+     ("polynomial", False, features.LARGEST_FACTOR), ("polynomial", True, features.LARGEST)],
+)  # fmt: skip
+def test_values_beyond_the_largest_count_as_it(feature_map, projected, largest):
+    """And have no gradient."""
+    inputs, weight = random_inputs((1, 40, 40, 1, 12, 12), torch.float32)
+    inputs = [x.detach().clone() for x in inputs]
+    factors = torch.linspace(2, 200, 14, device=DEVICE)  # one for all would not show in the weighted mean
+    for x in inputs[:2]:
+        x[0, ::3, 0, 1], x[0, 1::7, 0, 3] = factors * largest, -8 * largest
+    # small enough that what is clamped gives channels of size 1
+    projections = random_projections(1, 12, 5, torch.float32) if projected else None
+    for x in projections or ():
+        x.detach()[:, [1, 3]] /= largest
+    inputs = [x.requires_grad_() for x in inputs]
+    grads = assert_close_to_oracle(
+        feature_map, inputs, weight, projections, change=lambda x: x.clamp(-largest, largest)
+    )
+    for x, grad in zip(inputs[:2], grads[:2], strict=True):
+        assert grad[x.abs() > largest].eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; of the branch that is not taken
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_the_largest_inputs_stay_finite(feature_map, projected, dtype):
+    inputs, weight = random_inputs((1, 40, 40, 1, 12, 12), dtype)
+    inputs = [x.detach().clone() for x in inputs]
+    for x in inputs[:2]:
+        x[:, :20] = x[:, :20].sign() * torch.finfo(dtype).max
+    inputs = [x.requires_grad_() for x in inputs]
+    projections = random_projections(1, 12, 5, dtype) if projected else None
+    out = attend(*inputs, feature_map, projections)
+    assert out.isfinite().all()
+    if dtype == torch.bfloat16:  # float16 has not the range of such gradients
+        leaves = [*inputs, *(projections or ())]
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, leaves, weight))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_nan_stays_nan_through_feature_maps(feature_map):
+    projections = [x.detach() for x in random_projections(2, 16, 5, torch.float32)]
+    for tensor in range(3):
+        inputs = [x.detach().clone() for x in random_inputs((1, 20, 20, 2, 16, 16), torch.float32)[0]]
+        inputs[tensor][0, 3, 1, 5] = float("nan")
+        out = attend(*inputs, feature_map, projections).isnan()
+        assert not out[:, :, 0].any()
+        if tensor == 0:
+            assert out[0, 3, 1].all() and out.sum() == 16
+        else:
+            assert out[:, :, 1].all() if tensor == 1 else out[:, :, 1, 5].all()
+
+
+def test_operator_registration_with_a_projection():
+    (query, key, value), _ = random_inputs((1, 5, 4, 1, 16, 16), torch.float32)
+    projection, _ = random_projections(1, 16, 5, torch.float32)
+    key_mask = torch.tensor([[True, False, True, True]], device=DEVICE)
+    operators, checks = torch.ops.hybriddit, ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = key, value, projection, key_mask, "hedgehog", True
+    torch.library.opcheck(operators.linear_state, arguments, test_utils=checks)
+    sums = operators.linear_state(*arguments)
+    arguments = query, *sums, None, None, projection, 1e-8, "hedgehog", True
+    torch.library.opcheck(operators.linear_output, arguments, test_utils=checks)
+    arguments = query.detach(), query.detach(), *(x.detach() for x in sums), projection.detach(), 1e-8, "hedgehog", True
+    torch.library.opcheck(operators.linear_output_backward, arguments, test_utils=checks[:2])
+
+
+def test_nothing_to_do_with_a_projection():
+    for shape in ((0, 6, 6, 2, 16, 16), (2, 0, 6, 2, 16, 16), (2, 6, 6, 2, 16, 0)):
+        inputs, weight = random_inputs(shape, torch.float32)
+        projections = random_projections(2, 16, 5, torch.float32)
+        out = attend(*inputs, "hedgehog", projections)
+        assert out.shape == weight.shape
+        leaves = [*inputs, *projections]
+        for grad, x in zip(torch.autograd.grad(out, leaves, weight), leaves, strict=True):
+            assert grad.shape == x.shape and not grad.any()
+
+
+pairs_of_features = linear_triton._pairs
+
+
+@triton.jit
+def _pairs_kernel(left, right, scale, CHANNELS: tl.constexpr, COUNT: tl.constexpr):
+    f = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    i, j, factor = pairs_of_features(f, CHANNELS)
+    tl.store(left + f, i, mask=f < COUNT)
+    tl.store(right + f, j, mask=f < COUNT)
+    tl.store(scale + f, factor, mask=f < COUNT)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 14, 36, 128])
+def test_the_polynomial_s_pairs_are_those_of_the_formula(channels):
+    count = FEATURE_MAPS["polynomial"].features(channels)
+    left, right = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
+    scale = torch.zeros(count, device=DEVICE)
+    _pairs_kernel[(-(-count // 1024),)](left, right, scale, CHANNELS=channels, COUNT=count)
+    expected = features.product_pairs(channels)
+    assert left.tolist() == expected[0] and right.tolist() == expected[1]
+    torch.testing.assert_close(scale.cpu(), torch.tensor(expected[2]))
+
+
+def test_maps_and_widths_that_the_kernels_lack_are_refused():
+    refusal = partial(dispatch.triton_refusal, DEVICE, torch.float32, 256)
+    assert refusal() is refusal("hedgehog", 128) is None
+    assert refusal("hedgehog", 129) == (
+        "its kernels take projections, and feature maps other than elu, at widths up to 128, not 129"
+    )
+    assert refusal("exp", 64) == "its kernels have the feature maps elu, hedgehog, polynomial, not exp"
+    for options in ({"projected": True}, {"feature_map": "polynomial"}):
+        case = dict(feature_map="elu", projected=False, gradients=True) | options
+        with pytest.raises(ValueError, match="widths up to 128, not 136"):
+            dispatch._takes_triton("triton", torch.device(DEVICE), torch.float32, 136, 64, 64, *case.values())
+
+
+def test_a_sweep_can_replace_launch_options(monkeypatch):
+    case = "sum", torch.bfloat16, 64, 64, 90
+    assert linear_triton.launch_options(*case)["num_warps"] == 8
+    monkeypatch.setitem(linear_triton.OVERRIDES, "sum", {"num_warps": 4})
+    assert linear_triton.launch_options(*case)["num_warps"] == 4
+    assert linear_triton.launch_options("output", *case[1:])["num_warps"] == 8
