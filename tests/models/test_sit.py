@@ -278,7 +278,7 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
     value = project("v", x)
     query, key = (rotate(norm(getattr(layer, f"norm_{part}"), project(part, x))) for part in "qk")
     near, far = oracles.softmax_attention(query, key, value, mask), None
-    if hasattr(layer.hybrid, "map_q"):
+    if layer.hybrid.map_q is not None:
         query, key = (norm(getattr(layer, f"norm_{part}"), mapped(part)) for part in "qk")
         far = oracles.linear(query, key, value)
     return near, far, value
@@ -363,7 +363,7 @@ def test_layers_of_several_kinds():
     model = make(attention=patterns, num_layers=4)
     kinds = ["softmax", "window", "softmax", "linear"]
     assert [block.attn.kind for block in model.transformer_blocks] == kinds
-    assert [hasattr(block.attn.hybrid, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
+    assert [block.attn.hybrid.map_q is not None for block in model.transformer_blocks] == [False, False, False, True]
     assert not any(hasattr(block.attn.hybrid, "gate") for block in model.transformer_blocks)
     inputs = make_inputs((4, 7))
     mask = oracles.window_mask((4, 7), (3, 3))
@@ -718,7 +718,7 @@ def test_loading_other_fields_is_refused(tmp_path):
         ({"window": 0}, "window must be"),
         ({"window": None, "attention": "hybrid"}, "window and hybrid layers need a window"),
         ({"window": 2, "stride": 3}, "stride 3 is larger than window 2"),
-        ({"map_rank": 0}, "map_rank must be"),
+        ({"map_rank": -1}, "map_rank must be"),
         ({"gate": "layer"}, "unknown gate 'layer'"),
         ({"num_layers": 0}, "num_layers must be a positive integer, not 0"),
         ({"patch_size": 2.0}, "patch_size must be a positive integer"),
