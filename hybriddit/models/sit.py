@@ -198,7 +198,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             number of parameters).
         rope: 2-D rotary position embedding of queries and keys in softmax and window attention.
         value_conv: kernel size, an odd number, of a depthwise convolution of the values over the grid, which is added
-            attention's output and is zero at the start. None: no convolution.
+            to the attention's output and is zero at the start. None: no convolution.
         feature_map: for linear and hybrid layers, the function phi that makes queries and keys positive: "elu", as in
             LinFusion, "hedgehog" or "polynomial".
         projection: for linear and hybrid layers, channels m of a learned projection [heads, D, m] of queries and one of
