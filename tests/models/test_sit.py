@@ -847,10 +847,11 @@ def test_save_and_load(fields, tmp_path):
 
 
 def test_a_config_without_the_far_branch_s_fields_means_linfusion_s(tmp_path):
-    model, inputs = make(torch.float32, attention="hybrid"), make_inputs(dtype=torch.float32)
+    fields = {"feature_map": "elu", "projection": 0, "far_rope": False}
+    model, inputs = make(torch.float32, attention="hybrid", **fields), make_inputs(dtype=torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for field in ("feature_map", "projection", "far_rope"):
+    for field in fields:
         del config[field]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert torch.equal(run(SiTTransformer2DModel.from_pretrained(tmp_path), inputs), run(model, inputs))
