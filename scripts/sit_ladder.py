@@ -9,8 +9,8 @@
 Every model is trained as the config says, and judged by three numbers: its loss on held-out images; FD-EffLite0, the
 Fréchet distance of its samples to held-out images in EfficientNet-Lite0's features, beside the distance of other
 held-out images; and class agreement, the share of samples that a linear classifier of these features assigns to their
-class. At equal width, linear and hybrid models have full-width query and key maps. In the "matched" models the maps
-have a lower rank, so that the number of parameters stays about that of softmax.
+class. The numbers of parameters are about that of softmax: "linear, LinFusion" has query and key maps of low rank, and
+the other linear and hybrid models have none, but the projections of the recipes in configs/sit.
 
 Finished runs are not repeated, a stopped run continues, and with more train.steps all runs continue. --report writes
 the tables of benchmarks/results/sit_ladder.md and its pictures; the text around the tables stays.
@@ -48,13 +48,15 @@ from hybriddit.training.run_log import read_log
 from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the maps' rank is the model's width divided by this
+ROPE = {"rope": True}
+FAR = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "far_rope": True, **ROPE}
 VARIANTS = {
     "softmax": {"attention": "softmax"},
-    "linear": {"attention": "linear"},
-    "window": {"attention": "window"},
-    "hybrid": {"attention": "hybrid"},
-    "linear, matched": {"attention": "linear", "map_rank": "matched"},
-    "hybrid, matched": {"attention": "hybrid", "map_rank": "matched"},
+    "softmax, rope": {"attention": "softmax", **ROPE},
+    "window, rope": {"attention": "window", **ROPE},
+    "linear, LinFusion": {"attention": "linear", "map_rank": "matched"},
+    "linear, hedgehog": {"attention": "linear", **FAR},
+    "hybrid, hedgehog": {"attention": "hybrid", **FAR},
 }
 PAGE = Path("benchmarks/results/sit_ladder.md")
 HELD_OUT = 2000  # half are the reference, half measure the lowest distance to expect
@@ -114,7 +116,7 @@ def climb(options: argparse.Namespace) -> None:
                 partial.write_text(json.dumps(values, indent=1) + "\n")
             print(f"{name}, seed {seed}: {values}", flush=True)
     speed = folder / "speed.json"
-    if not speed.exists():
+    if not speed.exists() or json.loads(speed.read_text())["variants"].keys() != VARIANTS.keys():
         speed.write_text(json.dumps(speeds(config, folder), indent=1) + "\n")
 
 
@@ -348,9 +350,8 @@ def plot(curves: dict[str, dict[str, list[dict]]], path: Path) -> None:
         for variant, loss in losses.items():
             steps = sorted(loss.keys() & losses["softmax"].keys())  # a stopped run has logged at other steps too
             own, base = (np.array([values[step] for step in steps]) for values in (loss, losses["softmax"]))
-            style = {"label": variant, "linewidth": 1.2, "linestyle": "--" if "matched" in variant else "-"}
-            axes[0, column].plot(smooth(steps), smooth(own), **style)
-            axes[1, column].plot(smooth(steps), smooth(100 * (own / base - 1)), **style)
+            axes[0, column].plot(smooth(steps), smooth(own), label=variant, linewidth=1.2)
+            axes[1, column].plot(smooth(steps), smooth(100 * (own / base - 1)), linewidth=1.2)
         axes[0, column].set(title=name, ylabel="training loss", yscale="log")
         axes[1, column].set(xlabel="step", ylabel="% above softmax")
         for axis in axes[:, column]:

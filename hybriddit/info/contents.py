@@ -106,6 +106,7 @@ def _sit(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     size = next((name for name, own in SIT_SIZES.items() if own == {key: fields[key] for key in shape}), None)
     near, far = bool({"window", "hybrid"} & set(kinds)), bool({"linear", "hybrid"} & set(kinds))
     used = {"window": near, "stride": near, "map_rank": far, "gate": "hybrid" in kinds}
+    used |= dict.fromkeys(("feature_map", "projection", "far_rope"), far)
     names = ("sample_size", "in_channels", "patch_size", "num_classes")
     return {
         "size": size and f"{size}/{fields['patch_size']}",
@@ -246,7 +247,10 @@ def _sit_lines(sit: dict[str, Any] | None) -> list[str]:
         f"{sit['attention_head_dim']}, patch {sit['patch_size']}"
     )
     inputs = f"{sit['in_channels']} x {sit['sample_size']} x {sit['sample_size']}, {sit['num_classes']} classes"
-    settings = {name: sit[name] for name in ("window", "stride", "map_rank", "gate") if name in sit}
+    names = ("window", "stride", "map_rank", "gate", "feature_map", "projection", "far_rope")
+    settings = {name: sit[name] for name in names if name in sit}
+    if settings.get("projection", 0) is None:
+        settings["projection"] = "auto"
     if settings.get("map_rank", 0) is None:
         settings["map_rank"] = f"{sit['num_attention_heads'] * sit['attention_head_dim']} (the width)"
     described = ", ".join(f"{name} {_value(value)}" for name, value in settings.items())

@@ -24,7 +24,7 @@ from timm.layers import GluMlp, LayerNorm, Mlp, PatchEmbed, RmsNorm
 from torch import nn
 
 from ..attention import TokenLayout
-from ..attention.hybrid import HybridAttention
+from ..attention.hybrid import HybridAttention, ValueConv
 from ..config import HybridConfig, match_layers
 from ..files import read_tensors
 from .sit_names import renamed
@@ -47,7 +47,8 @@ EPS = 1e-6
 class SiTAttention(nn.Module):
     """Self-attention over a grid of tokens: projections, qk-norm and rope around one HybridAttention.
 
-    The far branch has query and key maps before the projections, as in LinFusion (arXiv 2409.02097), and no rope.
+    The far branch has query and key maps before the projections, as in LinFusion (arXiv 2409.02097), or with map_rank 0
+    the layer's own queries and keys; and rope only with far_rope.
 
     kind: "softmax", "linear", "window" or "hybrid"; a layer has only the weights that its kind needs. The other
     arguments are those of SiTTransformer2DModel.
@@ -62,6 +63,9 @@ class SiTAttention(nn.Module):
         window: tuple[int, int] | None,
         stride: tuple[int, int],
         map_rank: int | None,
+        feature_map: str,
+        projection: int | None,
+        far_rope: bool,
         gate: str,
         gate_init: float,
         qk_norm: bool,
@@ -79,14 +83,16 @@ class SiTAttention(nn.Module):
             kind="dense" if kind == "softmax" else kind,
             window=window,
             stride=stride,
-            map_rank=map_rank or width,
+            map_rank=width if map_rank is None else map_rank,
             maps="before",
+            feature_map=feature_map,
+            projection=projection,
+            rotary="model" if far_rope else "none",
             gate=gate,
             gate_init=gate_init,
         )
-        self.value_conv = None
-        if value_conv is not None:
-            self.value_conv = nn.Conv2d(width, width, value_conv, padding=value_conv // 2, groups=width)
+        # not HybridAttention's own: softmax and window layers have one too
+        self.value_conv = None if value_conv is None else ValueConv(width, value_conv)
 
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
@@ -95,29 +101,37 @@ class SiTAttention(nn.Module):
 
         rope: cosines and sines of the positions, [N, D] each, or None.
         """
+        hybrid = self.hybrid
+        far_rope = rope if hybrid.rotary == "model" else None
         query = key = None
-        if self.kind != "linear":
+        if self.kind != "linear" or hybrid.map_q is None:
             query, key = self._split(self.to_q(hidden_states)), self._split(self.to_k(hidden_states))
         value = self._split(self.to_v(hidden_states))  # [B, N, heads, D]
-        far_query, far_key, gate = self.hybrid.far_inputs(hidden_states, query, key, to_q=self.to_q, to_k=self.to_k)
+        far_query, far_key, gate = hybrid.far_inputs(hidden_states, query, key, to_q=self.to_q, to_k=self.to_k)
         if far_query is not None:
-            far_query, far_key = self.norm_q(far_query), self.norm_k(far_key)
-        if self.kind == "linear":
-            query, key = far_query, far_key  # a linear layer has no other queries and keys
+            far_query, far_key = self._place(far_query, far_key, far_rope)
+        elif self.kind == "hybrid" and far_rope is not rope:
+            far_query, far_key = self._place(query, key, far_rope)  # the near branch alone is rotated
+        if query is None:
+            query, key = far_query, far_key  # a linear layer with maps has no other queries and keys
         else:
-            query, key = self.norm_q(query), self.norm_k(key)
-            if rope is not None:
-                query, key = (apply_rotary_emb(tokens, rope, sequence_dim=1) for tokens in (query, key))
+            query, key = self._place(query, key, far_rope if self.kind == "linear" else rope)
         layout = TokenLayout(0, (grid,), text_first=False)
-        out = self.hybrid(query, key, value, layout, far_query=far_query, far_key=far_key, gate=gate)
-        out = out.flatten(2)  # [B, N, width]
+        out = hybrid(query, key, value, layout, far_query=far_query, far_key=far_key, gate=gate)
         if self.value_conv is not None:
-            image = value.flatten(2).transpose(1, 2).unflatten(2, grid)  # [B, width, rows, columns]
-            out = out + self.value_conv(image).flatten(2).transpose(1, 2)
+            out = out + self.value_conv(value, (grid,))
+        out = out.flatten(2)  # [B, N, width]
         return self.to_out(out)
 
     def _split(self, x):
         return x.unflatten(-1, (self.heads, -1))
+
+    def _place(self, query, key, rope):
+        """Norm queries and keys, [B, N, heads, D] each, and rotate them if there is a rope."""
+        query, key = self.norm_q(query), self.norm_k(key)
+        if rope is None:
+            return query, key
+        return tuple(apply_rotary_emb(tokens, rope, sequence_dim=1) for tokens in (query, key))
 
 
 class SiTBlock(nn.Module):
@@ -173,7 +187,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             kind of every layer, which is how a dict is stored in the config.
         window, stride: int or (rows, columns), in tokens; for window and hybrid layers.
         map_rank: hidden width of the query and key maps in linear and hybrid layers; None is the model's width, as in
-            LinFusion (22 % more parameters).
+            LinFusion (22 % more parameters); 0: no maps, the far branch takes the layer's own queries and keys.
         gate: for hybrid layers: "head" or "channel" (one learned value each), or "token" (one value per head, linear in
             the token).
         gate_init: the gate's value at the start: 0 is the near branch alone, 1 the far branch alone. In between, both
@@ -182,10 +196,17 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         norm_type: the blocks' norms, "layer_norm" or "rms_norm", without weights.
         activation_fn: the MLP's, "gelu-approximate" or "swiglu" (with two thirds of the hidden width, which keeps the
             number of parameters).
-        rope: 2-D rotary position embedding of queries and keys in softmax and window attention. Linear attention has
-            none: its denominator could change sign.
+        rope: 2-D rotary position embedding of queries and keys in softmax and window attention.
         value_conv: kernel size, an odd number, of a depthwise convolution of the values over the grid, which is added
             to the attention's output and is zero at the start. None: no convolution.
+        feature_map: for linear and hybrid layers, the function phi that makes queries and keys positive: "elu", as in
+            LinFusion, "hedgehog" or "polynomial".
+        projection: for linear and hybrid layers, channels m of a learned projection [heads, D, m] of queries and one of
+            keys before phi, up to 128; 0: none, as in LinFusion; None: as many as give phi at most D features.
+        far_rope: whether rope also rotates the queries and keys of linear attention, before the projection and phi.
+
+    The defaults of map_rank, feature_map, projection and far_rope are LinFusion's, and what models saved by older
+    versions mean; the recipes in `configs/sit` named linear and hybrid have map_rank 0, "hedgehog", None and true.
 
     Raises ValueError, in one line, for values that are invalid or do not go together.
     """
@@ -221,15 +242,20 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         activation_fn: str = "gelu-approximate",
         rope: bool = False,
         value_conv: int | None = None,
+        feature_map: str = "elu",
+        projection: int | None = 0,
+        far_rope: bool = False,
     ):
         super().__init__()
         width = num_attention_heads * attention_head_dim
         _check_fields(self.config)
         kinds = layer_kinds(attention, num_layers)
-        if rope and set(kinds) == {"linear"}:
+        if far_rope and not {"linear", "hybrid"} & set(kinds):
+            raise ValueError("far_rope is for linear and hybrid layers, and there are none: leave it out")
+        if rope and not far_rope and set(kinds) == {"linear"}:
             raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
-        # HybridConfig checks window, stride, map_rank and gate, as for a converted model
-        settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate)
+        # HybridConfig checks window, stride, map_rank, gate and projection, as for a converted model
+        settings = HybridConfig(window=window, stride=stride, map_rank=map_rank, gate=gate, projection=projection)
         if window is None and {"window", "hybrid"} & set(kinds):
             raise ValueError("window and hybrid layers need a window: window is None")
         if not isinstance(attention, str):
@@ -256,6 +282,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
                     window=settings.pair("window"),
                     stride=settings.pair("stride"),
                     map_rank=map_rank,
+                    feature_map=feature_map,
+                    projection=projection,
+                    far_rope=far_rope,
                     gate=gate,
                     gate_init=gate_init,
                     qk_norm=qk_norm,
@@ -294,9 +323,6 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
             for projection in (attn.to_q, attn.to_k, attn.to_v):
                 # in SiT the three are one layer with three times the outputs, for which Xavier's weights are smaller
                 nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(1 / 2))
-            if attn.value_conv is not None:
-                nn.init.zeros_(attn.value_conv.weight)
-                nn.init.zeros_(attn.value_conv.bias)
             attn.hybrid.init_gate()
         for last in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
             nn.init.zeros_(last.weight)
@@ -511,7 +537,7 @@ def _check_fields(config):
     for name in ("mlp_ratio", "class_dropout_prob", "gate_init"):
         if not isinstance(config[name], int | float) or isinstance(config[name], bool):
             raise ValueError(f"{name} must be a number, not {config[name]!r}")
-    for name in ("learn_sigma", "qk_norm", "rope"):
+    for name in ("learn_sigma", "qk_norm", "rope", "far_rope"):
         if not isinstance(config[name], bool):
             raise ValueError(f"{name} must be true or false, not {config[name]!r}")
     width = config.num_attention_heads * config.attention_head_dim
@@ -529,5 +555,9 @@ def _check_fields(config):
     side = config.value_conv
     if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % 2 == 0):
         raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
+    if not isinstance(config.feature_map, str):
+        raise ValueError(f"feature_map must be a name, not {config.feature_map!r}")
+    if config.far_rope and not config.rope:
+        raise ValueError("far_rope rotates by rope, which is off: set rope too, or leave far_rope out")
     if config.rope and config.attention_head_dim % 4:
         raise ValueError(f"rope needs an attention_head_dim that is a multiple of 4, not {config.attention_head_dim}")

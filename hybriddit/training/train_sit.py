@@ -27,7 +27,7 @@ from ..models.sit_names import renamed
 from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
-from .checkpoint import gather
+from .checkpoint import ADDED_SIT_FIELDS, gather
 from .fit import Job, fit, trained_parameters
 from .frechet import FrechetDistance, Images, as_rgb
 from .processes import start_run
@@ -238,6 +238,8 @@ def resume_settings(config: SiTConfig) -> dict:
     names = ("batch_size", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
     kept |= {"data.flip": values["data"]["flip"]}
+    # a run that was given one of these must not go on, as another model, where it is left out
+    values["model"] = ADDED_SIT_FIELDS | values["model"]
     for section in ("model", "flow"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return kept

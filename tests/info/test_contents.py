@@ -72,6 +72,7 @@ def test_a_sit_its_pipeline_and_its_run(tmp_path, capsys):
     assert (name, bare["class"], bare["family"]) == ("transformer", "SiTTransformer2DModel", "SiT")
     assert bare["parameters"] == sum(p.numel() for p in model.parameters())
     fields = {"window": [3, 5], "stride": 1, "map_rank": None, "gate": "head"}
+    fields |= {"feature_map": "elu", "projection": 0, "far_rope": False}
     size = {"size": None, **shape, "num_classes": 12, "sample_size": 16, "patch_size": 4}
     assert bare["sit"] == {**size, **fields, "layers": {"window": 1, "hybrid": 1, "linear": 2}}
     assert describe(tmp_path / "run" / "pipeline" / "transformer") == {"kind": "model", **bare}
@@ -83,7 +84,8 @@ def test_a_sit_its_pipeline_and_its_run(tmp_path, capsys):
         "pipeline, SiTPipeline",
         "size    of its own: 4 layers, 2 heads of 8, patch 4",
         "inputs  3 x 16 x 16, 12 classes",
-        "layers  1 window, 1 hybrid, 2 linear; window [3, 5], stride 1, map_rank 16 (the width), gate head",
+        "layers  1 window, 1 hybrid, 2 linear; window [3, 5], stride 1, map_rank 16 (the width), gate head, "
+        "feature_map elu, projection 0, far_rope false",
         "path gvp, prediction noise",
         "EMA 0.9, step 3",
         "12: 'kind 0', 'kind 1', 'kind 2', ",
@@ -99,11 +101,22 @@ def test_a_published_size_and_no_field_that_its_layers_lack(tmp_path, capsys):
     assert main(["info", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "size    S/4: 12 layers, 6 heads of 64, patch 4" in text
-    assert "layers  12 linear; map_rank 64\n" in text
+    assert "layers  12 linear; map_rank 64, feature_map elu, projection 0, far_rope false\n" in text
     pipeline = SiTPipeline(model)
     pipeline.save_pretrained(tmp_path / "pipeline")
     assert main(["info", str(tmp_path / "pipeline")]) == 0
     assert "class names      ImageNet's" in capsys.readouterr().out
+
+
+def test_a_sit_of_the_recipes_far_branch(tmp_path, capsys):
+    model = SiTTransformer2DModel(
+        2, 8, num_layers=1, sample_size=8, attention="linear", map_rank=0, feature_map="hedgehog", projection=None,
+        rope=True, far_rope=True,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    expected = "layers  1 linear; map_rank 0, feature_map hedgehog, projection auto, far_rope true\n"
+    assert expected in capsys.readouterr().out
 
 
 def test_adapter_folder(hybrid, capsys):

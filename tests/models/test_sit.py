@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import SiTTransformer2DModel
 from hybriddit.models.flops import sit_flops
-from hybriddit.models.sit import SIT_SIZES
+from hybriddit.models.sit import SIT_SIZES, rotary_positions
 from hybriddit.models.sit_convert import from_original, load_original, read_original, to_original
 
 WIDTH, HEADS = 24, 2
@@ -40,6 +40,12 @@ EVERYTHING = {
     "rope": True,
     "value_conv": 3,
 }
+FAR = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "rope": True, "far_rope": True}  # as the recipes
+VARIED = [
+    *({"attention": kind} for kind in KINDS),
+    EVERYTHING,
+    *({"attention": k, **FAR} for k in ("linear", "hybrid")),
+]
 
 
 def make(dtype=torch.float64, seed=0, **fields):
@@ -237,6 +243,20 @@ def test_flops_are_torch_s_count_and_the_formulas_of_each_kind(grid, map_rank):
         assert sit_flops(other, grid) == outside + layers * expected, kind
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("projection", [None, 5])
+def test_flops_of_the_recipes_far_branch(grid, projection):
+    tokens, layers, head = grid[0] * grid[1], 2, WIDTH // HEADS
+    outside = sit_flops(make(torch.float32), grid) - layers * 4 * tokens**2 * WIDTH
+    channels = projection or head // 2
+    # of queries and of keys: the projection, their features with the state, and a sum of these
+    far = 2 * 2 * tokens * HEADS * (head * channels + 2 * channels * head + 2 * channels)
+    near = 4 * tokens * min(3, grid[0]) * min(3, grid[1]) * WIDTH
+    for kind, expected in (("linear", far), ("hybrid", near + far)):
+        model = make(torch.float32, attention=kind, **FAR | {"projection": projection})
+        assert sit_flops(model, grid) == outside + layers * expected, kind
+
+
 # --- the forward pass ----------------------------------------------------------------------------------------------
 
 
@@ -278,7 +298,7 @@ def near_and_far(model, name, x, grid, mask=None, norm=lambda module, tokens: to
     value = project("v", x)
     query, key = (rotate(norm(getattr(layer, f"norm_{part}"), project(part, x))) for part in "qk")
     near, far = oracles.softmax_attention(query, key, value, mask), None
-    if hasattr(layer.hybrid, "map_q"):
+    if layer.hybrid.map_q is not None:
         query, key = (norm(getattr(layer, f"norm_{part}"), mapped(part)) for part in "qk")
         far = oracles.linear(query, key, value)
     return near, far, value
@@ -363,7 +383,7 @@ def test_layers_of_several_kinds():
     model = make(attention=patterns, num_layers=4)
     kinds = ["softmax", "window", "softmax", "linear"]
     assert [block.attn.kind for block in model.transformer_blocks] == kinds
-    assert [hasattr(block.attn.hybrid, "map_q") for block in model.transformer_blocks] == [False, False, False, True]
+    assert [block.attn.hybrid.map_q is not None for block in model.transformer_blocks] == [False, False, False, True]
     assert not any(hasattr(block.attn.hybrid, "gate") for block in model.transformer_blocks)
     inputs = make_inputs((4, 7))
     mask = oracles.window_mask((4, 7), (3, 3))
@@ -396,6 +416,21 @@ def test_qk_norm(kind):
         return (far if kind == "linear" else near).flatten(2)
 
     close(run(model, inputs), plain_of(model, inputs, attend=attend))
+
+
+def plain_rotate(tokens, grid):
+    """One token, one axis at a time: neighbouring channels are a complex number, times exp(i angle)."""
+    half = tokens.shape[-1] // 2
+    out = tokens.clone()
+    for token in range(tokens.shape[1]):
+        for axis, place in enumerate(divmod(token, grid[1])):
+            angle = ((place + 0.5) / grid[axis] * 6 - 0.5) * 10000 ** (-torch.arange(0, half, 2) / half)
+            part = tokens[:, token, :, axis * half : (axis + 1) * half]
+            turned = torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
+                torch.ones(half // 2, dtype=torch.float64), angle.double()
+            )
+            out[:, token, :, axis * half : (axis + 1) * half] = torch.view_as_real(turned).flatten(-2)
+    return out
 
 
 def w_gate(model, name):
@@ -431,25 +466,155 @@ def test_swiglu():
 def test_rope_turns_near_queries_and_keys(kind, grid):
     model, inputs = make(attention=kind, rope=True), make_inputs(grid)
     mask = None if kind == "softmax" else oracles.window_mask(grid, (3, 3))
-    half = WIDTH // HEADS // 2
-
-    def rotate(tokens):
-        out = tokens.clone()
-        for token in range(tokens.shape[1]):
-            for axis, place in enumerate(divmod(token, grid[1])):
-                angle = ((place + 0.5) / grid[axis] * 6 - 0.5) * 10000 ** (-torch.arange(0, half, 2) / half)
-                part = tokens[:, token, :, axis * half : (axis + 1) * half]
-                turned = torch.view_as_complex(part.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
-                    torch.ones(half // 2, dtype=torch.float64), angle.double()
-                )
-                out[:, token, :, axis * half : (axis + 1) * half] = torch.view_as_real(turned).flatten(-2)
-        return out
 
     def attend(w, name, x, grid):
-        near, far, _ = near_and_far(model, name, x, grid, mask, rotate=rotate)
+        near, far, _ = near_and_far(model, name, x, grid, mask, rotate=lambda tokens: plain_rotate(tokens, grid))
         return (near if kind != "hybrid" else near + w_gate(model, name) * (far - near)).flatten(2)
 
     close(run(model, inputs), plain_of(model, inputs, attend=attend))
+
+
+def plain_phi(name, x):
+    """A feature map by its formula; of "polynomial" all m^2 ordered products, whose sums are those of the distinct."""
+    if name == "hedgehog":
+        return torch.cat([sign.exp() / sign.exp().sum(-1, keepdim=True) for sign in (x, -x)], dim=-1)
+    if name == "polynomial":
+        x = x / x.shape[-1] ** 0.25
+        return torch.cat((torch.ones_like(x[..., :1]), x, (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / 2**0.5), -1)
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def plain_layer(layer, w, x, grid, window=3):
+    """A whole attention layer, from its weights w and what its model's config says: [B, N, width], before to_out."""
+    config = layer.fields
+
+    def project(part, tokens):
+        return heads_of(tokens @ w[f"to_{part}.weight"].T + w[f"to_{part}.bias"])
+
+    def placed(part, tokens, turn):
+        if config["qk_norm"]:
+            tokens = tokens / (tokens.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"norm_{part}.weight"]
+        return plain_rotate(tokens, grid) if turn else tokens
+
+    def mapped(part):
+        if config["map_rank"] == 0:
+            return x
+        hidden = x @ w[f"hybrid.map_{part}.down.weight"].T + w[f"hybrid.map_{part}.down.bias"]
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        hidden = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        hidden = hidden * w[f"hybrid.map_{part}.norm.weight"] + w[f"hybrid.map_{part}.norm.bias"]
+        hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
+        return x + hidden @ w[f"hybrid.map_{part}.up.weight"].T + w[f"hybrid.map_{part}.up.bias"]
+
+    value = project("v", x)
+    features = []
+    for part in "qk":
+        tokens = placed(part, project(part, mapped(part)), config["far_rope"])
+        if config["projection"] != 0:
+            tokens = torch.einsum("bnhd,hdm->bnhm", tokens, w[f"hybrid.far.projection_{part}"])
+        features.append(plain_phi(config["feature_map"], tokens))
+    shares = torch.einsum("bqhf,bkhf->bhqk", *features)
+    shares = shares / (shares.sum(-1, keepdim=True) + (1e-4 if config["feature_map"] == "elu" else 1e-8) * x.shape[1])
+    far = torch.einsum("bhqk,bkhd->bqhd", shares, value)
+    if layer.kind == "linear":
+        return far.flatten(2)
+    query, key = (placed(part, project(part, x), config["rope"]) for part in "qk")
+    near = oracles.softmax_attention(query, key, value, oracles.window_mask(grid, (window, window)))
+    return (near + w["hybrid.gate"] * (far - near)).flatten(2)
+
+
+def with_fields(model):
+    """Its layers, by the name in the plain SiT, each with the fields of the model's config."""
+    for block in model.transformer_blocks:
+        block.attn.fields = dict(model.config)
+    return {f"blocks.{index}.attn": block.attn for index, block in enumerate(model.transformer_blocks)}
+
+
+FAR_BRANCHES = {
+    "recipe": FAR,
+    "norm": {**FAR, "qk_norm": True},
+    "narrow": {**FAR, "projection": 5},
+    "wide": {**FAR, "feature_map": "elu", "projection": 16},
+    "polynomial": {**FAR, "feature_map": "polynomial", "qk_norm": True},
+    "maps": {**FAR, "map_rank": 5, "qk_norm": True},
+    "turned LinFusion": {"rope": True, "far_rope": True, "map_rank": 5},
+    "no positions": {**FAR, "rope": False, "far_rope": False, "qk_norm": True},
+    "no maps alone": {"map_rank": 0},
+}
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (5, 7)])
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+@pytest.mark.parametrize("fields", FAR_BRANCHES.values(), ids=FAR_BRANCHES)
+def test_the_far_branch_is_its_formula(fields, kind, grid):
+    model, inputs = make(attention=kind, **fields), make_inputs(grid)
+    layers = with_fields(model)
+
+    def attend(w, name, x, grid):
+        return plain_layer(layers[name], layers[name].state_dict(), x, grid)
+
+    expected = plain_of(model, inputs, attend=attend)
+    assert expected.abs().mean() > 0.1
+    close(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (5, 7)])
+@pytest.mark.parametrize("kind", ["linear", "hybrid"])
+@pytest.mark.parametrize("fields", FAR_BRANCHES.values(), ids=FAR_BRANCHES)
+def test_the_far_branch_s_gradients_are_those_of_its_formula(fields, kind, grid):
+    layer = with_fields(make(attention=kind, **fields))["blocks.1.attn"]
+    generator = torch.Generator().manual_seed(2)
+    x, back = (torch.randn(2, grid[0] * grid[1], WIDTH, generator=generator).double() for _ in range(2))
+    rope = rotary_positions(grid, (6, 6), WIDTH // HEADS) if fields.get("rope") else None
+    w = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = layer(one, grid, rope)
+    expected = plain_layer(layer, w, other, grid) @ w["to_out.weight"].T + w["to_out.bias"]
+    close(found, expected)
+    (found * back).sum().backward()
+    (expected * back).sum().backward()
+    for name, value in [("x", one), *layer.named_parameters()]:
+        wanted = other.grad if name == "x" else w[name].grad
+        torch.testing.assert_close(
+            value.grad, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item() + 1e-12, msg=name
+        )
+        assert wanted.abs().max() > 1e-6, f"{name} matters"
+
+
+@pytest.mark.parametrize("maps", [0, 5])
+def test_rope_alone_does_not_turn_the_far_branch(maps):
+    """In a hybrid layer, which has both, and in a linear one beside it."""
+    kinds = ["hybrid", "linear"]
+    fields = {**FAR, "attention": kinds, "far_rope": False, "map_rank": maps, "qk_norm": True}
+    model, inputs = make(**fields), make_inputs((4, 7))
+    layers = with_fields(model)
+
+    def attend(w, name, x, grid):
+        return plain_layer(layers[name], layers[name].state_dict(), x, grid)
+
+    close(run(model, inputs), plain_of(model, inputs, attend=attend))
+
+
+def test_the_far_branch_knows_where_a_token_is():
+    """A linear layer gives swapped tokens swapped results, unless far_rope tells them apart."""
+    x = torch.randn(1, 36, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    swap = torch.randperm(36, generator=torch.Generator().manual_seed(1))
+    rope = rotary_positions((6, 6), (6, 6), WIDTH // HEADS)
+    with torch.no_grad():
+        for fields, positions in ((FAR, rope), ({**FAR, "rope": False, "far_rope": False}, None)):
+            layer = make(attention="linear", **fields).transformer_blocks[0].attn
+            one, other = (layer(tokens, (6, 6), positions) for tokens in (x[:, swap], x))
+            apart = (one - other[:, swap]).abs().max()
+            assert apart > 1e-3 if positions else apart < 1e-9
+
+
+def test_the_projections_start_alike_and_orthonormal():
+    torch.manual_seed(0)
+    far = SiTTransformer2DModel(**TINY, attention="hybrid", **FAR).transformer_blocks[1].attn.hybrid.far
+    assert far.projection_q.shape == (HEADS, WIDTH // HEADS, WIDTH // HEADS // 2)
+    assert torch.equal(far.projection_q, far.projection_k) and far.projection_q is not far.projection_k
+    for matrix in far.projection_q.detach():
+        torch.testing.assert_close(matrix.T @ matrix, torch.eye(WIDTH // HEADS // 2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -491,7 +656,7 @@ def test_optional_parts_add_nothing_unless_asked_for():
 # --- the start of training -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [*({"attention": kind} for kind in KINDS), EVERYTHING])
+@pytest.mark.parametrize("fields", VARIED)
 def test_a_fresh_model_gives_zero_and_its_blocks_nothing(fields):
     torch.manual_seed(0)
     model = SiTTransformer2DModel(**TINY | fields).double()
@@ -553,7 +718,7 @@ def test_a_seed_gives_the_weights_it_gave_in_0_1_0(gate, query, label):
     assert all(not row.any() for row in weights) and (start == 0.25).all()
 
 
-@pytest.mark.parametrize("fields", [*({"attention": kind} for kind in KINDS), EVERYTHING])
+@pytest.mark.parametrize("fields", VARIED)
 def test_every_weight_learns(fields):
     """From SiT's zeros it takes some steps until gradients reach the first weights; then none is idle."""
     torch.manual_seed(0)
@@ -612,7 +777,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert len(calls) == 2  # once more for the backward
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention": "linear"}, {"attention": "hybrid"}, EVERYTHING])
+@pytest.mark.parametrize("fields", [{}, *({"attention": kind} for kind in ("linear", "hybrid")), *VARIED[4:]])
 def test_compiled_whole(fields):
     torch._dynamo.reset()
     model = make(torch.float32, num_layers=1, **fields)
@@ -634,7 +799,7 @@ def test_compiled_whole_trains():
         torch.testing.assert_close(compiled[name], grad, rtol=1e-3, atol=1e-4 * max(grad.abs().max().item(), 1e-3))
 
 
-@pytest.mark.parametrize("fields", [*({"attention": kind} for kind in KINDS), EVERYTHING])
+@pytest.mark.parametrize("fields", VARIED)
 def test_bfloat16(fields):
     model, inputs = make(torch.float32, **fields), make_inputs((4, 7), dtype=torch.float32)
     expected = run(model, inputs)
@@ -666,7 +831,7 @@ def test_calls():
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [*({"attention": kind} for kind in KINDS), EVERYTHING])
+@pytest.mark.parametrize("fields", VARIED)
 def test_save_and_load(fields, tmp_path):
     model, inputs = make(torch.float32, **fields), make_inputs((4, 7), dtype=torch.float32)
     model.save_pretrained(tmp_path)
@@ -679,6 +844,17 @@ def test_save_and_load(fields, tmp_path):
     assert {p.dtype for name, p in half.named_parameters() if "gate" not in name} == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for name, p in half.named_parameters() if "gate" in name)
     assert run(half, [x.bfloat16() if x.is_floating_point() else x for x in inputs]).isfinite().all()
+
+
+def test_a_config_without_the_far_branch_s_fields_means_linfusion_s(tmp_path):
+    fields = {"feature_map": "elu", "projection": 0, "far_rope": False}
+    model, inputs = make(torch.float32, attention="hybrid", **fields), make_inputs(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field in fields:
+        del config[field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(run(SiTTransformer2DModel.from_pretrained(tmp_path), inputs), run(model, inputs))
 
 
 def test_the_order_of_patterns_survives_saving(tmp_path):
@@ -718,7 +894,7 @@ def test_loading_other_fields_is_refused(tmp_path):
         ({"window": 0}, "window must be"),
         ({"window": None, "attention": "hybrid"}, "window and hybrid layers need a window"),
         ({"window": 2, "stride": 3}, "stride 3 is larger than window 2"),
-        ({"map_rank": 0}, "map_rank must be"),
+        ({"map_rank": -1}, "map_rank must be"),
         ({"gate": "layer"}, "unknown gate 'layer'"),
         ({"num_layers": 0}, "num_layers must be a positive integer, not 0"),
         ({"patch_size": 2.0}, "patch_size must be a positive integer"),
@@ -737,6 +913,20 @@ def test_loading_other_fields_is_refused(tmp_path):
         ({"value_conv": -1}, "value_conv must be an odd integer"),
         ({"rope": True, "num_attention_heads": 4, "attention_head_dim": 6}, "rope needs an attention_head_dim"),
         ({"rope": True, "attention": "linear"}, "rope does nothing in linear attention"),
+        ({"feature_map": "relu"}, "unknown feature map 'relu': use one of elu, hedgehog, polynomial"),
+        ({"feature_map": None, "attention": "linear"}, "feature_map must be a name, not None"),
+        ({"projection": 129, "attention": "linear"}, "does not take a projection of 129 channels: use .* at most 128"),
+        ({"projection": 22, "feature_map": "polynomial"}, "'polynomial' does not take a projection of 22 channels"),
+        (
+            {"feature_map": "polynomial", "attention": "hybrid", "num_attention_heads": 1, "attention_head_dim": 24},
+            "does not take heads of 24 without projection: use a projection of at most 21",
+        ),
+        ({"projection": -1}, "projection must be a positive integer, 0 for none, or None, not -1"),
+        ({"projection": True}, "projection must be a positive integer"),
+        ({"far_rope": "yes", "rope": True, "attention": "linear"}, "far_rope must be true or false, not 'yes'"),
+        ({"far_rope": True, "attention": "linear"}, "far_rope rotates by rope, which is off: set rope too"),
+        ({"far_rope": True, "rope": True}, "far_rope is for linear and hybrid layers, and there are none"),
+        ({"far_rope": True, "rope": True, "attention": "window"}, "far_rope is for linear and hybrid layers"),
     ],
 )
 def test_fields_that_cannot_work(fields, message):

@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hybriddit import load_config
-from hybriddit.training.train_sit import run
+from hybriddit.training.checkpoint import read_state
+from hybriddit.training.run_config import SiTConfig
+from hybriddit.training.train_sit import resume_settings, run
 
 BEFORE = {  # today's part of a name -> the part it had in version 0.1
     "patch_embed.proj.": "patch_embed.",
@@ -48,8 +51,28 @@ def test_a_run_of_the_names_before_goes_on(tmp_path):
     assert not [name for name in old if "hybrid" in name or "fc1" in name]
     assert "exp_avg/transformer_blocks.0.attn.gate" in old and "average/transformer_blocks.1.ff.net.2.weight" in old
     save_file(old, first / "state.safetensors")
+    state = json.loads((first / "state.json").read_text())
+    for field in ("feature_map", "projection", "far_rope"):  # which SiT did not have then
+        del state["settings"][f"model.{field}"]
+    (first / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"made with other values of model\.feature_map: resume with"):
+        run(load_config(tmp_path / "run.yaml", ["model.feature_map=hedgehog"]), resume=True)
+    said = ["model.feature_map=elu", "model.projection=0", "model.far_rope=false"]
+    read_state(first, resume_settings(load_config(tmp_path / "run.yaml", said)))  # the same model: not refused
 
     resumed = run(config, resume=True).state_dict()
     found = load_file(second / "state.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("field", ["feature_map", "projection", "far_rope"])
+def test_a_run_does_not_go_on_where_a_field_of_its_far_branch_is_left_out(field, tmp_path):
+    """The weights alone would not always tell."""
+    far = {"feature_map": "hedgehog", "projection": None, "rope": True, "far_rope": True}
+    config = SiTConfig(model={"attention": "linear", **far})
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1, "settings": resume_settings(config)}))
+    read_state(tmp_path, resume_settings(config))
+    del config.model[field]
+    with pytest.raises(ValueError, match=f"made with other values of model.{field}: resume with"):
+        read_state(tmp_path, resume_settings(config))

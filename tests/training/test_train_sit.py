@@ -634,13 +634,17 @@ def test_every_shipped_config_loads(path):
     preset = hybriddit.SiTTransformer2DModel.preset(f"{size.upper()}/{patch}")
     assert {name: config.model[name] for name in preset} == preset
     assert config.model["attention"] == {"linfusion": "linear"}.get(kind, kind)
+    far = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "rope": True, "far_rope": True}
+    assert {name: config.model[name] for name in far if name in config.model} == (
+        far if kind in ("linear", "hybrid") else {}
+    )
     recipe = (config.train.batch_size, config.optim.lr, config.optim.weight_decay, config.optim.ema_decay)
     assert recipe == (256, 1e-4, 0, 0.9999) and config.model["class_dropout_prob"] == 0.1
     assert config.flow.path == "linear" and config.flow.times == "uniform" and config.data.flip
 
 
 def test_every_size_and_attention_has_a_config():
-    kinds = ("softmax", "linfusion", "hybrid")
+    kinds = ("softmax", "linfusion", "linear", "hybrid")
     assert {path.stem for path in SHIPPED if path not in SMALL} == {
         f"{s}_2_{k}" for s in ("s", "b", "l", "xl") for k in kinds
     }
