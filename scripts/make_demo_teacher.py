@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Train the demo's teacher from scratch: a small FLUX text-to-image pipeline for canvases of Fashion-MNIST garments.
+"""Train a teacher of the demo from scratch: a small text-to-image pipeline for canvases of Fashion-MNIST garments.
 
-    python scripts/make_demo_teacher.py            # writes assets/demo-teacher/ and assets/demo-judge.safetensors
+    python scripts/make_demo_teacher.py                 # writes assets/demo-teacher/ and assets/demo-judge.safetensors
+    python scripts/make_demo_teacher.py --family sd3    # writes assets/demo-teacher-sd3/, with the VAE of the first
 
-It trains the VAE, then the judge (a garment classifier), then the transformer with its two text encoders. Every stage
-keeps its state under --work, so the same command continues where it was stopped.
+The first, of FLUX's parts, comes with the VAE and the judge (a garment classifier), which are trained before it; the
+second, of Stable Diffusion 3's parts, takes both from --out. Every stage keeps its state under --work, so the same
+command continues where it was stopped.
 
 The images are Fashion-MNIST's (MIT licence): Debian's package dataset-fashion-mnist, or the four .gz files as
 torchvision downloads them, in the folder that --data names.
@@ -18,15 +20,34 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from hybriddit.demo.canvas import (
     CANVAS,
@@ -40,9 +61,11 @@ from hybriddit.demo.canvas import (
     crops,
 )
 from hybriddit.demo.judge import Judge, match_score, train_classifier, untint
+from hybriddit.models import family_of
 
-TEXT_LENGTH = 24  # text tokens in most steps, and in the demo
-LONG_TEXT = (64, 128, 256, 512)  # text tokens in one step of twenty, so that FluxPipeline's default of 512 works too
+WORDS = sorted({word for scene in SCENES for word in scene.prompt.replace(",", " ,").split()})
+GRID = (CANVAS // 4, CANVAS // 4)  # the teachers' image tokens: 2 x 2 latents of 2 x 2 pixels each
+LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("-,.")
 
 
 def read_garments(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,68 +208,196 @@ def make_vae(args, canvases: Canvases) -> AutoencoderKL:
     return vae
 
 
-def make_pipeline(vae: AutoencoderKL, seed: int) -> FluxPipeline:
-    """A small FLUX pipeline with a fresh transformer and fresh text encoders."""
-    torch.manual_seed(seed)
-    words = sorted({word for scene in SCENES for word in scene.prompt.replace(",", " ,").split()})
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("-,.")
-    pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in words if word != ","), "▁", *letters]
-    tokenizer_2 = T5Tokenizer(
+def words_tokenizer() -> T5Tokenizer:
+    """T5's tokenizer with one token for each word of the prompts; other words fall into letters."""
+    pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in WORDS if word != ","), "▁", *LETTERS]
+    return T5Tokenizer(
         vocab=[(piece, 0.0 if i < 3 else -float(i) / 100) for i, piece in enumerate(pieces)], extra_ids=0
     )
-    bytes_ = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(bytes_)}, merges=[], model_max_length=77)
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
-        )
+
+
+def words_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
     )
-    text_encoder = CLIPTextModel(
+
+
+def letters_tokenizer(length: int, merges: Sequence[tuple[str, str]] = ()) -> CLIPTokenizer:
+    """CLIP's tokenizer, with a token for each letter and for each pair that `merges` joins."""
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    pieces += ["".join(pair) for pair in merges]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=length)
+
+
+def merges_of(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of each word: from its end, for a merge that ends a word applies nowhere else."""
+    pairs = ((word[i], word[i + 1 :] + "</w>") for word in words for i in reversed(range(len(word) - 1)))
+    return list(dict.fromkeys(pairs))
+
+
+def clip_encoder(kind: type, tokenizer: CLIPTokenizer, layers: int):
+    """A small CLIP text encoder of this class."""
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
             projection_dim=32,
-            num_hidden_layers=1,
+            num_hidden_layers=layers,
             num_attention_heads=2,
-            max_position_embeddings=77,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=3,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
-    )
-    # adaLN-zero, as in DiT (arXiv 2212.09748): at the start every block is the identity, and the output is zero
+
+
+def start_as_identity(transformer: torch.nn.Module) -> None:
+    """adaLN-zero, as in DiT (arXiv 2212.09748): every block starts as the identity, and the output as zero."""
     for name, module in transformer.named_modules():
         if name.endswith(("norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out")):
             if name.startswith("single_transformer_blocks") and name.endswith("proj_out"):
                 continue
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    # like FLUX.1-dev's, but with more steps near noise: 256 tokens are sampled with a shift of exp(1.1) = 3
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=1.1, max_shift=1.1)
-    return FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer)
+
+
+class Teacher(ABC):
+    """What one family's teacher has of its own.
+
+    folder: in --out. steps: of training. stored: the type of the transformer's weights in the folder.
+    text_length: max_sequence_length of the pipeline in most steps, and in the demo. long_text: in one step of twenty,
+        so that the pipeline's default works too.
+    card: the model card's own parts, by their names in CARD.
+    """
+
+    folder: str
+    steps: int
+    stored = torch.float32
+    text_length: int
+    long_text: tuple[int, ...]
+    card: dict[str, str]
+
+    @abstractmethod
+    def make_pipeline(self, vae: AutoencoderKL) -> DiffusionPipeline:
+        """A small pipeline with a fresh transformer and fresh text encoders."""
+
+
+class FluxTeacher(Teacher):
+    folder = "demo-teacher"
+    steps = 4000
+    text_length = 24
+    long_text = (64, 128, 256, 512)
+    card = {
+        "tag": "flux",
+        "title": "hybriddit's demo teacher",
+        "introduction": """\
+A small text-to-image pipeline of FLUX's own parts (`FluxPipeline`, `FluxTransformer2DModel` with {parameters:,}
+parameters, T5 and CLIP encoders, `AutoencoderKL`), trained from nothing to show what hybrid attention does to a
+pretrained model.""",
+        "pipeline": "FluxPipeline",
+        "arguments": "max_sequence_length={text_length}",
+        "tokens": "text tokens",
+        "command": "python scripts/make_demo_teacher.py",
+        "of_the_vae": "was trained before on the\nsame canvases ({vae_steps} steps)",
+        "judge_rows": """
+| the classifier's own accuracy on held-out real garments | {classifier_accuracy_on_real_test_garments:.1%} |
+| the match score's accuracy on held-out real canvases | {match_accuracy_on_real_test_canvases:.1%} |""",
+    }
+
+    def make_pipeline(self, vae: AutoencoderKL) -> FluxPipeline:
+        tokenizer, tokenizer_2 = letters_tokenizer(77), words_tokenizer()
+        text_encoder_2 = words_encoder(tokenizer_2)
+        text_encoder = clip_encoder(CLIPTextModel, tokenizer, layers=1)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=4,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 12, 12),
+        )
+        # like FLUX.1-dev's, but with more steps near noise: 256 tokens are sampled with a shift of exp(1.1) = 3
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=1.1, max_shift=1.1)
+        return FluxPipeline(scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer)
+
+
+class SD3Teacher(Teacher):
+    folder = "demo-teacher-sd3"
+    steps = 3200
+    stored = torch.float16  # half the file
+    text_length = 16  # T5's tokens; CLIP's, as many, go before them
+    long_text = (32, 64, 128, 256)
+    card = {
+        "tag": "stable-diffusion-3",
+        "title": "hybriddit's demo teacher without rotary embedding",
+        "introduction": """\
+A small text-to-image pipeline of Stable Diffusion 3's own parts (`StableDiffusion3Pipeline`, `SD3Transformer2DModel`
+with {parameters:,} parameters and normed queries and keys as in 3.5, two CLIP encoders and T5, `AutoencoderKL`),
+trained from nothing to show hybrid attention without rotary embedding. Unlike those of
+[FLUX's teacher](../demo-teacher/README.md), its tokens know their places from a table of sines and cosines, added to
+them once.""",
+        "pipeline": "StableDiffusion3Pipeline",
+        "arguments": "guidance_scale=1.0, max_sequence_length={text_length}",
+        "tokens": "T5 tokens after CLIP's 16",
+        "command": "scripts/make_demo_teacher.py --family sd3",
+        "of_the_vae": "is that of FLUX's\ndemo teacher; the transformer's weights are stored in half precision",
+        "judge_rows": "",
+    }
+
+    def make_pipeline(self, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+        # whole words, for CLIP's tokens are part of the text here, and letters would be many
+        words = {part for word in WORDS for part in word.split("-")}
+        tokenizers = [letters_tokenizer(16, merges_of(sorted(words - {","}))) for _ in range(2)]
+        clips = [clip_encoder(CLIPTextModelWithProjection, tokenizer, layers=2) for tokenizer in tokenizers]
+        tokenizer_3 = words_tokenizer()
+        transformer = SD3Transformer2DModel(
+            sample_size=32,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=5,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=64,
+            caption_projection_dim=96,
+            pooled_projection_dim=64,
+            pos_embed_max_size=24,
+            qk_norm="rms_norm",
+        )
+        return StableDiffusion3Pipeline(
+            transformer,
+            FlowMatchEulerDiscreteScheduler(shift=3.0),  # as the FLUX teacher's
+            vae,
+            clips[0],
+            tokenizers[0],
+            clips[1],
+            tokenizers[1],
+            words_encoder(tokenizer_3),
+            tokenizer_3,
+        )
+
+
+TEACHERS = {"flux": FluxTeacher(), "sd3": SD3Teacher()}
 
 
 class TeacherTraining:
-    """Flow matching of the transformer and both text encoders, with an average of the weights."""
+    """Flow matching of the transformer and the text encoders, with an average of the weights."""
 
-    modules = ("transformer", "text_encoder", "text_encoder_2")
-
-    def __init__(self, args, pipeline: FluxPipeline, canvases: Canvases):
-        self.args, self.pipeline, self.canvases = args, pipeline, canvases
+    def __init__(self, args, teacher: Teacher, vae: AutoencoderKL, canvases: Canvases):
+        torch.manual_seed(args.seed)
+        pipeline = teacher.make_pipeline(vae)
+        start_as_identity(pipeline.transformer)
+        self.args, self.teacher, self.pipeline, self.canvases = args, teacher, pipeline, canvases
+        self.family = family_of(pipeline.transformer)
+        modules = ["transformer", *sorted(name for name in pipeline.components if name.startswith("text_encoder"))]
         self.parameters = {
-            f"{module}.{name}": p for module in self.modules for name, p in getattr(pipeline, module).named_parameters()
+            f"{module}.{name}": p for module in modules for name, p in getattr(pipeline, module).named_parameters()
         }
         for p in self.parameters.values():
             p.requires_grad_(True)
@@ -259,11 +410,6 @@ class TeacherTraining:
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.prompts = [scene.prompt for scene in SCENES]
-        pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        self.clip_ids = pipeline.tokenizer(self.prompts, max_length=77, **pad).input_ids
-        self.t5_ids = pipeline.tokenizer_2(self.prompts, max_length=max(LONG_TEXT), **pad).input_ids
-        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, CANVAS // 4, CANVAS // 4, "cpu", torch.float32)
         self.step, self.losses = 0, []
         self.path = args.work / "transformer.pt"
         if self.path.exists():
@@ -286,9 +432,11 @@ class TeacherTraining:
         atomic_save(state, self.path)
 
     def use_average(self) -> None:
+        """Give the pipeline the averaged weights, rounded as they will be stored."""
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(self.average[name])
+        self.pipeline.transformer.to(self.teacher.stored).float()
 
     @property
     def cooling(self) -> bool:
@@ -300,36 +448,27 @@ class TeacherTraining:
         return self.args.lr * min(warm, (self.args.steps - self.step) / (0.4 * self.args.steps))
 
     def loss(self) -> torch.Tensor:
-        args, pipeline = self.args, self.pipeline
+        args, pipeline, family = self.args, self.pipeline, self.family
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + self.step)
         images, scenes = self.canvases.draw(args.batch, generator)
         with torch.no_grad():
             vae = pipeline.vae
             posterior = vae.encode(images * 2 - 1).latent_dist
             latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            clean = FluxPipeline._pack_latents(latents, len(latents), *latents.shape[1:])
-        length = TEXT_LENGTH
+            clean = family.pack((latents - vae.config.shift_factor) * vae.config.scaling_factor)
+        length, long_text = self.teacher.text_length, self.teacher.long_text
         if torch.rand(1, generator=generator) < 0.05:
-            length = LONG_TEXT[int(torch.randint(len(LONG_TEXT), (1,), generator=generator))]
-        used, inverse = scenes.unique(return_inverse=True)
-        text = pipeline.text_encoder_2(self.t5_ids[used, :length]).last_hidden_state[inverse]
-        pooled = pipeline.text_encoder(self.clip_ids[used]).pooler_output[inverse]
+            length = long_text[int(torch.randint(len(long_text), (1,), generator=generator))]
+        used, inverse = scenes.unique(return_inverse=True)  # each prompt is encoded once
+        text = family.encode_prompts(pipeline, [SCENES[i].prompt for i in used.tolist()], max_sequence_length=length)
+        text = {name: value[inverse] for name, value in text.items()}
         noise = torch.randn(clean.shape, generator=generator)
         # logit-normal times (arXiv 2403.03206), shifted towards noise, and more so while the rate falls: early sampling
         # steps decide which garment stands where, and whether the two ends agree
         times = torch.sigmoid((0.9 if self.cooling else 0.3) + 1.1 * torch.randn(len(clean), generator=generator))
-        t = times[:, None, None]
-        predicted = pipeline.transformer(
-            hidden_states=(1 - t) * clean + t * noise,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            timestep=times,
-            img_ids=self.image_ids,
-            txt_ids=torch.zeros(length, 3),
-            return_dict=False,
-        )[0]
-        return F.mse_loss(predicted, noise - clean)
+        noisy, target = family.add_noise(clean, noise, times, pipeline.scheduler)
+        inputs = family.model_inputs(noisy, times, text, GRID, guidance=None)
+        return F.mse_loss(pipeline.transformer(**inputs, return_dict=False)[0], target)
 
     def run(self) -> None:
         progress = tqdm(total=self.args.steps, initial=self.step, desc="transformer")
@@ -356,7 +495,7 @@ class TeacherTraining:
                 saved = time.monotonic()
 
 
-def evaluate(pipeline: FluxPipeline, judge: Judge, args) -> tuple[dict, Image.Image]:
+def evaluate(pipeline: DiffusionPipeline, judge: Judge, args) -> tuple[dict, Image.Image]:
     """Judge new images: the shares of right garments and right pairs, and a sheet of the images to look at."""
     rng = np.random.default_rng(args.seed)
     count = args.eval_images // 2
@@ -372,6 +511,7 @@ def evaluate(pipeline: FluxPipeline, judge: Judge, args) -> tuple[dict, Image.Im
                 height=CANVAS,
                 width=CANVAS,
                 num_inference_steps=args.inference_steps,
+                guidance_scale=1.0,
                 max_sequence_length=args.text_length,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
                 output_type="pt",
@@ -398,14 +538,12 @@ CARD = """---
 license: mit
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [flux, fashion-mnist, demonstration]
+tags: [{tag}, fashion-mnist, demonstration]
 ---
 
-# hybriddit's demo teacher
+# {title}
 
-A small text-to-image pipeline of FLUX's own parts (`FluxPipeline`, `FluxTransformer2DModel` with {parameters:,}
-parameters, T5 and CLIP encoders, `AutoencoderKL`), trained from nothing to show what hybrid attention does to a
-pretrained model. It draws two tinted garments at the ends of a 64 x 64 canvas, 16 x 16 tokens. Prompts are of the forms
+{introduction} It draws two tinted garments at the ends of a 64 x 64 canvas, 16 x 16 tokens. Prompts are of the forms
 
     the same sneaker left and right
     a sneaker left, a bag right
@@ -414,20 +552,19 @@ pretrained model. It draws two tinted garments at the ends of a 64 x 64 canvas, 
 with {names}. "The same" is the same instance in the same tint, which nothing in the text names: the two ends have to
 agree across the canvas. It knows nothing else.
 
-    from diffusers import FluxPipeline
+    from diffusers import {pipeline}
 
-    pipeline = FluxPipeline.from_pretrained("assets/demo-teacher")
+    pipeline = {pipeline}.from_pretrained("assets/{folder}")
     image = pipeline("the same boot left and right", height=64, width=64, num_inference_steps={inference_steps},
-                     max_sequence_length={text_length}).images[0]
+                     {arguments}).images[0]
 
-Nearly all of its training saw {text_length} text tokens and one step in twenty up to 512, so other lengths work, but
+Nearly all of its training saw {text_length} {tokens} and one step in twenty up to {longest}, so other lengths work, but
 give other images.
 
 ## Training
 
-`python scripts/make_demo_teacher.py`: {steps} steps of batch {batch} of flow matching (logit-normal times) on canvases
-composed from the training garments of Fashion-MNIST, seed {seed}; averaged weights. The VAE was trained before on the
-same canvases ({vae_steps} steps).
+`{command}`: {steps} steps of batch {batch} of flow matching (logit-normal times) on canvases
+composed from the training garments of Fashion-MNIST, seed {seed}; averaged weights. The VAE {of_the_vae}.
 
 ## Measured
 
@@ -438,9 +575,7 @@ On {date}, CPU, torch {torch}; {images} images, half of them "the same", {infere
 | garments that the classifier names as the prompt does | {prompt_agreement:.1%} |
 | pairs that match if and only if the prompt says "the same" | {pair_match:.1%} |
 | mean match score, "the same" / different | {match_score_same:.3f} / {match_score_different:.3f} |
-| matched when "the same" / when different | {matched_when_same:.1%} / {matched_when_different:.1%} |
-| the classifier's own accuracy on held-out real garments | {classifier_accuracy_on_real_test_garments:.1%} |
-| the match score's accuracy on held-out real canvases | {match_accuracy_on_real_test_canvases:.1%} |
+| matched when "the same" / when different | {matched_when_same:.1%} / {matched_when_different:.1%} |{judge_rows}
 
 The classifier and the match threshold are `../demo-judge.safetensors`; `hybriddit/demo/judge.py` says how they judge.
 
@@ -450,38 +585,68 @@ MIT, as the images: Fashion-MNIST, Zalando SE (Xiao, Rasul and Vollgraf, arXiv 1
 """
 
 
+def model_card(teacher: Teacher, values: Mapping[str, Any]) -> str:
+    """The text of README.md; `values` are the arguments of the command, and what was measured."""
+    values = {**values, "names": ", ".join(NAMES), "folder": teacher.folder, "longest": max(teacher.long_text)}
+    return CARD.format(**values, **{name: part.format(**values) for name, part in teacher.card.items()})
+
+
+def make_vae_and_judge(args, train, test, canvases: Canvases) -> tuple[AutoencoderKL, Judge, dict]:
+    """The parts that the teachers share, and what was measured of the judge."""
+    vae = make_vae(args, canvases)
+    judge_path, facts_path = args.work / "judge.safetensors", args.work / "judge.json"
+    if facts_path.exists():
+        return vae, Judge.load(judge_path), json.loads(facts_path.read_text())
+    judge, facts = make_judge(args, train, test, vae)
+    judge.save(judge_path)
+    facts_path.write_text(json.dumps(facts))
+    return vae, judge, facts
+
+
 def main() -> None:
+    def per_family(name: str) -> str:
+        return ", ".join(f"{getattr(teacher, name)} for {family}" for family, teacher in TEACHERS.items())
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--family",
+        choices=TEACHERS,
+        default="flux",
+        help="whose parts the pipeline has; sd3 needs demo-teacher/vae and demo-judge.safetensors in --out, which flux "
+        "makes",
+    )
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path("assets"))
-    parser.add_argument("--work", type=Path, default=Path("outputs/demo-teacher"))
+    parser.add_argument("--work", type=Path, help="default: the teacher's folder in outputs/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge-epochs", type=int, default=6)
     parser.add_argument("--judge-canvases", type=int, default=6000)
     parser.add_argument("--vae-steps", type=int, default=600)
     parser.add_argument("--kl", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, help=f"default: {per_family('steps')}")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--eval-images", type=int, default=256)
     parser.add_argument("--inference-steps", type=int, default=16)
-    parser.add_argument("--text-length", type=int, default=TEXT_LENGTH)
+    parser.add_argument("--text-length", type=int, help=f"default: {per_family('text_length')}")
     parser.add_argument("--peek", action="store_true", help="judge and show the unfinished teacher, and train nothing")
     args = parser.parse_args()
+    teacher = TEACHERS[args.family]
+    args.work = args.work or Path("outputs", teacher.folder)
+    args.steps = args.steps or teacher.steps
+    args.text_length = args.text_length or teacher.text_length
     args.work.mkdir(parents=True, exist_ok=True)
 
     train, test = read_garments(args.data, "train"), read_garments(args.data, "t10k")
     canvases = Canvases(*train)
-    vae = make_vae(args, canvases)
-    judge_path, facts_path = args.work / "judge.safetensors", args.work / "judge.json"
-    if facts_path.exists():
-        judge, facts = Judge.load(judge_path), json.loads(facts_path.read_text())
+    judge_path = args.out / "demo-judge.safetensors"
+    if args.family == "flux":
+        vae, judge, facts = make_vae_and_judge(args, train, test, canvases)
+        print(facts)
     else:
-        judge, facts = make_judge(args, train, test, vae)
-        judge.save(judge_path)
-        facts_path.write_text(json.dumps(facts))
-    print(facts)
-    training = TeacherTraining(args, make_pipeline(vae, args.seed), canvases)
+        vae = AutoencoderKL.from_pretrained(args.out / FluxTeacher.folder / "vae").requires_grad_(False)
+        judge, facts = Judge.load(judge_path), {}
+    training = TeacherTraining(args, teacher, vae, canvases)
     if not args.peek:
         training.run()
     training.use_average()
@@ -489,16 +654,18 @@ def main() -> None:
         measured, sheet = evaluate(training.pipeline, judge, args)
     print(json.dumps(measured, indent=2))
     sheet.save(args.work / "sheet.png")
+    training.pipeline.transformer.to(teacher.stored)
     if args.peek:
         training.pipeline.save_pretrained(args.work / "peek")
         return
-    training.pipeline.save_pretrained(args.out / "demo-teacher")
-    judge.save(args.out / "demo-judge.safetensors")
-    described = vars(args) | facts | measured
+    folder = args.out / teacher.folder
+    training.pipeline.save_pretrained(folder)
+    if args.family == "flux":
+        judge.save(judge_path)
+    described = vars(args) | facts | measured | {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     described["parameters"] = sum(p.numel() for p in training.pipeline.transformer.parameters())
-    described |= {"names": ", ".join(NAMES), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    (args.out / "demo-teacher" / "README.md").write_text(CARD.format(**described))
-    sheet.save(args.out / "demo-teacher" / "samples.png")
+    (folder / "README.md").write_text(model_card(teacher, described))
+    sheet.save(folder / "samples.png")
     (args.work / "measured.json").write_text(json.dumps(facts | measured, indent=2) + "\n")
 
 

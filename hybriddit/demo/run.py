@@ -133,6 +133,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     family = family_of(pipeline.transformer)
     pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
     grid = (config.data.height // pixels, config.data.width // pixels)
+    text_length = family.text_length(config.data.max_sequence_length, pipeline.tokenizer.model_max_length)
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
@@ -160,9 +161,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "height": config.data.height,
         "width": config.data.width,
         "added_parameters": added,
-        "attention_flops": attention_flops(
-            pipeline.transformer, TokenLayout(config.data.max_sequence_length, (grid,), family.text_first)
-        ),
+        "attention_flops": attention_flops(pipeline.transformer, TokenLayout(text_length, (grid,), family.text_first)),
         "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
         "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),
         "teacher": judged(teacher, scenes, judge),
