@@ -329,7 +329,7 @@ pretrained model.""",
 
 class SD3Teacher(Teacher):
     folder = "demo-teacher-sd3"
-    steps = 5500
+    steps = 3200
     stored = torch.float16  # half the file
     text_length = 16  # T5's tokens; CLIP's, as many, go before them
     long_text = (32, 64, 128, 256)
@@ -339,12 +339,13 @@ class SD3Teacher(Teacher):
         "introduction": """\
 A small text-to-image pipeline of Stable Diffusion 3's own parts (`StableDiffusion3Pipeline`, `SD3Transformer2DModel`
 with {parameters:,} parameters and normed queries and keys as in 3.5, two CLIP encoders and T5, `AutoencoderKL`),
-trained from nothing. Unlike [FLUX's](../demo-teacher/README.md), its tokens know their places from a table of sines
-and cosines, which is added to them once, before the first layer.""",
+trained from nothing to show hybrid attention without rotary embedding. Unlike those of
+[FLUX's teacher](../demo-teacher/README.md), its tokens know their places from a table of sines and cosines, added to
+them once.""",
         "pipeline": "StableDiffusion3Pipeline",
         "arguments": "guidance_scale=1.0, max_sequence_length={text_length}",
-        "tokens": "of T5's tokens (CLIP's 16 go before them)",
-        "command": "python scripts/make_demo_teacher.py --family sd3",
+        "tokens": "T5 tokens after CLIP's 16",
+        "command": "scripts/make_demo_teacher.py --family sd3",
         "of_the_vae": "is that of FLUX's\ndemo teacher; the transformer's weights are stored in half precision",
         "judge_rows": "",
     }

@@ -261,7 +261,9 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md", "assets/demo-teacher/README.md"])
+@pytest.mark.parametrize(
+    "name", [*PAGES, "CHANGELOG.md", "assets/demo-teacher/README.md", "assets/demo-teacher-sd3/README.md"]
+)
 def test_relative_links_resolve(name):
     path = ROOT / name
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)

@@ -92,3 +92,16 @@ def test_a_stopped_training_continues_as_if_it_had_not_stopped(family, training)
     for name, p in whole.parameters.items():
         assert torch.equal(continued.parameters[name], p), name
         assert torch.equal(continued.average[name], whole.average[name]), name
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_the_shipped_teacher_is_of_the_scripts_sizes(family, vae):
+    made = TEACHERS[family].make_pipeline(vae)
+    shipped = type(made).from_pretrained(str(ROOT / "assets" / TEACHERS[family].folder))
+
+    def sizes(model):
+        return {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+
+    assert sizes(shipped.transformer) == sizes(made.transformer)
+    for name, p in vae.named_parameters():
+        assert torch.equal(shipped.vae.get_parameter(name), p), name
