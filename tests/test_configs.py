@@ -42,6 +42,7 @@ def test_every_family_has_a_config():
         "pixart_sigma_512",
         "pixart_sigma_1024",
         "demo",
+        "demo_sd3",
     } <= {path.stem for path in SHIPPED}
 
 
@@ -59,7 +60,13 @@ def test_the_stated_number_of_trained_parameters_is_the_dry_runs(path, monkeypat
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    family = {"sd3_medium": "sd3", "sd35_medium": "sd35", "sd35_large": "sd35", "demo": "flux_schnell"}.get(path.stem)
+    family = {
+        "sd3_medium": "sd3",
+        "sd35_medium": "sd35",
+        "sd35_large": "sd35",
+        "demo": "flux_schnell",
+        "demo_sd3": "sd35",
+    }.get(path.stem)
     family = family or path.stem.removesuffix("_512").removesuffix("_1024")
     pipeline = tiny_pipeline(family)
     pipeline.save_pretrained(tmp_path / "teacher")
@@ -88,7 +95,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
     rate = optim.lr * decay
     assert line["step"] == 2 and line["lr"] == pytest.approx(rate * min(1, 2 / optim.warmup_steps), rel=1e-6)
     assert line["gate_lr"] == pytest.approx(rate * optim.gate_lr_factor, rel=1e-6)
-    weights = {"demo": (0, 2, 0), "flux_schnell": (0, 1, 0.5)}.get(path.stem, (1, 0.5, 0.5))
+    weights = {"demo": (0, 2, 0), "demo_sd3": (0, 2, 0), "flux_schnell": (0, 1, 0.5)}.get(path.stem, (1, 0.5, 0.5))
     total = sum(weight * line[name] for weight, name in zip(weights, ("task", "output", "layer"), strict=True))
     assert line["loss"] == pytest.approx(total, rel=1e-5) and line["output"] > 0 and line["layer"] > 0
     grid = tmp_path / "run" / "samples" / "step-00000002.png"

@@ -29,8 +29,9 @@ def test_contact_sheet_shows_every_image(tmp_path):
     assert all(area[tuple(colour)] == 2 * 128 * 128 for colour in colours.tolist())
 
 
-def test_demo_prompts_are_ones_the_teacher_knows():
-    config = load_config("configs/distill/demo.yaml")
+@pytest.mark.parametrize("name", ["demo", "demo_sd3"])
+def test_demo_prompts_are_ones_the_teacher_knows(name):
+    config = load_config(f"configs/distill/{name}.yaml")
     with open(config.data.prompts) as file:
         prompts = set(file.read().splitlines())
     assert prompts == {scene.prompt for scene in SCENES}
