@@ -15,7 +15,7 @@ GATES = ("head", "channel", "token")
 ROTARY = ("auto", "model", "axial", "none")
 JOINS = ("gate", "joint")
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
-FAR_BRANCH = {"feature_map": "hedgehog", "projection": None, "rotary": "auto"}
+FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto"}
 LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none"}
 # The fields that the first version had; and what those added since were then, for the files that it wrote.
 FIRST_FIELDS = {"window", "stride", "dilation", "linear", "map_rank", "gate", "layers", "delta_rank"}
@@ -45,10 +45,10 @@ class HybridConfig:
     gate: "head", "channel" or "token".
     mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
         "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none".
-    feature_map: the function phi that makes the mixer's queries and keys positive: "hedgehog" (the default),
-        "polynomial" or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
+    feature_map: the function phi of the mixer's queries and keys: "polynomial" (of degree 2, the default), "hedgehog"
+        or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
     projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give
-        phi at most D features, so that the mixer's state is D x D (hedgehog: D / 2).
+        phi at most D features, so that the mixer's state is D x D: 14 of 128 (hedgehog: 64).
     rotary: positions of the far branch's queries and keys: "model", the model's own rotary embedding; "axial", a rotary
         embedding of rows and columns; "none"; or "auto", the model's own if it has one, else "none".
     temperature: whether each head of the far branch learns a temperature of its queries, and one of its keys.

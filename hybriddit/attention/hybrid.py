@@ -76,7 +76,7 @@ class HybridAttention(nn.Module):
         map_rank: int | None = None,
         maps: str = "after",
         mixer: str = "linear",
-        feature_map: str = "hedgehog",
+        feature_map: str = "polynomial",
         projection: int | None = None,
         temperature: bool = False,
         center_keys: bool = False,

@@ -37,7 +37,7 @@ class LinearMixer(nn.Module):
         heads: int,
         head_dim: int,
         *,
-        feature_map: str = "hedgehog",
+        feature_map: str = "polynomial",
         projection: int | None = None,
         temperature: bool = False,
         center_keys: bool = False,
