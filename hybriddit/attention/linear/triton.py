@@ -800,6 +800,12 @@ def launch_options(
             block_e = min(block_e, 32)
         if precise and wide:
             rows, block_e = 16, min(block_e, 32)
+            if feature_map == "polynomial" and kernel == "output":
+                block_e, block_f = 64, 64
+            elif feature_map == "polynomial" and kernel == "state_backward":
+                block_e, block_f = 128, 32
+            elif kernel == "output" and dtype == torch.float32:
+                block_e = 16
         large = min(block_d, block_m) > 64 or (precise and wide)
         reload = channels is not None and backward and large and target in (86, 89, 120, "hip")
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_E": block_e, "BLOCK_N": rows}

@@ -3,6 +3,7 @@
 Run with -rP to see what each kernel takes.
 """
 
+import math
 import re
 import subprocess
 
@@ -57,7 +58,6 @@ KERNELS = [
     ("output", {"JOIN": True, "GATE_PER_ROW": False}),
     ("output_backward", {}),
     ("state_backward", {"MASKED": False}),
-    ("state_backward", {"MASKED": True}),
 ]
 # what models run in on every chip; the rest on one chip of each kind
 CASES = [(torch.bfloat16, width, chip) for width in (64, 72, 128) for chip in SHARED]
@@ -67,7 +67,7 @@ CASES += [
     for chip in (86, 90, "gfx942")
 ]
 # the kernels that do most; those of other maps than elu, and with projections, are long to compile
-MAPPED_KERNELS = [KERNELS[1], KERNELS[4], KERNELS[5], KERNELS[7]]
+MAPPED_KERNELS = [KERNELS[1], KERNELS[4], KERNELS[5], ("state_backward", {"MASKED": True})]
 # feature map, width, channels of the projection
 MAPS = [(name, width, m) for name in ("elu", "hedgehog") for width, m in ((64, 64), (72, 36), (128, 64), (128, 128))]
 MAPS += [("polynomial", width, FEATURE_MAPS["polynomial"].channels(width)) for width in (64, 72, 128)]
@@ -145,7 +145,12 @@ def do_not_fit(kernels, dtype, width, chip, folder, allowed, **options):
     return "\n".join(failures)
 
 
-@pytest.mark.parametrize("dtype, width, chip", CASES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype, width, chip",
+    # width 72 has the blocks of 128; and three chips have the instructions of others, with as much memory or more
+    [pytest.param(*x, marks=pytest.mark.slow if x[1] == 72 or x[2] in (80, 89, 103) else ()) for x in CASES],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
 def test_fits(dtype, width, chip, tmp_path):
     allowed = {}
     if triton.__version__.startswith("3.6"):
@@ -161,6 +166,8 @@ def test_fits(dtype, width, chip, tmp_path):
 )
 def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, chip, tmp_path):
     allowed = SPILLED.get((feature_map, width, channels), {}) if chip in (86, 89, 120) else {}
+    if dtype != torch.bfloat16:  # these dtypes are for tests and small models: that they run is enough
+        allowed = dict.fromkeys((name for name, _ in MAPPED_KERNELS), math.inf)
     options = {"feature_map": feature_map, "channels": channels}
     failures = do_not_fit(MAPPED_KERNELS, dtype, width, chip, tmp_path, allowed, **options)
     assert not failures, failures
