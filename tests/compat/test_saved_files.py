@@ -211,11 +211,14 @@ def assert_same_log(path, expected):
         assert {key: line.get(key) for key in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
-def test_distillation_goes_on_from_its_checkpoint(here):
+def test_distillation_goes_on_from_its_checkpoint(here, capsys):
     folder = here("distill")
     assert hybriddit.load_config("run/config.yaml") == hybriddit.load_config("run.yaml")
     with left_alone(folder / "cache", folder / "teacher"):
-        assert main(["distill", "run.yaml", "--resume"]) == 0
+        # a config that does not name the far branch has today's, which the run did not begin with
+        assert main(["distill", "run.yaml", "--resume"]) == 1
+        assert "other values of hybrid.feature_map, hybrid.projection, hybrid.rotary" in capsys.readouterr().err
+        assert main(["distill", "run.yaml", "hybrid.mixer=linfusion", "--resume"]) == 0
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == [
         "step-00000002",
         "step-00000004",
@@ -232,7 +235,7 @@ def test_distillation_goes_on_from_its_checkpoint(here):
 def test_cache_of_trajectories_is_opened(here):
     folder = here("distill")
     with left_alone(folder / "trajectories", folder / "teacher"):
-        assert main(["distill", "trajectories.yaml"]) == 0
+        assert main(["distill", "trajectories.yaml", "hybrid.mixer=linfusion"]) == 0
     assert_same_log(folder / "run-trajectories" / "log.jsonl", SAVED / "distill" / "trajectories.jsonl")
 
 
