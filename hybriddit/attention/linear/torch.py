@@ -40,8 +40,7 @@ def state(
     phi, weights = _PHI[feature_map], _weights(projection, key)
     with torch.autocast(key.device.type, enabled=False):
         for block in _blocks(key, features):
-            _, channels = _channels(block, key, weights, dtype)
-            k = phi.features(channels)
+            k = _features(phi, block, key, weights, dtype)[1]
             if key_mask is not None:
                 k *= block.of_mask(key_mask)
             block.of_sums(sums).baddbmm_(k, block.of(value).to(dtype), alpha=1 / length)
@@ -66,13 +65,13 @@ def state_backward(
     grad_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)
     with torch.autocast(key.device.type, enabled=False):
         for block in _blocks(key, grad_state.shape[2]):
-            x, channels = _channels(block, key, weights, dtype)
-            k, v = phi.features(channels), block.of(value).to(dtype)
+            x, k = _features(phi, block, key, weights, dtype)
+            v = block.of(value).to(dtype)
             if key_mask is not None:
                 k *= block.of_mask(key_mask)
             block.write_product(grad_value, k.transpose(1, 2), block.of_sums(read_state))
             grad_k = _product_like(k, block.of_sums(grad_state), v.transpose(1, 2), block.of_sums(grad_mean))
-            _channels_backward(phi, grad_k, k, channels, x, weights, block, grad_key, grad_weights)
+            _features_backward(phi, block, grad_k, k, x, weights, grad_key, grad_weights)
     return grad_key, grad_value, _projection_gradient(grad_weights, projection)
 
 
@@ -93,8 +92,7 @@ def output(
     phi, weights = _PHI[feature_map], _weights(projection, query)
     with torch.autocast(query.device.type, enabled=False):
         for block in _blocks(query, state.shape[2]):
-            _, channels = _channels(block, query, weights, dtype)
-            q = phi.features(channels)
+            q = _features(phi, block, query, weights, dtype)[1]
             q.div_(torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps))
             if near is None:
                 block.write_product(out, q.transpose(1, 2), block.of_sums(read_state))
@@ -121,8 +119,8 @@ def output_backward(
     grad_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)
     with torch.autocast(query.device.type, enabled=False):
         for block in _blocks(query, state.shape[2]):
-            x, channels = _channels(block, query, weights, dtype)
-            q, g = phi.features(channels), block.of(grad_out).to(dtype)
+            x, q = _features(phi, block, query, weights, dtype)
+            g = block.of(grad_out).to(dtype)
             denominator = torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps)
             g = g / denominator.transpose(1, 2)
             grad_q = _product_like(q, block.of_sums(state), g.transpose(1, 2))
@@ -131,7 +129,7 @@ def output_backward(
             block.of_sums(grad_state).baddbmm_(q, g)
             block.of_sums(grad_mean).transpose(1, 2).baddbmm_(grad_denominator, q.transpose(1, 2))
             grad_q.addcmul_(grad_denominator, block.of_sums(mean))
-            _channels_backward(phi, grad_q, q, channels, x, weights, block, grad_query, grad_weights)
+            _features_backward(phi, block, grad_q, q, x, weights, grad_query, grad_weights)
     return grad_query, grad_state, grad_mean, _projection_gradient(grad_weights, projection)
 
 
@@ -139,12 +137,12 @@ class _Phi(NamedTuple):
     """How the passes compute one feature map, on blocks of channels [group, m, rows].
 
     features: channels -> phi [group, F, rows], in memory of its own.
-    times_slope: gradient of phi, phi, channels, out -> gradient of the channels, in `out` unless that is None; it may
-        overwrite the first two. It is zero for rows whose phi a mask has set to zero.
+    times_slope: gradient of phi, phi, m, out -> gradient of the channels, in `out` unless that is None; it may overwrite
+        the first two. It is zero for rows whose phi a mask has set to zero.
     """
 
     features: Callable[[Tensor], Tensor]
-    times_slope: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    times_slope: Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 def _exp(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -159,7 +157,7 @@ def _elu(x: Tensor) -> Tensor:
     return _exp(x).add_(x.clamp(0, LARGEST))
 
 
-def _elu_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+def _elu_times_slope(grad: Tensor, phi: Tensor, channels: int, out: Tensor | None) -> Tensor:
     """phi' is 1 above zero and exp(x) = phi(x) below; at zero both are 1.
 
     Beyond LARGEST it stays 1, where the formula has 0: to look for such values would cost time.
@@ -175,43 +173,44 @@ def _hedgehog(x: Tensor) -> Tensor:
     return phi.div_(phi.sum(2, keepdim=True)).flatten(1, 2)
 
 
-def _hedgehog_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
-    halves = (y.unflatten(1, (2, x.shape[1])) for y in (grad, phi))
+def _hedgehog_times_slope(grad: Tensor, phi: Tensor, channels: int, out: Tensor | None) -> Tensor:
+    halves = (y.unflatten(1, (2, channels)) for y in (grad, phi))
     up, down = torch._softmax_backward_data(*halves, 2, grad.dtype).unbind(1)
     return torch.sub(up, down, out=out)
 
 
 def _polynomial(x: Tensor) -> Tensor:
-    factors, slices = _factors(x)
-    phi = x.new_empty(x.shape[0], slices[-1].stop, x.shape[2])
-    for i, products in enumerate(slices):
-        torch.mul(factors[:, i:], factors[:, i, None], out=phi[:, products])
-        if i > 0:
-            phi[:, products.start] *= math.sqrt(0.5)
+    group, channels, rows = x.shape
+    slices = _product_slices(channels)
+    phi = x.new_empty(group, slices[-1].stop, rows)
+    factors = phi[:, slices[0]]  # the products of 1
+    factors[:, 0] = 1
+    torch.mul(x.clamp(-LARGEST_FACTOR, LARGEST_FACTOR), channels**-0.25, out=factors[:, 1:])
+    for i in range(1, channels + 1):
+        torch.mul(factors[:, i:], factors[:, i, None], out=phi[:, slices[i]])
+        phi[:, slices[i].start] *= math.sqrt(0.5)
     return phi
 
 
-def _polynomial_times_slope(grad: Tensor, phi: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
-    factors, slices = _factors(x)
-    grad_factors = torch.zeros_like(factors)
-    for i, products in enumerate(slices):
-        if i > 0:
-            grad[:, products.start] *= math.sqrt(0.5)
-        grad_factors[:, i:].addcmul_(grad[:, products], factors[:, i, None])
-        grad_factors[:, i].add_((grad[:, products] * factors[:, i:]).sum(1))
-    # phi's first feature is 1, or 0 where a mask has set it so
-    grad = grad_factors[:, 1:] * (phi[:, :1] * x.shape[1] ** -0.25)
-    grad = torch.ops.aten.hardtanh_backward(grad, x, -LARGEST_FACTOR, LARGEST_FACTOR)
-    return grad if out is None else out.copy_(grad)
+def _polynomial_times_slope(grad: Tensor, phi: Tensor, channels: int, out: Tensor | None) -> Tensor:
+    slices = _product_slices(channels)
+    factors = phi[:, slices[0]]
+    grad_factors = grad[:, slices[0]] * factors[:, :1]  # 1, or 0 where a mask has set it so
+    for i in range(1, channels + 1):
+        grad_products = grad[:, slices[i]]
+        grad_products[:, 0] *= math.sqrt(0.5)
+        grad_factors[:, i:].addcmul_(grad_products, factors[:, i, None])
+        grad_factors[:, i].add_((grad_products * factors[:, i:]).sum(1))
+    scale = channels**-0.25
+    bound = LARGEST_FACTOR * scale
+    grad = torch.ops.aten.hardtanh_backward(grad_factors[:, 1:], factors[:, 1:], -bound, bound)
+    return torch.mul(grad, scale, out=out)
 
 
-def _factors(x: Tensor) -> tuple[Tensor, list[slice]]:
-    """(1, x_1, …, x_m), scaled, and where phi has the products of each one with itself and those that follow."""
-    group, channels, rows = x.shape
-    factors = x.new_ones(group, channels + 1, rows)
-    torch.mul(x.clamp(-LARGEST_FACTOR, LARGEST_FACTOR), channels**-0.25, out=factors[:, 1:])
+def _product_slices(channels: int) -> list[slice]:
+    """Where phi has the products of each of (1, x_1, …, x_m) with itself and those that follow it."""
     ends = itertools.accumulate(range(channels + 1, 0, -1), initial=0)
-    return factors, [slice(*pair) for pair in itertools.pairwise(ends)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 _PHI = {
@@ -230,6 +229,8 @@ class _Block(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """[group, rows, D] of x [B, N, heads, D]: a view of it, if the block is of one image."""
+        if self.images.stop - self.images.start == 1:  # the same, sooner
+            return x[self.images.start, self.rows, self.heads].transpose(0, 1)
         return self._part(x).flatten(0, 1)
 
     def of_sums(self, x: Tensor) -> Tensor:
@@ -247,8 +248,7 @@ class _Block(NamedTuple):
 
     def view(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The view [group, rows, D] of x [B, N, heads, D], where there is one and it has this dtype."""
-        part = self._part(x)
-        return part[0] if len(part) == 1 and part.dtype == dtype else None
+        return self.of(x) if self.images.stop - self.images.start == 1 and x.dtype == dtype else None
 
     def write(self, x: Tensor, y: Tensor) -> None:
         part = self._part(x)
@@ -282,42 +282,40 @@ def _weights(projection: Tensor | None, x: Tensor) -> Tensor | None:
     return None if projection is None else projection.transpose(1, 2).to(_product_dtype(x)).contiguous()
 
 
-def _channels(block: _Block, x: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """What the projection reads of x (None without one), and the channels of phi: both of the block, in this dtype."""
-    if weights is None:
-        return None, block.of(x).to(dtype).transpose(1, 2)
+def _features(
+    phi: _Phi, block: _Block, x: Tensor, weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Of the block: what the projection reads of x (None without one), and phi of the channels; in this dtype."""
     x = block.of(x).to(dtype)
-    if torch.finfo(weights.dtype).max > LARGEST:
-        x = x.clamp(-LARGEST, LARGEST)
-    # contiguous, because strided products in bfloat16 are slow
-    return x, torch.bmm(block.of_heads(weights), x.to(weights.dtype).contiguous().transpose(1, 2)).to(dtype)
+    if weights is None:
+        return None, phi.features(x.transpose(1, 2))
+    x = torch.clamp(x, -LARGEST, LARGEST, out=x.new_empty(x.shape))  # contiguous: strided bfloat16 products are slow
+    channels = torch.bmm(block.of_heads(weights), x.to(weights.dtype).transpose(1, 2))
+    return x, phi.features(channels.to(dtype))
 
 
-def _channels_backward(
+def _features_backward(
     phi: _Phi,
-    grad_phi: Tensor,
+    block: _Block,
+    grad: Tensor,
     features: Tensor,
-    channels: Tensor,
     x: Tensor | None,
     weights: Tensor | None,
-    block: _Block,
     grad_x: Tensor,
     grad_weights: Tensor | None,
 ) -> None:
-    """Write the block of grad_x, and add to grad_weights."""
+    """Given the features' gradient, write the block of grad_x, and add to grad_weights."""
     if weights is None:
-        out = block.view(grad_x, grad_phi.dtype)
-        grad = phi.times_slope(grad_phi, features, channels, None if out is None else out.transpose(1, 2))
+        out = block.view(grad_x, grad.dtype)
+        grad = phi.times_slope(grad, features, grad_x.shape[3], None if out is None else out.transpose(1, 2))
         if out is None:
             block.write(grad_x, grad.transpose(1, 2))
         return
-    grad = phi.times_slope(grad_phi, features, channels, None)
+    grad = phi.times_slope(grad, features, weights.shape[1], None)
     block.write_product(grad_x, grad.transpose(1, 2), block.of_heads(weights))
-    if torch.finfo(weights.dtype).max > LARGEST and _may_reach(x, LARGEST):
+    if _may_reach(x, LARGEST):
         block.write(grad_x, block.of(grad_x).masked_fill(x.abs() >= LARGEST, 0))
-    images = block.images.stop - block.images.start
-    added = torch.bmm(grad, x.to(grad.dtype)).unflatten(0, (images, -1))
-    grad_weights[block.heads] += added.sum(0)
+    grad_weights[block.heads] += torch.bmm(grad, x).view(-1, *grad_weights[block.heads].shape).sum(0)
 
 
 def _may_reach(x: Tensor, bound: float) -> bool:
