@@ -79,10 +79,10 @@ MAPPED_CASES += [
     for chip in (86, 90, "gfx942")
 ]
 QUICK = [(torch.bfloat16, "hedgehog", 128, 64, 90), (torch.bfloat16, "polynomial", 128, 14, 86)]
-# bytes that the backward kernels spill on chips with little shared memory, at the widest projection
+# bytes that the backward kernels spill on sm_80, 86, 89 and 120, at the widest projection
 SPILLED = {
     ("elu", 128, 128): {"state_backward": 24},
-    ("hedgehog", 128, 128): {"output_backward": 24, "state_backward": 104},
+    ("hedgehog", 128, 128): {"output_backward": 24, "state_backward": 160},
 }
 # bytes that Triton 3.6 spills where 3.9 does not
 SPILLED_BY_3_6 = {("output_backward", torch.float32): 72, ("sum", torch.bfloat16): 12}
@@ -165,7 +165,7 @@ def test_fits(dtype, width, chip, tmp_path):
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, chip, tmp_path):
-    allowed = SPILLED.get((feature_map, width, channels), {}) if chip in (86, 89, 120) else {}
+    allowed = SPILLED.get((feature_map, width, channels), {}) if chip in (80, 86, 89, 120) else {}
     if dtype != torch.bfloat16:  # these dtypes are for tests and small models: that they run is enough
         allowed = dict.fromkeys((name for name, _ in MAPPED_KERNELS), math.inf)
     options = {"feature_map": feature_map, "channels": channels}

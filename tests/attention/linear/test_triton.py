@@ -453,6 +453,7 @@ def test_any_number_of_splits_gives_the_gradient_of_projections(feature_map, pro
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; of the branch that is not taken
 @pytest.mark.parametrize(
     "feature_map, projected, largest",
     [("elu", False, features.LARGEST), ("hedgehog", True, features.LARGEST), ("elu", True, features.LARGEST),
@@ -495,6 +496,7 @@ def test_the_largest_inputs_stay_finite(feature_map, projected, dtype):
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, leaves, weight))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # numpy's; NaN is the subject
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_nan_stays_nan_through_feature_maps(feature_map):
     projections = [x.detach() for x in random_projections(2, 16, 5, torch.float32)]
