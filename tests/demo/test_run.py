@@ -1,5 +1,7 @@
 """The demo's figures and pictures, and the files it reads."""
 
+import runpy
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,3 +41,13 @@ def test_demo_prompts_are_ones_the_teacher_knows(name):
     assert sum(scene.same for scene in SHOWN) == len(SHOWN) / 2, "half of the pairs match, so that chance is 0.5"
     learned = range(config.data.seed, config.data.seed + config.data.images)
     assert not set(SEEDS) & set(learned), "the images shown are not among those learned from"
+
+
+@pytest.mark.parametrize("config", ["demo", "demo_sd3"])
+def test_the_rows_of_the_ablation_are_settings(config):
+    """Each row of scripts/ablation.py but the first changes the config, each in another way."""
+    rows = runpy.run_path("scripts/ablation.py")["ROWS"]
+    configs = {name: load_config(f"configs/distill/{config}.yaml", overrides) for name, overrides in rows.items()}
+    assert configs["default"] == load_config(f"configs/distill/{config}.yaml")
+    names = [name for name in configs if config == "demo" or name != "no rotary embedding"]  # SD3 has none
+    assert all(configs[a] != configs[b] for i, a in enumerate(names) for b in names[:i])
