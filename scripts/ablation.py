@@ -247,7 +247,7 @@ def read_runs(out: Path) -> dict[str, list[dict]]:
 
 def table(runs: dict[str, list[dict]]) -> str:
     """Means and, from two seeds on, standard deviations of each row, as Markdown."""
-    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "seconds"]
+    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name, records in runs.items():
         cells = [name, " ".join(f"`{x}`" for x in records[0]["overrides"]), str(len(records))]
@@ -257,7 +257,7 @@ def table(runs: dict[str, list[dict]]) -> str:
             spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
         flops = records[0]["attention_flops"]
-        cells += [f"{flops['hybrid'] / flops['dense']:.2f} of dense", f"{np.mean([r['seconds'] for r in records]):.0f}"]
+        cells.append(f"{flops['hybrid'] / flops['dense']:.2f} of dense")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -362,7 +362,7 @@ def an_adapter_of_another_feature_map(w):
 
 @bad(r"does not fit this model: .*projection_k is \(.*\), the model's is \(")
 def an_adapter_whose_config_names_another_feature_map(w):
-    change_json(w.folder / "adapter" / "hybrid_config.json", feature_map="polynomial")
+    change_json(w.folder / "adapter" / "hybrid_config.json", feature_map="hedgehog")
     return lambda: load_adapter(tiny_pipeline("flux_dev"), w.folder / "adapter")
 
 

@@ -313,7 +313,10 @@ def test_the_convolution_is_zero_at_the_start_and_keeps_to_its_grid():
         (dict(gate="door"), "unknown gate 'door'"),
         (dict(mixer="mamba"), "unknown mixer 'mamba': use one of linear"),
         (dict(feature_map="exp"), "unknown feature map 'exp': use one of elu, hedgehog, polynomial"),
-        (dict(projection=129), "'hedgehog' does not take a projection of 129 channels: use .* at most 128"),
+        (
+            dict(feature_map="hedgehog", projection=129),
+            "'hedgehog' does not take a projection of 129 channels: use .* at most 128",
+        ),
         (dict(feature_map="polynomial", projection=22), "does not take a projection of 22 channels: .* at most 21"),
         (dict(feature_map="polynomial", head_dim=22, projection=0), "does not take heads of 22 without projection"),
         (dict(rotary="yes"), "unknown rotary 'yes': use one of model, axial, none"),

@@ -22,7 +22,7 @@ def test_hybrid_count_by_hand():
     # per layer, width 32 in 2 heads of 16, N = 30, T = 7, window 3 x 3 of 6 x 5, rank 2
     text_queries = 4 * 7 * 37 * 32
     near = 4 * 30 * (9 + 7) * 32
-    far = 2 * (30 + 30) * 2 * (16 * 8 + 16 * (16 + 1))  # in each head a projection to 8 channels, then 16 features
+    far = 2 * (30 + 30) * 2 * (16 * 4 + 15 * (16 + 1))  # in each head a projection to 4 channels, then 15 features
     maps = 2 * (2 * 30 * 32 * 2 + 2 * 30 * 2 * 32)
     model = hybridize(flux(), HybridConfig(window=3, map_rank=2))
     layout = TokenLayout(7, ((6, 5),), True)

@@ -76,9 +76,15 @@ def _phi(x):
 
 
 @triton.jit
-def _phi_backward(grad, x, features):
-    """phi' is 1 above zero and phi below; at zero both are 1."""
-    return tl.where(x > LARGEST, 0.0, tl.where(x > 0, grad, grad * features))
+def _phi_backward(grad, x, features, PROJECTED: tl.constexpr):
+    """phi' is 1 above zero and phi below; at zero both are 1.
+
+    Without a projection it stays 1 beyond LARGEST, as in `torch.py`: to look for such values would cost registers.
+    """
+    grad = tl.where(x > 0, grad, grad * features)
+    if PROJECTED:
+        grad = tl.where(x > LARGEST, 0.0, grad)
+    return grad
 
 
 @triton.jit
@@ -574,7 +580,7 @@ def _output_backward_kernel(
                 grad_2 = tl.dot(weights, tl.trans(means_2), grad_2, input_precision=PRECISION) * scale[:, None]
                 grad = _softmax_backward(grad, features) - _softmax_backward(grad_2, features_2)
             else:
-                grad = _phi_backward(grad, channels, features)
+                grad = _phi_backward(grad, channels, features, PROJECTED)
         if PROJECTED:  # rows beyond the last are zeros, and add nothing
             rows = tl.trans(_clamp(q.to(tl.float32), LARGEST).to(DOT))
             projection_total = tl.dot(rows, grad.to(DOT), projection_total, input_precision=PRECISION)
@@ -734,7 +740,7 @@ def _state_backward_kernel(
             grad = _softmax_backward(grad, features.to(tl.float32))
             grad -= _softmax_backward(grad_2, features_2.to(tl.float32))
         else:
-            grad = _phi_backward(grad, channels, features.to(tl.float32))
+            grad = _phi_backward(grad, channels, features.to(tl.float32), PROJECTED)
         if MASKED:
             grad = tl.where(seen, grad, 0.0)
         if PROJECTED:  # rows beyond the last are zeros, and add nothing
@@ -781,7 +787,7 @@ def launch_options(
         rows, block_e = 16, 16
     elif block_d == 128:
         if dtype == torch.float32 or (target == "hip" and (precise or kernel == "output_backward")):
-            rows, block_e = 16, min(block_e, 64)
+            rows, block_e = 16, min(block_e, 32 if dtype == torch.float32 and kernel.endswith("backward") else 64)
         elif precise and kernel.endswith("backward"):
             rows = 16
     block_m = block_f = block_d if channels is None else max(16, triton.next_power_of_2(channels))

@@ -79,13 +79,16 @@ MAPPED_CASES += [
     for chip in (86, 90, "gfx942")
 ]
 QUICK = [(torch.bfloat16, "hedgehog", 128, 64, 90), (torch.bfloat16, "polynomial", 128, 14, 86)]
-# bytes that the backward kernels spill on sm_80, 86, 89 and 120, at the widest projection
+# bytes that kernels spill on some chips: a few registers, and more at the widest projection
 SPILLED = {
+    ("hedgehog", 72, 36): {"sum": 8, "output_backward": 8},
+    ("polynomial", 72, 10): {"output_backward": 20},
     ("elu", 128, 128): {"state_backward": 24},
     ("hedgehog", 128, 128): {"output_backward": 24, "state_backward": 160},
 }
-# bytes that Triton 3.6 spills where 3.9 does not
-SPILLED_BY_3_6 = {("output_backward", torch.float32): 72, ("sum", torch.bfloat16): 12}
+# bytes that elu's kernels spill without a projection, the second with Triton 3.6 alone
+SPILLED_BY_ELU = {torch.float32: {"output_backward": 72}}
+SPILLED_BY_3_6 = {torch.bfloat16: {"sum": 12}}
 
 
 def compiled(name, options, dtype, width, chip, unit=8, feature_map="elu", channels=None):
@@ -152,9 +155,9 @@ def do_not_fit(kernels, dtype, width, chip, folder, allowed, **options):
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_fits(dtype, width, chip, tmp_path):
-    allowed = {}
+    allowed = SPILLED_BY_ELU.get(dtype, {})
     if triton.__version__.startswith("3.6"):
-        allowed = {name: spilled for (name, of), spilled in SPILLED_BY_3_6.items() if of == dtype}
+        allowed = {**allowed, **SPILLED_BY_3_6.get(dtype, {})}
     failures = do_not_fit(KERNELS, dtype, width, chip, tmp_path, allowed)
     assert not failures, failures
 
@@ -165,7 +168,7 @@ def test_fits(dtype, width, chip, tmp_path):
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, chip, tmp_path):
-    allowed = SPILLED.get((feature_map, width, channels), {}) if chip in (80, 86, 89, 120) else {}
+    allowed = SPILLED.get((feature_map, width, channels), {})
     if dtype != torch.bfloat16:  # these dtypes are for tests and small models: that they run is enough
         allowed = dict.fromkeys((name for name, _ in MAPPED_KERNELS), math.inf)
     options = {"feature_map": feature_map, "channels": channels}

@@ -460,7 +460,7 @@ def test_any_number_of_splits_gives_the_gradient_of_projections(feature_map, pro
      ("polynomial", False, features.LARGEST_FACTOR), ("polynomial", True, features.LARGEST)],
 )  # fmt: skip
 def test_values_beyond_the_largest_count_as_it(feature_map, projected, largest):
-    """And have no gradient."""
+    """And have no gradient, but for elu's own, which is as in the torch passes."""
     inputs, weight = random_inputs((1, 40, 40, 1, 12, 12), torch.float32)
     inputs = [x.detach().clone() for x in inputs]
     factors = torch.linspace(2, 200, 14, device=DEVICE)  # one for all would not show in the weighted mean
@@ -474,8 +474,9 @@ def test_values_beyond_the_largest_count_as_it(feature_map, projected, largest):
     grads = assert_close_to_oracle(
         feature_map, inputs, weight, projections, change=lambda x: x.clamp(-largest, largest)
     )
-    for x, grad in zip(inputs[:2], grads[:2], strict=True):
-        assert grad[x.abs() > largest].eq(0).all()
+    if (feature_map, projected) != ("elu", False):
+        for x, grad in zip(inputs[:2], grads[:2], strict=True):
+            assert grad[x.abs() > largest].eq(0).all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's; of the branch that is not taken
