@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
-ROTARY = ("auto", "model", "axial", "none")
+ROTARY = ("model", "axial", "none")
 JOINS = ("gate", "joint")
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
 FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto"}
@@ -143,8 +143,8 @@ class HybridConfig:
         for name in ("mixer", "feature_map"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, not {getattr(self, name)!r}")
-        if self.rotary not in ROTARY:
-            raise ValueError(f"unknown rotary {self.rotary!r}: use one of {', '.join(ROTARY)}")
+        if self.rotary not in ("auto", *ROTARY):
+            raise ValueError(f"unknown rotary {self.rotary!r}: use one of auto, {', '.join(ROTARY)}")
 
     def pair(self, name: str) -> tuple[int, int] | None:
         """`window`, `stride` or `dilation` as (rows, columns); None where the window is None."""

@@ -30,13 +30,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybriddit.attention import TokenLayout
 from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
-from hybriddit.demo.run import SHOWN, compare, contact_sheet, generate, judged, sampling_of
+from hybriddit.demo.run import SHOWN, compare, contact_sheet, generate, judged, layout_of, sampling_of, set_gates
 from hybriddit.files import read_json, replacing, write_json
 from hybriddit.machine import git_state
-from hybriddit.models import family_of, hybridize
+from hybriddit.models import hybridize
 from hybriddit.models.flops import attention_flops
 from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.distill import distill
@@ -178,10 +177,6 @@ class Ablation:
                     off = copy.deepcopy(model)
                     set_gates(off, value)
                     found[branch] = self.measure(off, BRANCH_SEEDS, f"{name}, {branch}")[1]["psnr"]
-            family, data = family_of(model), config.data
-            pixels = family.token_pixels(model.config, self.pipeline.vae_scale_factor)
-            grid = data.height // pixels, data.width // pixels
-            layout = TokenLayout(data.max_sequence_length if family.joint else 0, (grid,), family.text_first)
             found |= {
                 "name": name,
                 "seed": seed,
@@ -189,7 +184,7 @@ class Ablation:
                 "config": self.config_path,
                 "common": self.overrides,
                 "parameters": sum(p.numel() for key, p in model.named_parameters() if ".hybrid." in key),
-                "attention_flops": attention_flops(model, layout),
+                "attention_flops": attention_flops(model, layout_of(self.pipeline, config)),
                 "seconds": round(seconds),
                 "threads": torch.get_num_threads(),
                 "git": git_state(),
@@ -222,17 +217,6 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def set_gates(model: nn.Module, value: float) -> None:
-    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
-    for module in model.modules():
-        gate = getattr(getattr(module, "hybrid", None), "gate", None)
-        if isinstance(gate, nn.Linear):
-            nn.init.zeros_(gate.weight)
-            nn.init.constant_(gate.bias, value)
-        elif gate is not None:
-            nn.init.constant_(gate, value)
 
 
 def read_runs(out: Path) -> dict[str, list[dict]]:
@@ -292,6 +276,9 @@ def plot(runs_of: dict[str, dict[str, list[dict]]], path: Path) -> None:
 def report(outs: list[Path]) -> None:
     """Write the tables between the page's marks, the plot and a sheet of images."""
     runs_of = {out.name: read_runs(out) for out in outs}
+    for out in outs:
+        if not runs_of[out.name]:
+            raise SystemExit(f"{out} has no finished runs: give the folders that --out named")
     page = PAGE.read_text(encoding="utf-8")
     for out in outs:
         runs = runs_of[out.name]

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
@@ -34,6 +33,7 @@ from hybriddit.demo.run import (
     generate,
     judged,
     sampling_of,
+    set_gates,
 )
 from hybriddit.models import hybridize
 from hybriddit.pipelines.loading import load_pipeline
@@ -46,17 +46,6 @@ VARIANTS = {
     "linear only": {"window": None},
 }
 COLUMNS = ("psnr", "ssim", "prompt_agreement", "pair_match", "match_score_same", "match_score_different")
-
-
-def set_gates(model: nn.Module, value: float) -> None:
-    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
-    for module in model.modules():
-        gate = getattr(getattr(module, "hybrid", None), "gate", None)
-        if isinstance(gate, nn.Linear):
-            nn.init.zeros_(gate.weight)
-            nn.init.constant_(gate.bias, value)
-        elif gate is not None:
-            nn.init.constant_(gate, value)
 
 
 def settings(run) -> dict:

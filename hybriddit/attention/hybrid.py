@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import GATES, JOINS, LAYER_KINDS
+from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
 from .layout import TokenLayout
 from .mixers import MIXERS, check_mixer
 from .window import neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
-ROTARY = ("model", "axial", "none")
 JOINT_CHANNELS = 8  # added to the heads for "joint", which needs one: kernels want multiples of 8
 
 
@@ -105,7 +104,7 @@ class HybridAttention(nn.Module):
             "center_keys": center_keys,
         }
         has_near, has_far = kind in ("hybrid", "window"), kind in ("hybrid", "linear")
-        check_mixer(mixer, head_dim if has_far else 1, **settings)
+        check_mixer(mixer, **settings)
         self.kind, self.heads, self.head_dim = kind, heads, head_dim
         self.kv_heads = heads if kv_heads is None else kv_heads
         if self.kv_heads < 1 or heads % self.kv_heads:

@@ -140,12 +140,9 @@ def _cooled(
 MIXERS = {"linear": LinearMixer}
 
 
-def check_mixer(mixer: str, head_dim: int = 1, **settings) -> None:
-    """Raise ValueError for an unknown mixer, or settings that it does not take for heads of this width.
-
-    The width is not known before a model is: 1 finds what is wrong at any width.
-    """
+def check_mixer(mixer: str, **settings) -> None:
+    """Raise ValueError for an unknown mixer, or settings that it does not take at any width of the heads."""
     if mixer not in MIXERS:
         raise ValueError(f"unknown mixer {mixer!r}: use one of {', '.join(MIXERS)}")
     with torch.device("meta"):
-        MIXERS[mixer](1, head_dim, **settings)
+        MIXERS[mixer](1, 1, **settings)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
 from tqdm import tqdm
 
-from ..attention import TokenLayout
+from ..attention import HybridAttention, TokenLayout
 from ..data.sources import make_data
 from ..files import write_json
 from ..images import save_png
@@ -109,6 +110,22 @@ def sampling_of(config: DistillConfig) -> dict:
     }
 
 
+def layout_of(pipeline, config: DistillConfig) -> TokenLayout:
+    """The tokens of one image of the demo's size and its prompt, in the layers that hybrid attention replaces."""
+    family, data = family_of(pipeline.transformer), config.data
+    pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    text_length = family.text_length(data.max_sequence_length, pipeline.tokenizer.model_max_length)
+    return TokenLayout(text_length, ((data.height // pixels, data.width // pixels),), family.text_first)
+
+
+def set_gates(model: nn.Module, value: float) -> None:
+    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
+    for module in model.modules():
+        if isinstance(module, HybridAttention):
+            module.gate_init = value
+            module.init_gate()
+
+
 def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> dict:
     """Run the whole demo: write compare.png, pipeline/ and metrics.json under `out`, and return the metrics."""
     started, out = time.monotonic(), Path(out)
@@ -130,10 +147,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     teacher = generate(pipeline, prompts, seeds, sampling, "teacher")
     data = make_data(pipeline, config.data)
 
-    family = family_of(pipeline.transformer)
-    pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
-    grid = (config.data.height // pixels, config.data.width // pixels)
-    text_length = family.text_length(config.data.max_sequence_length, pipeline.tokenizer.model_max_length)
+    layout = layout_of(pipeline, config)
+    (grid,) = layout.grids
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
@@ -161,7 +176,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "height": config.data.height,
         "width": config.data.width,
         "added_parameters": added,
-        "attention_flops": attention_flops(pipeline.transformer, TokenLayout(text_length, (grid,), family.text_first)),
+        "attention_flops": attention_flops(pipeline.transformer, layout),
         "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
         "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),
         "teacher": judged(teacher, scenes, judge),
