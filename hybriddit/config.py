@@ -55,7 +55,8 @@ class HybridConfig:
     center_keys: whether the mean over the image is subtracted from the far branch's keys.
     value_conv: side, an odd number, of a depthwise convolution of the values over the grid, which is added to the
         output of hybrid and linear layers and is zero at the start; None: no convolution.
-    window_dropout: share of the training images for which hybrid layers use the far branch alone.
+    window_dropout: share of the images for which hybrid layers in training mode use the far branch alone; for training
+        loops of your own: `hybriddit distill` refuses it.
     join: "gate", near + gate * (far - near); or "joint", one softmax-like average over the window's and the text's
         exponentials and the gate's share of the far branch's weights, for mixers that have sums. It uses no kernel.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a

@@ -69,7 +69,6 @@ ROWS: dict[str, list[str]] = {
     "temperature": ["hybrid.temperature=true"],
     "keys centred": ["hybrid.center_keys=true"],
     "convolution of v, 3 x 3": ["hybrid.value_conv=3"],
-    "window dropout 0.1": ["hybrid.window_dropout=0.1"],
     "joint": ["hybrid.join=joint"],
     "joint, m = 16": ["hybrid.join=joint", "hybrid.projection=16"],
     # window

@@ -499,6 +499,11 @@ def a_feature_map_that_is_none(w):
     return w.distill("hybrid.feature_map=exp", "model.path=/nowhere")
 
 
+@bad(r"hybrid.window_dropout is not applied by distillation yet: leave it out")
+def window_dropout_in_distillation(w):
+    return w.distill("hybrid.window_dropout=0.1")
+
+
 @bad(r"feature map 'polynomial' does not take a projection of 22 channels: use a projection of at most 21")
 def a_projection_too_wide_for_its_feature_map(w):
     return w.distill("hybrid.feature_map=polynomial", "hybrid.projection=22", "model.path=/nowhere")

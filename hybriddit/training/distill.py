@@ -266,8 +266,11 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Convert the transformer in place, unless it is hybrid already. Returns the parameters to train, by full name.
 
-    Only the weights that hybridize adds are trained. Raises ValueError if it adds none.
+    Only the weights that hybridize adds are trained. Raises ValueError if it adds none, and for window dropout.
     """
+    if config.hybrid.window_dropout:
+        # the student runs in evaluation mode, where layers drop no window, and what is dropped must depend on the step
+        raise ValueError("hybrid.window_dropout is not applied by distillation yet: leave it out, or at 0")
     if not is_hybrid(transformer):
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
