@@ -51,6 +51,18 @@ def neighborhood(query, key, value, text_key, text_value, window, stride, dilati
     return softmax_attention(query, key, value, mask, scale).unflatten(1, grid)
 
 
+def neighborhood_lse(query, key, text_key, window, stride, dilation, scale=None):
+    """The log-sum-exp of `neighborhood`, [B, H, W, heads] in float64."""
+    grid, scale = query.shape[1:3], query.shape[-1] ** -0.5 if scale is None else scale
+    mask = window_mask(grid, window, stride, dilation)
+    query, key = (x.double().flatten(1, 2) for x in (query, key))
+    if text_key is not None:
+        key = torch.cat((key, text_key.double()), 1)
+        mask = torch.cat((mask, torch.ones(len(mask), text_key.shape[1], dtype=torch.bool)), 1)
+    scores = torch.einsum("bqhd,bkhd->bqhk", query, key) * scale
+    return scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).unflatten(1, grid)
+
+
 def linear(query, key, value, eps=1e-4):
     """[B, N, heads, D] in float64, by the N x N weights."""
     phi = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query.double(), key.double())]
@@ -73,6 +85,29 @@ def mapped_linear(feature_map, query, key, value, projections=None, key_mask=Non
     eps = (1e-4 if feature_map == "elu" else 1e-8) if eps is None else eps
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value)
     return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+
+
+def beside(weight):
+    """Another branch's result, and a gate per token of either sign, to join with one like `weight`."""
+    generator = torch.Generator().manual_seed(4)
+    near = torch.randn(weight.shape, generator=generator).to(weight).requires_grad_()
+    gate = torch.randn(*weight.shape[:3], 1, generator=generator).to(weight.device) / 30
+    return near, gate.to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
+
+
+def joint(feature_map, query, key, value, near, gate, projections=None, key_mask=None):
+    """`linear_attention(..., joint=True)` in float64, by the N x N weights: one average where the gate is above 0."""
+    query, key, value, near, gate = (x.double() for x in (query, key, value, near, gate))
+    if projections is not None:
+        query, key = ((x.unsqueeze(-1) * y.double()).sum(-2) for x, y in zip((query, key), projections, strict=True))
+    weights = similarity(query, key, feature_map)
+    counted = torch.ones(query.shape[0], key.shape[1], device=key.device) if key_mask is None else key_mask
+    eps = 1e-4 if feature_map == "elu" else 1e-8
+    weights = weights * counted[:, None, None, :]
+    total = weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps * counted.sum(1)[:, None, None, None]
+    far = torch.einsum("bhqk,bkhd->bqhd", weights, value)
+    average = (near + gate.abs() * far) / (1 + gate.abs() * total)
+    return torch.where(gate > 0, average, 2 * near - average)
 
 
 def gradient_of_features(query, key, value, weight, which, eps=1e-4):

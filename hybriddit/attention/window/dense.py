@@ -18,6 +18,26 @@ FLOAT32_TOKENS = 512
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
     """Compute window attention (see `dispatch.Backend`)."""
+    grid, dtype = tuple(query.shape[1:3]), query.dtype
+    query, key, value, mask = _inputs(query, key, value, text_key, text_value, window, stride, dilation)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).to(dtype)
+    return out.transpose(1, 2).unflatten(1, grid)
+
+
+def attend_with_lse(query, key, value, text_key, text_value, window, stride, dilation, scale) -> tuple[Tensor, Tensor]:
+    """The same on a CPU, and its log-sum-exp [B, H, W, heads], which has no gradients."""
+    grid, dtype = tuple(query.shape[1:3]), query.dtype
+    tensors = _inputs(query, key, value, text_key, text_value, window, stride, dilation)
+    # the kernel reads channels as neighbours in memory, and does not check that they are
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in tensors[:3])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=tensors[3], scale=scale
+    )
+    return out.to(dtype).transpose(1, 2).unflatten(1, grid), lse.transpose(1, 2).unflatten(1, grid)
+
+
+def _inputs(query, key, value, text_key, text_value, window, stride, dilation):
+    """Query, key and value as dense attention takes them, and the additive mask; None if all is seen."""
     grid, text_length = tuple(query.shape[1:3]), 0 if text_key is None else text_key.shape[1]
     mask = None
     if not covers(grid, window, dilation):
@@ -27,12 +47,10 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
         make_mask = _kept_mask if keep else _mask
         mask = make_mask(grid, window, stride, dilation, text_length, query.dtype, query.device)
     query, key, value = _join_text(query, key, value, text_key, text_value)
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and query.device.type == "cpu" and math.prod(grid) <= FLOAT32_TOKENS:
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and math.prod(grid) <= FLOAT32_TOKENS:
         query, key, value = query.float(), key.float(), value.float()
         mask = None if mask is None else mask.float()
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).to(dtype)
-    return out.transpose(1, 2).unflatten(1, grid)
+    return query, key, value, mask
 
 
 def refusal(case: WindowCase) -> str | None:

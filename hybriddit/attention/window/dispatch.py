@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..inputs import autocast, check_device, check_dtype, check_mask, shapes
+from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled
 from .case import WindowCase
+from .lse import lse_by_one_more_key
 from .rule import covers, pair
 from .text_mask import hide_padded_text
 
@@ -31,8 +32,9 @@ def neighborhood_attention(
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
     text_mask: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of every token to the window around it and to all text.
 
     Each axis follows natten's rule: the window shifts inwards at borders, and a group of `stride` tokens shares one.
@@ -45,13 +47,15 @@ def neighborhood_attention(
         scale: factor on the scores; None is D ** -0.5.
         text_key, text_value: [B, S, heads, D], both or neither.
         text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
+        return_lse: also return the logarithm of the sum of exp(score), [B, H, W, heads] in at least float32. It has
+            gradients.
         backend: "tiled" and "dense" run on any device. "natten" needs its compiled kernels and an NVIDIA GPU, and does
             not take a window of 1 or one that has to be clamped. "flex" is torch's FlexAttention, compiled on a GPU (it
             needs Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should
             be fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
             it warns and takes another.
 
-    Returns [B, H, W, heads, D]. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
+    Returns [B, H, W, heads, D], or that and the log-sum-exp. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
     stride below 1 or above the window, and a backend that is unknown or cannot do the case.
 
     Neighborhood attention, and windows with a stride: arXiv 2204.07143, 2504.16922. FlexAttention: arXiv 2412.05496.
@@ -65,7 +69,9 @@ def neighborhood_attention(
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     if query.numel() == 0:
-        return F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
+        out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
+        return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
+    given = query, key, value, text_key, text_value
     masked = text_mask is not None and text_key is not None
     if masked:
         text = text_key, text_value, text_mask
@@ -88,12 +94,18 @@ def neighborhood_attention(
     if torch.compiler.is_compiling():
         from ..tracing import constant
 
-        backend = constant(_take, backend, *case)
+        taken, has_lse = constant(_take, backend, return_lse, *case)
     else:
-        backend = _take(backend, *case)
-    attend = BACKENDS[backend].attend
-    out = attend(query, key, value, text_key, text_value, *case[5:8], scale)
-    return out[..., :head_dim] if masked else out
+        taken, has_lse = _take(backend, return_lse, *case)
+    if return_lse and not has_lse:
+        settings = {"window": window, "stride": stride, "dilation": dilation, "scale": scale, "backend": backend}
+        return lse_by_one_more_key(neighborhood_attention, *given, text_mask, **settings)
+    row = BACKENDS[taken]
+    if not return_lse:
+        out = row.attend(query, key, value, text_key, text_value, *case[5:8], scale)
+        return out[..., :head_dim] if masked else out
+    out, lse = row.attend_with_lse(query, key, value, text_key, text_value, *case[5:8], scale)
+    return out[..., :head_dim], lse
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -138,12 +150,16 @@ class Backend(NamedTuple):
         tensors are [B, H, W, heads, D], text [B, S, heads, D] or None, the others pairs (rows, columns) and a number.
     refusal: (case) -> why the backend cannot do it, or None.
     slower: (case) -> why another backend is faster, or None.
+    attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), without gradients, on lse_devices (their
+        types; None is any).
     tried: whether a small case is tried before the backend's first use on a GPU.
     """
 
     attend: Callable[..., Tensor]
     refusal: Callable[[WindowCase], str | None]
     slower: Callable[[WindowCase], str | None]
+    attend_with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    lse_devices: tuple[str, ...] | None = None
     tried: bool = False
 
 
@@ -170,9 +186,14 @@ def _why(name: str, case: WindowCase) -> str:
     return "the fastest that can run here" if case.on_gpu else "the fastest on a CPU"
 
 
-def _take(backend: str, *case) -> str:
-    """The name of the backend to run. Raises ValueError where one is asked for by name and cannot."""
-    return _taken(backend, WindowCase(*case))
+def _take(backend: str, return_lse: bool, *case) -> tuple[str, bool]:
+    """The name of the backend to run, and whether it gives the log-sum-exp, if that is wanted.
+
+    Raises ValueError where a backend is asked for by name and cannot.
+    """
+    case = WindowCase(*case)
+    taken = _taken(backend, case)
+    return taken, return_lse and _gives_lse(taken, case)
 
 
 @lru_cache(maxsize=512)
@@ -188,11 +209,22 @@ def _taken(backend: str, case: WindowCase) -> str:
     return backend
 
 
+def _gives_lse(name: str, case: WindowCase) -> bool:
+    row = BACKENDS[name]
+    if row.attend_with_lse is None or case.gradients:
+        return False
+    if row.lse_devices is not None and case.device.type not in row.lse_devices:
+        return False
+    reason = _lse_trial_failure(name, case.device, case.dtype, case.head_dim) if row.tried and case.on_gpu else None
+    if reason:
+        warn_once(f"window attention takes the log-sum-exp from one more key, not from {name}: {reason}")
+    return reason is None
+
+
 @lru_cache(maxsize=64)
 def _trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
     """Why a backend fails on a small case, or differs there from the tiled backend; None if it does neither."""
-    settings = (7, 9), (1, 1), (1, 1), head_dim**-0.5
-    sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
+    sizes, settings = _small_case(head_dim)
     return failure_reason(
         lambda *inputs: BACKENDS[name].attend(*inputs, *settings),
         lambda *inputs: tiled.attend(*inputs, *settings),
@@ -203,10 +235,30 @@ def _trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim
     )
 
 
+@lru_cache(maxsize=64)
+def _lse_trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The same for the log-sum-exp."""
+    sizes, settings = _small_case(head_dim)
+    return failure_reason(
+        lambda *inputs: BACKENDS[name].attend_with_lse(*inputs, *settings)[1],
+        lambda *inputs: tiled.attend_with_lse(*inputs, *settings)[1],
+        sizes,
+        device,
+        dtype,
+        False,
+    )
+
+
+def _small_case(head_dim: int) -> tuple[list, tuple]:
+    """Sizes of query, key, value and text, and window, stride, dilation and scale."""
+    sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
+    return sizes, ((7, 9), (1, 1), (1, 1), head_dim**-0.5)
+
+
 # Fastest first.
 BACKENDS = {
-    "natten": Backend(natten.attend, natten.refusal, natten.slower, tried=True),
+    "natten": Backend(natten.attend, natten.refusal, natten.slower, natten.attend_with_lse, tried=True),
     "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True),
-    "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower),
-    "dense": Backend(dense.attend, dense.refusal, dense.slower),
+    "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower, tiled.attend_with_lse),
+    "dense": Backend(dense.attend, dense.refusal, dense.slower, dense.attend_with_lse, ("cpu",)),
 }

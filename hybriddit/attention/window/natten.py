@@ -17,6 +17,15 @@ BREAK_EVEN = 0.8
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
     """Compute window attention (see `dispatch.Backend`)."""
+    return _attend(query, key, value, text_key, text_value, window, stride, dilation, scale, False)
+
+
+def attend_with_lse(query, key, value, text_key, text_value, window, stride, dilation, scale) -> tuple[Tensor, Tensor]:
+    """The same, and its log-sum-exp [B, H, W, heads], of which natten's kernels drop gradients."""
+    return _attend(query, key, value, text_key, text_value, window, stride, dilation, scale, True)
+
+
+def _attend(query, key, value, text_key, text_value, window, stride, dilation, scale, return_lse):
     import natten
 
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
@@ -43,7 +52,10 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
         scale=scale,
         additional_keys=text_key,
         additional_values=text_value,
+        return_lse=return_lse,
     )
+    if return_lse:
+        return out[0][..., :head_dim], out[1].float()
     return out[..., :head_dim]
 
 

@@ -37,6 +37,13 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
     return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
 
 
+def attend_with_lse(query, key, value, text_key, text_value, window, stride, dilation, scale) -> tuple[Tensor, Tensor]:
+    """The same, and its log-sum-exp [B, H, W, heads], which has no gradients."""
+    settings = (list(x) for x in (window, stride, dilation))
+    out, log_sum = tiled_attention(query, key, value, text_key, text_value, *settings, scale)
+    return out, log_sum.squeeze(-1)
+
+
 def refusal(case: WindowCase) -> str | None:
     """None: this backend runs everywhere."""
     return None
@@ -436,7 +443,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_out, grad_log_sum):
-    # grad_log_sum is zero: the log-sum-exp never leaves `neighborhood_attention`
+    # grad_log_sum is zero: the log-sum-exp is only used without gradients
     saved = ctx.saved_tensors  # read once: under checkpointing a second read is an error
     grads = tiled_attention_backward(grad_out, *saved, *ctx.settings)
     texts = (None, None) if saved[3] is None else grads[3:]

@@ -9,7 +9,7 @@ import torch
 from attention import oracles
 from test_window import attend, random_inputs
 
-from hybriddit.attention import aligned_window, trial
+from hybriddit.attention import aligned_window, neighborhood_attention, trial
 from hybriddit.attention.window import WindowCase, choose_backend, dispatch, flex, natten, tiled
 from hybriddit.attention.window.flex import best_layout, visited_blocks
 
@@ -24,10 +24,10 @@ def case(**changes):
 @pytest.fixture(autouse=True)
 def fresh():
     """No choice of another test is remembered."""
-    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, dispatch._lse_trial_failure, trial.warn_once):
         kept.cache_clear()
     yield
-    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, dispatch._lse_trial_failure, trial.warn_once):
         kept.cache_clear()
 
 
@@ -206,10 +206,11 @@ def test_what_natten_is_given(monkeypatch):
     """Its call, with a stand-in for its kernels: padded, contiguous, the scale of the true width."""
     calls = []
 
-    def na2d(query, key, value, *, kernel_size, additional_keys, additional_values, **settings):
+    def na2d(query, key, value, *, kernel_size, additional_keys, additional_values, return_lse, **settings):
         tensors = query, key, value, additional_keys, additional_values
         calls.append([x.shape[-1] for x in tensors] + [x.is_contiguous() for x in tensors])
-        return tiled.attend(*tensors, kernel_size, *(settings[name] for name in ("stride", "dilation", "scale")))
+        attend = tiled.attend_with_lse if return_lse else tiled.attend
+        return attend(*tensors, kernel_size, *(settings[name] for name in ("stride", "dilation", "scale")))
 
     monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(HAS_LIBNATTEN=True, na2d=na2d))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -219,6 +220,45 @@ def test_what_natten_is_given(monkeypatch):
     assert calls == [[128] * 5 + [True] * 5] and out.shape == inputs[0].shape
     expected = oracles.neighborhood(*inputs, (3, 4), (1, 2), (1, 1))
     assert (out - expected).norm() < 1.5e-2 * expected.norm()
+    out, lse = natten.attend_with_lse(*inputs, (3, 4), (1, 2), (1, 1), 72**-0.5)
+    assert (out - expected).norm() < 1.5e-2 * expected.norm() and lse.dtype == torch.float32
+    expected = oracles.neighborhood_lse(inputs[0], inputs[1], inputs[3], (3, 4), (1, 2), (1, 1))
+    assert (lse - expected).abs().max() < 0.05
+
+
+def test_the_log_sum_exp_is_natten_s_unless_it_is_wrong_or_needs_gradients(machine, monkeypatch):
+    """A trial of it says so once; then, as with gradients, one more key tells it."""
+    machine()
+    given, wrong = [], []
+
+    def attend_with_lse(query, *arguments):
+        given.append(query.shape[-1])
+        out, lse = tiled.attend_with_lse(query, *arguments)
+        return out, lse * (1.1 if wrong else 1)
+
+    row = dispatch.BACKENDS["natten"]._replace(
+        attend=tiled.attend, attend_with_lse=attend_with_lse, refusal=lambda case: None, slower=lambda case: None
+    )
+    monkeypatch.setitem(dispatch.BACKENDS, "natten", row)
+    monkeypatch.setattr(WindowCase, "on_gpu", True)
+    inputs, _ = random_inputs((24, 30), 4, 2, 32, 1, torch.float32)
+    settings = {"window": 5, "text_key": inputs[3], "text_value": inputs[4], "return_lse": True}
+    expected = oracles.neighborhood_lse(inputs[0], inputs[1], inputs[3], (5, 5), (1, 1), (1, 1))
+    neighborhood_attention(*inputs[:3], **settings)
+    assert given == []
+    with torch.no_grad():
+        torch.testing.assert_close(
+            neighborhood_attention(*inputs[:3], **settings)[1].double(), expected, rtol=0, atol=1e-4
+        )
+        assert given == [32, 32]
+        dispatch._lse_trial_failure.cache_clear()
+        wrong.append(True)
+        with pytest.warns(
+            UserWarning, match="takes the log-sum-exp from one more key, not from natten: its output is wrong"
+        ):
+            _, found = neighborhood_attention(*inputs[:3], **settings)
+    assert given == [32, 32, 32]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid", [(32, 32), (64, 64), (48, 96), (128, 16), (8, 128), (15, 128)])

@@ -161,6 +161,47 @@ def test_scale(backend):
     assert_equal_to_oracle(inputs, weight, (3, 3), (1, 1), (1, 1), 1e-11, backend=backend, scale=0.7)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "flex"])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_log_sum_exp(seed, backend, dtype):
+    """Values, with and without gradients, and the gradients of both results."""
+    *geometry, text, heads, width, batch = draw_case(seed)
+    inputs, weight = random_inputs(geometry[0], text, heads, width, batch, dtype, seed)
+    slope = torch.randn(weight.shape[:4], generator=torch.Generator().manual_seed(1))
+    expected = oracles.neighborhood(*inputs, *geometry[1:])
+    lse = oracles.neighborhood_lse(inputs[0], inputs[1], inputs[3], *geometry[1:])
+    leaves = [x for x in inputs if x is not None]
+    references = torch.autograd.grad((expected * weight).sum() + (lse * slope).sum(), leaves)
+    for gradients in (False, True)[: 1 if backend == "flex" else 2]:
+        with torch.set_grad_enabled(gradients):
+            out, found = attend(inputs, *geometry[1:], backend=backend, return_lse=True)
+        assert out.dtype == dtype and found.dtype == torch.promote_types(dtype, torch.float32)
+        assert (out.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+        assert (found.double() - lse).abs().max() <= 5 * TOLERANCE[dtype]
+    if gradients:
+        grads = torch.autograd.grad((out * weight).sum() + (found * slope).sum(), leaves)
+        for grad, reference in zip(grads, references, strict=True):
+            assert (grad.double() - reference).norm() <= 2 * TOLERANCE[dtype] * reference.norm().clamp(
+                min=weight.norm()
+            )
+
+
+@pytest.mark.parametrize("offset", [-90.0, 0.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_log_sum_exp_of_scores_far_from_zero(dtype, offset):
+    """With padded text too, of which nothing is seen."""
+    inputs, _ = random_inputs((16, 16), 5, 2, 32, 2, dtype)
+    query = torch.ones_like(inputs[0])
+    key = torch.full_like(inputs[1], offset / 32**0.5, requires_grad=True)
+    text_mask = torch.tensor([[True, True, False, True, False], [False] * 5])
+    out, lse = attend([query, key, inputs[2], key[:, 0, :5], inputs[4]], (3, 4), text_mask=text_mask, return_lse=True)
+    wanted = torch.tensor([12.0 + 3, 12.0]).log() + key[0, 0, 0, 0, 0].item() * 32**0.5
+    torch.testing.assert_close(lse, wanted.view(2, 1, 1, 1).expand_as(lse), rtol=0, atol=0.1)
+    expected = masked_neighborhood([query, key, inputs[2], key[:, 0, :5], inputs[4]], text_mask, (3, 4), (1, 1), (1, 1))
+    assert (out.double() - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
+
+
 def masked_neighborhood(inputs, text_mask, window, stride, dilation, scale=None):
     """The oracle, sample by sample, without the text that the mask hides."""
     outs = []
