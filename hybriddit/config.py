@@ -15,8 +15,8 @@ GATES = ("head", "channel", "token")
 ROTARY = ("model", "axial", "none")
 JOINS = ("gate", "joint")
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
-FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto"}
-LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none"}
+FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto", "join": "joint"}
+LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none", "join": "gate"}
 # The fields that the first version had; and what those added since were then, for the files that it wrote.
 FIRST_FIELDS = {"window", "stride", "dilation", "linear", "map_rank", "gate", "layers", "delta_rank"}
 ADDED_FIELDS = {
@@ -25,8 +25,6 @@ ADDED_FIELDS = {
     "temperature": False,
     "center_keys": False,
     "value_conv": None,
-    "window_dropout": 0.0,
-    "join": "gate",
 }
 MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
@@ -42,9 +40,10 @@ class HybridConfig:
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
         the far branch takes the layer's own queries and keys.
-    gate: "head", "channel" or "token".
+    gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
     mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
-        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none".
+        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none", join
+        "gate".
     feature_map: the function phi of the mixer's queries and keys: "polynomial" (of degree 2, the default), "hedgehog"
         or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
     projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give
@@ -55,10 +54,9 @@ class HybridConfig:
     center_keys: whether the mean over the image is subtracted from the far branch's keys.
     value_conv: side, an odd number, of a depthwise convolution of the values over the grid, which is added to the
         output of hybrid and linear layers and is zero at the start; None: no convolution.
-    window_dropout: share of the images for which hybrid layers in training mode use the far branch alone; for training
-        loops of your own: `hybriddit distill` refuses it.
-    join: "gate", near + gate * (far - near); or "joint", one softmax-like average over the window's and the text's
-        exponentials and the gate's share of the far branch's weights, for mixers that have sums. It uses no kernel.
+    join: "joint" (the default): one softmax-like average of all values, in which those of the window and the text have
+        weight exp(q . k), and the whole image's sinh(gate) / 10 times the far branch's weight; or "gate": near +
+        gate * (far - near). With both, a gate of 0 is near alone.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a
         layer that no pattern matches is "hybrid". Or (pattern, kind) pairs.
     delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
@@ -69,7 +67,7 @@ class HybridConfig:
     dilation: int | tuple[int, int] = 1
     linear: bool = True
     map_rank: int | None = None
-    gate: str = "head"
+    gate: str = "token"
     layers: dict[str, str] = field(default_factory=dict)
     delta_rank: int | None = None
     mixer: str = "linear"
@@ -79,8 +77,7 @@ class HybridConfig:
     temperature: bool = False
     center_keys: bool = False
     value_conv: int | None = None
-    window_dropout: float = 0.0
-    join: str = "gate"
+    join: str | None = None
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
@@ -101,15 +98,13 @@ class HybridConfig:
         for name in ("linear", "temperature", "center_keys"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        side, share = self.value_conv, self.window_dropout
+        side = self.value_conv
         if side is not None and (not _is_count(side) or side % 2 == 0):
             raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ValueError(f"window_dropout must be from 0 to 1, not {share!r}")
+        self._complete_far_branch()
         for name, known in (("gate", GATES), ("join", JOINS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
-        self._complete_far_branch()
         # pairs are what `to_dict` gives
         pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
         if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):

@@ -79,7 +79,7 @@ def _layer(axis) -> None:
     _box(axis, 44, 10, 11, 7, "maps of q, k\n(low rank)", color=ADDED, edge=ADDED_EDGE)
     _box(axis, 61, 16, 12, 7, "+ maps, norm,\nrotary\nembedding")
     _box(axis, 79, 16, 16, 7, "projections, φ,\nlinear attention\nover the image", color=FAR, edge=ADDED_EDGE)
-    _box(axis, 79, 25.5, 16, 6.5, "near +\ngate · (far − near)", color=ADDED, edge=ADDED_EDGE)
+    _box(axis, 79, 25.5, 16, 6.5, "one average\nover both (gate)", color=ADDED, edge=ADDED_EDGE)
     _box(axis, 100, 25.5, 9, 6.5, "to_out")
 
     _arrow(axis, (41.5, 29.5), (44, 29.5))

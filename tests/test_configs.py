@@ -155,6 +155,7 @@ def test_a_config_survives_writing(file, tmp_path):
         ("optim.lr=-1", "optim.lr must be above 0"),
         ("loss.task=-1", "loss.task must be 0 or more, got -1"),
         ("loss.prompt_dropout=1.5", "loss.prompt_dropout must be in [0, 1], got 1.5"),
+        ("loss.window_dropout=-0.1", "loss.window_dropout must be in [0, 1], got -0.1"),
         ("hybrid.window=0", "window must be a positive integer"),
         ("hybrid.window=big", "hybrid.window must be int"),
         ("train=5", "train must be a mapping of keys, got 5"),

@@ -11,12 +11,14 @@ from torch import nn
 
 from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
 from .layout import TokenLayout
+from .linear.features import LARGEST_SHARE
 from .mixers import MIXERS, check_mixer
 from .window import neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
-JOINT_CHANNELS = 8  # added to the heads for "joint", which needs one: kernels want multiples of 8
+GATE_WIDTH = 96  # the width of the layers with which gates per token, joined "joint", have been tried
+LARGEST_GATE = 40.0  # joined "joint": far alone, and more than any other
 
 
 class HybridAttention(nn.Module):
@@ -26,7 +28,7 @@ class HybridAttention(nn.Module):
 
         near_i = softmax attention of q_i over W(i) and T
         far_i  = linear attention of q'_i over X, with keys k' and the same values
-        out_i  = near_i + gate * (far_i - near_i)
+        out_i  = one average of the values under both, with weights as `join` says
 
     and text queries attend to everything by softmax. Before the layer's own norms and rotary embedding, q' is
 
@@ -52,11 +54,16 @@ class HybridAttention(nn.Module):
             "none".
         value_conv: side, an odd number, of a depthwise convolution of the image's values over each grid, zero at the
             start, which is added to the output of hybrid and linear layers. None: no convolution.
-        window_dropout: in training mode, the probability that an image's output is the far branch alone.
-        join: "gate", as above; or "joint": one average of all values, in which those of the window and the text have
-            weight exp(q . k scale), and every image token's also gate * phi(q') . phi(k'), where that is above 0.
-        gate: "head", "channel" (one value each) or "token" (a value per head, linear in x).
-        gate_init: the gate's value at the start: 0 is near alone, 1 is far alone.
+        join: "joint": values of the window and the text have weight exp(q . k scale), and those of the whole image
+            sinh(gate) / 10 phi(q') . phi(k'), over one sum of weights. The hyperbolic sine is 0 at 0 with a slope, so
+            that learning can start there, and soon multiplies the weights as an exponential does; below 0, the layer
+            takes away from near what it would add above. "gate": near + gate * (far - near).
+        gate: "head", "channel" (one value each) or "token" (a value per head, linear in x; with "joint" in x times
+            96 / width, where the layer is wider than that).
+        gate_init: the gate's value at the start: 0 is near alone, 1 (with "joint" inf) is far alone.
+
+    A training loop may set `far_only`, bool [B]: the images to which a hybrid layer gives the far branch alone, so that
+    it learns to carry them. It is None at the start, and outside of training.
 
     Raises ValueError for an unknown name or an impossible combination.
     """
@@ -81,8 +88,7 @@ class HybridAttention(nn.Module):
         center_keys: bool = False,
         rotary: str = "none",
         value_conv: int | None = None,
-        window_dropout: float = 0.0,
-        join: str = "gate",
+        join: str = "joint",
         gate: str = "head",
         gate_init: float = 0.0,
     ):
@@ -112,7 +118,8 @@ class HybridAttention(nn.Module):
         if has_near and window is None:
             raise ValueError(f"a layer of kind {kind!r} needs a window")
         self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
-        self.maps, self.rotary, self.join, self.window_dropout = maps, rotary, join, window_dropout
+        self.maps, self.rotary, self.join = maps, rotary, join
+        self.far_only: torch.Tensor | None = None
         self.far = self.map_q = self.map_k = self.value_conv = None
         if not has_far:
             return
@@ -170,7 +177,10 @@ class HybridAttention(nn.Module):
         gate = None
         if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
             # the gate stays in fp32, whatever the layer's dtype
-            gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
+            x = hidden_states.to(self.gate.weight.dtype)
+            if self.join == "joint":  # a step of the optimizer moves the gate by no more than in a layer of GATE_WIDTH
+                x = x * min(1.0, GATE_WIDTH / x.shape[-1])
+            gate = self.gate(x).unsqueeze(-1)
         if self.map_q is None:
             return None, None, gate
         if self.maps == "after":
@@ -231,11 +241,19 @@ class HybridAttention(nn.Module):
             if self.far is None:
                 image = self._near(*near)
             else:
-                gate = self._dropped(self.gate if gate is None else gate, len(query))
-                if self.join == "joint":
-                    image = self._joint(near, far_query, far_key, gate)
+                gate = self.gate if gate is None else gate
+                joint = self.join == "joint"
+                if joint:
+                    near, lse = self._near(*near, return_lse=True)
+                    # bounded, so that no product and no gradient overflows
+                    gate = torch.sinh(gate.to(lse.dtype).clamp(-LARGEST_GATE, LARGEST_GATE)) / 10
+                    gate = gate * torch.exp(-lse.clamp(min=-LARGEST_GATE)).unsqueeze(-1)
                 else:
-                    image = self.far(far_query, far_key, image_value, near=self._near(*near), gate=gate)
+                    near = self._near(*near)
+                if self.far_only is not None:
+                    far_alone = LARGEST_SHARE if joint else 1.0
+                    gate = torch.where(self.far_only.view(-1, 1, 1, 1), far_alone, gate)
+                image = self.far(far_query, far_key, image_value, near=near, gate=gate, joint=joint)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -259,7 +277,8 @@ class HybridAttention(nn.Module):
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
-    def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale):
+    def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale, return_lse=False):
+        """Window attention, [B, N, heads, D]; with return_lse also the log-sum-exp of its scores, [B, N, heads]."""
         if len(token_layout.grids) != 1:
             raise NotImplementedError(
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
@@ -276,40 +295,11 @@ class HybridAttention(nn.Module):
             text_key=text_key,
             text_value=text_value,
             text_mask=text_mask,
+            return_lse=return_lse,
         )
+        if return_lse:
+            return near[0].flatten(1, 2), near[1].flatten(1, 2)
         return near.flatten(1, 2)
-
-    def _dropped(self, gate: torch.Tensor, count: int) -> torch.Tensor:
-        """The gate, in training mode 1 for some of the images: `window_dropout`."""
-        if not (self.training and self.window_dropout):
-            return gate
-        dropped = torch.rand(count, 1, 1, 1, device=gate.device) < self.window_dropout
-        return torch.where(dropped, torch.ones_like(gate), gate)
-
-    def _joint(self, near, far_query, far_key, gate):
-        """The "joint" join.
-
-        Window attention does not give its denominator Z. So one more key, of zeros and thus of weight exp(0) = 1, is
-        put beside the text, and its value is 1 in a channel of its own, which gives 1 / (Z + 1) there. Gradients are
-        right with every backend.
-        """
-        query, key, value, text_key, text_value, text_mask, token_layout, scale = near
-        numerator, denominator = self.far.sums(far_query, far_key, value)
-        scale = self.head_dim**-0.5 if scale is None else scale
-        query, key, value = (F.pad(x, (0, JOINT_CHANNELS)) for x in (query, key, value))
-        one_key = key.new_zeros(len(key), 1, self.heads, key.shape[3])
-        one_value = F.pad(one_key[..., :1] + 1, (self.head_dim, JOINT_CHANNELS - 1))
-        if text_key is None:
-            text_key, text_value = one_key, one_value
-        else:
-            text_key, text_value = (F.pad(x, (0, JOINT_CHANNELS)) for x in (text_key, text_value))
-            text_key, text_value = torch.cat((text_key, one_key), 1), torch.cat((text_value, one_value), 1)
-        if text_mask is not None:
-            text_mask = F.pad(text_mask, (0, 1), value=True)
-        out = self._near(query, key, value, text_key, text_value, text_mask, token_layout, scale).to(numerator.dtype)
-        out, rest = out[..., : self.head_dim], out[..., self.head_dim : self.head_dim + 1]  # rest is 1 / (Z + 1)
-        share = gate.to(rest.dtype).clamp(min=0) * rest
-        return ((out + share * numerator) / (1 - rest + share * denominator)).to(value.dtype)
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""

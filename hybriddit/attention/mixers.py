@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .inputs import sum_dtype
-from .linear import FEATURE_MAPS, linear_attention, linear_attention_sums
+from .linear import FEATURE_MAPS, linear_attention
 from .work import Work, attention_work
 
 MAX_CHANNELS, MAX_FEATURES = 128, 256  # of the kernels
@@ -73,33 +72,30 @@ class LinearMixer(nn.Module):
         near: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
+        joint: bool = False,
     ) -> torch.Tensor:
         """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
-        near, gate: the result is near + gate * (far - near), computed in one pass. key_mask: bool [B, N], False for
-        keys to leave out.
+        near, gate: the result is near + gate * (far - near), computed in one pass. joint: the gate is multiplied by the
+        sum of the keys' weights, to x, and x / (1 + |x|) takes its place. key_mask: bool [B, N], False for keys to leave
+        out.
         """
-        query, key, settings = self._settled(query, key, key_mask)
-        return linear_attention(query, key, value, near=near, gate=gate, key_mask=key_mask, **settings)
-
-    def sums(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numerator [B, M, heads, D] and the denominator [B, M, heads, 1] of `forward`, as sums over the keys.
-
-        In float32, by the plain formula and not by the kernels.
-        """
-        query, key, settings = self._settled(query, key, None)
-        with torch.autocast(query.device.type, enabled=False):
-            query, key, value = (x.to(sum_dtype(x.dtype)) for x in (query, key, value))
-            return linear_attention_sums(query, key, value, **settings)
-
-    def _settled(self, query, key, key_mask):
-        """Queries and keys with temperature and centring applied, and the settings of `linear_attention`."""
         if self.center_keys:
             key = key - _mean(key, key_mask)
         query, query_projection = _cooled(query, self.projection_q, self.log_temperature_q)
         key, key_projection = _cooled(key, self.projection_k, self.log_temperature_k)
-        projections = {"query_projection": query_projection, "key_projection": key_projection}
-        return query, key, {"feature_map": self.feature_map, **projections}
+        return linear_attention(
+            query,
+            key,
+            value,
+            near=near,
+            gate=gate,
+            key_mask=key_mask,
+            feature_map=self.feature_map,
+            query_projection=query_projection,
+            key_projection=key_projection,
+            joint=joint,
+        )
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""

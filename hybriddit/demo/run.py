@@ -119,7 +119,7 @@ def layout_of(pipeline, config: DistillConfig) -> TokenLayout:
 
 
 def set_gates(model: nn.Module, value: float) -> None:
-    """Set every gate to `value` for every token: 0 is the near branch alone, 1 the far branch alone."""
+    """Set every gate to `value` for every token: 0 is the near branch alone, 1 (or, joint, inf) the far branch alone."""
     for module in model.modules():
         if isinstance(module, HybridAttention):
             module.gate_init = value

@@ -37,6 +37,8 @@ SIT_SIZES = {
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 SIT_PATCHES = (2, 4, 8)
+# What the recipes configs/sit/*_linear.yaml and *_hybrid.yaml add to a size: linear attention without maps, with positions.
+SIT_FAR_BRANCH = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "rope": True, "far_rope": True}
 ATTENTION_KINDS = ("softmax", "linear", "window", "hybrid")
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RmsNorm}
 ACTIVATIONS = ("gelu-approximate", "swiglu")
@@ -88,6 +90,7 @@ class SiTAttention(nn.Module):
             feature_map=feature_map,
             projection=projection,
             rotary="model" if far_rope else "none",
+            join="gate",
             gate=gate,
             gate_init=gate_init,
         )

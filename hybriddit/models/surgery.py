@@ -186,7 +186,6 @@ def _hybrid_attention(
         **config.mixer_settings,
         rotary=rotary,
         value_conv=config.value_conv,
-        window_dropout=config.window_dropout,
         join=config.join,
         gate=config.gate,
     )

@@ -213,12 +213,14 @@ def assert_same_log(path, expected):
 
 def test_distillation_goes_on_from_its_checkpoint(here, capsys):
     folder = here("distill")
-    assert hybriddit.load_config("run/config.yaml") == hybriddit.load_config("run.yaml")
+    first = ["hybrid.mixer=linfusion", "hybrid.gate=head"]
+    assert hybriddit.load_config("run/config.yaml", first) == hybriddit.load_config("run.yaml", first)
     with left_alone(folder / "cache", folder / "teacher"):
-        # a config that does not name the far branch has today's, which the run did not begin with
+        # a config that does not name the gate and the far branch has today's, which the run did not begin with
         assert main(["distill", "run.yaml", "--resume"]) == 1
-        assert "other values of hybrid.feature_map, hybrid.projection, hybrid.rotary" in capsys.readouterr().err
-        assert main(["distill", "run.yaml", "hybrid.mixer=linfusion", "--resume"]) == 0
+        wrong = [f"hybrid.{name}" for name in ("gate", "feature_map", "projection", "rotary", "join")]
+        assert f"other values of {', '.join(wrong)}:" in capsys.readouterr().err
+        assert main(["distill", "run.yaml", *first, "--resume"]) == 0
     assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir()) == [
         "step-00000002",
         "step-00000004",
@@ -235,7 +237,7 @@ def test_distillation_goes_on_from_its_checkpoint(here, capsys):
 def test_cache_of_trajectories_is_opened(here):
     folder = here("distill")
     with left_alone(folder / "trajectories", folder / "teacher"):
-        assert main(["distill", "trajectories.yaml", "hybrid.mixer=linfusion"]) == 0
+        assert main(["distill", "trajectories.yaml", "hybrid.mixer=linfusion", "hybrid.gate=head"]) == 0
     assert_same_log(folder / "run-trajectories" / "log.jsonl", SAVED / "distill" / "trajectories.jsonl")
 
 

@@ -208,9 +208,9 @@ def test_adapter_of_another_model(adapter):
     refused_adapter(ValueError, r"lacks \d+ of its weights \(transformer_blocks\.0\.attn2", adapter, medium)
 
     weights = load_file(adapter / "hybrid_adapter.safetensors")
-    gate = "transformer_blocks.0.attn.hybrid.gate"
-    save_file({**weights, gate: torch.zeros(3, 1)}, adapter / "hybrid_adapter.safetensors")
-    refused_adapter(ValueError, rf"{gate} is \(3, 1\), the model's is \(2, 1\)", adapter, make("sd3"))
+    gate = "transformer_blocks.0.attn.hybrid.gate.bias"
+    save_file({**weights, gate: torch.zeros(3)}, adapter / "hybrid_adapter.safetensors")
+    refused_adapter(ValueError, rf"{gate} is \(3,\), the model's is \(2,\)", adapter, make("sd3"))
     save_file({**weights, "x_embedder.weight": torch.zeros(1)}, adapter / "hybrid_adapter.safetensors")
     refused_adapter(ValueError, "no place for .x_embedder.weight", adapter, make("sd3"))
 

@@ -175,6 +175,7 @@ OPEN = {
     "head": HybridConfig(window=(3, 2)),
     "channel": HybridConfig(window=(3, 2), gate="channel"),
     "token": HybridConfig(window=(3, 2), gate="token"),
+    "one gate": HybridConfig(window=(3, 2), join="gate"),
     "linear only": HybridConfig(window=None),
     "linfusion": HybridConfig(window=(3, 2), mixer="linfusion"),
     "linear only, linfusion": HybridConfig(window=None, mixer="linfusion"),
@@ -274,13 +275,18 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
             far_key = far_key / hybrid.far.log_temperature_k.exp().view(-1, 1)
         weights = similarity(far_query, far_key, config)
         eps = 1e-4 if config.feature_map == "elu" else 1e-8
-        weights = weights / (weights.sum(-1, keepdim=True) + eps * value.shape[1])
-        expected = torch.einsum("bhnm,bmhd->bnhd", weights, value)
+        total = weights.sum(-1, keepdim=True) + eps * value.shape[1]
+        expected = torch.einsum("bhnm,bmhd->bnhd", weights / total, value)
         if config.window is not None:
             mask = joint_mask(window_mask(grid, (3, 2)), text, text_first)
             joint = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
             near = F.scaled_dot_product_attention(*joint, attn_mask=mask).transpose(1, 2)[:, image]
             g = hybrid.gate(x.float()).unsqueeze(-1) if config.gate == "token" else hybrid.gate
+            if config.join == "joint":  # far's share of all weights; taken away where the gate is below 0
+                scores = torch.einsum("bnhd,bmhd->bhnm", seen["query"], seen["key"]) * HEAD_DIM**-0.5
+                near_total = (scores.exp() * mask).sum(-1).transpose(1, 2)[:, image].unsqueeze(-1)
+                far_total = torch.sinh(g.abs()) / 10 * total.transpose(1, 2)
+                g = g.sign() * far_total / (far_total + near_total)
             expected = near + g * (expected - near)
         if config.value_conv:
             picture = seen["value"][:, image].flatten(2).transpose(1, 2).unflatten(2, grid)

@@ -34,7 +34,6 @@ from hybriddit.config import match_layers
         ({"feature_map": 3}, "feature_map must be a name"),
         ({"temperature": "hot"}, "temperature must be true or false"),
         ({"value_conv": 4}, "value_conv must be an odd integer"),
-        ({"window_dropout": 1.5}, "window_dropout must be from 0 to 1"),
         ({"mixer": "linfusion", "feature_map": "hedgehog"}, "has feature_map 'elu', not 'hedgehog': leave feature_map"),
         ({"mixer": "linfusion", "projection": 8}, "has projection 0, not 8"),
         ({"mixer": "linfusion", "rotary": "model"}, "has rotary 'none', not 'model'"),

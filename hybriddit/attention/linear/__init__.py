@@ -2,13 +2,12 @@
 
 from .dispatch import linear_attention, triton_refusal
 from .features import FEATURE_MAPS, FeatureMap
-from .formula import linear_attention_formula, linear_attention_sums
+from .formula import linear_attention_formula
 
 __all__ = [
     "FEATURE_MAPS",
     "FeatureMap",
     "linear_attention",
     "linear_attention_formula",
-    "linear_attention_sums",
     "triton_refusal",
 ]

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
 from ..trial import failure_reason, triton_requirements, warn_once
 from . import torch as torch_passes
-from .features import FEATURE_MAPS
-from .formula import linear_attention_formula
+from .features import FEATURE_MAPS, LARGEST_SHARE
+from .formula import linear_attention_formula, linear_attention_sums
 
 # What the Triton kernels support. The second width is of the queries, keys and channels where the state may have more
 # features than these: with a projection, or another map than elu.
@@ -39,6 +39,7 @@ def linear_attention(
     query_projection: Tensor | None = None,
     key_projection: Tensor | None = None,
     eps: float | None = None,
+    joint: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Generalized linear attention (LinFusion, arXiv 2409.02097; not causal).
@@ -56,6 +57,9 @@ def linear_attention(
         query_projection, key_projection: [heads, D, m], m up to 256: phi is of q query_projection, and of
             k key_projection; both or neither.
         eps: added to the denominator; None is the feature map's own (1e-4 for elu).
+        joint: the share of the result depends on its weights: with x = gate * the sum over the keys of
+            phi(q) . phi(k) + eps, return near + x / (1 + |x|) * (result - near). Where near is a softmax and gate is g
+            over the sum of its exponentials, that is one average over both, with weights exp(.) and g phi(q) . phi(k).
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
             and takes torch.
@@ -68,6 +72,8 @@ def linear_attention(
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"unknown feature map {feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
     _check(query, key, value, near, gate, key_mask, query_projection, key_projection)
+    if joint and near is None:
+        raise ValueError("joint is how the result and near are joined: pass near and gate")
     query, key, value, *beside = autocast((query, key, value) if near is None else (query, key, value, near))
     check_dtype((query, key, value, *beside))
     (near,) = beside or (None,)
@@ -78,15 +84,18 @@ def linear_attention(
     if not phi.fused:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
+        settings = {
+            "feature_map": feature_map,
+            "query_projection": query_projection,
+            "key_projection": key_projection,
+            "key_mask": key_mask,
+        }
         with torch.autocast(query.device.type, enabled=False):
-            out = linear_attention_formula(
-                *(x.to(sum_dtype(x.dtype)) for x in (query, key, value)),
-                eps=eps,
-                feature_map=feature_map,
-                query_projection=query_projection,
-                key_projection=key_projection,
-                key_mask=key_mask,
-            ).to(value.dtype)
+            inputs = [x.to(sum_dtype(x.dtype)) for x in (query, key, value)]
+            out = linear_attention_formula(*inputs, eps=eps, **settings).to(value.dtype)
+            if joint:
+                count = key.shape[1] if key_mask is None else key_mask.sum(1)[:, None, None, None]
+                gate = joint_share(gate, linear_attention_sums(*inputs, **settings)[1] + count * eps)
         return out if near is None else near + gate.to(near.dtype) * (out - near)
     tensors = [x for x in (query, key, value, near, gate, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -107,11 +116,24 @@ def linear_attention(
         share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
         state, mean = state * share, mean * share
     settings = query_projection, eps, feature_map, triton
-    if near is not None and gradients and not triton:
+    if joint:
+        count = key.shape[1] if key_mask is None else key_mask.sum(1, dtype=mean.dtype)[:, None, None, None]
+        gate = gate * count  # the passes have means
+    if near is not None and gradients and (joint or not triton):
         # keep `far` for the backward: recomputing it there, as on a GPU, would cost a CPU a fifth of the time
         far = _linear_output(query, state, mean, None, None, *settings)
+        if joint:
+            # phi(q) . mean, as the output of a state of one column over a denominator of 1
+            sums = mean, torch.zeros_like(mean), None, None, query_projection, 1.0, feature_map, triton
+            gate = joint_share(gate, _linear_output(query, *sums, wide=True) + eps)
         return near + gate.to(near.dtype) * (far - near)
-    return _linear_output(query, state, mean, near, gate, *settings)
+    return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
+
+
+def joint_share(gate: Tensor, denominator: Tensor) -> Tensor:
+    """x / (1 + |x|) with x = gate * denominator: the result's share where it is joined "joint"."""
+    x = (gate * denominator).clamp(-LARGEST_SHARE, LARGEST_SHARE)
+    return x / (1 + x.abs())
 
 
 def _takes_triton(*case) -> bool:
@@ -254,9 +276,14 @@ def _linear_output(
     eps: float,
     feature_map: str,
     triton: bool,
+    joint: bool = False,
+    wide: bool = False,
 ) -> Tensor:
-    """[B, M, heads, E]: phi(q) state / (phi(q) . mean + eps), joined to near by the gate where there is one."""
-    return _passes(triton).output(query, state, mean, near, gate, projection, eps, feature_map)
+    """[B, M, heads, E]: phi(q) state / (phi(q) . mean + eps), joined to near by the gate where there is one.
+
+    In the query's dtype, or in the sums' where `wide`. With `joint` it has no gradients.
+    """
+    return _passes(triton).output(query, state, mean, near, gate, projection, eps, feature_map, joint, wide)
 
 
 @torch.library.custom_op("hybriddit::linear_output_backward", mutates_args=())
@@ -314,8 +341,8 @@ def _(grad_state, grad_mean, key, value, projection, key_mask, feature_map, trit
 
 
 @_linear_output.register_fake
-def _(query, state, mean, near, gate, projection, eps, feature_map, triton):
-    return query.new_empty(*query.shape[:3], state.shape[3])
+def _(query, state, mean, near, gate, projection, eps, feature_map, triton, joint=False, wide=False):
+    return query.new_empty(*query.shape[:3], state.shape[3], dtype=state.dtype if wide else query.dtype)
 
 
 @_linear_output_backward.register_fake
@@ -345,14 +372,14 @@ def _output_autograd(ctx, grad_out):
     grad_near = grad_gate = None
     if near is not None:
         # recomputed rather than kept, so that the join needs no memory of its own
-        far = _linear_output(query, state, mean, None, None, projection, *ctx.settings)
+        far = _linear_output(query, state, mean, None, None, projection, *ctx.settings[:3])
         dtype = torch.promote_types(gate.dtype, far.dtype)
         grad_gate = (grad_out.to(dtype) * (far.to(dtype) - near)).sum_to_size(gate.shape).to(gate.dtype)
         grad_far = (gate * grad_out).to(far.dtype)
         grad_near, grad_out = grad_out - grad_far, grad_far
-    *grads, grad_projection = _linear_output_backward(grad_out, query, state, mean, projection, *ctx.settings)
+    *grads, grad_projection = _linear_output_backward(grad_out, query, state, mean, projection, *ctx.settings[:3])
     grad_projection = None if projection is None else grad_projection
-    return *grads, grad_near, grad_gate, grad_projection, None, None, None
+    return *grads, grad_near, grad_gate, grad_projection, None, None, None, None, None
 
 
 _linear_state.register_autograd(_state_autograd, setup_context=_save_state)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import sum_dtype
-from .features import FEATURE_MAPS, LARGEST, LARGEST_FACTOR
+from .features import FEATURE_MAPS, LARGEST, LARGEST_FACTOR, LARGEST_SHARE
 
 # A block has up to 2048 rows, of as many heads (then images) as fit in about 2 MB: it stays in cache between the steps.
 CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
@@ -84,22 +84,28 @@ def output(
     projection: Tensor | None,
     eps: float,
     feature_map: str,
+    joint: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     dtype = state.dtype
-    out = query.new_empty(*query.shape[:3], state.shape[3])
+    out = query.new_empty(*query.shape[:3], state.shape[3], dtype=state.dtype if wide else query.dtype)
     gate = None if gate is None else gate.expand(out.shape)
-    read_state = state.to(_product_dtype(query))
+    read_state = state if wide else state.to(_product_dtype(query))
     phi, weights = _PHI[feature_map], _weights(projection, query)
     with torch.autocast(query.device.type, enabled=False):
         for block in _blocks(query, state.shape[2]):
             q = _features(phi, block, query, weights, dtype)[1]
-            q.div_(torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps))
+            denominator = torch.bmm(block.of_sums(mean).transpose(1, 2), q).add_(eps)
+            q.div_(denominator)
             if near is None:
                 block.write_product(out, q.transpose(1, 2), block.of_sums(read_state))
             else:
                 far = torch.bmm(q.transpose(1, 2).to(read_state.dtype), block.of_sums(read_state))
-                beside, opening = block.of(near), block.of(gate)
-                block.write(out, torch.lerp(*(x.to(dtype) for x in (beside, far, opening))))
+                beside, far, opening = (x.to(dtype) for x in (block.of(near), far, block.of(gate)))
+                if joint:
+                    opening = (opening * denominator.transpose(1, 2)).clamp_(-LARGEST_SHARE, LARGEST_SHARE)
+                    opening.div_(opening.abs().add_(1))
+                block.write(out, torch.lerp(beside, far, opening))
     return out
 
 

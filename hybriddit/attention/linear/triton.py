@@ -26,6 +26,7 @@ OVERRIDES: dict[str, dict] = {}
 
 LARGEST = tl.constexpr(maps.LARGEST)
 LARGEST_FACTOR = tl.constexpr(maps.LARGEST_FACTOR)
+LARGEST_SHARE = tl.constexpr(maps.LARGEST_SHARE)
 
 
 @triton.jit
@@ -343,12 +344,16 @@ def _output_kernel(
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
     JOIN: tl.constexpr,
+    JOINT: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
 ):
-    """out = phi(q) state / (phi(q) . mean + eps), joined to near where JOIN; out [B, N, heads, E] is contiguous."""
+    """out = phi(q) state / (phi(q) . mean + eps), joined to near where JOIN; out [B, N, heads, E] is contiguous.
+
+    gate is what near and the result are joined by; where JOINT, the share is x / (1 + |x|), x = gate (phi(q) . mean + eps).
+    """
     halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
     half: tl.constexpr = FEATURES // halves
     f_blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F
@@ -409,7 +414,8 @@ def _output_kernel(
                 features = _softmax(-channels, CHANNELS).to(DOT)
                 total = tl.dot(features, means_2, total, input_precision=PRECISION)
                 result = tl.dot(features, sums_2, result, input_precision=PRECISION)
-        result = result / (tl.sum(total, axis=1) + eps)[:, None]
+        denominator = (tl.sum(total, axis=1) + eps)[:, None]
+        result = result / denominator
         if JOIN:
             beside = tl.load(
                 near + start * near_row * UNIT + n[:, None] * (near_row * UNIT) + e[None, :],
@@ -421,6 +427,9 @@ def _output_kernel(
                 opening = tl.load(opening, mask=valid, other=0.0).to(tl.float32)
             else:
                 opening = tl.load(opening + e[None, :] * gate_column, mask=valid & inside, other=0.0).to(tl.float32)
+            if JOINT:
+                opening = _clamp(opening * denominator, LARGEST_SHARE)
+                opening = opening / (1 + tl.abs(opening))
             result = beside + opening * (result - beside)
         tl.store(
             out + start * heads * OUT_WIDTH + n[:, None] * (heads * OUT_WIDTH) + e[None, :],
@@ -854,9 +863,11 @@ def output(
     projection: Tensor | None,
     eps: float,
     feature_map: str,
+    joint: bool = False,
+    wide: bool = False,
 ) -> Tensor:
     batch, length, heads, _ = query.shape
-    out = query.new_empty(batch, length, heads, state.shape[3])
+    out = query.new_empty(batch, length, heads, state.shape[3], dtype=state.dtype if wide else query.dtype)
     if out.numel() == 0:
         return out
     (query, near), unit = _with_unit(query, near)
@@ -882,6 +893,7 @@ def output(
             *((0, 0, 0, 0) if near is None else gate.stride()),
             UNIT=unit,
             JOIN=near is not None,
+            JOINT=joint,
             GATE_PER_ROW=near is not None and gate.stride(3) == 0,
             **options,
         )

@@ -114,6 +114,32 @@ def test_every_feature_map_with_and_without_projections(feature_map, shape, chan
         assert all(grad[~key_mask].eq(0).all() for grad in grads[1:3])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("shape, channels", MAPPED_SHAPES[:5:4] + MAPPED_SHAPES[5:6], ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_joined_as_one_average(feature_map, shape, channels, masked, dtype, monkeypatch):
+    """With and without gradients, by the passes and by the formula."""
+    inputs, weight = random_inputs(shape, dtype)
+    key_mask = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
+    near, gate, projections = *oracles.beside(weight), random_projections(inputs, channels)
+    expected = oracles.joint(feature_map, *inputs, near, gate, list(projections.values()) or None, key_mask)
+    leaves = [*inputs, near, gate, *projections.values()]
+    references = torch.autograd.grad(expected, leaves, weight.double())
+    settings = {"feature_map": feature_map, "key_mask": key_mask, "near": near, "gate": gate, "joint": True}
+    for fused in (True, False):
+        monkeypatch.setitem(FEATURE_MAPS, feature_map, FEATURE_MAPS[feature_map]._replace(fused=fused))
+        out = linear_attention(*inputs, **settings, **projections)
+        with torch.no_grad():
+            alone = linear_attention(*inputs, **settings, **projections)
+        for found in (out, alone):
+            assert found.dtype == dtype and relative_error(found, expected) < TOLERANCE[dtype]
+        for grad, reference in zip(torch.autograd.grad(out, leaves, weight), references, strict=True):
+            assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="pass near and gate"):
+        linear_attention(*inputs, joint=True)
+
+
 @pytest.mark.parametrize("channels", [None, 6])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_the_formula_of_every_feature_map_is_the_definition(feature_map, channels):

@@ -437,6 +437,26 @@ def test_feature_maps_with_mask_and_join(feature_map, projected):
     assert_close_to_oracle(feature_map, inputs, weight, projections, key_mask, (near, gate))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_joined_as_one_average(feature_map, dtype):
+    """With gradients, and without, where one kernel does all."""
+    inputs, weight = random_inputs((2, 40, 33, 2, 24, 24), dtype)
+    projections = [x.requires_grad_() for x in random_projections(2, 24, 6, dtype)]
+    near, gate = oracles.beside(weight)
+    settings = dict(zip(("query_projection", "key_projection"), projections, strict=True), feature_map=feature_map)
+    settings |= {"near": near, "gate": gate, "joint": True, "backend": "triton"}
+    out = linear_attention(*inputs, **settings)
+    with torch.no_grad():
+        alone = linear_attention(*inputs, **settings)
+    expected = oracles.joint(feature_map, *inputs, near, gate, projections)
+    leaves = [*inputs, near, gate, *projections]
+    grads = torch.autograd.grad(out, leaves, weight)
+    references = torch.autograd.grad(expected, leaves, weight.double())
+    for found, reference in zip((out, alone, *grads), (expected, expected, *references), strict=True):
+        assert (found.double() - reference.double()).norm() <= 2 * TOLERANCE[dtype] * reference.double().norm()
+
+
 @pytest.mark.parametrize("programs", [1, 10**6])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_any_number_of_splits_gives_the_gradient_of_projections(feature_map, programs, monkeypatch):
