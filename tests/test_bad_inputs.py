@@ -499,9 +499,9 @@ def a_feature_map_that_is_none(w):
     return w.distill("hybrid.feature_map=exp", "model.path=/nowhere")
 
 
-@bad(r"hybrid.window_dropout is not applied by distillation yet: leave it out")
-def window_dropout_in_distillation(w):
-    return w.distill("hybrid.window_dropout=0.1")
+@bad(r'loss.window_dropout needs layers of kind "hybrid": set it to 0')
+def window_dropout_without_windows(w):
+    return w.distill("loss.window_dropout=0.1", "hybrid.window=null")
 
 
 @bad(r"feature map 'polynomial' does not take a projection of 22 channels: use a projection of at most 21")

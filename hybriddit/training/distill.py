@@ -159,7 +159,7 @@ class Distillation(Job):
         The first is the weighted sum of the others: errors against the noise or velocity, against the teacher's output,
         and against the outputs of its attention layers.
         """
-        latents, noise, times, text = self._to_device(*part)
+        latents, noise, times, text, far_only = self._to_device(*part)
         if self.data.info.states:
             noisy, target = latents, None
         else:
@@ -171,6 +171,7 @@ class Distillation(Job):
 
         with torch.no_grad(), dense_mode(self.model), captured_outputs(self.family, self.layers) as teacher_layers:
             teacher = predict(self.model)
+        self._give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
         with captured_outputs(self.family, self.layers) as student_layers:
             student = predict(model)
         losses = torch.stack(
@@ -205,6 +206,7 @@ class Distillation(Job):
         return cost["teacher"] + cost["student"] + cost["backward"]
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
+        self._give_far_alone(None)
         if folder is None:
             return self.model
         model = self.model
@@ -239,6 +241,7 @@ class Distillation(Job):
     def _images(self, rows: range) -> list[Image.Image]:
         """The model's images of the set's prompts in turn; row i always from seed `train.seed` + i."""
         pipeline, dtype = self.pipeline, self.dtype
+        self._give_far_alone(None)
         tensors = self.data.rows([row % len(self.data) for row in rows])
         text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # only the prompts' tensors
         pipeline.vae.to(self.accelerator.device)
@@ -252,11 +255,15 @@ class Distillation(Job):
             cast.remove()
             pipeline.vae.to("cpu")
 
-    def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    def _give_far_alone(self, images: torch.Tensor | None) -> None:
+        for layer in self.layers.values():
+            layer.hybrid.far_only = images
+
+    def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor], far_only) -> tuple[Any, ...]:
         device = self.accelerator.device
         text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
         latents, noise, times = (value.to(device, non_blocking=True) for value in (latents, noise, times))
-        return latents.float(), noise, times, text
+        return latents.float(), noise, times, text, far_only.to(device, non_blocking=True)
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -266,15 +273,17 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Convert the transformer in place, unless it is hybrid already. Returns the parameters to train, by full name.
 
-    Only the weights that hybridize adds are trained. Raises ValueError if it adds none, and for window dropout.
+    Only the weights that hybridize adds are trained. Raises ValueError if it adds none, and for window dropout where no
+    layer has two branches to choose from.
     """
-    if config.hybrid.window_dropout:
-        # the student runs in evaluation mode, where layers drop no window, and what is dropped must depend on the step
-        raise ValueError("hybrid.window_dropout is not applied by distillation yet: leave it out, or at 0")
     if not is_hybrid(transformer):
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             hybridize(transformer, config.hybrid)
+    if config.loss.window_dropout:
+        layers = [layer.hybrid for layer in converted_layers(transformer).values()]
+        if not any(layer.kind == "hybrid" for layer in layers):
+            raise ValueError('loss.window_dropout needs layers of kind "hybrid": set it to 0')
     trained = {name: p for name, p in transformer.named_parameters() if ".hybrid." in name}
     if not trained:
         raise ValueError(
@@ -338,10 +347,10 @@ def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
 
 
 def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
-    """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text).
+    """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text, far_only).
 
-    For trajectories, latents and times are those of one state of each row. See `step_generator` for what the samples
-    depend on.
+    For trajectories, latents and times are those of one state of each row. far_only, bool, is window dropout's choice.
+    See `step_generator` for what the samples depend on.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
     generator = step_generator(config.train.seed, step)
@@ -350,6 +359,7 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
     dropped = torch.rand(count, generator=generator) < dropout
     noise = torch.randn((count, *data.shape), generator=generator)
     chosen = torch.randint(data.info.states, (count,), generator=generator) if data.info.states else None
+    far_only = torch.rand(count, generator=generator) < config.loss.window_dropout
     size = count // parts
     for part in range(rank, parts, processes):
         own = slice(part * size, (part + 1) * size)
@@ -362,7 +372,7 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
             key: torch.where(dropped[own].view(-1, *[1] * (value.ndim - 1)), data.empty[key].to(value), value)
             for key, value in rows.items()
         }
-        yield latents, noise[own], part_times, text
+        yield latents, noise[own], part_times, text, far_only[own]
 
 
 def resume_settings(config: DistillConfig) -> dict:

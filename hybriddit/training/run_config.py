@@ -65,12 +65,16 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the three losses, and the share of prompts that are dropped; None is the recipe's value."""
+    """Weights of the three losses, and the share of prompts that are dropped; None is the recipe's value.
+
+    window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
+    """
 
     task: float | None = None
     output: float | None = None
     layer: float | None = None
     prompt_dropout: float | None = None
+    window_dropout: float = 0.0
 
 
 @dataclass
@@ -184,8 +188,9 @@ class DistillConfig:
         for name in ("task", "output", "layer"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
-        dropout = self.loss.prompt_dropout
-        _require(dropout is None or 0 <= dropout <= 1, "loss.prompt_dropout", dropout, "in [0, 1]")
+        for name in ("prompt_dropout", "window_dropout"):
+            dropout = getattr(self.loss, name)
+            _require(dropout is None or 0 <= dropout <= 1, f"loss.{name}", dropout, "in [0, 1]")
 
 
 @dataclass

@@ -208,7 +208,7 @@ def test_distilling_on_trajectories(family):
 
 
 def distance(family, student, batch, teacher):
-    states, _, times, text = batch
+    states, _, times, text, _ = batch
     with torch.no_grad():
         one, other = (call(family, model, states, times, text, 3.5) for model in (student, teacher))
     return (one - other).square().mean().item()

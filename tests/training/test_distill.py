@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -17,8 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_pipelines import FAMILIES, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, load_adapter
+from hybriddit.attention import HybridAttention
 from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
+from hybriddit.demo.run import set_gates
 from hybriddit.training import checkpoint as checkpoint_module
 from hybriddit.training import distill as distill_module
 from hybriddit.training.batches import epoch_order
@@ -116,7 +119,7 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
 
     recipe = recipe_of(pipeline)
     (first,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, (8, 8), pipeline.scheduler)
-    losses = independent_losses(family, dense, fresh, pipeline.scheduler, *first)
+    losses = independent_losses(family, dense, fresh, pipeline.scheduler, *first[:4])
     scalars = logged(tmp_path)
     for name, value in zip(("task", "output", "layer"), losses, strict=True):
         assert scalars[name][0] == pytest.approx(value.item(), rel=1e-4), name
@@ -126,8 +129,8 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
 
     # the student is nearer to its teacher on a batch with times and noise that it has not seen
     (batch,) = draw_batches(data, recipe, config, 10**6, 0.0, (8, 8), pipeline.scheduler)
-    before = independent_losses(family, dense, fresh, pipeline.scheduler, *batch)
-    after = independent_losses(family, dense, student, pipeline.scheduler, *batch)
+    before = independent_losses(family, dense, fresh, pipeline.scheduler, *batch[:4])
+    after = independent_losses(family, dense, student, pipeline.scheduler, *batch[:4])
     assert after[1] < 0.9 * before[1] and after[2] < 0.8 * before[2], (before, after)
 
     # nothing of the teacher has moved, and everything that was added has
@@ -232,6 +235,35 @@ def test_prompt_dropout_puts_the_empty_prompt_in_place(prepared):
     assert dropped(0.0) == 0 and dropped(1.0) == 1 and 0.06 < dropped(0.1) < 0.14
 
 
+@pytest.mark.parametrize("family", ("sd3", "flux_dev"))
+def test_window_dropout_gives_some_samples_the_far_branch_alone(family, prepared, tmp_path):
+    """The losses of a step are those of gates at 1 for the chosen samples, and the student keeps no choice."""
+    pipeline, data = prepared(family)
+    config = tiny_config(tmp_path, train__steps=1, train__batch_size=12, loss__window_dropout=0.5, loss__task=0)
+    dense, near = copy.deepcopy(pipeline.transformer), copy.deepcopy(pipeline.transformer)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        hybridize(near, config.hybrid)
+    far = copy.deepcopy(near)
+    set_gates(far, math.inf)
+    recipe = recipe_of(pipeline)
+    (batch,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, (8, 8), pipeline.scheduler)
+    far_only = batch[4]
+    assert 2 < far_only.sum() < 10
+    wanted = 0
+    for model, chosen in ((far, far_only), (near, ~far_only)):
+        latents, noise, times = (x[chosen] for x in batch[:3])
+        text = {name: value[chosen] for name, value in batch[3].items()}
+        losses = independent_losses(family, dense, model, pipeline.scheduler, latents, noise, times, text)
+        wanted += torch.stack(losses) * chosen.sum() / len(chosen)
+
+    student = distill(pipeline, data, config)
+
+    found = logged(tmp_path)
+    assert [found["output"][0], found["layer"][0]] == pytest.approx(wanted[1:].tolist(), rel=1e-4)
+    assert all(module.far_only is None for module in student.modules() if isinstance(module, HybridAttention))
+
+
 def test_the_batch_of_a_step_does_not_depend_on_how_it_is_divided(prepared):
     pipeline, data = prepared("sd3")
     recipe = recipe_of(pipeline)
@@ -243,7 +275,7 @@ def test_the_batch_of_a_step_does_not_depend_on_how_it_is_divided(prepared):
             for rank in range(processes)
             for part in draw_batches(data, recipe, config, 3, 0.5, (8, 8), pipeline.scheduler, rank, processes)
         ]
-        samples = [(t, n, x) for x, n, t, _ in parts for t, n, x in zip(t.tolist(), n, x, strict=True)]
+        samples = [(t, n, x) for x, n, t, *_ in parts for t, n, x in zip(t.tolist(), n, x, strict=True)]
         return sorted(samples, key=lambda item: item[0])
 
     whole = draw(1, 1)
@@ -391,7 +423,7 @@ def test_the_result_is_the_moving_average(prepared, tmp_path):
             mean = decay * mean + (1 - decay) * step[f"weight/{name}"]
             assert step[f"average/{name}"].dtype == torch.float32
         torch.testing.assert_close(parameter.data, mean, rtol=1e-5, atol=1e-7)
-    gate = next(name for name in steps[-1] if name.startswith("weight/") and name.endswith(".gate"))
+    gate = next(name for name in steps[-1] if name.startswith("weight/") and ".hybrid.gate." in name)
     assert not torch.equal(steps[-1][gate], steps[-1][gate.replace("weight/", "average/")])
 
 

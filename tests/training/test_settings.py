@@ -125,7 +125,7 @@ class Training:
 
 def opened(model):
     for name, parameter in model.named_parameters():
-        if name.endswith("gate"):
+        if is_gate(name):
             torch.nn.init.constant_(parameter, 0.5)
     return model
 

@@ -31,6 +31,7 @@ from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.sources import open_class_data
 from hybriddit.images import read_record
 from hybriddit.models.flops import sit_flops
+from hybriddit.models.sit import SIT_FAR_BRANCH
 from hybriddit.pipelines import sit as sit_pipeline
 from hybriddit.pipelines.loading import load_sit_pipeline
 from hybriddit.training import processes
@@ -634,10 +635,8 @@ def test_every_shipped_config_loads(path):
     preset = hybriddit.SiTTransformer2DModel.preset(f"{size.upper()}/{patch}")
     assert {name: config.model[name] for name in preset} == preset
     assert config.model["attention"] == {"linfusion": "linear"}.get(kind, kind)
-    far = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "rope": True, "far_rope": True}
-    assert {name: config.model[name] for name in far if name in config.model} == (
-        far if kind in ("linear", "hybrid") else {}
-    )
+    given = {name: config.model[name] for name in SIT_FAR_BRANCH if name in config.model}
+    assert given == (SIT_FAR_BRANCH if kind in ("linear", "hybrid") else {})
     recipe = (config.train.batch_size, config.optim.lr, config.optim.weight_decay, config.optim.ema_decay)
     assert recipe == (256, 1e-4, 0, 0.9999) and config.model["class_dropout_prob"] == 0.1
     assert config.flow.path == "linear" and config.flow.times == "uniform" and config.data.flip
