@@ -41,7 +41,7 @@ from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
 from hybriddit.machine import git_state
 from hybriddit.metrics import frechet_distance, moments, to_uint8
-from hybriddit.models.sit import SiTTransformer2DModel
+from hybriddit.models.sit import SIT_FAR_BRANCH, SiTTransformer2DModel
 from hybriddit.training.checkpoint import checkpoints
 from hybriddit.training.run_config import SiTConfig, load_config
 from hybriddit.training.run_log import read_log
@@ -49,14 +49,14 @@ from hybriddit.training.train_sit import make_model, train
 
 MATCHED_RANK = 16  # the maps' rank is the model's width divided by this
 ROPE = {"rope": True}
-FAR = {"feature_map": "hedgehog", "projection": None, "map_rank": 0, "far_rope": True, **ROPE}
 VARIANTS = {
     "softmax": {"attention": "softmax"},
     "softmax, rope": {"attention": "softmax", **ROPE},
     "window, rope": {"attention": "window", **ROPE},
     "linear, LinFusion": {"attention": "linear", "map_rank": "matched"},
-    "linear, hedgehog": {"attention": "linear", **FAR},
-    "hybrid, hedgehog": {"attention": "hybrid", **FAR},
+    "linear, hedgehog": {"attention": "linear", **SIT_FAR_BRANCH},
+    "linear, polynomial": {"attention": "linear", **SIT_FAR_BRANCH, "feature_map": "polynomial"},
+    "hybrid, hedgehog": {"attention": "hybrid", **SIT_FAR_BRANCH},
 }
 PAGE = Path("benchmarks/results/sit_ladder.md")
 HELD_OUT = 2000  # half are the reference, half measure the lowest distance to expect

@@ -20,6 +20,7 @@ from ..config import HybridConfig
 from ..models import SiTTransformer2DModel, families, hybridize
 from ..models.family import AttentionShape, Family, Published
 from ..models.flops import attention_flops, sit_flops
+from ..models.sit import SIT_FAR_BRANCH
 from ..pipelines.sit import SiTPipeline
 
 SIT_PRESETS = {"sit-xl": "XL/2"}
@@ -183,7 +184,7 @@ class FamilySubject(Subject):
 
 
 class SiTSubject(Subject):
-    """A SiT of a published size: "dense" has softmax attention, the variants are built as for training from scratch."""
+    """A SiT of a published size: "dense" has softmax attention, the variants are those of configs/sit."""
 
     def __init__(self, name: str, preset: str):
         arguments = {**SiTTransformer2DModel.preset(preset), "sample_size": 32}  # `make` replaces it
@@ -205,7 +206,7 @@ class SiTSubject(Subject):
         # diffusers records in a private field which values were defaults, and would reset those
         arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
         with init_empty_weights(include_buffers=False):
-            twin = type(model)(**arguments | {"attention": variant, "window": window})
+            twin = type(model)(**arguments | {"attention": variant, "window": window} | SIT_FAR_BRANCH)
         weights = dict(model.named_parameters())
         like = next(iter(weights.values()))
         for name, parameter in twin.named_parameters():
