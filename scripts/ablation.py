@@ -5,12 +5,13 @@
     python scripts/ablation.py --rows default "elu + 1" --seeds 0
     python scripts/ablation.py --config configs/distill/demo_sd3.yaml --out outputs/ablation/sd3
     python scripts/ablation.py --row "wide window" hybrid.window=9
+    python scripts/ablation.py --times                            # of the same rows: a pass of each model, in turns
     python scripts/ablation.py --report outputs/ablation/flux outputs/ablation/sd3
 
 Finished runs are not repeated, and the same command may run several times at once: each process takes runs that no
 other has, so start one per core with OMP_NUM_THREADS=1. Every student sees the same images, noise and order of a seed;
 it is judged on other prompts' seeds, as a whole and with its near or far branch switched off. --report writes the
-tables of benchmarks/results/ablation.md, whose other text stays, and its plot.
+tables of benchmarks/results/ablation.md, whose other text stays, and its plots.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ import contextlib
 import copy
 import fcntl
 import json
+import math
 import platform
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from hybriddit.benchmark.measure import Case, Limits, measure
 from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
 from hybriddit.demo.run import SHOWN, compare, contact_sheet, generate, judged, layout_of, sampling_of, set_gates
 from hybriddit.files import read_json, replacing, write_json
 from hybriddit.machine import git_state
-from hybriddit.models import hybridize
+from hybriddit.models import family_of, hybridize
 from hybriddit.models.flops import attention_flops
 from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.distill import distill
@@ -48,11 +52,12 @@ ROWS: dict[str, list[str]] = {
     "window only": ["hybrid.linear=false"],
     "linear only": ["hybrid.window=null"],
     "LinFusion's far branch": ["hybrid.mixer=linfusion"],
+    # how they are joined
+    "gate join": ["hybrid.join=gate"],
+    "gate per head": ["hybrid.gate=head"],
+    "gate per channel": ["hybrid.gate=channel"],
     # feature map, position and projection
     "hedgehog": ["hybrid.feature_map=hedgehog"],
-    "hedgehog, m = 32": ["hybrid.feature_map=hedgehog", "hybrid.projection=32"],
-    "hedgehog, no maps, m = 32": ["hybrid.feature_map=hedgehog", "hybrid.map_rank=0", "hybrid.projection=32"],
-    "hedgehog, no projection": ["hybrid.feature_map=hedgehog", "hybrid.projection=0"],
     "elu + 1": ["hybrid.feature_map=elu"],
     "m = 4": ["hybrid.projection=4"],
     "m = 8": ["hybrid.projection=8"],
@@ -61,16 +66,13 @@ ROWS: dict[str, list[str]] = {
     "axial rotary embedding": ["hybrid.rotary=axial"],
     # maps
     "no maps": ["hybrid.map_rank=0"],
+    "no maps, m = 8": ["hybrid.map_rank=0", "hybrid.projection=8"],
     "maps of rank 6": ["hybrid.map_rank=6"],
     "maps of rank 12": ["hybrid.map_rank=12"],
     # smaller parts
-    "gate per head": ["hybrid.gate=head"],
-    "gate per channel": ["hybrid.gate=channel"],
     "temperature": ["hybrid.temperature=true"],
     "keys centred": ["hybrid.center_keys=true"],
     "convolution of v, 3 x 3": ["hybrid.value_conv=3"],
-    "joint": ["hybrid.join=joint"],
-    "joint, m = 16": ["hybrid.join=joint", "hybrid.projection=16"],
     # window
     "window 3": ["hybrid.window=3"],
     "window 7": ["hybrid.window=7"],
@@ -84,6 +86,7 @@ ROWS: dict[str, list[str]] = {
     "task loss 1": ["loss.task=1"],
     "layer loss 0.5": ["loss.layer=0.5"],
     "task 1, output 0.5, layer 0.5": ["loss.task=1", "loss.output=0.5", "loss.layer=0.5"],
+    "window dropout": ["loss.window_dropout=0.1"],
     # training
     "300 steps": ["train.steps=300"],
     "1300 steps": ["train.steps=1300"],
@@ -91,6 +94,18 @@ ROWS: dict[str, list[str]] = {
     "rate 6e-3": ["optim.lr=6e-3"],
     "rate 1.5e-3": ["optim.lr=1.5e-3"],
 }
+# The far branch once more, joined by a gate.
+for name, changes in {
+    "gate per channel": ["hybrid.gate=channel"],
+    "hedgehog": ["hybrid.feature_map=hedgehog"],
+    "hedgehog, m = 32": ["hybrid.feature_map=hedgehog", "hybrid.projection=32"],
+    "hedgehog, no maps, m = 32": ["hybrid.feature_map=hedgehog", "hybrid.map_rank=0", "hybrid.projection=32"],
+    "elu + 1": ["hybrid.feature_map=elu"],
+    "no maps": ["hybrid.map_rank=0"],
+    "maps of rank 6": ["hybrid.map_rank=6"],
+    "axial rotary embedding": ["hybrid.rotary=axial"],
+}.items():
+    ROWS[f"gate join, {name}"] = ["hybrid.join=gate", *changes]
 PAGE = Path("benchmarks/results/ablation.md")
 IMAGE_SEEDS = tuple(range(1001, 1009))
 BRANCH_SEEDS = 3  # of these, for the students with a branch switched off
@@ -111,7 +126,8 @@ def main() -> None:
     parser.add_argument("--row", nargs="+", action="append", default=[], metavar=("NAME", "section.key=value"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all rows")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="OUT", help="write the tables and the plot")
+    parser.add_argument("--times", action="store_true", help="time the rows' models instead of distilling them")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="OUT", help="write the tables and the plots")
     args = parser.parse_args()
     if args.report:
         report(args.report)
@@ -123,6 +139,9 @@ def main() -> None:
         rows[name] = ROWS[name]
     args.out.mkdir(parents=True, exist_ok=True)
     ablation = Ablation(args.config, args.set, args.out)
+    if args.times:
+        ablation.time(rows)
+        return
     for seed in args.seeds:
         for name, overrides in rows.items():
             ablation.run(name, overrides, seed)
@@ -150,7 +169,7 @@ class Ablation:
         self.teacher = np.load(path)
 
     def config(self, overrides: list[str], seed: int = 0):
-        given = [f"data.cache={self.out / 'latents'}", "train.progress=false", *self.overrides, *overrides]
+        given = [f"data.cache={self.out / 'latents'}", *self.overrides, *overrides]
         config = load_config(self.config_path, [*given, f"train.seed={seed}"])
         config.output.folder = None
         return config
@@ -159,10 +178,12 @@ class Ablation:
         """Distill and judge one student, unless that is done or another process does it."""
         config = self.config(overrides, seed)
         settings = json.loads(json.dumps(to_dict(config)))
+        del settings["train"]["progress"]  # a run is the same without it
         path = self.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}.json"
         with locked(path.with_suffix(".lock")) as mine:
             if not mine or (path.exists() and read_json(path)["settings"] == settings):
                 return
+            print(f"{name}, seed {seed}:", *overrides, flush=True)
             model = copy.deepcopy(self.dense)
             torch.manual_seed(seed)
             hybridize(model, config.hybrid)
@@ -171,7 +192,8 @@ class Ablation:
             distill(self.pipeline, self.data, config)
             seconds = time.monotonic() - started
             images, found = self.measure(model, len(IMAGE_SEEDS), name)
-            for branch, value in (("near_off", 1.0), ("far_off", 0.0)):
+            far_alone = math.inf if config.hybrid.join == "joint" else 1.0
+            for branch, value in (("near_off", far_alone), ("far_off", 0.0)):
                 if config.hybrid.linear and config.hybrid.window is not None:
                     off = copy.deepcopy(model)
                     set_gates(off, value)
@@ -196,6 +218,27 @@ class Ablation:
                 np.save(file, images)
             write_json(path, found)
             print(json.dumps({key: found[key] for key in ("name", "seed", "seconds", *COLUMNS) if key in found}))
+
+    def time(self, rows: dict[str, list[str]]) -> None:
+        """Write times.json: seconds of a batch, forward and backward, of each row's model, all in turns."""
+        cases, seen = [], {}
+        for name, overrides in rows.items():
+            config = self.config(overrides)
+            model = hybridize(copy.deepcopy(self.dense), config.hybrid)
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_(".hybrid." in key)
+            family, data = family_of(model), self.data.rows(range(config.train.batch_size))
+            text = {key: data[key] for key in self.data.empty}
+            latents, grid = data["latents"].float(), layout_of(self.pipeline, config).grids[0]
+            times = torch.full((len(latents),), family.middle_time)
+            inputs = family.model_inputs(latents, times, text, grid, None)
+            seen[name] = str(config.hybrid)
+            if seen[name] not in (case.name for case in cases):
+                forward = partial(lambda model, inputs: model(**inputs, return_dict=False)[0], model, inputs)
+                cases.append(Case(seen[name], forward, [p for p in model.parameters() if p.requires_grad]))
+        outcomes = measure(cases, True, torch.device("cpu"), Limits(repeats=15, max_seconds=60))
+        seconds = {name: float(np.median(outcomes[key].samples["forward + backward"])) for name, key in seen.items()}
+        write_json(self.out / "times.json", seconds)
 
     def measure(self, model: nn.Module, seeds: int, name: str) -> tuple[np.ndarray, dict[str, float]]:
         """The images of a student for the first so many seeds, and how near they are to the teacher's."""
@@ -228,9 +271,9 @@ def read_runs(out: Path) -> dict[str, list[dict]]:
     return dict(sorted(runs.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
 
 
-def table(runs: dict[str, list[dict]]) -> str:
+def table(runs: dict[str, list[dict]], times: dict[str, float]) -> str:
     """Means and, from two seeds on, standard deviations of each row, as Markdown."""
-    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs"]
+    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "time"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name, records in runs.items():
         cells = [name, " ".join(f"`{x}`" for x in records[0]["overrides"]), str(len(records))]
@@ -241,50 +284,50 @@ def table(runs: dict[str, list[dict]]) -> str:
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
         flops = records[0]["attention_flops"]
         cells.append(f"{flops['hybrid'] / flops['dense']:.2f} of dense")
+        cells.append(f"{times[name] / times['default']:.2f}" if name in times else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(runs_of: dict[str, dict[str, list[dict]]], path: Path) -> None:
-    """PSNR of every row, a point a seed, one panel a teacher."""
+def plot(runs: dict[str, list[dict]], path: Path) -> None:
+    """PSNR and pairs of every row, a point a seed, with lines at the default's means."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tallest = max(map(len, runs_of.values()))
-    figure, axes = pyplot.subplots(
-        1, len(runs_of), figsize=(6.5 * len(runs_of), 1.2 + 0.26 * tallest), squeeze=False, layout="constrained"
-    )
-    for axis, (teacher, runs) in zip(axes[0], runs_of.items(), strict=True):
+    size = (11, 1.2 + 0.26 * len(runs))
+    figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3, 2), layout="constrained")
+    for axis, column, factor in zip(axes, ("psnr", "pair_match"), (1, 100), strict=True):
         for y, records in enumerate(runs.values()):
-            values = [record["psnr"] for record in records]
+            values = [factor * record[column] for record in records]
             axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6, markersize=5)
             axis.plot(np.mean(values), y, "|", color="black", markersize=12)
         if "default" in runs:
-            axis.axvline(np.mean([record["psnr"] for record in runs["default"]]), color="C1", linewidth=1, zorder=0)
-        axis.set_yticks(range(len(runs)), list(runs))
-        axis.invert_yaxis()
-        axis.set_xlabel("PSNR to the teacher, dB (a point a seed; line: default)")
-        axis.set_title(teacher)
+            mean = factor * np.mean([record[column] for record in runs["default"]])
+            axis.axvline(mean, color="C1", linewidth=1, zorder=0)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(runs)), list(runs))
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("PSNR to the teacher, dB (a point a seed; orange: default)")
+    axes[1].set_xlabel("pairs right, %")
     figure.savefig(path, dpi=110)
 
 
 def report(outs: list[Path]) -> None:
-    """Write the tables between the page's marks, the plot and a sheet of images."""
-    runs_of = {out.name: read_runs(out) for out in outs}
-    for out in outs:
-        if not runs_of[out.name]:
+    """Write the tables between the page's marks, and a plot and a sheet of images for each folder."""
+    runs_of = {out: read_runs(out) for out in outs}
+    for out, runs in runs_of.items():
+        if not runs:
             raise SystemExit(f"{out} has no finished runs: give the folders that --out named")
     page = PAGE.read_text(encoding="utf-8")
-    for out in outs:
-        runs = runs_of[out.name]
+    for out, runs in runs_of.items():
         last = max((record for records in runs.values() for record in records), key=lambda record: record["date"])
         common = " ".join(last["common"])
         command = f"python scripts/ablation.py --config {last['config']}" + (f" --set {common}" if common else "")
-        text = f"{table(runs)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
+        times = read_json(out / "times.json") if (out / "times.json").exists() else {}
+        text = f"{table(runs, times)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
         start, end = f"<!-- {out.name} -->", f"<!-- end of {out.name} -->"
         if start not in page or end not in page:
             raise SystemExit(f"{PAGE} has no marks {start} and {end} to write between")
@@ -297,9 +340,9 @@ def report(outs: list[Path]) -> None:
         first = slice(None, None, len(IMAGE_SEEDS))
         sheet = {name.replace(" only", ",\nalone").replace("'s far", "'s\nfar"): x[first] for name, x in shown.items()}
         contact_sheet(sheet, [scene.prompt for scene in SHOWN], PAGE.with_name(f"ablation_{out.name}.png"))
+        plot(runs, PAGE.with_name(f"ablation_{out.name}_rows.png"))
     with replacing(PAGE) as new:
         new.write_text(page, encoding="utf-8")
-    plot(runs_of, PAGE.with_name("ablation.png"))
 
 
 if __name__ == "__main__":
