@@ -32,7 +32,8 @@ def lse_by_one_more_key(
     """Window attention and its log-sum-exp [B, H, W, heads]; see `neighborhood_attention`, which `attend` is.
 
     A key of weight e is put beside the text. Its value, 1 in a channel of its own, comes out as e / (Z + e), where Z is
-    the sum of the true keys' weights; so gradients are right with every backend.
+    the sum of the true keys' weights; so gradients are right with every backend. What lies more than some 60 above the
+    query's score with its own key is beyond float32, and counts as that.
     """
     head_dim, batch, heads = operator.index(query.shape[-1]), query.shape[0], query.shape[3]
     with torch.no_grad():  # the result does not depend on e

@@ -202,6 +202,17 @@ def test_the_log_sum_exp_of_scores_far_from_zero(dtype, offset):
     assert (out.double() - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_more_key_does_not_count_among_scores_in_the_thousands(dtype):
+    """bfloat16 rounds them by more than the added key's distance from the others."""
+    inputs, _ = random_inputs((16, 16), 5, 2, 32, 1, dtype)
+    inputs = [(40 * x).detach().requires_grad_() for x in inputs[:2]] + inputs[2:]
+    out, lse = attend(inputs, (3, 4), return_lse=True)
+    expected = oracles.neighborhood(*inputs, (3, 4), (1, 1), (1, 1))
+    assert (out.double() - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
+    assert lse.isfinite().all()
+
+
 def masked_neighborhood(inputs, text_mask, window, stride, dilation, scale=None):
     """The oracle, sample by sample, without the text that the mask hides."""
     outs = []
