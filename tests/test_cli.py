@@ -38,7 +38,7 @@ output: {{folder: {tmp_path / "run"}, checkpoint_every: 1}}
 
 
 def test_distill_then_generate_then_convert(teacher, config, tmp_path, capsys):
-    assert main(["distill", str(config), "optim.lr=1e-2"]) == 0
+    assert main(["distill", str(config), "optim.lr=3e-3"]) == 0
     assert f"adapter saved to {tmp_path / 'run' / 'adapter'}" in capsys.readouterr().out
     assert main(["distill", str(config), "train.steps=3", "--resume"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
@@ -54,7 +54,7 @@ def test_distill_then_generate_then_convert(teacher, config, tmp_path, capsys):
     one, other, dense = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("a", "b", "dense"))
     # a matrix product may round otherwise where the file lays a weight at another alignment: one grey level, no more
     assert one.shape == (64, 64, 3) and abs(one - other).max() <= 1
-    assert abs(one - dense).max() > 4, "the adapter changes the image"
+    assert abs(one - dense).max() > 8, "the adapter changes the image"
 
 
 def test_convert_makes_a_fresh_hybrid(teacher, tmp_path):

@@ -137,7 +137,7 @@ class HybridAttention(nn.Module):
             return
         self.gate_init = float(gate_init)
         if gate == "token":
-            self.gate = nn.Linear(width, heads)
+            self.gate = TokenGate(width, heads, min(1.0, GATE_WIDTH / width) if join == "joint" else 1.0)
         else:
             self.gate = nn.Parameter(torch.empty(heads, head_dim if gate == "channel" else 1))
         self.init_gate()
@@ -177,10 +177,7 @@ class HybridAttention(nn.Module):
         gate = None
         if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
             # the gate stays in fp32, whatever the layer's dtype
-            x = hidden_states.to(self.gate.weight.dtype)
-            if self.join == "joint":  # a step of the optimizer moves the gate by no more than in a layer of GATE_WIDTH
-                x = x * min(1.0, GATE_WIDTH / x.shape[-1])
-            gate = self.gate(x).unsqueeze(-1)
+            gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         if self.map_q is None:
             return None, None, gate
         if self.maps == "after":
@@ -241,19 +238,7 @@ class HybridAttention(nn.Module):
             if self.far is None:
                 image = self._near(*near)
             else:
-                gate = self.gate if gate is None else gate
-                joint = self.join == "joint"
-                if joint:
-                    near, lse = self._near(*near, return_lse=True)
-                    # bounded, so that no product and no gradient overflows
-                    gate = torch.sinh(gate.to(lse.dtype).clamp(-LARGEST_GATE, LARGEST_GATE)) / 10
-                    gate = gate * torch.exp(-lse.clamp(min=-LARGEST_GATE)).unsqueeze(-1)
-                else:
-                    near = self._near(*near)
-                if self.far_only is not None:
-                    far_alone = LARGEST_SHARE if joint else 1.0
-                    gate = torch.where(self.far_only.view(-1, 1, 1, 1), far_alone, gate)
-                image = self.far(far_query, far_key, image_value, near=near, gate=gate, joint=joint)
+                image = self._joined(near, far_query, far_key, self.gate if gate is None else gate)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -276,6 +261,20 @@ class HybridAttention(nn.Module):
             mask = token_layout.join(text_mask, image_mask)[:, None, None]  # [B, 1, 1, S], for all heads and queries
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    def _joined(self, near, far_query, far_key, gate):
+        """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_near`."""
+        value, joint, far_alone = near[2], self.join == "joint", 1.0
+        if joint:
+            near, lse = self._near(*near, return_lse=True)
+            # bounded, so that no product and no gradient overflows
+            gate = torch.sinh(gate.to(lse.dtype).clamp(-LARGEST_GATE, LARGEST_GATE)) / 10
+            gate, far_alone = gate * torch.exp(-lse.clamp(min=-LARGEST_GATE)).unsqueeze(-1), LARGEST_SHARE
+        else:
+            near = self._near(*near)
+        if self.far_only is not None:
+            gate = torch.where(self.far_only.view(-1, 1, 1, 1), far_alone, gate)
+        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint)
 
     def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale, return_lse=False):
         """Window attention, [B, N, heads, D]; with return_lse also the log-sum-exp of its scores, [B, N, heads]."""
@@ -366,6 +365,20 @@ class HybridAttention(nn.Module):
         inputs, outputs = image * width + 2 * (text + image) * kv_width, image * width
         flops = softmax_flops(self._near_pairs(token_layout), width)
         return attention_work(inputs, outputs, flops, element_size, softmax_outputs=outputs)
+
+
+class TokenGate(nn.Linear):
+    """A gate of each head, linear in the token with the weights times `scale`: [B, N, width] -> [B, N, heads].
+
+    By the scale, a step of the optimizer moves the gates of a wide layer no further than those of a narrow one.
+    """
+
+    def __init__(self, width: int, heads: int, scale: float):
+        super().__init__(width, heads)
+        self.scale = scale
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight * self.scale, self.bias)
 
 
 class ValueConv(nn.Conv2d):

@@ -100,7 +100,10 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.requires_grad_(True)
 
     job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid)
-    fit(job, config, accelerator, resume=resume)
+    try:
+        fit(job, config, accelerator, resume=resume)
+    finally:  # a run that is stopped leaves the model as it is to be used
+        job.give_far_alone(None)
 
     if accelerator.is_fsdp2:
         return base
@@ -171,7 +174,7 @@ class Distillation(Job):
 
         with torch.no_grad(), dense_mode(self.model), captured_outputs(self.family, self.layers) as teacher_layers:
             teacher = predict(self.model)
-        self._give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
+        self.give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
         with captured_outputs(self.family, self.layers) as student_layers:
             student = predict(model)
         losses = torch.stack(
@@ -206,7 +209,6 @@ class Distillation(Job):
         return cost["teacher"] + cost["student"] + cost["backward"]
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
-        self._give_far_alone(None)
         if folder is None:
             return self.model
         model = self.model
@@ -241,7 +243,7 @@ class Distillation(Job):
     def _images(self, rows: range) -> list[Image.Image]:
         """The model's images of the set's prompts in turn; row i always from seed `train.seed` + i."""
         pipeline, dtype = self.pipeline, self.dtype
-        self._give_far_alone(None)
+        self.give_far_alone(None)
         tensors = self.data.rows([row % len(self.data) for row in rows])
         text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # only the prompts' tensors
         pipeline.vae.to(self.accelerator.device)
@@ -255,7 +257,8 @@ class Distillation(Job):
             cast.remove()
             pipeline.vae.to("cpu")
 
-    def _give_far_alone(self, images: torch.Tensor | None) -> None:
+    def give_far_alone(self, images: torch.Tensor | None) -> None:
+        """Let the student's hybrid layers use the far branch alone for these images, bool [B]; None: for none."""
         for layer in self.layers.values():
             layer.hybrid.far_only = images
 

@@ -264,6 +264,22 @@ def test_window_dropout_gives_some_samples_the_far_branch_alone(family, prepared
     assert all(module.far_only is None for module in student.modules() if isinstance(module, HybridAttention))
 
 
+def test_a_stopped_run_with_window_dropout_leaves_whole_layers(prepared, monkeypatch):
+    pipeline, data = prepared("sd3")
+    draw = distill_module.draw_batches
+
+    def stopped(**arguments):
+        if arguments["step"] == 2:
+            raise KeyboardInterrupt
+        return draw(**arguments)
+
+    monkeypatch.setattr(distill_module, "draw_batches", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        distill(pipeline, data, tiny_config(loss__window_dropout=0.5))
+    layers = [module for module in pipeline.transformer.modules() if isinstance(module, HybridAttention)]
+    assert layers and all(layer.far_only is None for layer in layers)
+
+
 def test_the_batch_of_a_step_does_not_depend_on_how_it_is_divided(prepared):
     pipeline, data = prepared("sd3")
     recipe = recipe_of(pipeline)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
 from ..trial import failure_reason, triton_requirements, warn_once
 from . import torch as torch_passes
-from .features import FEATURE_MAPS, LARGEST_SHARE
-from .formula import linear_attention_formula, linear_attention_sums
+from .features import FEATURE_MAPS
+from .formula import joint_share, linear_attention_formula
 
 # What the Triton kernels support. The second width is of the queries, keys and channels where the state may have more
 # features than these: with a projection, or another map than elu.
@@ -84,19 +84,18 @@ def linear_attention(
     if not phi.fused:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
-        settings = {
-            "feature_map": feature_map,
-            "query_projection": query_projection,
-            "key_projection": key_projection,
-            "key_mask": key_mask,
-        }
         with torch.autocast(query.device.type, enabled=False):
-            inputs = [x.to(sum_dtype(x.dtype)) for x in (query, key, value)]
-            out = linear_attention_formula(*inputs, eps=eps, **settings).to(value.dtype)
-            if joint:
-                count = key.shape[1] if key_mask is None else key_mask.sum(1)[:, None, None, None]
-                gate = joint_share(gate, linear_attention_sums(*inputs, **settings)[1] + count * eps)
-        return out if near is None else near + gate.to(near.dtype) * (out - near)
+            return linear_attention_formula(
+                *(x.to(sum_dtype(x.dtype)) for x in (query, key, value)),
+                near=near,
+                gate=gate,
+                joint=joint,
+                eps=eps,
+                feature_map=feature_map,
+                query_projection=query_projection,
+                key_projection=key_projection,
+                key_mask=key_mask,
+            ).to(value.dtype)
     tensors = [x for x in (query, key, value, near, gate, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     triton = False
@@ -128,12 +127,6 @@ def linear_attention(
             gate = joint_share(gate, _linear_output(query, *sums, wide=True) + eps)
         return near + gate.to(near.dtype) * (far - near)
     return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
-
-
-def joint_share(gate: Tensor, denominator: Tensor) -> Tensor:
-    """x / (1 + |x|) with x = gate * denominator: the result's share where it is joined "joint"."""
-    x = (gate * denominator).clamp(-LARGEST_SHARE, LARGEST_SHARE)
-    return x / (1 + x.abs())
 
 
 def _takes_triton(*case) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .features import FEATURE_MAPS, LARGEST
+from .features import FEATURE_MAPS, LARGEST, LARGEST_SHARE
 
 
 def linear_attention_formula(
@@ -13,6 +13,9 @@ def linear_attention_formula(
     key: Tensor,
     value: Tensor,
     *,
+    near: Tensor | None = None,
+    gate: Tensor | None = None,
+    joint: bool = False,
     eps: float | None = None,
     feature_map: str = "elu",
     query_projection: Tensor | None = None,
@@ -22,41 +25,34 @@ def linear_attention_formula(
     """Linear attention, computed directly from its formula.
 
     out_i = phi(q_i) state / (phi(q_i) . mean + eps), with state = mean_j phi(k_j) v_j^T and mean = mean_j phi(k_j).
-    Where there are projections, q_i is replaced by q_i query_projection, and k_j by k_j key_projection.
+    Where there are projections, q_i is replaced by q_i query_projection, and k_j by k_j key_projection. Where there is
+    near, the result is near + gate * (out - near); with joint, `joint_share` of the gate and the denominator, as a sum
+    over the keys, takes the gate's place.
 
-    query [B, M, heads, D], key [B, N, heads, D], value [B, N, heads, E], projections [heads, D, m], key_mask bool
-    [B, N] -> [B, M, heads, E]. eps: None is the feature map's own.
+    query [B, M, heads, D], key [B, N, heads, D], value and near [B, N, heads, E], projections [heads, D, m], key_mask
+    bool [B, N] -> [B, M, heads, E]. eps: None is the feature map's own.
     """
-    count = max(key.shape[1], 1) if key_mask is None else key_mask.sum(1)[:, None, None, None]
-    settings = {"feature_map": feature_map, "query_projection": query_projection, "key_projection": key_projection}
-    numerator, denominator = linear_attention_sums(query, key, value, key_mask=key_mask, **settings)
-    eps = FEATURE_MAPS[feature_map].eps if eps is None else eps
-    return numerator / count / (denominator / count + eps)
-
-
-def linear_attention_sums(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    feature_map: str = "elu",
-    query_projection: Tensor | None = None,
-    key_projection: Tensor | None = None,
-    key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The sums over j of phi(q_i) . phi(k_j) v_j and of phi(q_i) . phi(k_j): [B, M, heads, E] and [B, M, heads, 1].
-
-    Arguments as above.
-    """
-    phi = FEATURE_MAPS[feature_map].formula
+    phi = FEATURE_MAPS[feature_map]
     if query_projection is not None:
         query, key = (
             torch.einsum("bnhd,hdm->bnhm", x.clamp(-LARGEST, LARGEST), projection.to(x.dtype))
             for x, projection in ((query, query_projection), (key, key_projection))
         )
-    query, key = phi(query), phi(key)
+    query, key = phi.formula(query), phi.formula(key)
+    count = max(key.shape[1], 1)
     if key_mask is not None:
-        key = key * key_mask[:, :, None, None]
-    state = torch.einsum("bnhf,bnhe->bhfe", key, value)
-    total = key.sum(1).unsqueeze(-1)  # [B, heads, features, 1]
-    return tuple(torch.einsum("bmhf,bhfe->bmhe", query, sums) for sums in (state, total))
+        key, count = key * key_mask[:, :, None, None], key_mask.sum(1)[:, None, None, None]
+    state = torch.einsum("bnhf,bnhe->bhfe", key, value) / count
+    mean = key.sum(1).unsqueeze(-1) / count  # [B, heads, features, 1]
+    numerator, denominator = (torch.einsum("bmhf,bhfe->bmhe", query, sums) for sums in (state, mean))
+    denominator = denominator + (phi.eps if eps is None else eps)
+    out = numerator / denominator
+    if near is None:
+        return out
+    return near + (joint_share(gate * count, denominator) if joint else gate) * (out - near)
+
+
+def joint_share(gate: Tensor, denominator: Tensor) -> Tensor:
+    """x / (1 + |x|) with x = gate * denominator: the result's share where it is joined "joint"."""
+    x = (gate * denominator).clamp(-LARGEST_SHARE, LARGEST_SHARE)
+    return x / (1 + x.abs())

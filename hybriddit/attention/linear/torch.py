@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import sum_dtype
-from .features import FEATURE_MAPS, LARGEST, LARGEST_FACTOR, LARGEST_SHARE
+from .features import FEATURE_MAPS, LARGEST, LARGEST_FACTOR
+from .formula import joint_share
 
 # A block has up to 2048 rows, of as many heads (then images) as fit in about 2 MB: it stays in cache between the steps.
 CPU_ROWS, CPU_ELEMENTS = 2048, 2**19
@@ -103,8 +104,7 @@ def output(
                 far = torch.bmm(q.transpose(1, 2).to(read_state.dtype), block.of_sums(read_state))
                 beside, far, opening = (x.to(dtype) for x in (block.of(near), far, block.of(gate)))
                 if joint:
-                    opening = (opening * denominator.transpose(1, 2)).clamp_(-LARGEST_SHARE, LARGEST_SHARE)
-                    opening.div_(opening.abs().add_(1))
+                    opening = joint_share(opening, denominator.transpose(1, 2))
                 block.write(out, torch.lerp(beside, far, opening))
     return out
 

@@ -55,8 +55,9 @@ def neighborhood_attention(
             be fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
             it warns and takes another.
 
-    Returns [B, H, W, heads, D], or that and the log-sum-exp. Raises ValueError for inputs that do not fit together, a window or dilation below 1, a
-    stride below 1 or above the window, and a backend that is unknown or cannot do the case.
+    Returns [B, H, W, heads, D], or that and the log-sum-exp. Raises ValueError for inputs that do not fit together, a
+    window or dilation below 1, a stride below 1 or above the window, and a backend that is unknown or cannot do the
+    case.
 
     Neighborhood attention, and windows with a stride: arXiv 2204.07143, 2504.16922. FlexAttention: arXiv 2412.05496.
     """
@@ -71,7 +72,6 @@ def neighborhood_attention(
     if query.numel() == 0:
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
-    given = query, key, value, text_key, text_value
     masked = text_mask is not None and text_key is not None
     if masked:
         text = text_key, text_value, text_mask
@@ -99,13 +99,13 @@ def neighborhood_attention(
         taken, has_lse = _take(backend, return_lse, *case)
     if return_lse and not has_lse:
         settings = {"window": window, "stride": stride, "dilation": dilation, "scale": scale, "backend": backend}
-        return lse_by_one_more_key(neighborhood_attention, *given, text_mask, **settings)
-    row = BACKENDS[taken]
-    if not return_lse:
-        out = row.attend(query, key, value, text_key, text_value, *case[5:8], scale)
-        return out[..., :head_dim] if masked else out
-    out, lse = row.attend_with_lse(query, key, value, text_key, text_value, *case[5:8], scale)
-    return out[..., :head_dim], lse
+        out, lse = lse_by_one_more_key(neighborhood_attention, query, key, value, text_key, text_value, **settings)
+    else:
+        attend = BACKENDS[taken].attend_with_lse if return_lse else BACKENDS[taken].attend
+        out = attend(query, key, value, text_key, text_value, *case[5:8], scale)
+        out, lse = out if return_lse else (out, None)
+    out = out[..., :head_dim] if masked else out
+    return (out, lse) if return_lse else out
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -215,44 +215,33 @@ def _gives_lse(name: str, case: WindowCase) -> bool:
         return False
     if row.lse_devices is not None and case.device.type not in row.lse_devices:
         return False
-    reason = _lse_trial_failure(name, case.device, case.dtype, case.head_dim) if row.tried and case.on_gpu else None
+    reason = None
+    if row.tried and case.on_gpu:
+        reason = _trial_failure(name, case.device, case.dtype, case.head_dim, False, lse=True)
     if reason:
         warn_once(f"window attention takes the log-sum-exp from one more key, not from {name}: {reason}")
     return reason is None
 
 
 @lru_cache(maxsize=64)
-def _trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool) -> str | None:
-    """Why a backend fails on a small case, or differs there from the tiled backend; None if it does neither."""
-    sizes, settings = _small_case(head_dim)
+def _trial_failure(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool, lse: bool = False
+) -> str | None:
+    """Why a backend fails on a small case, or differs there from the tiled backend; None if it does neither.
+
+    lse: of its log-sum-exp, else of its output.
+    """
+    settings = (7, 9), (1, 1), (1, 1), head_dim**-0.5
+    sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
+    row = BACKENDS[name]
     return failure_reason(
-        lambda *inputs: BACKENDS[name].attend(*inputs, *settings),
-        lambda *inputs: tiled.attend(*inputs, *settings),
+        lambda *inputs: row.attend_with_lse(*inputs, *settings)[1] if lse else row.attend(*inputs, *settings),
+        lambda *inputs: tiled.attend_with_lse(*inputs, *settings)[lse],
         sizes,
         device,
         dtype,
         gradients,
     )
-
-
-@lru_cache(maxsize=64)
-def _lse_trial_failure(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The same for the log-sum-exp."""
-    sizes, settings = _small_case(head_dim)
-    return failure_reason(
-        lambda *inputs: BACKENDS[name].attend_with_lse(*inputs, *settings)[1],
-        lambda *inputs: tiled.attend_with_lse(*inputs, *settings)[1],
-        sizes,
-        device,
-        dtype,
-        False,
-    )
-
-
-def _small_case(head_dim: int) -> tuple[list, tuple]:
-    """Sizes of query, key, value and text, and window, stride, dilation and scale."""
-    sizes = [(1, 20, 36, 2, head_dim)] * 3 + [(1, 5, 2, head_dim)] * 2
-    return sizes, ((7, 9), (1, 1), (1, 1), head_dim**-0.5)
 
 
 # Fastest first.

@@ -24,7 +24,6 @@ def lse_by_one_more_key(
     value: Tensor,
     text_key: Tensor | None,
     text_value: Tensor | None,
-    text_mask: Tensor | None,
     *,
     scale: float,
     **settings,
@@ -45,12 +44,10 @@ def lse_by_one_more_key(
     )
     one = F.pad(query.new_ones(batch, 1, heads, 1), (head_dim, CHANNELS - 1))  # as a key and as a value
     if text_key is None:
-        text_key, text_value, text_mask = one, one, None
+        text_key, text_value = one, one
     else:
         text_key, text_value = torch.cat((text_key, one), 1), torch.cat((text_value, one), 1)
-        text_mask = None if text_mask is None else F.pad(text_mask, (0, 1), value=True)
-    text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-    out = attend(query, key, value, **text, scale=scale, **settings)
+    out = attend(query, key, value, text_key=text_key, text_value=text_value, scale=scale, **settings)
     out, rest = out[..., :head_dim], out[..., head_dim].to(sum_dtype(out.dtype))
     rest = rest.clamp(1e-30, 0.5)
     out = (out / (1 - rest).unsqueeze(-1)).to(out.dtype)

@@ -24,10 +24,10 @@ def case(**changes):
 @pytest.fixture(autouse=True)
 def fresh():
     """No choice of another test is remembered."""
-    for kept in (dispatch._taken, dispatch._trial_failure, dispatch._lse_trial_failure, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
         kept.cache_clear()
     yield
-    for kept in (dispatch._taken, dispatch._trial_failure, dispatch._lse_trial_failure, trial.warn_once):
+    for kept in (dispatch._taken, dispatch._trial_failure, trial.warn_once):
         kept.cache_clear()
 
 
@@ -251,7 +251,7 @@ def test_the_log_sum_exp_is_natten_s_unless_it_is_wrong_or_needs_gradients(machi
             neighborhood_attention(*inputs[:3], **settings)[1].double(), expected, rtol=0, atol=1e-4
         )
         assert given == [32, 32]
-        dispatch._lse_trial_failure.cache_clear()
+        dispatch._trial_failure.cache_clear()
         wrong.append(True)
         with pytest.warns(
             UserWarning, match="takes the log-sum-exp from one more key, not from natten: its output is wrong"
