@@ -22,7 +22,6 @@ demo: install
 demo-full: install
 	$(BIN)/python scripts/ablation.py --out outputs/ablation/full --set train.steps=1300 data.images=960 \
 		--rows default "window only" "linear only" "LinFusion's far branch"
-	$(BIN)/python scripts/ablation.py --report outputs/ablation/full
 
 # in as many processes as there are cores, four at the most: each holds torch and diffusers
 test: install

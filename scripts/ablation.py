@@ -10,8 +10,9 @@
 
 Finished runs are not repeated, and the same command may run several times at once: each process takes runs that no
 other has, so start one per core with OMP_NUM_THREADS=1. Every student sees the same images, noise and order of a seed;
-it is judged on other prompts' seeds, as a whole and with its near or far branch switched off. --report writes the
-tables of benchmarks/results/ablation.md, whose other text stays, and its plots.
+it is judged on other prompts' seeds, as a whole and with its near or far branch switched off. At the end it prints a
+table, and leaves pictures in the folder of --out. --report writes the tables of benchmarks/results/ablation.md, whose
+other text stays, and its pictures.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import math
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -95,7 +97,7 @@ ROWS: dict[str, list[str]] = {
     "rate 1.5e-3": ["optim.lr=1.5e-3"],
 }
 # The far branch once more, joined by a gate.
-for name, changes in {
+GATE_JOIN: dict[str, list[str]] = {
     "gate per channel": ["hybrid.gate=channel"],
     "hedgehog": ["hybrid.feature_map=hedgehog"],
     "hedgehog, m = 32": ["hybrid.feature_map=hedgehog", "hybrid.projection=32"],
@@ -104,8 +106,8 @@ for name, changes in {
     "no maps": ["hybrid.map_rank=0"],
     "maps of rank 6": ["hybrid.map_rank=6"],
     "axial rotary embedding": ["hybrid.rotary=axial"],
-}.items():
-    ROWS[f"gate join, {name}"] = ["hybrid.join=gate", *changes]
+}
+ROWS |= {f"gate join, {name}": ["hybrid.join=gate", *changes] for name, changes in GATE_JOIN.items()}
 PAGE = Path("benchmarks/results/ablation.md")
 IMAGE_SEEDS = tuple(range(1001, 1009))
 BRANCH_SEEDS = 3  # of these, for the students with a branch switched off
@@ -137,14 +139,23 @@ def main() -> None:
         if name not in ROWS:
             parser.error(f"unknown row {name!r}: the rows are {', '.join(ROWS)}")
         rows[name] = ROWS[name]
+    for overrides in rows.values():  # what is wrong is said before the teacher draws
+        load_config(args.config, [*args.set, *overrides])
     args.out.mkdir(parents=True, exist_ok=True)
     ablation = Ablation(args.config, args.set, args.out)
     if args.times:
-        ablation.time(rows)
+        ablation.measure_times({"default": [], **rows})
         return
     for seed in args.seeds:
         for name, overrides in rows.items():
             ablation.run(name, overrides, seed)
+    runs = read_runs(args.out)
+    if not runs:  # another process has them all
+        return
+    show(args.out, runs, args.out / "images.png", args.out / "rows.png")
+    print(
+        table(args.out, runs), f"the images: {args.out / 'images.png'}; every row: {args.out / 'rows.png'}", sep="\n\n"
+    )
 
 
 class Ablation:
@@ -179,7 +190,7 @@ class Ablation:
         config = self.config(overrides, seed)
         settings = json.loads(json.dumps(to_dict(config)))
         del settings["train"]["progress"]  # a run is the same without it
-        path = self.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}.json"
+        path = record_path(self.out, name, seed)
         with locked(path.with_suffix(".lock")) as mine:
             if not mine or (path.exists() and read_json(path)["settings"] == settings):
                 return
@@ -219,26 +230,26 @@ class Ablation:
             write_json(path, found)
             print(json.dumps({key: found[key] for key in ("name", "seed", "seconds", *COLUMNS) if key in found}))
 
-    def time(self, rows: dict[str, list[str]]) -> None:
+    def measure_times(self, rows: dict[str, list[str]]) -> None:
         """Write times.json: seconds of a batch, forward and backward, of each row's model, all in turns."""
-        cases, seen = [], {}
-        for name, overrides in rows.items():
-            config = self.config(overrides)
+        configs = {name: self.config(overrides) for name, overrides in rows.items()}
+        cases = {}  # rows with one model share a case
+        for config in configs.values():
+            if (key := str(config.hybrid)) in cases:
+                continue
             model = hybridize(copy.deepcopy(self.dense), config.hybrid)
-            for key, parameter in model.named_parameters():
-                parameter.requires_grad_(".hybrid." in key)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".hybrid." in name)
             family, data = family_of(model), self.data.rows(range(config.train.batch_size))
-            text = {key: data[key] for key in self.data.empty}
+            text = {name: data[name] for name in self.data.empty}
             latents, grid = data["latents"].float(), layout_of(self.pipeline, config).grids[0]
             times = torch.full((len(latents),), family.middle_time)
             inputs = family.model_inputs(latents, times, text, grid, None)
-            seen[name] = str(config.hybrid)
-            if seen[name] not in (case.name for case in cases):
-                forward = partial(lambda model, inputs: model(**inputs, return_dict=False)[0], model, inputs)
-                cases.append(Case(seen[name], forward, [p for p in model.parameters() if p.requires_grad]))
-        outcomes = measure(cases, True, torch.device("cpu"), Limits(repeats=15, max_seconds=60))
-        seconds = {name: float(np.median(outcomes[key].samples["forward + backward"])) for name, key in seen.items()}
-        write_json(self.out / "times.json", seconds)
+            forward = partial(lambda model, inputs: model(**inputs, return_dict=False)[0], model, inputs)
+            cases[key] = Case(key, forward, [p for p in model.parameters() if p.requires_grad])
+        outcomes = measure(cases.values(), True, torch.device("cpu"), Limits(repeats=15, max_seconds=60))
+        seconds = {key: float(np.median(outcome.samples["forward + backward"])) for key, outcome in outcomes.items()}
+        write_json(self.out / "times.json", {name: seconds[str(config.hybrid)] for name, config in configs.items()})
 
     def measure(self, model: nn.Module, seeds: int, name: str) -> tuple[np.ndarray, dict[str, float]]:
         """The images of a student for the first so many seeds, and how near they are to the teacher's."""
@@ -271,8 +282,9 @@ def read_runs(out: Path) -> dict[str, list[dict]]:
     return dict(sorted(runs.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
 
 
-def table(runs: dict[str, list[dict]], times: dict[str, float]) -> str:
-    """Means and, from two seeds on, standard deviations of each row, as Markdown."""
+def table(out: Path, runs: dict[str, list[dict]]) -> str:
+    """Means and, from two seeds on, standard deviations of each row of a folder, as Markdown."""
+    times = read_json(out / "times.json") if (out / "times.json").exists() else {}
     head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "time"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for name, records in runs.items():
@@ -315,8 +327,24 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def show(out: Path, runs: dict[str, list[dict]], images: Path, rows: Path) -> None:
+    """Draw two pictures of a folder: images of its teacher and main students, and `plot`."""
+    shown = {"teacher": np.load(out / "teacher.npy")}
+    for name in ("default", "window only", "linear only", "LinFusion's far branch"):
+        for record in runs.get(name, [])[:1]:
+            shown[name] = np.load(record_path(out, name, record["seed"]).with_suffix(".npy"))
+    first = slice(None, None, len(IMAGE_SEEDS))
+    sheet = {name.replace(" only", ",\nalone").replace("'s far", "'s\nfar"): x[first] for name, x in shown.items()}
+    contact_sheet(sheet, [scene.prompt for scene in SHOWN], images)
+    plot(runs, rows)
+
+
+def record_path(out: Path, name: str, seed: int) -> Path:
+    return out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{seed}.json"
+
+
 def report(outs: list[Path]) -> None:
-    """Write the tables between the page's marks, and a plot and a sheet of images for each folder."""
+    """Write the tables between the page's marks, and each folder's pictures beside it."""
     runs_of = {out: read_runs(out) for out in outs}
     for out, runs in runs_of.items():
         if not runs:
@@ -326,24 +354,18 @@ def report(outs: list[Path]) -> None:
         last = max((record for records in runs.values() for record in records), key=lambda record: record["date"])
         common = " ".join(last["common"])
         command = f"python scripts/ablation.py --config {last['config']}" + (f" --set {common}" if common else "")
-        times = read_json(out / "times.json") if (out / "times.json").exists() else {}
-        text = f"{table(runs, times)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
+        text = f"{table(out, runs)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
         start, end = f"<!-- {out.name} -->", f"<!-- end of {out.name} -->"
         if start not in page or end not in page:
             raise SystemExit(f"{PAGE} has no marks {start} and {end} to write between")
         page = page[: page.index(start) + len(start)] + f"\n{text}\n" + page[page.index(end) :]
-        shown = {"teacher": np.load(out / "teacher.npy")}
-        for name in ("default", "window only", "linear only", "LinFusion's far branch"):
-            for path in sorted(out.glob("*.npy")):
-                if path.with_suffix(".json").exists() and read_json(path.with_suffix(".json"))["name"] == name:
-                    shown.setdefault(name, np.load(path))
-        first = slice(None, None, len(IMAGE_SEEDS))
-        sheet = {name.replace(" only", ",\nalone").replace("'s far", "'s\nfar"): x[first] for name, x in shown.items()}
-        contact_sheet(sheet, [scene.prompt for scene in SHOWN], PAGE.with_name(f"ablation_{out.name}.png"))
-        plot(runs, PAGE.with_name(f"ablation_{out.name}_rows.png"))
+        show(out, runs, PAGE.with_name(f"ablation_{out.name}.png"), PAGE.with_name(f"ablation_{out.name}_rows.png"))
     with replacing(PAGE) as new:
         new.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"ablation: {error}")
