@@ -8,9 +8,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+# What every Triton kernel here takes.
+KERNEL_DTYPES, KERNEL_MAX_WIDTH = (torch.bfloat16, torch.float16, torch.float32), 256
 
 # Largest difference of a backend's result on a small case from plain torch's in float32, relative to the latter's norm.
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 0.01}
@@ -51,6 +55,27 @@ def failure_reason(
             if not (x.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm():
                 return f"its {'gradient' if i else 'output'} is wrong on this device"
     return None
+
+
+def kernel_refusal(kernels: Callable[[], ModuleType], device_type: str, dtype: torch.dtype, width: int) -> str | None:
+    """Why Triton kernels cannot take tensors of this kind, or None if they can.
+
+    kernels: imports their module, whose INTERPRETED says whether Triton's interpreter runs them. width: of a head.
+    """
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if width > KERNEL_MAX_WIDTH:
+        return f"its kernels take head widths up to {KERNEL_MAX_WIDTH}, not {width}"
+    try:
+        interpreted = kernels().INTERPRETED
+    except ImportError:
+        return "it is not installed"
+    if interpreted:
+        return None
+    if device_type != "cuda":
+        return f"it needs a GPU (or TRITON_INTERPRET=1, to try it), and the tensors are on {device_type}"
+    missing = triton_requirements()
+    return f"it needs {' and '.join(missing)}" if missing else None
 
 
 def triton_requirements() -> list[str]:

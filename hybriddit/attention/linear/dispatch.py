@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
-from ..trial import failure_reason, triton_requirements, warn_once
+from ..trial import KERNEL_MAX_WIDTH, failure_reason, kernel_refusal, warn_once
 from . import torch as torch_passes
 from .features import FEATURE_MAPS
 from .formula import joint_share, linear_attention_formula
 
-# What the Triton kernels support. The second width is of the queries, keys and channels where the state may have more
-# features than these: with a projection, or another map than elu.
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# What the Triton kernels support. The width is of the queries, keys and channels where the state may have more features
+# than these: with a projection, or another map than elu.
 TRITON_MAPS = ("elu", "hedgehog", "polynomial")
-TRITON_MAX_WIDTH, TRITON_MAX_MAPPED_WIDTH = 256, 128
+TRITON_MAX_MAPPED_WIDTH = 128
 
 
 def linear_attention(
@@ -175,23 +174,10 @@ def triton_refusal(
     """
     if feature_map not in TRITON_MAPS:
         return f"its kernels have the feature maps {', '.join(TRITON_MAPS)}, not {feature_map}"
-    if dtype not in TRITON_DTYPES:
-        return f"its kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if width > TRITON_MAX_WIDTH:
-        return f"its kernels take head widths up to {TRITON_MAX_WIDTH}, not {width}"
     if mapped_width > TRITON_MAX_MAPPED_WIDTH:
         given = "projections, and feature maps other than elu,"
         return f"its kernels take {given} at widths up to {TRITON_MAX_MAPPED_WIDTH}, not {mapped_width}"
-    try:
-        interpreted = _triton_passes().INTERPRETED
-    except ImportError:
-        return "it is not installed"
-    if interpreted:
-        return None
-    if device_type != "cuda":
-        return f"it needs a GPU (or TRITON_INTERPRET=1, to try it), and the tensors are on {device_type}"
-    missing = triton_requirements()
-    return f"it needs {' and '.join(missing)}" if missing else None
+    return kernel_refusal(_triton_passes, device_type, dtype, width)
 
 
 def _check(query, key, value, near, gate, key_mask, query_projection, key_projection):
@@ -213,9 +199,9 @@ def _check(query, key, value, near, gate, key_mask, query_projection, key_projec
         if query_projection.shape != key_projection.shape or query_projection.shape[:-1] != query.shape[2:]:
             given = shapes(query_projection, key_projection)  # only here: torch.compile cannot print symbolic sizes
             raise ValueError(f"the projections must be {list(query.shape[2:])} x m, one m for both, got {given}")
-        if not 1 <= query_projection.shape[-1] <= TRITON_MAX_WIDTH:
+        if not 1 <= query_projection.shape[-1] <= KERNEL_MAX_WIDTH:
             raise ValueError(
-                f"the projections must have 1 to {TRITON_MAX_WIDTH} channels, got {shapes(query_projection)}"
+                f"the projections must have 1 to {KERNEL_MAX_WIDTH} channels, got {shapes(query_projection)}"
             )
     if key_mask is not None:
         check_mask("key_mask", key_mask, key)

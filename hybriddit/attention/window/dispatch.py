@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
 from ..trial import failure_reason, warn_once
-from . import dense, flex, natten, tiled
+from . import dense, flex, natten, tiled, triton
 from .case import WindowCase
 from .lse import lse_by_one_more_key
 from .rule import covers, pair
@@ -49,11 +49,12 @@ def neighborhood_attention(
         text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
         return_lse: also return the logarithm of the sum of exp(score), [B, H, W, heads] in at least float32. It has
             gradients.
-        backend: "tiled" and "dense" run on any device. "natten" needs its compiled kernels and an NVIDIA GPU, and does
-            not take a window of 1 or one that has to be clamped. "flex" is torch's FlexAttention, compiled on a GPU (it
-            needs Triton and a C compiler), uncompiled and without gradients on a CPU. "auto" takes the one that should
-            be fastest of those that can do the case. Its first use of natten or flex tries a small case; if that fails,
-            it warns and takes another.
+        backend: "tiled" and "dense" run on any device. "triton" is hybriddit's own kernels, on a GPU (or in Triton's
+            interpreter); it and "flex", torch's FlexAttention, need Triton and a C compiler there. On a CPU flex is
+            uncompiled and has no gradients. "natten" needs its compiled kernels and an NVIDIA GPU, and does not take a
+            window of 1 or one that has to be clamped. "auto" takes the one that should be fastest of those that can do
+            the case. Its first use of triton, flex or natten tries a small case; if that fails, it warns and takes
+            another.
 
     Returns [B, H, W, heads, D], or that and the log-sum-exp. Raises ValueError for inputs that do not fit together, a
     window or dilation below 1, a stride below 1 or above the window, and a backend that is unknown or cannot do the
@@ -72,10 +73,12 @@ def neighborhood_attention(
     if query.numel() == 0:
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
-    masked = text_mask is not None and text_key is not None
-    if masked:
-        text = text_key, text_value, text_mask
-        query, key, value, text_key, text_value = hide_padded_text(query, key, value, *text, scale)
+    text_mask = None if text_key is None else text_mask
+    take = _take
+    if torch.compiler.is_compiling():
+        from ..tracing import constant
+
+        take = partial(constant, _take)
     # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
     grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
     inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
@@ -91,20 +94,21 @@ def neighborhood_attention(
         0 if text_key is None else operator.index(text_key.shape[1]),
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
     )
-    if torch.compiler.is_compiling():
-        from ..tracing import constant
-
-        taken, has_lse = constant(_take, backend, return_lse, *case)
-    else:
-        taken, has_lse = _take(backend, return_lse, *case)
+    taken, has_lse = take(backend, return_lse, *case)
+    hidden = text_mask is not None and not (BACKENDS[taken].masks_text and (has_lse or not return_lse))
+    if hidden:
+        text = text_key, text_value, text_mask
+        query, key, value, text_key, text_value = hide_padded_text(query, key, value, *text, scale)
+        taken, has_lse = take(backend, return_lse, *case[:4], operator.index(query.shape[4]), *case[5:])
     if return_lse and not has_lse:
         settings = {"window": window, "stride": stride, "dilation": dilation, "scale": scale, "backend": backend}
         out, lse = lse_by_one_more_key(neighborhood_attention, query, key, value, text_key, text_value, **settings)
     else:
         attend = BACKENDS[taken].attend_with_lse if return_lse else BACKENDS[taken].attend
-        out = attend(query, key, value, text_key, text_value, *case[5:8], scale)
+        text_mask = {} if text_mask is None or hidden else {"text_mask": text_mask}
+        out = attend(query, key, value, text_key, text_value, *case[5:8], scale, **text_mask)
         out, lse = out if return_lse else (out, None)
-    out = out[..., :head_dim] if masked else out
+    out = out[..., :head_dim] if hidden else out
     return (out, lse) if return_lse else out
 
 
@@ -150,8 +154,9 @@ class Backend(NamedTuple):
         tensors are [B, H, W, heads, D], text [B, S, heads, D] or None, the others pairs (rows, columns) and a number.
     refusal: (case) -> why the backend cannot do it, or None.
     slower: (case) -> why another backend is faster, or None.
-    attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), without gradients, on lse_devices (their
-        types; None is any).
+    attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), on lse_devices (their types; None is any).
+        lse_gradients: whether both have gradients.
+    masks_text: whether both take text_mask, bool [B, S]; else padded text is hidden by a wider head.
     tried: whether a small case is tried before the backend's first use on a GPU.
     """
 
@@ -160,6 +165,8 @@ class Backend(NamedTuple):
     slower: Callable[[WindowCase], str | None]
     attend_with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
     lse_devices: tuple[str, ...] | None = None
+    lse_gradients: bool = False
+    masks_text: bool = False
     tried: bool = False
 
 
@@ -211,7 +218,7 @@ def _taken(backend: str, case: WindowCase) -> str:
 
 def _gives_lse(name: str, case: WindowCase) -> bool:
     row = BACKENDS[name]
-    if row.attend_with_lse is None or case.gradients:
+    if row.attend_with_lse is None or (case.gradients and not row.lse_gradients):
         return False
     if row.lse_devices is not None and case.device.type not in row.lse_devices:
         return False
@@ -246,8 +253,17 @@ def _trial_failure(
 
 # Fastest first.
 BACKENDS = {
-    "natten": Backend(natten.attend, natten.refusal, natten.slower, natten.attend_with_lse, tried=True),
+    "triton": Backend(
+        triton.attend,
+        triton.refusal,
+        triton.slower,
+        triton.attend_with_lse,
+        lse_gradients=True,
+        masks_text=True,
+        tried=True,
+    ),
     "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True),
+    "natten": Backend(natten.attend, natten.refusal, natten.slower, natten.attend_with_lse, tried=True),
     "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower, tiled.attend_with_lse),
     "dense": Backend(dense.attend, dense.refusal, dense.slower, dense.attend_with_lse, ("cpu",)),
 }

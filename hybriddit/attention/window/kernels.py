@@ -1,0 +1,1127 @@
+"""Triton kernels of window attention, forward and backward; they read queries, keys and values where they lie.
+
+A program takes a tile of queries, some rows by some columns of the grid, and walks the keys that any of their windows
+holds, row by row, then the text. Keys that all of the tile see are walked without a mask. With dilation, each residue
+class of rows and columns is a grid of its own, whose rows and columns are further apart in memory.
+
+The gradient of queries walks the same way. That of keys and values takes a tile of keys and walks the queries that see
+any of it: an interval of rows by one of columns, because windows do not move back as positions move on. Text keys are
+seen by all queries: each program sums a share of them, and the shares are added in a fixed order. So all results are
+reproducible bit for bit. Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# The running maximum before the first key: finite, so that no difference of two infinities is taken.
+LOWEST = tl.constexpr(-3.0e38)
+# Programs per multiprocessor among which the queries that see a block of text are shared out.
+PROGRAMS_PER_SM = 2
+INTERPRETED_PROGRAMS = 3
+# Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
+OVERRIDES: dict[str, dict] = {}
+
+
+@triton.jit
+def _first(index, size, window, stride):
+    """Where the window of a position begins, in a residue class of this size: as `rule.class_windows`."""
+    leader = tl.minimum(index // stride * stride + stride // 2, size - 1)
+    return tl.minimum(tl.maximum(leader - window // 2, 0), size - window)
+
+
+@triton.jit
+def _seeing(key, size, window, stride):
+    """How many positions have a window that begins at `key` or before it; they are the first ones."""
+    group = (key + window // 2 - stride // 2) // stride
+    count = tl.where(key >= size - window, size, tl.minimum((group + 1) * stride, size))
+    return tl.where(key < 0, 0, count)
+
+
+@triton.jit
+def _axis(length, residue, dilation, window, stride):
+    """A residue class of an axis: its size, and the window and stride clamped to it."""
+    size = (length - residue + dilation - 1) // dilation
+    window = tl.minimum(window, size)
+    return size, window, tl.minimum(stride, window)
+
+
+@triton.jit
+def _place_of_program(heads, tiles_y, tiles_x, residues_y, residues_x):
+    """Which batch and head (64-bit), residue classes and tile a program has."""
+    program = tl.program_id(0)
+    tile_x = program % tiles_x
+    program = program // tiles_x
+    tile_y = program % tiles_y
+    program = program // tiles_y
+    residue_x = program % residues_x
+    program = program // residues_x
+    residue_y = program % residues_y
+    pair = (program // residues_y).to(tl.int64)
+    return pair // heads, pair % heads, residue_y, residue_x, tile_y, tile_x
+
+
+@triton.jit
+def _base(pointer, batch, head, residue_y, residue_x, strides, dilation_y, dilation_x, UNIT: tl.constexpr):
+    """(pointer, row stride, column stride) of a residue class; strides: of batch, row, column and head in UNIT."""
+    row, column = strides[1].to(tl.int64), strides[2].to(tl.int64)
+    pointer += (batch * strides[0] + residue_y * row + residue_x * column + head * strides[3]) * UNIT
+    return pointer, row * dilation_y * UNIT, column * dilation_x * UNIT
+
+
+@triton.jit
+def _text_base(pointer, batch, head, strides, UNIT: tl.constexpr):
+    """The same of text, a single row; strides: of batch, token and head."""
+    return pointer + (batch * strides[0] + head * strides[2]) * UNIT, 0, strides[1].to(tl.int64) * UNIT
+
+
+@triton.jit
+def _interval(axis, position, TRANSPOSED: tl.constexpr):
+    """The first one and the number of the keys that a query of an axis sees; TRANSPOSED: of the queries that see a key."""
+    size, window, stride = axis
+    if TRANSPOSED:
+        first = _seeing(position - window, size, window, stride)
+        count = _seeing(position, size, window, stride) - first
+    else:
+        first = _first(position, size, window, stride)
+        count = position * 0 + window
+    return first, count
+
+
+@triton.jit
+def _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK: tl.constexpr):
+    """Rows and columns of a tile, and whether they are of the grid: [BLOCK] each. Those that are not are the last ones."""
+    n = tl.arange(0, BLOCK)
+    y, x = start_y + n // tile_width, start_x + n % tile_width
+    inside = (y < axis_y[0]) & (x < axis_x[0])
+    return tl.minimum(y, axis_y[0] - 1), tl.minimum(x, axis_x[0] - 1), inside
+
+
+@triton.jit
+def _walks_of_tile(
+    axis_y,
+    axis_x,
+    start_y,
+    start_x,
+    tile_height,
+    tile_width,
+    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`_two_walks` over what a tile of queries sees; TRANSPOSED: over what sees a tile of keys."""
+    top, rows = _interval(axis_y, start_y, TRANSPOSED)
+    left, columns = _interval(axis_x, start_x, TRANSPOSED)
+    last_top, last_rows = _interval(axis_y, tl.minimum(start_y + tile_height, axis_y[0]) - 1, TRANSPOSED)
+    last_left, last_columns = _interval(axis_x, tl.minimum(start_x + tile_width, axis_x[0]) - 1, TRANSPOSED)
+    return _two_walks(
+        top,
+        last_top + last_rows,
+        last_top,
+        top + rows,
+        left,
+        last_left + last_columns,
+        last_left,
+        left + columns,
+        BLOCK,
+        COLUMNS,
+    )
+
+
+@triton.jit
+def _load(base, offset, valid, WIDTH: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels START and on, BLOCK of them, of the rows at these offsets: 0 where not valid, and beyond WIDTH.
+
+    valid: None where all are.
+    """
+    d = START + tl.arange(0, BLOCK)
+    pointers = base + offset[:, None] + d[None, :]
+    if START + BLOCK > WIDTH:
+        inside = d[None, :] < WIDTH
+        x = tl.load(pointers, mask=inside if valid is None else valid[:, None] & inside, other=0.0)
+    elif valid is None:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=valid[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def _store(base, offset, valid, x, WIDTH: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr):
+    d = START + tl.arange(0, BLOCK)
+    tl.store(
+        base + offset[:, None] + d[None, :],
+        x.to(base.dtype.element_ty),
+        mask=valid[:, None] & (d[None, :] < WIDTH),
+    )
+
+
+@triton.jit
+def _load_both(
+    base, offset, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_2: tl.constexpr, DOT: tl.constexpr
+):
+    """All channels, in blocks of BLOCK_D and BLOCK_2; the second is the first once more where BLOCK_2 is 0."""
+    x = _load(base, offset, valid, WIDTH, 0, BLOCK_D).to(DOT)
+    x_2 = x
+    if BLOCK_2:
+        x_2 = _load(base, offset, valid, WIDTH, BLOCK_D, BLOCK_2).to(DOT)
+    return x, x_2
+
+
+@triton.jit
+def _products(a, b, BLOCK_2: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T in float32; a and b as `_load_both` gives them."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if BLOCK_2:
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _walk(step, walk, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The positions of a block of a walk: whether they are within it, and their row and column, [BLOCK] each.
+
+    walk: (number of blocks, from which one on some are left out, and how many; blocks side by side; the first row and
+    column, and the last ones + 1). A block is COLUMNS wide.
+    """
+    _, skip_at, skipped, across, top, left, bottom, right = walk
+    step = tl.where(step >= skip_at, step + skipped, step)
+    n = tl.arange(0, BLOCK)
+    row = top + step // across * (BLOCK // COLUMNS) + n // COLUMNS
+    column = left + step % across * COLUMNS + n % COLUMNS
+    return (row < bottom) & (column < right), row, column
+
+
+@triton.jit
+def _two_walks(
+    top, bottom, free_top, free_bottom, left, right, free_left, free_right, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The walks over rows [top, bottom) and columns [left, right): over the blocks that need a mask, and the free ones.
+
+    What lies between the free rows and columns needs no mask; blocks are free if their rows are, and all columns.
+    """
+    rows: tl.constexpr = BLOCK // COLUMNS
+    across = tl.cdiv(right - left, COLUMNS)
+    blocks = tl.cdiv(bottom - top, rows)
+    skip_at = tl.cdiv(tl.maximum(free_top - top, 0), rows)
+    free = tl.maximum(tl.maximum(free_bottom - top, 0) // rows - skip_at, 0)
+    whole = (free_left <= left) & (free_right >= right) & ((right - left) % COLUMNS == 0)
+    free, skip_at = tl.where(whole, free, 0) * across, skip_at * across
+    masked = blocks * across - free, skip_at, free, across, top, left, bottom, right
+    return masked, (free, 0, skip_at, across, top, left, bottom, right)
+
+
+@triton.jit
+def _between(index, first, count):
+    """Whether index is one of `count` from `first` on: one comparison, as a negative difference is huge unsigned."""
+    return (index - first).to(tl.uint32) < count.to(tl.uint32)
+
+
+@triton.jit
+def _seen(valid, row, column, windows, text_mask, KIND: tl.constexpr, HAS_TEXT_MASK: tl.constexpr):
+    """Which of a walk's positions are seen, [tile, positions], or [1, positions] of text. "free" ones all are."""
+    if KIND == "text":
+        if HAS_TEXT_MASK:
+            valid = valid & (tl.load(text_mask + column, mask=valid, other=0) != 0)
+        seen = valid[None, :]
+    else:
+        first_y, count_y, first_x, count_x = windows
+        in_rows = _between(row[None, :], first_y[:, None], count_y[:, None])
+        seen = in_rows & _between(column[None, :], first_x[:, None], count_x[:, None])
+    return seen
+
+
+@triton.jit
+def _attend(
+    q,
+    windows,
+    walk,
+    keys,
+    values,
+    text_mask,
+    scale,
+    sums,
+    KIND: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Go on with a softmax over the keys of a walk; scale: in units of log 2.
+
+    keys, values: (pointer, row stride, column stride). windows: (first row and column of each query's, rows, columns).
+    sums: weighted values in two blocks of channels, highest score, and sum of weights, both [queries].
+    KIND: "free", all is seen; "window"; or "text", whose columns are its tokens.
+    """
+    total, total_2, highest, weight = sums
+    key, k_row, k_column = keys
+    value, v_row, v_column = values
+    for step in range(walk[0]):
+        valid, row, column = _walk(step, walk, BLOCK_N, COLUMNS)
+        if KIND == "free":
+            valid = None
+        k = _load_both(key, row * k_row + column * k_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        scores = _products(q, k, BLOCK_2, PRECISION) * scale
+        if KIND != "free":
+            seen = _seen(valid, row, column, windows, text_mask, KIND, HAS_TEXT_MASK)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        factor = tl.exp2(highest - higher)
+        highest = higher
+        weight = weight * factor + tl.sum(weights, axis=1)
+        v = _load_both(value, row * v_row + column * v_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        total = tl.dot(weights.to(DOT), v[0], total * factor[:, None], input_precision=PRECISION)
+        if BLOCK_2:
+            total_2 = tl.dot(weights.to(DOT), v[1], total_2 * factor[:, None], input_precision=PRECISION)
+    return total, total_2, highest, weight
+
+
+@triton.jit
+def _query_gradient(
+    q,
+    grad,
+    lse,
+    delta,
+    windows,
+    walk,
+    keys,
+    values,
+    text_mask,
+    scale,
+    sums,
+    KIND: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the scores' gradients times the keys of a walk to sums, in two blocks of channels; else as `_attend`.
+
+    grad: the output's. lse: in units of log 2. delta: what is taken from the weights' gradients.
+    """
+    total, total_2 = sums
+    key, k_row, k_column = keys
+    value, v_row, v_column = values
+    for step in range(walk[0]):
+        valid, row, column = _walk(step, walk, BLOCK_N, COLUMNS)
+        if KIND == "free":
+            valid = None
+        k = _load_both(key, row * k_row + column * k_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        v = _load_both(value, row * v_row + column * v_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        weights = tl.exp2(_products(q, k, BLOCK_2, PRECISION) * scale - lse[:, None])
+        if KIND != "free":
+            seen = _seen(valid, row, column, windows, text_mask, KIND, HAS_TEXT_MASK)
+            weights = tl.where(seen, weights, 0.0)
+        slope = (weights * (_products(grad, v, BLOCK_2, PRECISION) - delta[:, None])).to(DOT)
+        total = tl.dot(slope, k[0], total, input_precision=PRECISION)
+        if BLOCK_2:
+            total_2 = tl.dot(slope, k[1], total_2, input_precision=PRECISION)
+    return total, total_2
+
+
+@triton.jit
+def _key_gradient(
+    k,
+    v,
+    windows,
+    places,
+    walk,
+    queries,
+    grads,
+    rows,
+    scale,
+    sums,
+    KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the gradients of keys and values by the queries of a walk to sums, each in two blocks of channels.
+
+    windows: which queries see each key. places: (first token, tokens from a row and from a column to the next).
+    queries, grads: (pointer, row stride, column stride) of the queries and the output's gradients. rows: pointers to
+    the log-sum-exp and delta of each token. KIND: "free", "window", or "text": all keys are seen.
+    """
+    k_total, k_total_2, v_total, v_total_2 = sums
+    query, q_row, q_column = queries
+    grad, g_row, g_column = grads
+    lse, delta = rows
+    origin, token_row, token_column = places
+    for step in range(walk[0]):
+        valid, row, column = _walk(step, walk, BLOCK_M, COLUMNS)
+        token = origin + row * token_row + column * token_column
+        # beyond the walk queries and gradients are 0, and so is what they add
+        if KIND == "free":
+            valid = None
+            highest, taken = tl.load(lse + token), tl.load(delta + token)
+        else:
+            highest, taken = tl.load(lse + token, mask=valid, other=0.0), tl.load(delta + token, mask=valid, other=0.0)
+        q = _load_both(query, row * q_row + column * q_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        g = _load_both(grad, row * g_row + column * g_column, valid, WIDTH, BLOCK_D, BLOCK_2, DOT)
+        weights = tl.exp2(_products(k, q, BLOCK_2, PRECISION) * scale - (highest * LOG2_E)[None, :])
+        if KIND == "window":
+            weights = tl.where(_seen(valid, row, column, windows, None, KIND, False), weights, 0.0)
+        v_total = tl.dot(weights.to(DOT), g[0], v_total, input_precision=PRECISION)
+        if BLOCK_2:
+            v_total_2 = tl.dot(weights.to(DOT), g[1], v_total_2, input_precision=PRECISION)
+        slope = (weights * (_products(v, g, BLOCK_2, PRECISION) - taken[None, :])).to(DOT)
+        k_total = tl.dot(slope, q[0], k_total, input_precision=PRECISION)
+        if BLOCK_2:
+            k_total_2 = tl.dot(slope, q[1], k_total_2, input_precision=PRECISION)
+    return k_total, k_total_2, v_total, v_total_2
+
+
+def _kernel(function):
+    """A kernel that is not compiled anew for some values of its numbers: neither for sizes, nor for strides in memory."""
+    names = function.__code__.co_varnames
+    return triton.jit(function, do_not_specialize=names[names.index("heads") : names.index("UNIT")])
+
+
+@_kernel
+def _forward_kernel(
+    query,
+    key,
+    value,
+    text_key,
+    text_value,
+    text_mask,
+    out,
+    lse,
+    heads,
+    height,
+    width,
+    window_y,
+    window_x,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    text_length,
+    residues_y,
+    residues_x,
+    tiles_y,
+    tiles_x,
+    tile_height,
+    tile_width,
+    scale,
+    q_batch,
+    q_row,
+    q_column,
+    q_head,
+    k_batch,
+    k_row,
+    k_column,
+    k_head,
+    v_batch,
+    v_row,
+    v_column,
+    v_head,
+    tk_batch,
+    tk_row,
+    tk_head,
+    tv_batch,
+    tv_row,
+    tv_head,
+    UNIT: tl.constexpr,
+    TEXT: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out [B, H, W, heads, D] and lse [B, heads, H, W], contiguous."""
+    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
+        heads, tiles_y, tiles_x, residues_y, residues_x
+    )
+    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
+    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
+    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    if start_y >= axis_y[0] or start_x >= axis_x[0]:
+        return
+    y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_M)
+    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, False), _interval(axis_x, x, False)
+    windows = first_y, count_y, first_x, count_x
+    queries = _base(
+        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
+    )
+    q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    keys = _base(
+        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
+    )
+    values = _base(
+        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
+    )
+    masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
+    total_2 = 0.0
+    if BLOCK_2:
+        total_2 = tl.zeros((BLOCK_M, BLOCK_2), dtype=tl.float32)
+    sums = (
+        tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32),
+        total_2,
+        tl.full((BLOCK_M,), LOWEST, dtype=tl.float32),
+        tl.zeros((BLOCK_M,), dtype=tl.float32),
+    )
+    scale = scale * LOG2_E
+    sums = _attend(
+        q, windows, free, keys, values, text_mask, scale, sums,
+        "free", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    sums = _attend(
+        q, windows, masked, keys, values, text_mask, scale, sums,
+        "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    if TEXT is not None:
+        keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
+        values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+        if HAS_TEXT_MASK:
+            text_mask += batch * text_length
+        blocks = tl.cdiv(text_length, BLOCK_N)
+        text = blocks, 0, 0, blocks, 0, 0, 1, text_length
+        sums = _attend(
+            q, windows, text, keys, values, text_mask, scale, sums,
+            TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
+        )  # fmt: skip
+    total, total_2, highest, weight = sums
+    token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
+    inverse = (1 / weight)[:, None]
+    offset = token.to(tl.int64) * heads * WIDTH
+    out += batch * height * width * heads * WIDTH + head * WIDTH
+    _store(out, offset, inside, total * inverse, WIDTH, 0, BLOCK_D)
+    if BLOCK_2:
+        _store(out, offset, inside, total_2 * inverse, WIDTH, BLOCK_D, BLOCK_2)
+    tl.store(lse + (batch * heads + head) * height * width + token, (highest + tl.log2(weight)) / LOG2_E, mask=inside)
+
+
+@_kernel
+def _query_gradient_kernel(
+    query,
+    key,
+    value,
+    text_key,
+    text_value,
+    text_mask,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    grad_query,
+    delta,
+    heads,
+    height,
+    width,
+    window_y,
+    window_x,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    text_length,
+    residues_y,
+    residues_x,
+    tiles_y,
+    tiles_x,
+    tile_height,
+    tile_width,
+    scale,
+    q_batch,
+    q_row,
+    q_column,
+    q_head,
+    k_batch,
+    k_row,
+    k_column,
+    k_head,
+    v_batch,
+    v_row,
+    v_column,
+    v_head,
+    g_batch,
+    g_row,
+    g_column,
+    g_head,
+    tk_batch,
+    tk_row,
+    tk_head,
+    tv_batch,
+    tv_row,
+    tv_head,
+    UNIT: tl.constexpr,
+    TEXT: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_query, like out, and delta [B, heads, H, W]: the sum of out * grad_out over the channels, less grad_lse."""
+    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
+        heads, tiles_y, tiles_x, residues_y, residues_x
+    )
+    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
+    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
+    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    if start_y >= axis_y[0] or start_x >= axis_x[0]:
+        return
+    y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_M)
+    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, False), _interval(axis_x, x, False)
+    windows = first_y, count_y, first_x, count_x
+    queries = _base(
+        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
+    )
+    q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    grads = _base(
+        grad_out, batch, head, residue_y, residue_x, (g_batch, g_row, g_column, g_head), dilation_y, dilation_x, UNIT
+    )
+    grad = _load_both(grads[0], y * grads[1] + x * grads[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
+    offset = token.to(tl.int64) * heads * WIDTH
+    first = batch * height * width * heads * WIDTH + head * WIDTH
+    pair = (batch * heads + head) * height * width
+    result = _load_both(out + first, offset, inside, WIDTH, BLOCK_D, BLOCK_2, tl.float32)
+    taken = tl.sum(result[0] * grad[0].to(tl.float32), axis=1)
+    if BLOCK_2:
+        taken += tl.sum(result[1] * grad[1].to(tl.float32), axis=1)
+    if HAS_GRAD_LSE:
+        taken -= tl.load(grad_lse + pair + token, mask=inside, other=0.0)
+    tl.store(delta + pair + token, taken, mask=inside)
+    highest = tl.load(lse + pair + token, mask=inside, other=0.0) * LOG2_E
+    keys = _base(
+        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
+    )
+    values = _base(
+        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
+    )
+    masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
+    total_2 = 0.0
+    if BLOCK_2:
+        total_2 = tl.zeros((BLOCK_M, BLOCK_2), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32), total_2
+    sums = _query_gradient(
+        q, grad, highest, taken, windows, free, keys, values, text_mask, scale * LOG2_E, sums,
+        "free", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    sums = _query_gradient(
+        q, grad, highest, taken, windows, masked, keys, values, text_mask, scale * LOG2_E, sums,
+        "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    if TEXT is not None:
+        keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
+        values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+        if HAS_TEXT_MASK:
+            text_mask += batch * text_length
+        blocks = tl.cdiv(text_length, BLOCK_N)
+        text = blocks, 0, 0, blocks, 0, 0, 1, text_length
+        sums = _query_gradient(
+            q, grad, highest, taken, windows, text, keys, values, text_mask, scale * LOG2_E, sums,
+            TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
+        )  # fmt: skip
+    _store(grad_query + first, offset, inside, sums[0] * scale, WIDTH, 0, BLOCK_D)
+    if BLOCK_2:
+        _store(grad_query + first, offset, inside, sums[1] * scale, WIDTH, BLOCK_D, BLOCK_2)
+
+
+@_kernel
+def _key_gradient_kernel(
+    query,
+    key,
+    value,
+    lse,
+    delta,
+    grad_out,
+    grad_key,
+    grad_value,
+    heads,
+    height,
+    width,
+    window_y,
+    window_x,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    residues_y,
+    residues_x,
+    tiles_y,
+    tiles_x,
+    tile_height,
+    tile_width,
+    scale,
+    q_batch,
+    q_row,
+    q_column,
+    q_head,
+    k_batch,
+    k_row,
+    k_column,
+    k_head,
+    v_batch,
+    v_row,
+    v_column,
+    v_head,
+    g_batch,
+    g_row,
+    g_column,
+    g_head,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_key and grad_value [B, H, W, heads, D], contiguous."""
+    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
+        heads, tiles_y, tiles_x, residues_y, residues_x
+    )
+    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
+    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
+    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    if start_y >= axis_y[0] or start_x >= axis_x[0]:
+        return
+    y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_N)
+    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, True), _interval(axis_x, x, True)
+    windows = first_y, count_y, first_x, count_x
+    keys = _base(
+        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
+    )
+    values = _base(
+        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
+    )
+    k = _load_both(keys[0], y * keys[1] + x * keys[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    v = _load_both(values[0], y * values[1] + x * values[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, True, BLOCK_M, COLUMNS)
+    queries = _base(
+        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
+    )
+    grads = _base(
+        grad_out, batch, head, residue_y, residue_x, (g_batch, g_row, g_column, g_head), dilation_y, dilation_x, UNIT
+    )
+    tokens = height.to(tl.int64) * width
+    rows = lse + (batch * heads + head) * tokens, delta + (batch * heads + head) * tokens
+    places = residue_y * width + residue_x, dilation_y * width, dilation_x
+    k_total_2, v_total_2 = 0.0, 0.0
+    if BLOCK_2:
+        k_total_2, v_total_2 = tl.zeros((BLOCK_N, BLOCK_2), tl.float32), tl.zeros((BLOCK_N, BLOCK_2), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), k_total_2, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), v_total_2
+    sums = _key_gradient(
+        k, v, windows, places, free, queries, grads, rows, scale * LOG2_E, sums,
+        "free", WIDTH, BLOCK_D, BLOCK_2, BLOCK_M, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    sums = _key_gradient(
+        k, v, windows, places, masked, queries, grads, rows, scale * LOG2_E, sums,
+        "window", WIDTH, BLOCK_D, BLOCK_2, BLOCK_M, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    first = batch * tokens * heads * WIDTH + head * WIDTH
+    offset = (places[0] + y * places[1] + x * places[2]).to(tl.int64) * heads * WIDTH
+    _store(grad_key + first, offset, inside, sums[0] * scale, WIDTH, 0, BLOCK_D)
+    _store(grad_value + first, offset, inside, sums[2], WIDTH, 0, BLOCK_D)
+    if BLOCK_2:
+        _store(grad_key + first, offset, inside, sums[1] * scale, WIDTH, BLOCK_D, BLOCK_2)
+        _store(grad_value + first, offset, inside, sums[3], WIDTH, BLOCK_D, BLOCK_2)
+
+
+@_kernel
+def _text_gradient_kernel(
+    query,
+    text_key,
+    text_value,
+    text_mask,
+    lse,
+    delta,
+    grad_out,
+    shares,
+    heads,
+    height,
+    width,
+    text_length,
+    blocks_per_split,
+    scale,
+    q_batch,
+    q_row,
+    q_column,
+    q_head,
+    tk_batch,
+    tk_row,
+    tk_head,
+    tv_batch,
+    tv_row,
+    tv_head,
+    g_batch,
+    g_row,
+    g_column,
+    g_head,
+    UNIT: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A split's share of the gradients of text: shares [splits, 2, B, S, heads, D] in float32, keys' and values'."""
+    blocks = tl.cdiv(text_length, BLOCK_N)
+    split, pair = tl.program_id(1).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < text_length
+    keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
+    values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+    k = _load_both(keys[0], n * keys[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    v = _load_both(values[0], n * values[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    tokens = height.to(tl.int64) * width
+    across = tl.cdiv(width, COLUMNS)
+    query_blocks = tl.cdiv(height, BLOCK_M // COLUMNS) * across
+    first_block = tl.program_id(1) * blocks_per_split
+    walk = tl.minimum(blocks_per_split, query_blocks - first_block), 0, first_block, across, 0, 0, height, width
+    queries = _base(query, batch, head, 0, 0, (q_batch, q_row, q_column, q_head), 1, 1, UNIT)
+    grads = _base(grad_out, batch, head, 0, 0, (g_batch, g_row, g_column, g_head), 1, 1, UNIT)
+    rows = lse + pair * tokens, delta + pair * tokens
+    k_total_2, v_total_2 = 0.0, 0.0
+    if BLOCK_2:
+        k_total_2, v_total_2 = tl.zeros((BLOCK_N, BLOCK_2), tl.float32), tl.zeros((BLOCK_N, BLOCK_2), tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), k_total_2, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), v_total_2
+    sums = _key_gradient(
+        k, v, None, (0, width, 1), walk, queries, grads, rows, scale * LOG2_E, sums,
+        "text", WIDTH, BLOCK_D, BLOCK_2, BLOCK_M, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    k_total, k_total_2, v_total, v_total_2 = sums
+    if HAS_TEXT_MASK:
+        seen = (tl.load(text_mask + batch * text_length + n, mask=inside, other=0) != 0)[:, None]
+        k_total, v_total = tl.where(seen, k_total, 0.0), tl.where(seen, v_total, 0.0)
+        if BLOCK_2:
+            k_total_2, v_total_2 = tl.where(seen, k_total_2, 0.0), tl.where(seen, v_total_2, 0.0)
+    pairs = tl.num_programs(0) // blocks
+    size = pairs.to(tl.int64) * text_length * WIDTH
+    grad_key = shares + split * 2 * size + (batch * text_length * heads + head) * WIDTH
+    offset = n.to(tl.int64) * heads * WIDTH
+    _store(grad_key, offset, inside, k_total * scale, WIDTH, 0, BLOCK_D)
+    _store(grad_key + size, offset, inside, v_total, WIDTH, 0, BLOCK_D)
+    if BLOCK_2:
+        _store(grad_key, offset, inside, k_total_2 * scale, WIDTH, BLOCK_D, BLOCK_2)
+        _store(grad_key + size, offset, inside, v_total_2, WIDTH, BLOCK_D, BLOCK_2)
+
+
+INTERPRETED = isinstance(_forward_kernel, InterpretedFunction)
+
+
+def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | str) -> dict:
+    """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
+
+    Of width 72, 64 channels are one block and 8, padded to 16, the other. target: 10 * major + minor of a CUDA compute
+    capability, "hip", or "interpreter". OVERRIDES replaces the options.
+    """
+    block_d = max(16, triton.next_power_of_2(width))
+    block_2 = 0
+    if block_d > 16 and width <= block_d // 2 + block_d // 4:
+        block_d //= 2
+        block_2 = max(16, triton.next_power_of_2(width - block_d))
+    options = {"BLOCK_D": block_d, "BLOCK_2": block_2}
+    precise = dtype == torch.float32
+    # the scores of a block have to fit into registers, beside the sums
+    hopper, of_queries = target in (90, 100, 103), kernel in ("forward", "query_gradient")
+    if precise:  # for tests and small models: that it runs is enough
+        queries, keys = 32, 32 if of_queries else 16
+    elif block_d > 128:
+        queries, keys = (64, 32) if of_queries else (32, 32)
+    elif kernel == "forward":
+        queries, keys = 128, 64 if hopper else 32
+    else:
+        queries, keys = 64 if of_queries else 32, 64
+    options |= {"BLOCK_M": queries, "BLOCK_N": keys}
+    if target == "interpreter":  # the interpreter's bfloat16 products are wrong
+        return options | {"DOT": tl.float32, "PRECISION": "ieee"} | OVERRIDES.get(kernel, {})
+    if precise:
+        options |= {"DOT": tl.float32, "PRECISION": "ieee" if target == "hip" else "tf32x3"}
+    else:
+        options |= {"DOT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PRECISION": "ieee"}
+    warps = 4 if target == "hip" or precise else 8
+    stages = 3 if target == 90 and kernel == "forward" else 2
+    if precise or (block_d > 128 and kernel == "query_gradient"):
+        stages = 1
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return options | OVERRIDES.get(kernel, {})
+
+
+@lru_cache(maxsize=256)
+def tile_shape(
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    tokens: int,
+    block: int,
+) -> tuple[tuple[int, int], int]:
+    """The (rows, columns) of a tile of this many tokens, and the columns of a block of `block` tokens that it walks.
+
+    They are those with which all programs together walk the fewest blocks; both numbers of tokens are powers of two.
+    """
+
+    def blocks(shape):
+        tile, columns = shape
+        programs, walked = 1, 1
+        for n, w, s, d, t, side in zip(grid, window, stride, dilation, tile, (block // columns, columns), strict=True):
+            size = -(-n // d)
+            # windows move on by `s` at a time
+            seen = min(size, w + s * (-(-min(t, size) // s) - 1))
+            programs, walked = programs * -(-size // t), walked * -(-seen // side)
+        return programs * walked
+
+    widths = [2**i for i in range(tokens.bit_length() - 1, -1, -1)]
+    columns = [2**i for i in range(block.bit_length() - 1, 2, -1)]
+    return min((((tokens // width, width), side) for width in widths for side in columns), key=blocks)
+
+
+def _options(kernel: str, x: Tensor) -> dict:
+    """`launch_options` on this device."""
+    if INTERPRETED:
+        target = "interpreter"
+    elif torch.version.hip:
+        target = "hip"
+    else:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        target = 10 * major + minor
+    return {"WIDTH": x.shape[4], **launch_options(kernel, x.dtype, x.shape[4], target)}
+
+
+def _geometry(x: Tensor, window, stride, dilation, text_length: int | None, tile: tuple[int, int]) -> tuple[int, list]:
+    """The number of programs, and the kernels' arguments from `heads` to `tile_width`."""
+    batch, height, width, heads, _ = x.shape
+    residues = [min(d, n) for d, n in zip(dilation, (height, width), strict=True)]
+    tiles = [triton.cdiv(triton.cdiv(n, d), t) for n, d, t in zip((height, width), dilation, tile, strict=True)]
+    text = [] if text_length is None else [text_length]
+    numbers = [heads, height, width, *window, *stride, *dilation, *text, *residues, *tiles, *tile]
+    return batch * heads * math.prod(residues) * math.prod(tiles), numbers
+
+
+def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
+
+    The compiler sees by the unit that rows are aligned to 16 bytes (of 16-bit numbers), and loads them whole.
+    """
+    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    aligned = all(
+        x is None or (x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])) for x in tensors
+    )
+    return tensors, 8 if aligned else 1
+
+
+def _strides(x: Tensor, unit: int) -> list[int]:
+    """Strides in this unit, of all dimensions but the last."""
+    return [stride // unit for stride in x.stride()[:-1]]
+
+
+def _device(x: Tensor):
+    # Triton launches on the current device, wherever the tensors are
+    return contextlib.nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    window,
+    stride,
+    dilation,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Window attention [B, H, W, heads, D], and its log-sum-exp [B, heads, H, W] in float32."""
+    batch, height, width, heads, _ = query.shape
+    (query, key, value, text_key, text_value), unit = _with_unit(query, key, value, text_key, text_value)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(batch, heads, height, width, dtype=torch.float32)
+    options = _options("forward", query)
+    tile, columns = tile_shape((height, width), window, stride, dilation, options["BLOCK_M"], options["BLOCK_N"])
+    has_text = text_key is not None
+    text_kind = _text_kind(text_key, text_mask, options["BLOCK_N"])
+    programs, numbers = _geometry(query, window, stride, dilation, text_key.shape[1] if has_text else 0, tile)
+    text_strides = [*_strides(text_key, unit), *_strides(text_value, unit)] if has_text else [0] * 6
+    with _device(query):
+        _forward_kernel[(programs,)](
+            query,
+            key,
+            value,
+            text_key if has_text else key,
+            text_value if has_text else value,
+            key if text_mask is None else text_mask.contiguous().view(torch.uint8),
+            out,
+            lse,
+            *numbers,
+            scale,
+            *_strides(query, unit),
+            *_strides(key, unit),
+            *_strides(value, unit),
+            *text_strides,
+            UNIT=unit,
+            TEXT=text_kind,
+            COLUMNS=columns,
+            HAS_TEXT_MASK=text_mask is not None,
+            **options,
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window,
+    stride,
+    dilation,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of query, key, value and text, contiguous."""
+    batch, height, width, heads, head_dim = query.shape
+    tensors, unit = _with_unit(query, key, value, grad_out, text_key, text_value)
+    query, key, value, grad_out, text_key, text_value = tensors
+    delta = torch.empty_like(lse)
+    grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
+    has_text = text_key is not None
+    mask = key if text_mask is None else text_mask.contiguous().view(torch.uint8)
+    text_strides = [*_strides(text_key, unit), *_strides(text_value, unit)] if has_text else [0] * 6
+    image_strides = [stride for x in (query, key, value, grad_out) for stride in _strides(x, unit)]
+    grid = height, width
+    with _device(query):
+        options = _options("query_gradient", query)
+        text_kind = _text_kind(text_key, text_mask, options["BLOCK_N"])
+        tile, columns = tile_shape(grid, window, stride, dilation, options["BLOCK_M"], options["BLOCK_N"])
+        programs, numbers = _geometry(query, window, stride, dilation, text_key.shape[1] if has_text else 0, tile)
+        _query_gradient_kernel[(programs,)](
+            query,
+            key,
+            value,
+            text_key if has_text else key,
+            text_value if has_text else value,
+            mask,
+            out,
+            lse,
+            grad_out,
+            lse if grad_lse is None else grad_lse.contiguous(),
+            grad_query,
+            delta,
+            *numbers,
+            scale,
+            *image_strides,
+            *text_strides,
+            UNIT=unit,
+            TEXT=text_kind,
+            COLUMNS=columns,
+            HAS_TEXT_MASK=text_mask is not None,
+            HAS_GRAD_LSE=grad_lse is not None,
+            **options,
+        )
+        options = _options("key_gradient", query)
+        tile, columns = tile_shape(grid, window, stride, dilation, options["BLOCK_N"], options["BLOCK_M"])
+        programs, numbers = _geometry(query, window, stride, dilation, None, tile)
+        _key_gradient_kernel[(programs,)](
+            query,
+            key,
+            value,
+            lse,
+            delta,
+            grad_out,
+            grad_key,
+            grad_value,
+            *numbers,
+            scale,
+            *image_strides,
+            UNIT=unit,
+            COLUMNS=columns,
+            **options,
+        )
+        if not has_text:
+            return grad_query, grad_key, grad_value, None, None
+        options = _options("text_gradient", query)
+        length = text_key.shape[1]
+        programs = batch * heads * triton.cdiv(length, options["BLOCK_N"])
+        # queries are walked as the keys of one tile that sees the whole grid
+        _, columns = tile_shape(grid, grid, (1, 1), (1, 1), 1, options["BLOCK_M"])
+        blocks = triton.cdiv(height, options["BLOCK_M"] // columns) * triton.cdiv(width, columns)
+        per_split = triton.cdiv(blocks, max(1, _programs_wanted(query) // programs))
+        splits = triton.cdiv(blocks, per_split)
+        shares = query.new_empty(splits, 2, batch, length, heads, head_dim, dtype=torch.float32)
+        _text_gradient_kernel[programs, splits](
+            query,
+            text_key,
+            text_value,
+            mask,
+            lse,
+            delta,
+            grad_out,
+            shares,
+            heads,
+            height,
+            width,
+            length,
+            per_split,
+            scale,
+            *_strides(query, unit),
+            *text_strides,
+            *_strides(grad_out, unit),
+            UNIT=unit,
+            COLUMNS=columns,
+            HAS_TEXT_MASK=text_mask is not None,
+            **options,
+        )
+    texts = (shares[:, i].sum(0).to(query.dtype) for i in range(2))
+    return grad_query, grad_key, grad_value, *texts
+
+
+def _text_kind(text_key: Tensor | None, text_mask: Tensor | None, block: int) -> str | None:
+    """How text is walked: not at all, "free" where each block is seen whole, else "text"."""
+    if text_key is None:
+        return None
+    return "free" if text_mask is None and text_key.shape[1] % block == 0 else "text"
+
+
+def _programs_wanted(x: Tensor) -> int:
+    if INTERPRETED:
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count

@@ -1,0 +1,141 @@
+"""Window attention by the Triton kernels of `kernels.py`: any window, stride, dilation, text and mask, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..trial import kernel_refusal
+from .case import WindowCase
+from .rule import seen_pairs
+
+# The backend is chosen below this share of dense attention's query-key pairs (estimated from the pairs, unmeasured).
+BREAK_EVEN = 0.8
+
+
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale, text_mask=None) -> Tensor:
+    """Compute window attention (see `dispatch.Backend`)."""
+    return attend_with_lse(query, key, value, text_key, text_value, window, stride, dilation, scale, text_mask)[0]
+
+
+def attend_with_lse(
+    query, key, value, text_key, text_value, window, stride, dilation, scale, text_mask=None
+) -> tuple[Tensor, Tensor]:
+    """The same, and its log-sum-exp [B, H, W, heads] in float32; both have gradients."""
+    out, lse = window_attention(
+        query, key, value, text_key, text_value, text_mask, list(window), list(stride), list(dilation), scale
+    )
+    return out, lse.movedim(1, 3)
+
+
+def refusal(case: WindowCase) -> str | None:
+    """Why the kernels cannot do a case, or None."""
+    return kernel_refusal(_kernels, case.device.type, case.dtype, case.head_dim)
+
+
+def slower(case: WindowCase) -> str | None:
+    """Why dense attention is faster, or None."""
+    share = (seen_pairs(case.grid, case.window, case.dilation) + case.tokens * case.text_length) / case.dense_pairs
+    return case.too_much_work(share, BREAK_EVEN)
+
+
+def _kernels():
+    from . import kernels  # imported here, because Triton may not be installed
+
+    return kernels
+
+
+# One operator a pass: torch.compile sees a node, whatever the grid.
+@torch.library.custom_op("hybriddit::window_attention", mutates_args=())
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Window attention [B, H, W, heads, D], and its log-sum-exp [B, heads, H, W] in float32."""
+    settings = tuple(window), tuple(stride), tuple(dilation), scale
+    return _kernels().forward(query, key, value, text_key, text_value, text_mask, *settings)
+
+
+@torch.library.custom_op("hybriddit::window_attention_backward", mutates_args=())
+def window_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and text; text's are empty where there is none."""
+    settings = tuple(window), tuple(stride), tuple(dilation), scale
+    tensors = query, key, value, text_key, text_value, text_mask, out, lse
+    grads = _kernels().backward(grad_out, grad_lse, *tensors, *settings)
+    return tuple(query.new_empty(0) if x is None else x for x in grads)
+
+
+@window_attention.register_fake
+def _(query, *args):
+    batch, height, width, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, height, width, dtype=torch.float32)
+
+
+@window_attention_backward.register_fake
+def _(grad_out, grad_lse, query, key, value, text_key, text_value, *args):
+    texts = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (text_key, text_value))
+    return *(x.new_empty(x.shape) for x in (query, key, value)), *texts
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.settings = inputs[6:]
+
+
+def _autograd(ctx, grad_out, grad_lse):
+    saved = ctx.saved_tensors  # read once: under checkpointing a second read is an error
+    grads = window_attention_backward(grad_out, grad_lse, *saved, *ctx.settings)
+    texts = (None, None) if saved[3] is None else grads[3:]
+    return *grads[:3], *texts, None, *(None for _ in ctx.settings)
+
+
+window_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# torch's FLOP counter cannot look into custom operators.
+@register_flop_formula(torch.ops.hybriddit.window_attention)
+def _forward_flops(query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, **kwargs):
+    return 2 * _product_flops(query, text_key, window, dilation)
+
+
+@register_flop_formula(torch.ops.hybriddit.window_attention_backward)
+def _backward_flops(
+    grad_out, grad_lse, query, key, value, text_key, text_value, text_mask, out, lse, *settings, **kwargs
+):
+    # scores and the weights' gradients once for each of the two kernels, and a product for each of three gradients
+    return 7 * _product_flops(query, text_key, settings[0], settings[2])
+
+
+def _product_flops(query, text_key, window, dilation):
+    """FLOPs of the products of all queries with the keys that they see."""
+    batch, height, width, heads, head_dim = query
+    pairs = seen_pairs((height, width), tuple(window), tuple(dilation)) + height * width * (
+        text_key[1] if text_key else 0
+    )
+    return 2 * batch * heads * head_dim * pairs
