@@ -47,17 +47,19 @@ def environment() -> dict[str, Any]:
 
 def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
     """(name, available, note) of every backend of window attention, fastest first; the note says what is missing."""
+    from ..attention.trial import triton_requirements
+
+    kernels = triton_requirements() if device != "cpu" else ["a GPU"]
+    note = f"needs {' and '.join(kernels)}" if kernels else "compiled and tried on first use"
+    yield "triton", not kernels, note
+    if device == "cpu":
+        yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
+    else:
+        yield "flex", not kernels, note
     missing = ["an NVIDIA GPU"] if device == "cpu" else []
     if not _natten_has_kernels():
         missing.append("natten with its compiled kernels (the NATTEN project's wheel for your torch and CUDA)")
     yield "natten", not missing, f"needs {' and '.join(missing)}" if missing else ""
-    if device == "cpu":
-        yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
-    else:
-        from ..attention.trial import triton_requirements
-
-        missing = triton_requirements()
-        yield "flex", not missing, f"needs {' and '.join(missing)}" if missing else "compiled and tried on first use"
     yield "tiled", True, ""
     yield "dense", True, "where the window covers most of the grid"
 

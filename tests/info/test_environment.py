@@ -52,17 +52,21 @@ def test_choices_are_those_of_the_dispatch(capsys):
     assert f"    {flux['backend']}: {flux['reason']}" in text
 
 
-def test_a_gpu_without_natten_s_kernels_takes_flex(monkeypatch):
+def test_a_gpu_takes_the_kernels_of_this_project(monkeypatch):
     """What a GPU machine is told, made up on this one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setitem(sys.modules, "natten", None)
+    monkeypatch.setattr("hybriddit.attention.trial.triton_requirements", lambda: [])
+    found = environment()
+    assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"triton"}
+    assert "FLUX                 512 triton, 1024 triton, 4096 triton" in environment_text(found)
+    monkeypatch.setattr("hybriddit.attention.trial.triton_requirements", lambda: ["a C compiler"])
     monkeypatch.setattr("hybriddit.attention.window.flex.triton_requirements", lambda: [])
+    monkeypatch.setitem(sys.modules, "natten", None)
     found = environment()
     assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
-    assert found["window_choices"][-1]["passed_over"] == {"natten": "it is not installed"}
-    assert "FLUX                 512 flex, 1024 flex, 4096 flex" in environment_text(found)
+    assert found["window_choices"][-1]["passed_over"] == {"triton": "it needs a C compiler"}
 
 
 @pytest.mark.parametrize("gpu, kernels, triton, compiler", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1), (0, 0, 0, 0)])
@@ -75,11 +79,13 @@ def test_each_missing_backend_says_what_it_needs(gpu, kernels, triton, compiler,
     monkeypatch.setattr("hybriddit.attention.trial.shutil.which", lambda name: "/bin/cc" if compiler else None)
     monkeypatch.delenv("CC", raising=False)
     found = environment()
-    natten, flex = (found["window_attention"][name] for name in ("natten", "flex"))
+    natten, flex, own = (found["window_attention"][name] for name in ("natten", "flex", "triton"))
     assert natten["available"] == bool(gpu and kernels)
     assert ("GPU" in natten["note"], "kernels" in natten["note"]) == (not gpu, not kernels)
     assert flex["available"] == (not gpu or bool(triton and compiler))
+    assert own["available"] == bool(gpu and triton and compiler)
     if gpu:
+        assert own == flex
         assert ("triton" in flex["note"], "C compiler" in flex["note"]) == (not triton, not compiler)
     assert f"natten      {'yes' if natten['available'] else 'no: needs'}" in environment_text(found)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -796,7 +797,7 @@ def _text_gradient_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A split's share of the gradients of text: shares [splits, 2, B, S, heads, D] in float32, keys' and values'."""
+    """A split's share of the gradients of text: shares [2, splits, B, S, heads, D] in float32, keys' and values'."""
     blocks = tl.cdiv(text_length, BLOCK_N)
     split, pair = tl.program_id(1).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
@@ -830,16 +831,22 @@ def _text_gradient_kernel(
             k_total_2, v_total_2 = tl.where(seen, k_total_2, 0.0), tl.where(seen, v_total_2, 0.0)
     pairs = tl.num_programs(0) // blocks
     size = pairs.to(tl.int64) * text_length * WIDTH
-    grad_key = shares + split * 2 * size + (batch * text_length * heads + head) * WIDTH
+    grad_key = shares + split * size + (batch * text_length * heads + head) * WIDTH
+    grad_value = grad_key + tl.num_programs(1) * size
     offset = n.to(tl.int64) * heads * WIDTH
     _store(grad_key, offset, inside, k_total * scale, WIDTH, 0, BLOCK_D)
-    _store(grad_key + size, offset, inside, v_total, WIDTH, 0, BLOCK_D)
+    _store(grad_value, offset, inside, v_total, WIDTH, 0, BLOCK_D)
     if BLOCK_2:
         _store(grad_key, offset, inside, k_total_2 * scale, WIDTH, BLOCK_D, BLOCK_2)
-        _store(grad_key + size, offset, inside, v_total_2, WIDTH, BLOCK_D, BLOCK_2)
+        _store(grad_value, offset, inside, v_total_2, WIDTH, BLOCK_D, BLOCK_2)
 
 
 INTERPRETED = isinstance(_forward_kernel, InterpretedFunction)
+
+
+def _power_of_2(n: int) -> int:
+    """The next power of two; much faster than Triton's."""
+    return 1 << (n - 1).bit_length()
 
 
 def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | str) -> dict:
@@ -848,11 +855,11 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     Of width 72, 64 channels are one block and 8, padded to 16, the other. target: 10 * major + minor of a CUDA compute
     capability, "hip", or "interpreter". OVERRIDES replaces the options.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, _power_of_2(width))
     block_2 = 0
     if block_d > 16 and width <= block_d // 2 + block_d // 4:
         block_d //= 2
-        block_2 = max(16, triton.next_power_of_2(width - block_d))
+        block_2 = max(16, _power_of_2(width - block_d))
     options = {"BLOCK_D": block_d, "BLOCK_2": block_2}
     precise = dtype == torch.float32
     # the scores of a block have to fit into registers, beside the sums
@@ -909,26 +916,67 @@ def tile_shape(
     return min((((tokens // width, width), side) for width in widths for side in columns), key=blocks)
 
 
-def _options(kernel: str, x: Tensor) -> dict:
-    """`launch_options` on this device."""
-    if INTERPRETED:
-        target = "interpreter"
-    elif torch.version.hip:
-        target = "hip"
+class _Launch(NamedTuple):
+    """How a kernel is launched on a grid: the programs, the numbers from `heads` to `scale`, and the constants."""
+
+    programs: int
+    numbers: tuple[int, ...]
+    constants: dict
+    splits: int = 1
+
+
+@lru_cache(maxsize=512)
+def _launch(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    text_length: int,
+    masks_text: bool,
+) -> _Launch:
+    """For images of this shape, [B, H, W, heads, D]. It is kept, because working it out takes longer than the launch."""
+    batch, height, width, heads, head_dim = shape
+    options = launch_options(kernel, dtype, head_dim, _target(device))
+    tokens, walked = options["BLOCK_M"], options["BLOCK_N"]
+    constants = {"WIDTH": head_dim, **options}
+    if kernel in ("forward", "query_gradient"):
+        free = not masks_text and text_length % walked == 0  # each block of text is seen whole
+        constants |= {"TEXT": ("free" if free else "text") if text_length else None, "HAS_TEXT_MASK": masks_text}
     else:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        target = 10 * major + minor
-    return {"WIDTH": x.shape[4], **launch_options(kernel, x.dtype, x.shape[4], target)}
-
-
-def _geometry(x: Tensor, window, stride, dilation, text_length: int | None, tile: tuple[int, int]) -> tuple[int, list]:
-    """The number of programs, and the kernels' arguments from `heads` to `tile_width`."""
-    batch, height, width, heads, _ = x.shape
+        tokens, walked = walked, tokens
+    if kernel == "text_gradient":
+        # queries are walked like the keys of one tile that sees the whole grid
+        _, columns = tile_shape((height, width), (height, width), (1, 1), (1, 1), 1, walked)
+        blocks = _over(height, walked // columns) * _over(width, columns)
+        programs = batch * heads * _over(text_length, tokens)
+        per_split = _over(blocks, max(1, _programs_wanted(device) // programs))
+        numbers = heads, height, width, text_length, per_split
+        constants |= {"COLUMNS": columns, "HAS_TEXT_MASK": masks_text}
+        return _Launch(programs, numbers, constants, _over(blocks, per_split))
+    tile, constants["COLUMNS"] = tile_shape((height, width), window, stride, dilation, tokens, walked)
     residues = [min(d, n) for d, n in zip(dilation, (height, width), strict=True)]
-    tiles = [triton.cdiv(triton.cdiv(n, d), t) for n, d, t in zip((height, width), dilation, tile, strict=True)]
-    text = [] if text_length is None else [text_length]
-    numbers = [heads, height, width, *window, *stride, *dilation, *text, *residues, *tiles, *tile]
-    return batch * heads * math.prod(residues) * math.prod(tiles), numbers
+    tiles = [_over(_over(n, d), t) for n, d, t in zip((height, width), dilation, tile, strict=True)]
+    text = () if kernel == "key_gradient" else (text_length,)
+    numbers = heads, height, width, *window, *stride, *dilation, *text, *residues, *tiles, *tile
+    return _Launch(batch * heads * math.prod(residues) * math.prod(tiles), numbers, constants)
+
+
+def _target(device: torch.device) -> int | str:
+    """What `launch_options` calls this device."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _over(n: int, size: int) -> int:
+    """n / size, rounded up; much faster than Triton's."""
+    return -(-n // size)
 
 
 def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
@@ -960,43 +1008,40 @@ def forward(
     text_key: Tensor | None,
     text_value: Tensor | None,
     text_mask: Tensor | None,
-    window,
-    stride,
-    dilation,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Window attention [B, H, W, heads, D], and its log-sum-exp [B, heads, H, W] in float32."""
-    batch, height, width, heads, _ = query.shape
+    shape = query.shape
     (query, key, value, text_key, text_value), unit = _with_unit(query, key, value, text_key, text_value)
-    out = query.new_empty(query.shape)
-    lse = query.new_empty(batch, heads, height, width, dtype=torch.float32)
-    options = _options("forward", query)
-    tile, columns = tile_shape((height, width), window, stride, dilation, options["BLOCK_M"], options["BLOCK_N"])
-    has_text = text_key is not None
-    text_kind = _text_kind(text_key, text_mask, options["BLOCK_N"])
-    programs, numbers = _geometry(query, window, stride, dilation, text_key.shape[1] if has_text else 0, tile)
-    text_strides = [*_strides(text_key, unit), *_strides(text_value, unit)] if has_text else [0] * 6
+    text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
+    case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
+    launch = _launch("forward", *case)
+    out = query.new_empty(shape)
+    lse = query.new_empty((shape[0], shape[3], shape[1], shape[2]), dtype=torch.float32)
+    if text_key is None:
+        text_key, text_value = key, value
     with _device(query):
-        _forward_kernel[(programs,)](
+        _forward_kernel[(launch.programs,)](
             query,
             key,
             value,
-            text_key if has_text else key,
-            text_value if has_text else value,
-            key if text_mask is None else text_mask.contiguous().view(torch.uint8),
+            text_key,
+            text_value,
+            text_mask.contiguous().view(torch.uint8) if masks_text else key,
             out,
             lse,
-            *numbers,
+            *launch.numbers,
             scale,
             *_strides(query, unit),
             *_strides(key, unit),
             *_strides(value, unit),
-            *text_strides,
+            *_strides(text_key, unit)[-3:],
+            *_strides(text_value, unit)[-3:],
             UNIT=unit,
-            TEXT=text_kind,
-            COLUMNS=columns,
-            HAS_TEXT_MASK=text_mask is not None,
-            **options,
+            **launch.constants,
         )
     return out, lse
 
@@ -1012,33 +1057,30 @@ def backward(
     text_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    window,
-    stride,
-    dilation,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of query, key, value and text, contiguous."""
-    batch, height, width, heads, head_dim = query.shape
+    shape = query.shape
     tensors, unit = _with_unit(query, key, value, grad_out, text_key, text_value)
     query, key, value, grad_out, text_key, text_value = tensors
+    text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
+    case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
     delta = torch.empty_like(lse)
-    grad_query, grad_key, grad_value = (query.new_empty(query.shape) for _ in range(3))
-    has_text = text_key is not None
-    mask = key if text_mask is None else text_mask.contiguous().view(torch.uint8)
-    text_strides = [*_strides(text_key, unit), *_strides(text_value, unit)] if has_text else [0] * 6
+    grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
+    mask = text_mask.contiguous().view(torch.uint8) if masks_text else key
     image_strides = [stride for x in (query, key, value, grad_out) for stride in _strides(x, unit)]
-    grid = height, width
+    texts = (key, value) if text_key is None else (text_key, text_value)
+    text_strides = [stride for x in texts for stride in _strides(x, unit)[-3:]]
     with _device(query):
-        options = _options("query_gradient", query)
-        text_kind = _text_kind(text_key, text_mask, options["BLOCK_N"])
-        tile, columns = tile_shape(grid, window, stride, dilation, options["BLOCK_M"], options["BLOCK_N"])
-        programs, numbers = _geometry(query, window, stride, dilation, text_key.shape[1] if has_text else 0, tile)
-        _query_gradient_kernel[(programs,)](
+        launch = _launch("query_gradient", *case)
+        _query_gradient_kernel[(launch.programs,)](
             query,
             key,
             value,
-            text_key if has_text else key,
-            text_value if has_text else value,
+            *texts,
             mask,
             out,
             lse,
@@ -1046,21 +1088,16 @@ def backward(
             lse if grad_lse is None else grad_lse.contiguous(),
             grad_query,
             delta,
-            *numbers,
+            *launch.numbers,
             scale,
             *image_strides,
             *text_strides,
             UNIT=unit,
-            TEXT=text_kind,
-            COLUMNS=columns,
-            HAS_TEXT_MASK=text_mask is not None,
             HAS_GRAD_LSE=grad_lse is not None,
-            **options,
+            **launch.constants,
         )
-        options = _options("key_gradient", query)
-        tile, columns = tile_shape(grid, window, stride, dilation, options["BLOCK_N"], options["BLOCK_M"])
-        programs, numbers = _geometry(query, window, stride, dilation, None, tile)
-        _key_gradient_kernel[(programs,)](
+        launch = _launch("key_gradient", *case)
+        _key_gradient_kernel[(launch.programs,)](
             query,
             key,
             value,
@@ -1069,25 +1106,17 @@ def backward(
             grad_out,
             grad_key,
             grad_value,
-            *numbers,
+            *launch.numbers,
             scale,
             *image_strides,
             UNIT=unit,
-            COLUMNS=columns,
-            **options,
+            **launch.constants,
         )
-        if not has_text:
+        if text_key is None:
             return grad_query, grad_key, grad_value, None, None
-        options = _options("text_gradient", query)
-        length = text_key.shape[1]
-        programs = batch * heads * triton.cdiv(length, options["BLOCK_N"])
-        # queries are walked as the keys of one tile that sees the whole grid
-        _, columns = tile_shape(grid, grid, (1, 1), (1, 1), 1, options["BLOCK_M"])
-        blocks = triton.cdiv(height, options["BLOCK_M"] // columns) * triton.cdiv(width, columns)
-        per_split = triton.cdiv(blocks, max(1, _programs_wanted(query) // programs))
-        splits = triton.cdiv(blocks, per_split)
-        shares = query.new_empty(splits, 2, batch, length, heads, head_dim, dtype=torch.float32)
-        _text_gradient_kernel[programs, splits](
+        launch = _launch("text_gradient", *case)
+        shares = query.new_empty((2, launch.splits, *text_key.shape), dtype=torch.float32)
+        _text_gradient_kernel[launch.programs, launch.splits](
             query,
             text_key,
             text_value,
@@ -1096,32 +1125,18 @@ def backward(
             delta,
             grad_out,
             shares,
-            heads,
-            height,
-            width,
-            length,
-            per_split,
+            *launch.numbers,
             scale,
             *_strides(query, unit),
             *text_strides,
             *_strides(grad_out, unit),
             UNIT=unit,
-            COLUMNS=columns,
-            HAS_TEXT_MASK=text_mask is not None,
-            **options,
+            **launch.constants,
         )
-    texts = (shares[:, i].sum(0).to(query.dtype) for i in range(2))
-    return grad_query, grad_key, grad_value, *texts
+    return grad_query, grad_key, grad_value, *(share.sum(0).to(query.dtype) for share in shares)
 
 
-def _text_kind(text_key: Tensor | None, text_mask: Tensor | None, block: int) -> str | None:
-    """How text is walked: not at all, "free" where each block is seen whole, else "text"."""
-    if text_key is None:
-        return None
-    return "free" if text_mask is None and text_key.shape[1] % block == 0 else "text"
-
-
-def _programs_wanted(x: Tensor) -> int:
+def _programs_wanted(device: torch.device) -> int:
     if INTERPRETED:
         return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,9 +9,10 @@ import torch
 from attention import oracles
 from test_window import attend, random_inputs
 
-from hybriddit.attention import aligned_window, neighborhood_attention, trial
+from hybriddit.attention import aligned_window, neighborhood_attention, trial, window
 from hybriddit.attention.window import WindowCase, choose_backend, dispatch, flex, natten, tiled
 from hybriddit.attention.window.flex import best_layout, visited_blocks
+from hybriddit.attention.window.text_mask import hide_padded_text
 
 GPU = torch.device("cuda", 0)
 
@@ -44,27 +45,32 @@ def machine(monkeypatch):
     return make
 
 
-def test_order_on_a_gpu(machine):
+def test_order_on_a_gpu(machine, monkeypatch):
     machine()
-    assert choose_backend(case())[::2] == ("natten", ())
-    machine(natten=False)
+    assert choose_backend(case())[::2] == ("triton", ())
+    monkeypatch.setitem(sys.modules, "hybriddit.attention.window.kernels", None)
+    monkeypatch.delattr(window, "kernels", raising=False)
     choice = choose_backend(case())
-    assert choice.backend == "flex" and choice.passed_over[0][0] == "natten"
+    assert choice.backend == "flex" and choice.passed_over == (("triton", "it is not installed"),)
+    monkeypatch.undo()
     for missing, words in ((dict(triton=False), "pip install triton"), (dict(compiler=False), "a C compiler")):
-        machine(natten=False, **missing)
+        machine(**missing)
         choice = choose_backend(case())
-        assert choice.backend == "tiled" and words in dict(choice.passed_over)["flex"]
+        passed_over = dict(choice.passed_over)
+        assert choice.backend == "natten" and words in passed_over["flex"] and words in passed_over["triton"]
+        machine(natten=False, **missing)
+        assert choose_backend(case()).backend == "tiled"
 
 
 @pytest.mark.parametrize(
     "change, backend, refused",
     [
-        (dict(window=(1, 9)), "flex", {"natten": "no window of 1"}),
-        (dict(dilation=(9, 1)), "flex", {"natten": "exceeds the grid"}),
-        (dict(dtype=torch.float64), "tiled", {"natten": "float64", "flex": "float64"}),
-        (dict(window=(1, 9), head_dim=288), "tiled", {"flex": "head width 288"}),
-        (dict(device=torch.device("mps")), "tiled", {"natten": "NVIDIA", "flex": "does not run on mps"}),
-        (dict(grid=(16, 16), window=(15, 16)), "dense", {name: "dense attention's" for name in ("natten", "flex", "tiled")}),
+        (dict(window=(1, 9)), "triton", {}),
+        (dict(window=(1, 9), head_dim=288), "tiled", {"triton": "288", "flex": "head width 288", "natten": "no window of 1"}),
+        (dict(dilation=(9, 1), head_dim=288), "tiled", {"natten": "exceeds the grid"}),
+        (dict(dtype=torch.float64), "tiled", {"triton": "float64", "natten": "float64", "flex": "float64"}),
+        (dict(device=torch.device("mps")), "tiled", {"triton": "on mps", "natten": "NVIDIA", "flex": "does not run on mps"}),
+        (dict(grid=(16, 16), window=(15, 16)), "dense", {name: "dense attention's" for name in ("triton", "flex", "natten", "tiled")}),
         (dict(grid=(16, 16)), "dense", {}),
         (dict(device=torch.device("cpu"), dtype=torch.float32), "tiled", {"natten": "GPU", "flex": "not compiled"}),
         (dict(device=torch.device("cpu"), gradients=True), "tiled", {"flex": "no gradients on a CPU"}),
@@ -82,8 +88,8 @@ def test_what_a_backend_cannot_do_goes_to_the_next(change, backend, refused, mac
 
 
 def test_no_large_mask_is_made_for_speed(machine):
-    machine(natten=False)
-    assert choose_backend(case(grid=(256, 256), window=(250, 250))).backend == "flex"
+    machine()
+    assert choose_backend(case(grid=(256, 256), window=(250, 250))).backend == "triton"
     assert choose_backend(case(grid=(256, 256), window=(250, 250), device=torch.device("cpu"))).backend == "tiled"
 
 
@@ -239,7 +245,7 @@ def test_the_log_sum_exp_is_natten_s_unless_it_is_wrong_or_needs_gradients(machi
     row = dispatch.BACKENDS["natten"]._replace(
         attend=tiled.attend, attend_with_lse=attend_with_lse, refusal=lambda case: None, slower=lambda case: None
     )
-    monkeypatch.setitem(dispatch.BACKENDS, "natten", row)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"natten": row, "tiled": dispatch.BACKENDS["tiled"]})
     monkeypatch.setattr(WindowCase, "on_gpu", True)
     inputs, _ = random_inputs((24, 30), 4, 2, 32, 1, torch.float32)
     settings = {"window": 5, "text_key": inputs[3], "text_value": inputs[4], "return_lse": True}
@@ -259,6 +265,46 @@ def test_the_log_sum_exp_is_natten_s_unless_it_is_wrong_or_needs_gradients(machi
             _, found = neighborhood_attention(*inputs[:3], **settings)
     assert given == [32, 32, 32]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_padded_text_is_masked_by_a_backend_that_can_or_else_hidden(wrong, monkeypatch):
+    """Also where the backend's log-sum-exp fails its trial, so that one more key tells it."""
+    masks = []
+
+    def attend_with_lse(*arguments, text_mask=None):
+        masks.append(text_mask)
+        query, key, value, text_key, text_value, *settings = arguments
+        if text_mask is not None:
+            masked = hide_padded_text(query, key, value, text_key, text_value, text_mask, settings[-1])
+            out, lse = tiled.attend_with_lse(*masked, *settings)
+            return out[..., : query.shape[-1]], lse
+        out, lse = tiled.attend_with_lse(*arguments)
+        return out, lse * (1.1 if wrong else 1)
+
+    row = dispatch.Backend(
+        lambda *arguments, **mask: attend_with_lse(*arguments, **mask)[0],
+        lambda case: None,
+        lambda case: None,
+        attend_with_lse,
+        lse_gradients=True,
+        masks_text=True,
+        tried=True,
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", {"triton": row, "tiled": dispatch.BACKENDS["tiled"]})
+    monkeypatch.setattr(WindowCase, "on_gpu", True)
+    inputs, _ = random_inputs((24, 30), 4, 2, 32, 2, torch.float32)
+    text_mask = torch.tensor([[True, False, True, True], [False] * 4])
+    settings = {"window": 5, "text_key": inputs[3], "text_value": inputs[4], "text_mask": text_mask}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, lse = neighborhood_attention(*inputs[:3], **settings, return_lse=True)
+        expected = neighborhood_attention(*inputs[:3], **settings, return_lse=True, backend="tiled")
+        assert (sum(mask is not None for mask in masks) == 0) == wrong
+        torch.testing.assert_close(out, expected[0])
+        torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-4)
+        neighborhood_attention(*inputs[:3], **settings)  # the output alone, whose trial passed
+        assert masks[-1] is text_mask
 
 
 @pytest.mark.parametrize("grid", [(32, 32), (64, 64), (48, 96), (128, 16), (8, 128), (15, 128)])

@@ -1,4 +1,8 @@
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -470,3 +474,13 @@ def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message) as error:
         neighborhood_attention(**args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_kernels_in_triton_s_interpreter():
+    """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
