@@ -441,7 +441,7 @@ def add_benchmark(commands) -> None:
     )
     sub.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), help="(default: all that the device has)")
     sub.add_argument("--window", type=int, default=16, help="window side, in tokens (default: %(default)s)")
-    sub.add_argument("--radius", type=int, default=8, help="radius of `circular`, in tokens (default: %(default)s)")
+    sub.add_argument("--radius", type=int, help="radius of `circular`, in tokens (default: 8)")
     sub.add_argument("--backward", action="store_true", help="also measure forward + backward of the transformer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the transformers' blocks")
     sub.add_argument("--layers", type=int, help="blocks of the transformers (default: all; 2 on a CPU)")
@@ -451,7 +451,17 @@ def add_benchmark(commands) -> None:
     sub.add_argument(
         "--max-seconds", type=float, help="for one case; longer ones are not measured (default: 10; CPU: 15)"
     )
-    sub.add_argument("--out", type=Path, default=Path("outputs/benchmark"), help="folder (default: %(default)s)")
+    sub.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead find the fastest launch options of the attention kernels for --shapes (default: flux, sd3 and "
+        "pixart-sigma), and write tuned.json",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        help="folder (default: outputs/benchmark; with --tune benchmarks/results/<device>)",
+    )
     _add_dtype(sub)
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print the results as one JSON object")
@@ -470,12 +480,22 @@ def benchmark(options: argparse.Namespace) -> None:
             find_subject(name)
         except ValueError as error:
             build_parser().error(f"argument --shapes: {error}")
-    chosen = settings(device_of_this_machine(), **_given(options, "out", "quiet"))
-    report = run(chosen, options.out, options.quiet)
+    if options.tune:
+        from .benchmark import tune
+
+        taken = _given(options, "tune", "shapes", "window", "dtype", "out", "quiet")
+        if given := [name for name, value in taken.items() if value not in (None, False)]:
+            option = given[0].replace("parts", "part").replace("_", "-")
+            raise ValueError(f"--tune, which sweeps kernels of fixed sizes, does not take --{option}")
+        report = tune.run(options.shapes, options.window, options.dtype, options.out, options.quiet)
+    else:
+        folder = options.out or Path("outputs/benchmark")
+        chosen = settings(device_of_this_machine(), **_given(options, "out", "quiet", "tune"))
+        report = run(chosen, folder, options.quiet)
+        if not (options.json or options.quiet):
+            print(f"results saved to {folder}")
     if options.json:
         print(json.dumps(report))
-    elif not options.quiet:
-        print(f"results saved to {options.out}")
 
 
 def add_info(commands) -> None:

@@ -21,6 +21,7 @@ names = zipfile.ZipFile(sys.argv[1]).namelist()
 wrong = [name for name in names if not (name.startswith("hybriddit/") or ".dist-info/" in name)]
 assert not wrong, f"the wheel holds more than the package: {wrong}"
 assert any(name.endswith("licenses/LICENSE") for name in names), "the wheel lacks the licence"
+assert "hybriddit/attention/tuned/sm_90.json" in names, "the wheel lacks the tables of launch options"
 files = {name.partition("/")[2] for name in tarfile.open(sys.argv[2]).getnames()}
 needed = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "Makefile", "constraints.txt",
           "configs/distill/demo.yaml", "assets/demo-teacher/model_index.json", "docs/concepts.md", "tests/test_docs.py"}  # fmt: skip

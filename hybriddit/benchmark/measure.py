@@ -223,7 +223,7 @@ def measure(
         except torch.OutOfMemoryError:
             outcomes[case.name] = OUT_OF_MEMORY
         except Exception as error:  # the other cases are measured even if this one's kernel fails
-            outcomes[case.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            outcomes[case.name] = f"failed: {type(error).__name__}: {first_line(error)}"
         else:
             one = max(seconds) * case.steps
             if one < SHORT_SECONDS:  # measured again, without the profiler
@@ -259,6 +259,6 @@ def _call(case: Case, backward: bool) -> None:
             case.forward()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     words = " ".join(str(error).split())
     return words if len(words) <= 160 else f"{words[:159]}…"

@@ -96,6 +96,7 @@ def settings(device: torch.device, **given: Any) -> Settings:
         "shapes": shapes,
         "sizes": SIZES if gpu else (256, 512, 1024, 2048),
         "variants": device_variants(device),
+        "radius": 8,
         "dtype": "bfloat16" if gpu else "float32",
         "layers": None if gpu else few,
         "repeats": 20 if gpu else 5,

@@ -15,12 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..tuned import tuned_options
 from . import features as maps
 
-# Programs per multiprocessor: while one waits for memory, another computes.
+# Programs per multiprocessor: while one waits for memory, another computes. Kernels with a larger number of their own
+# have more only as far as each still takes this many blocks of rows: every program reads the whole state.
 PROGRAMS_PER_SM = 2
-# The interpreter has no chip to fill: just enough programs to have several shares to add.
-INTERPRETED_PROGRAMS = 6
+BLOCKS_OF_MORE = 8
+# The interpreter has no chip to fill: it has as many programs as there are several shares to add with.
+INTERPRETED_SMS = 3
 # Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
 OVERRIDES: dict[str, dict] = {}
 
@@ -781,12 +784,15 @@ def launch_options(
     target: int | str,
     feature_map: str = "elu",
     channels: int | None = None,
+    per_channel: bool = False,
 ) -> dict:
-    """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
+    """Block sizes, precision, programs and compiler options of a kernel, by name, for head widths up to 256.
 
-    channels: of the projection, if there is one; then, and for other maps than elu, widths are up to 128. target:
-    10 * major + minor of a CUDA compute capability, "hip", or "interpreter". The sizes are those that the compiler fits
-    into registers and shared memory on every chip (tests/attention/linear/test_compile.py); OVERRIDES replaces them.
+    channels: of the projection, if there is one; then, and for other maps than elu, widths are up to 128. per_channel:
+    the output is joined by a gate of its own for each channel. target: 10 * major + minor of a CUDA compute capability,
+    "hip", or "interpreter". The sizes are those that the compiler fits into registers and shared memory on every chip
+    (tests/attention/linear/test_compile.py), replaced by what was measured on this one (`attention.tuned`), and by
+    OVERRIDES.
     """
     block_d, precise = max(16, triton.next_power_of_2(width)), dtype != torch.bfloat16
     block_e = min(max(16, triton.next_power_of_2(out_width)), 128)
@@ -824,6 +830,7 @@ def launch_options(
         large = min(block_d, block_m) > 64 or (precise and wide)
         reload = channels is not None and backward and large and target in (86, 89, 120, "hip")
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_F": block_f, "BLOCK_E": block_e, "BLOCK_N": rows}
+    options["PROGRAMS_PER_SM"] = PROGRAMS_PER_SM
     if kernel.endswith("backward"):
         options["RELOAD_PROJECTION"] = reload
     if target == "interpreter":  # the interpreter's bfloat16 products are wrong
@@ -841,6 +848,9 @@ def launch_options(
     if kernel == "sum" and target in (100, 103) and triton.__version__.startswith(("3.6", "3.7", "3.8")):
         stages = 1  # Triton 3.6 fails to overlap loads with two products there, 3.9 does not
     options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    # gates per channel, projections and the other maps were not measured, and take more registers
+    if feature_map == "elu" and channels is None and width == out_width and not per_channel:
+        options |= tuned_options("linear", kernel, dtype, width, target)
     return options | OVERRIDES.get(kernel, {})
 
 
@@ -872,9 +882,10 @@ def output(
         return out
     (query, near), unit = _with_unit(query, near)
     gate = None if gate is None else gate.expand(out.shape)
-    options = _options("output", query, state.shape[3], projection, feature_map)
+    per_channel = near is not None and gate.stride(3) != 0
+    options, per_sm = _options("output", query, state.shape[3], projection, feature_map, per_channel)
     blocks = triton.cdiv(state.shape[3], options["BLOCK_E"])
-    splits, rows_per_split = _splits(query, batch * heads * blocks, options["BLOCK_N"])
+    splits, rows_per_split = _splits(query, batch * heads * blocks, options["BLOCK_N"], per_sm)
     with _device(query):
         _output_kernel[batch * heads * blocks, splits](
             query,
@@ -894,7 +905,7 @@ def output(
             UNIT=unit,
             JOIN=near is not None,
             JOINT=joint,
-            GATE_PER_ROW=near is not None and gate.stride(3) == 0,
+            GATE_PER_ROW=near is not None and not per_channel,
             **options,
         )
     return out
@@ -916,8 +927,8 @@ def output_backward(
         return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), grad_projection
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
     (grad_out, query), unit = _with_unit(grad_out, query)
-    options = _options("output_backward", query, state.shape[3], projection, feature_map)
-    splits, rows_per_split = _splits(query, batch * heads, options["BLOCK_N"])
+    options, per_sm = _options("output_backward", query, state.shape[3], projection, feature_map)
+    splits, rows_per_split = _splits(query, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
     with _device(query):
         _output_backward_kernel[batch * heads, splits](
@@ -957,8 +968,8 @@ def state_backward(
     if key.numel() == 0 or value.numel() == 0:
         return grad_key.zero_(), grad_value.zero_(), None if projection is None else torch.zeros_like(projection)
     (key, value), unit = _with_unit(key, value)
-    options = _options("state_backward", key, value.shape[3], projection, feature_map)
-    splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"])
+    options, per_sm = _options("state_backward", key, value.shape[3], projection, feature_map)
+    splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
     with _device(key):
         _state_backward_kernel[batch * heads, splits](
@@ -995,7 +1006,7 @@ def _sums(
 ) -> tuple[Tensor, Tensor]:
     """Run `_sum_kernel` and add up its shares: [B, heads, F, E] and [B, heads, F, 1] in float32."""
     (batch, length, heads, _), out_width = x.shape, y.shape[3]
-    options = _options("sum", x, out_width, projection, feature_map)
+    options, per_sm = _options("sum", x, out_width, projection, feature_map)
     features = options["FEATURES"]
     if x.numel() == 0 or y.numel() == 0:
         return x.new_zeros(batch, heads, features, out_width, dtype=torch.float32), x.new_zeros(
@@ -1005,7 +1016,7 @@ def _sums(
     blocks = triton.cdiv(out_width, options["BLOCK_E"])
     if feature_map == "polynomial":
         blocks *= triton.cdiv(features, options["BLOCK_F"])
-    splits, rows_per_split = _splits(x, batch * heads * blocks, options["BLOCK_N"])
+    splits, rows_per_split = _splits(x, batch * heads * blocks, options["BLOCK_N"], per_sm)
     state = x.new_empty(splits, batch, heads, features, out_width, dtype=torch.float32)
     mean = x.new_empty(splits, batch, heads, features, 1, dtype=torch.float32)
     with _device(x):
@@ -1037,8 +1048,10 @@ def _projection_shares(projection: Tensor | None, splits: int, batch: int) -> Te
     return projection.new_empty(splits, batch, *projection.shape, dtype=torch.float32)
 
 
-def _options(kernel: str, x: Tensor, out_width: int, projection: Tensor | None, feature_map: str) -> dict:
-    """`launch_options` on this device, and the constants that the kernels share."""
+def _options(
+    kernel: str, x: Tensor, out_width: int, projection: Tensor | None, feature_map: str, per_channel: bool = False
+) -> tuple[dict, int]:
+    """`launch_options` on this device with the constants that the kernels share, and the programs per multiprocessor."""
     if INTERPRETED:
         target = "interpreter"
     elif torch.version.hip:
@@ -1047,8 +1060,9 @@ def _options(kernel: str, x: Tensor, out_width: int, projection: Tensor | None, 
         major, minor = torch.cuda.get_device_capability(x.device)
         target = 10 * major + minor
     channels = None if projection is None else projection.shape[2]
-    options = launch_options(kernel, x.dtype, x.shape[3], out_width, target, feature_map, channels)
-    return constants(feature_map, x.shape[3], out_width, channels) | options
+    options = launch_options(kernel, x.dtype, x.shape[3], out_width, target, feature_map, channels, per_channel)
+    per_sm = options.pop("PROGRAMS_PER_SM")
+    return constants(feature_map, x.shape[3], out_width, channels) | options, per_sm
 
 
 def constants(feature_map: str, width: int, out_width: int, channels: int | None) -> dict:
@@ -1064,14 +1078,16 @@ def constants(feature_map: str, width: int, out_width: int, channels: int | None
     }
 
 
-def _splits(x: Tensor, programs: int, block_rows: int) -> tuple[int, int]:
-    """Split the tokens of x [B, N, heads, D] to fill the chip: number of splits, and rows (whole blocks) of each."""
-    if INTERPRETED:
-        wanted = INTERPRETED_PROGRAMS
-    else:
-        wanted = PROGRAMS_PER_SM * torch.cuda.get_device_properties(x.device).multi_processor_count
+def _splits(x: Tensor, programs: int, block_rows: int, per_sm: int) -> tuple[int, int]:
+    """Split the tokens of x [B, N, heads, D] to fill the chip: number of splits, and rows (whole blocks) of each.
+
+    programs: those of one split. per_sm: programs that a multiprocessor should get.
+    """
+    sms = INTERPRETED_SMS if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
     blocks = triton.cdiv(x.shape[1], block_rows)
-    blocks_per_split = triton.cdiv(blocks, max(1, wanted // programs))
+    # without and with more programs than the usual number
+    usual, least = (triton.cdiv(blocks, max(1, count * sms // programs)) for count in (PROGRAMS_PER_SM, per_sm))
+    blocks_per_split = max(least, min(usual, BLOCKS_OF_MORE))
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split * block_rows
 
 

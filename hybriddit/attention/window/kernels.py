@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..tuned import tuned_options
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 # The running maximum before the first key: finite, so that no difference of two infinities is taken.
 LOWEST = tl.constexpr(-3.0e38)
@@ -853,7 +855,8 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
 
     Of width 72, 64 channels are one block and 8, padded to 16, the other. target: 10 * major + minor of a CUDA compute
-    capability, "hip", or "interpreter". OVERRIDES replaces the options.
+    capability, "hip", or "interpreter". What was measured on that chip (`attention.tuned`) replaces the options, and
+    OVERRIDES both.
     """
     block_d = max(16, _power_of_2(width))
     block_2 = 0
@@ -884,7 +887,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     if precise or (block_d > 128 and kernel == "query_gradient"):
         stages = 1
     options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return options | OVERRIDES.get(kernel, {})
+    return options | tuned_options("window", kernel, dtype, width, target) | OVERRIDES.get(kernel, {})
 
 
 @lru_cache(maxsize=256)

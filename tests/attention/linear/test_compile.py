@@ -92,12 +92,16 @@ SPILLED = {
 # bytes that elu's kernels spill without a projection, the second with Triton 3.6 alone
 SPILLED_BY_ELU = {torch.float32: {"output_backward": 72}}
 SPILLED_BY_3_6 = {torch.bfloat16: {"sum": 12}}
+# and on sm_90 at widths above 64, with options that were the fastest of a sweep when they spilled 320 bytes
+SPILLED_AS_MEASURED = {"output_backward": 104}
 
 
 def compiled(name, options, dtype, width, chip, unit=8, feature_map="elu", channels=None):
     kernel = getattr(linear_triton, f"_{name}_kernel")
     target = chip if isinstance(chip, int) else "hip"
-    launch = linear_triton.launch_options(name, dtype, width, width, target, feature_map, channels)
+    per_channel = options.get("JOIN", False) and not options["GATE_PER_ROW"]
+    launch = linear_triton.launch_options(name, dtype, width, width, target, feature_map, channels, per_channel)
+    del launch["PROGRAMS_PER_SM"]
     stages = {key: launch.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants = {**linear_triton.constants(feature_map, width, width, channels), "UNIT": unit, **options, **launch}
     names = kernel.arg_names
@@ -163,6 +167,8 @@ def test_fits(dtype, width, chip, tmp_path):
     allowed = SPILLED_BY_ELU.get(dtype, {})
     if triton.__version__.startswith("3.6"):
         allowed = {**allowed, **SPILLED_BY_3_6.get(dtype, {})}
+    if (dtype, chip) == (torch.bfloat16, 90) and 64 < width <= 128:
+        allowed = {**allowed, **SPILLED_AS_MEASURED}
     failures = do_not_fit([*KERNELS, *JOINT], dtype, width, chip, tmp_path, allowed)
     assert not failures, failures
 

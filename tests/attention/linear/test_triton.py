@@ -173,7 +173,7 @@ def test_columns_keep_what_bfloat16_loses():
 def test_any_number_of_splits(programs, monkeypatch):
     inputs, weight = random_inputs((1, 517, 517, 2, 32, 32), torch.float32)
 
-    def splits(x, pairs, block_rows):
+    def splits(x, pairs, block_rows, per_sm):
         blocks = -(-x.shape[1] // block_rows)
         count = min(programs, blocks)
         return -(-blocks // -(-blocks // count)), -(-blocks // count) * block_rows
@@ -186,8 +186,9 @@ def test_splits_cover_the_rows_once():
     for length in (1, 31, 32, 33, 500, 4097):
         x = torch.zeros(1, length, 1, 1, device=DEVICE)
         for programs in (1, 2, 5, 1000):
-            splits, rows = linear_triton._splits(x, programs, 32)
-            assert rows % 32 == 0 and (splits - 1) * rows < length <= splits * rows
+            for per_sm in (1, 2, 8):
+                splits, rows = linear_triton._splits(x, programs, 32, per_sm)
+                assert rows % 32 == 0 and (splits - 1) * rows < length <= splits * rows
 
 
 @pytest.mark.parametrize(
@@ -463,7 +464,7 @@ def test_any_number_of_splits_gives_the_gradient_of_projections(feature_map, pro
     inputs, weight = random_inputs((2, 100, 117, 1, 16, 16), torch.float32)
     projections = random_projections(1, 16, 5, torch.float32)
 
-    def splits(x, pairs, block_rows):
+    def splits(x, pairs, block_rows, per_sm):
         blocks = -(-x.shape[1] // block_rows)
         count = min(programs, blocks)
         return -(-blocks // -(-blocks // count)), -(-blocks // count) * block_rows
@@ -591,11 +592,3 @@ def test_maps_and_widths_that_the_kernels_lack_are_refused():
         case = dict(feature_map="elu", projected=False, gradients=True) | options
         with pytest.raises(ValueError, match="widths up to 128, not 136"):
             dispatch._takes_triton("triton", torch.device(DEVICE), torch.float32, 136, 64, 64, *case.values())
-
-
-def test_a_sweep_can_replace_launch_options(monkeypatch):
-    case = "sum", torch.bfloat16, 64, 64, 90
-    assert linear_triton.launch_options(*case)["num_warps"] == 8
-    monkeypatch.setitem(linear_triton.OVERRIDES, "sum", {"num_warps": 4})
-    assert linear_triton.launch_options(*case)["num_warps"] == 4
-    assert linear_triton.launch_options("output", *case[1:])["num_warps"] == 8

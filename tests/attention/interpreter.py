@@ -1,0 +1,30 @@
+"""Whether Triton's interpreter, in which tests run the kernels where there is no GPU, works with this numpy."""
+
+import numpy
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from triton import language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+
+def _loop(out, count):
+    for i in range(count):
+        tl.store(out + i, 1.0)
+
+
+def refusal():
+    """Why the interpreter cannot run the kernels here, in one line, or None.
+
+    Triton 3.6 converts the bound of a loop, an array of one element, with int(); numpy from 2.4 on takes those of no
+    dimension alone. Triton 3.9 squeezes it before.
+    """
+    out = torch.zeros(2)
+    try:
+        InterpretedFunction(_loop)[(1,)](out, 2)
+    except Exception as error:  # the interpreter's own class of errors
+        cause = error.__cause__ or error
+        return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}: {cause}"
+    assert out.tolist() == [1, 1]
+    return None
