@@ -12,13 +12,13 @@ from torch import nn
 from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
 from .layout import TokenLayout
 from .linear.features import LARGEST_SHARE
+from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
 from .window import neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
 GATE_WIDTH = 96  # the width of the layers with which gates per token, joined "joint", have been tried
-LARGEST_GATE = 40.0  # joined "joint": far alone, and more than any other
 
 
 class HybridAttention(nn.Module):
@@ -264,17 +264,16 @@ class HybridAttention(nn.Module):
 
     def _joined(self, near, far_query, far_key, gate):
         """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_near`."""
-        value, joint, far_alone = near[2], self.join == "joint", 1.0
+        value, joint, lse = near[2], self.join == "joint", None
         if joint:
             near, lse = self._near(*near, return_lse=True)
-            # bounded, so that no product and no gradient overflows
-            gate = torch.sinh(gate.to(lse.dtype).clamp(-LARGEST_GATE, LARGEST_GATE)) / 10
-            gate, far_alone = gate * torch.exp(-lse.clamp(min=-LARGEST_GATE)).unsqueeze(-1), LARGEST_SHARE
         else:
             near = self._near(*near)
         if self.far_only is not None:
-            gate = torch.where(self.far_only.view(-1, 1, 1, 1), far_alone, gate)
-        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint)
+            if joint:
+                gate, lse = joint_gate(gate, lse), None
+            gate = torch.where(self.far_only.view(-1, 1, 1, 1), LARGEST_SHARE if joint else 1.0, gate)
+        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
 
     def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale, return_lse=False):
         """Window attention, [B, N, heads, D]; with return_lse also the log-sum-exp of its scores, [B, N, heads]."""

@@ -73,12 +73,13 @@ class LinearMixer(nn.Module):
         gate: torch.Tensor | None = None,
         key_mask: torch.Tensor | None = None,
         joint: bool = False,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
         near, gate: the result is near + gate * (far - near), computed in one pass. joint: the gate is multiplied by the
-        sum of the keys' weights, to x, and x / (1 + |x|) takes its place. key_mask: bool [B, N], False for keys to leave
-        out.
+        sum of the keys' weights, to x, and x / (1 + |x|) takes its place. lse: near's log-sum-exp [B, M, heads]; the gate
+        is then sinh(gate) / 10 * exp(-lse). key_mask: bool [B, N], False for keys to leave out.
         """
         if self.center_keys:
             key = key - _mean(key, key_mask)
@@ -95,6 +96,7 @@ class LinearMixer(nn.Module):
             query_projection=query_projection,
             key_projection=key_projection,
             joint=joint,
+            lse=lse,
         )
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:

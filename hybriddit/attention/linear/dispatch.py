@@ -18,7 +18,7 @@ from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, su
 from ..trial import KERNEL_MAX_WIDTH, failure_reason, kernel_refusal, warn_once
 from . import torch as torch_passes
 from .features import FEATURE_MAPS
-from .formula import joint_share, linear_attention_formula
+from .formula import joint_gate, joint_share, linear_attention_formula
 
 # What the Triton kernels support. The width is of the queries, keys and channels where the state may have more features
 # than these: with a projection, or another map than elu.
@@ -39,6 +39,7 @@ def linear_attention(
     key_projection: Tensor | None = None,
     eps: float | None = None,
     joint: bool = False,
+    lse: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Generalized linear attention (LinFusion, arXiv 2409.02097; not causal).
@@ -59,6 +60,8 @@ def linear_attention(
         joint: the share of the result depends on its weights: with x = gate * the sum over the keys of
             phi(q) . phi(k) + eps, return near + x / (1 + |x|) * (result - near). Where near is a softmax and gate is g
             over the sum of its exponentials, that is one average over both, with weights exp(.) and g phi(q) . phi(k).
+        lse: [B, M, heads], with joint: the logarithm of that sum; the gate is then sinh(gate) / 10 * exp(-lse), with both
+            bounded by 40.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
             and takes torch.
@@ -73,6 +76,8 @@ def linear_attention(
     _check(query, key, value, near, gate, key_mask, query_projection, key_projection)
     if joint and near is None:
         raise ValueError("joint is how the result and near are joined: pass near and gate")
+    if lse is not None and not (joint and lse.shape == query.shape[:3]):
+        raise ValueError(f"lse goes with joint, and must be {list(query.shape[:3])} here, got {shapes(lse)}")
     query, key, value, *beside = autocast((query, key, value) if near is None else (query, key, value, near))
     check_dtype((query, key, value, *beside))
     (near,) = beside or (None,)
@@ -89,13 +94,14 @@ def linear_attention(
                 near=near,
                 gate=gate,
                 joint=joint,
+                lse=lse,
                 eps=eps,
                 feature_map=feature_map,
                 query_projection=query_projection,
                 key_projection=key_projection,
                 key_mask=key_mask,
             ).to(value.dtype)
-    tensors = [x for x in (query, key, value, near, gate, query_projection, key_projection) if x is not None]
+    tensors = [x for x in (query, key, value, near, gate, lse, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     triton = False
     if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
@@ -114,7 +120,10 @@ def linear_attention(
         share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
         state, mean = state * share, mean * share
     settings = query_projection, eps, feature_map, triton
+    if joint and triton and not gradients and key_mask is None:
+        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=float(key.shape[1]))
     if joint:
+        gate = gate if lse is None else joint_gate(gate, lse)
         count = key.shape[1] if key_mask is None else key_mask.sum(1, dtype=mean.dtype)[:, None, None, None]
         gate = gate * count  # the passes have means
     if near is not None and gradients and (joint or not triton):
@@ -257,12 +266,16 @@ def _linear_output(
     triton: bool,
     joint: bool = False,
     wide: bool = False,
+    lse: Tensor | None = None,
+    count: float = 1.0,
 ) -> Tensor:
     """[B, M, heads, E]: phi(q) state / (phi(q) . mean + eps), joined to near by the gate where there is one.
 
-    In the query's dtype, or in the sums' where `wide`. With `joint` it has no gradients.
+    In the query's dtype, or in the sums' where `wide`. With `joint` it has no gradients; lse and count, of which the
+    gate is a multiple, are for Triton's kernel.
     """
-    return _passes(triton).output(query, state, mean, near, gate, projection, eps, feature_map, joint, wide)
+    inputs = query, state, mean, near, gate, projection, eps, feature_map, joint, wide
+    return _triton_passes().output(*inputs, lse, count) if triton else torch_passes.output(*inputs)
 
 
 @torch.library.custom_op("hybriddit::linear_output_backward", mutates_args=())
@@ -320,7 +333,9 @@ def _(grad_state, grad_mean, key, value, projection, key_mask, feature_map, trit
 
 
 @_linear_output.register_fake
-def _(query, state, mean, near, gate, projection, eps, feature_map, triton, joint=False, wide=False):
+def _(
+    query, state, mean, near, gate, projection, eps, feature_map, triton, joint=False, wide=False, lse=None, count=1.0
+):
     return query.new_empty(*query.shape[:3], state.shape[3], dtype=state.dtype if wide else query.dtype)
 
 
@@ -358,7 +373,7 @@ def _output_autograd(ctx, grad_out):
         grad_near, grad_out = grad_out - grad_far, grad_far
     *grads, grad_projection = _linear_output_backward(grad_out, query, state, mean, projection, *ctx.settings[:3])
     grad_projection = None if projection is None else grad_projection
-    return *grads, grad_near, grad_gate, grad_projection, None, None, None, None, None
+    return *grads, grad_near, grad_gate, grad_projection, *(None for _ in ctx.settings)
 
 
 _linear_state.register_autograd(_state_autograd, setup_context=_save_state)

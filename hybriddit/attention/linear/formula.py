@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .features import FEATURE_MAPS, LARGEST, LARGEST_SHARE
+from .features import FEATURE_MAPS, LARGEST, LARGEST_GATE, LARGEST_SHARE
 
 
 def linear_attention_formula(
@@ -16,6 +16,7 @@ def linear_attention_formula(
     near: Tensor | None = None,
     gate: Tensor | None = None,
     joint: bool = False,
+    lse: Tensor | None = None,
     eps: float | None = None,
     feature_map: str = "elu",
     query_projection: Tensor | None = None,
@@ -27,7 +28,7 @@ def linear_attention_formula(
     out_i = phi(q_i) state / (phi(q_i) . mean + eps), with state = mean_j phi(k_j) v_j^T and mean = mean_j phi(k_j).
     Where there are projections, q_i is replaced by q_i query_projection, and k_j by k_j key_projection. Where there is
     near, the result is near + gate * (out - near); with joint, `joint_share` of the gate and the denominator, as a sum
-    over the keys, takes the gate's place.
+    over the keys, takes the gate's place; with near's log-sum-exp lse, of `joint_gate`.
 
     query [B, M, heads, D], key [B, N, heads, D], value and near [B, N, heads, E], projections [heads, D, m], key_mask
     bool [B, N] -> [B, M, heads, E]. eps: None is the feature map's own.
@@ -49,7 +50,18 @@ def linear_attention_formula(
     out = numerator / denominator
     if near is None:
         return out
+    gate = gate if lse is None else joint_gate(gate, lse)
     return near + (joint_share(gate * count, denominator) if joint else gate) * (out - near)
+
+
+def joint_gate(gate: Tensor, lse: Tensor) -> Tensor:
+    """sinh(gate) / 10 * exp(-lse): what a gate is worth beside a softmax of this log-sum-exp.
+
+    gate: broadcastable to [B, M, heads, 1 or E]. lse: [B, M, heads]. Both are bounded, so that no product and no
+    gradient overflows.
+    """
+    gate = torch.sinh(gate.to(lse.dtype).clamp(-LARGEST_GATE, LARGEST_GATE)) / 10
+    return gate * torch.exp(-lse.clamp(min=-LARGEST_GATE)).unsqueeze(-1)
 
 
 def joint_share(gate: Tensor, denominator: Tensor) -> Tensor:

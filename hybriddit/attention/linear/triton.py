@@ -7,7 +7,7 @@ last dimension is made contiguous if it is not).
 
 from __future__ import annotations
 
-import contextlib
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..launch import multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
 from ..tuned import tuned_options
 from . import features as maps
 
@@ -22,6 +23,8 @@ from . import features as maps
 # have more only as far as each still takes this many blocks of rows: every program reads the whole state.
 PROGRAMS_PER_SM = 2
 BLOCKS_OF_MORE = 8
+# Token strides from here on could overflow 32-bit offsets within a block.
+LARGEST_ROW = 2**24
 # The interpreter has no chip to fill: it has as many programs as there are several shares to add with.
 INTERPRETED_SMS = 3
 # Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
@@ -30,6 +33,7 @@ OVERRIDES: dict[str, dict] = {}
 LARGEST = tl.constexpr(maps.LARGEST)
 LARGEST_FACTOR = tl.constexpr(maps.LARGEST_FACTOR)
 LARGEST_SHARE = tl.constexpr(maps.LARGEST_SHARE)
+LARGEST_GATE = tl.constexpr(maps.LARGEST_GATE)
 
 
 @triton.jit
@@ -71,6 +75,12 @@ def _channels(x, matrix, MAP: tl.constexpr, PROJECTED: tl.constexpr, DOT: tl.con
     elif MAP == "hedgehog":
         x = _clamp(x, LARGEST)  # the other maps clamp the channels
     return x
+
+
+@triton.jit
+def _sinh(x):
+    # near 0 the difference would be rounding alone
+    return tl.where(tl.abs(x) < 0.05, x + x * x * x * (1 / 6), (tl.exp(x) - tl.exp(-x)) * 0.5)
 
 
 @triton.jit
@@ -319,11 +329,13 @@ def _output_kernel(
     mean,
     near,
     gate,
+    lse,
     out,
     length,
     heads,
     rows_per_split,
     eps,
+    count,
     q_batch,
     q_row,
     q_head,
@@ -334,6 +346,9 @@ def _output_kernel(
     gate_row,
     gate_head,
     gate_column,
+    lse_batch,
+    lse_row,
+    lse_head,
     MAP: tl.constexpr,
     PROJECTED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -348,6 +363,7 @@ def _output_kernel(
     UNIT: tl.constexpr,
     JOIN: tl.constexpr,
     JOINT: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     GATE_PER_ROW: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -373,6 +389,8 @@ def _output_kernel(
     if JOIN:
         near += (batch * near_batch + head * near_head) * UNIT
         gate += batch * gate_batch + head * gate_head
+        if HAS_LSE:
+            lse += batch * lse_batch + head * lse_head
     matrix = None
     if PROJECTED:
         projection += head * WIDTH * CHANNELS
@@ -430,8 +448,12 @@ def _output_kernel(
                 opening = tl.load(opening, mask=valid, other=0.0).to(tl.float32)
             else:
                 opening = tl.load(opening + e[None, :] * gate_column, mask=valid & inside, other=0.0).to(tl.float32)
+            if HAS_LSE:
+                opening = _sinh(_clamp(opening, LARGEST_GATE)) * 0.1
+                logarithm = tl.load(lse + start * lse_row + n * lse_row, mask=n < length - start, other=0.0)
+                opening *= tl.exp(tl.minimum(-logarithm, LARGEST_GATE))[:, None]
             if JOINT:
-                opening = _clamp(opening * denominator, LARGEST_SHARE)
+                opening = _clamp(opening * count * denominator, LARGEST_SHARE)
                 opening = opening / (1 + tl.abs(opening))
             result = beside + opening * (result - beside)
         tl.store(
@@ -794,8 +816,8 @@ def launch_options(
     (tests/attention/linear/test_compile.py), replaced by what was measured on this one (`attention.tuned`), and by
     OVERRIDES.
     """
-    block_d, precise = max(16, triton.next_power_of_2(width)), dtype != torch.bfloat16
-    block_e = min(max(16, triton.next_power_of_2(out_width)), 128)
+    block_d, precise = max(16, power_of_2(width)), dtype != torch.bfloat16
+    block_e = min(max(16, power_of_2(out_width)), 128)
     # wgmma takes 64 rows at a time; on other chips, and in backward kernels, 64 rows do not fit beside the state
     rows = 64 if target in (90, 100, 103) and not precise and kernel in ("sum", "output") else 32
     if block_d > 128:
@@ -805,13 +827,13 @@ def launch_options(
             rows, block_e = 16, min(block_e, 32 if dtype == torch.float32 and kernel.endswith("backward") else 64)
         elif precise and kernel.endswith("backward"):
             rows = 16
-    block_m = block_f = block_d if channels is None else max(16, triton.next_power_of_2(channels))
+    block_m = block_f = block_d if channels is None else max(16, power_of_2(channels))
     reload = False
     if channels is not None or feature_map != "elu":
         # the projection and its gradient, the second half of hedgehog and the polynomial's factors need room too
         if feature_map == "polynomial":
             features = maps.FEATURE_MAPS[feature_map].features(width if channels is None else channels)
-            block_f = min(max(16, triton.next_power_of_2(features)), 64 if kernel == "sum" else 128)
+            block_f = min(max(16, power_of_2(features)), 64 if kernel == "sum" else 128)
         backward, wide = kernel.endswith("backward"), max(block_d, block_m, block_f) > 64
         if (backward and (wide or target == "hip")) or block_m > 64 or (block_f > 64 and block_m < block_f):
             rows = 16
@@ -875,18 +897,20 @@ def output(
     feature_map: str,
     joint: bool = False,
     wide: bool = False,
+    lse: Tensor | None = None,
+    count: float = 1.0,
 ) -> Tensor:
     batch, length, heads, _ = query.shape
     out = query.new_empty(batch, length, heads, state.shape[3], dtype=state.dtype if wide else query.dtype)
     if out.numel() == 0:
         return out
-    (query, near), unit = _with_unit(query, near)
+    (query, near), unit = with_unit(query, near, largest=LARGEST_ROW)
     gate = None if gate is None else gate.expand(out.shape)
     per_channel = near is not None and gate.stride(3) != 0
     options, per_sm = _options("output", query, state.shape[3], projection, feature_map, per_channel)
-    blocks = triton.cdiv(state.shape[3], options["BLOCK_E"])
+    blocks = over(state.shape[3], options["BLOCK_E"])
     splits, rows_per_split = _splits(query, batch * heads * blocks, options["BLOCK_N"], per_sm)
-    with _device(query):
+    with on_device(query):
         _output_kernel[batch * heads * blocks, splits](
             query,
             query if projection is None else projection.contiguous(),
@@ -894,17 +918,21 @@ def output(
             mean.contiguous(),
             out if near is None else near,
             out if near is None else gate,
+            mean if lse is None else lse,
             out,
             length,
             heads,
             rows_per_split,
             eps,
-            *_strides(query, unit),
-            *((0, 0, 0) if near is None else _strides(near, unit)),
+            count,
+            *strides_of(query, unit),
+            *((0, 0, 0) if near is None else strides_of(near, unit)),
             *((0, 0, 0, 0) if near is None else gate.stride()),
+            *((0, 0, 0) if lse is None else lse.stride()),
             UNIT=unit,
             JOIN=near is not None,
             JOINT=joint,
+            HAS_LSE=lse is not None,
             GATE_PER_ROW=near is not None and not per_channel,
             **options,
         )
@@ -926,11 +954,11 @@ def output_backward(
         grad_projection = None if projection is None else torch.zeros_like(projection)
         return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), grad_projection
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
-    (grad_out, query), unit = _with_unit(grad_out, query)
+    (grad_out, query), unit = with_unit(grad_out, query, largest=LARGEST_ROW)
     options, per_sm = _options("output_backward", query, state.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(query, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
-    with _device(query):
+    with on_device(query):
         _output_backward_kernel[batch * heads, splits](
             grad_out,
             query,
@@ -945,8 +973,8 @@ def output_backward(
             heads,
             rows_per_split,
             eps,
-            *_strides(grad_out, unit),
-            *_strides(query, unit),
+            *strides_of(grad_out, unit),
+            *strides_of(query, unit),
             UNIT=unit,
             **options,
         )
@@ -967,11 +995,11 @@ def state_backward(
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     if key.numel() == 0 or value.numel() == 0:
         return grad_key.zero_(), grad_value.zero_(), None if projection is None else torch.zeros_like(projection)
-    (key, value), unit = _with_unit(key, value)
+    (key, value), unit = with_unit(key, value, largest=LARGEST_ROW)
     options, per_sm = _options("state_backward", key, value.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
-    with _device(key):
+    with on_device(key):
         _state_backward_kernel[batch * heads, splits](
             grad_state.contiguous(),
             grad_mean.contiguous(),
@@ -986,8 +1014,8 @@ def state_backward(
             heads,
             rows_per_split,
             1 / length,
-            *_strides(key, unit),
-            *_strides(value, unit),
+            *strides_of(key, unit),
+            *strides_of(value, unit),
             UNIT=unit,
             MASKED=key_mask is not None,
             **options,
@@ -1012,14 +1040,14 @@ def _sums(
         return x.new_zeros(batch, heads, features, out_width, dtype=torch.float32), x.new_zeros(
             batch, heads, features, 1, dtype=torch.float32
         )
-    (x, y), unit = _with_unit(x, y)
-    blocks = triton.cdiv(out_width, options["BLOCK_E"])
+    (x, y), unit = with_unit(x, y, largest=LARGEST_ROW)
+    blocks = over(out_width, options["BLOCK_E"])
     if feature_map == "polynomial":
-        blocks *= triton.cdiv(features, options["BLOCK_F"])
+        blocks *= over(features, options["BLOCK_F"])
     splits, rows_per_split = _splits(x, batch * heads * blocks, options["BLOCK_N"], per_sm)
     state = x.new_empty(splits, batch, heads, features, out_width, dtype=torch.float32)
     mean = x.new_empty(splits, batch, heads, features, 1, dtype=torch.float32)
-    with _device(x):
+    with on_device(x):
         _sum_kernel[batch * heads * blocks, splits](
             x,
             y,
@@ -1032,8 +1060,8 @@ def _sums(
             heads,
             rows_per_split,
             factor,
-            *_strides(x, unit),
-            *_strides(y, unit),
+            *strides_of(x, unit),
+            *strides_of(y, unit),
             UNIT=unit,
             SCALED=row_scale is not None,
             **options,
@@ -1052,17 +1080,30 @@ def _options(
     kernel: str, x: Tensor, out_width: int, projection: Tensor | None, feature_map: str, per_channel: bool = False
 ) -> tuple[dict, int]:
     """`launch_options` on this device with the constants that the kernels share, and the programs per multiprocessor."""
-    if INTERPRETED:
-        target = "interpreter"
-    elif torch.version.hip:
-        target = "hip"
-    else:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        target = 10 * major + minor
     channels = None if projection is None else projection.shape[2]
-    options = launch_options(kernel, x.dtype, x.shape[3], out_width, target, feature_map, channels, per_channel)
+    overrides = tuple(OVERRIDES[kernel].items()) if kernel in OVERRIDES else ()
+    return _kept_options(
+        kernel, x.device, x.dtype, x.shape[3], out_width, feature_map, channels, per_channel, overrides
+    )
+
+
+@lru_cache(maxsize=256)
+def _kept_options(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    out_width: int,
+    feature_map: str,
+    channels: int | None,
+    per_channel: bool,
+    overrides: tuple,
+) -> tuple[dict, int]:
+    """overrides: those in force, for which no others may be kept."""
+    target = target_of(device, INTERPRETED)
+    options = launch_options(kernel, dtype, width, out_width, target, feature_map, channels, per_channel)
     per_sm = options.pop("PROGRAMS_PER_SM")
-    return constants(feature_map, x.shape[3], out_width, channels) | options, per_sm
+    return constants(feature_map, width, out_width, channels) | options, per_sm
 
 
 def constants(feature_map: str, width: int, out_width: int, channels: int | None) -> dict:
@@ -1083,32 +1124,9 @@ def _splits(x: Tensor, programs: int, block_rows: int, per_sm: int) -> tuple[int
 
     programs: those of one split. per_sm: programs that a multiprocessor should get.
     """
-    sms = INTERPRETED_SMS if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
-    blocks = triton.cdiv(x.shape[1], block_rows)
+    sms = INTERPRETED_SMS if INTERPRETED else multiprocessors(x.device)
+    blocks = over(x.shape[1], block_rows)
     # without and with more programs than the usual number
-    usual, least = (triton.cdiv(blocks, max(1, count * sms // programs)) for count in (PROGRAMS_PER_SM, per_sm))
+    usual, least = (over(blocks, max(1, count * sms // programs)) for count in (PROGRAMS_PER_SM, per_sm))
     blocks_per_split = max(least, min(usual, BLOCKS_OF_MORE))
-    return triton.cdiv(blocks, blocks_per_split), blocks_per_split * block_rows
-
-
-def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
-
-    Kernels are given strides in that unit: the compiler detects divisibility by 16 only, and would give up wide loads
-    where the head width is 72.
-    """
-    tensors = [x if x is None or (x.stride(3) == 1 and x.stride(1) < 2**24) else x.contiguous() for x in tensors]
-    aligned = all(
-        x is None or (x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])) for x in tensors
-    )
-    return tensors, 8 if aligned else 1
-
-
-def _strides(x: Tensor, unit: int) -> list[int]:
-    """Strides of batch, token and head, in this unit."""
-    return [stride // unit for stride in x.stride()[:3]]
-
-
-def _device(x: Tensor):
-    # Triton launches on the current device, wherever the tensors are
-    return contextlib.nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
+    return over(blocks, blocks_per_split), blocks_per_split * block_rows

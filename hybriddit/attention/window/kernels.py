@@ -12,7 +12,6 @@ reproducible bit for bit. Offsets are 64-bit.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..launch import multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
 from ..tuned import tuned_options
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -846,11 +846,6 @@ def _text_gradient_kernel(
 INTERPRETED = isinstance(_forward_kernel, InterpretedFunction)
 
 
-def _power_of_2(n: int) -> int:
-    """The next power of two; much faster than Triton's."""
-    return 1 << (n - 1).bit_length()
-
-
 def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | str) -> dict:
     """Block sizes, precision and compiler options of a kernel, by name, for head widths up to 256.
 
@@ -858,11 +853,11 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     capability, "hip", or "interpreter". What was measured on that chip (`attention.tuned`) replaces the options, and
     OVERRIDES both.
     """
-    block_d = max(16, _power_of_2(width))
+    block_d = max(16, power_of_2(width))
     block_2 = 0
     if block_d > 16 and width <= block_d // 2 + block_d // 4:
         block_d //= 2
-        block_2 = max(16, _power_of_2(width - block_d))
+        block_2 = max(16, power_of_2(width - block_d))
     options = {"BLOCK_D": block_d, "BLOCK_2": block_2}
     precise = dtype == torch.float32
     # the scores of a block have to fit into registers, beside the sums
@@ -939,10 +934,11 @@ def _launch(
     dilation: tuple[int, int],
     text_length: int,
     masks_text: bool,
+    overrides: tuple,
 ) -> _Launch:
-    """For images of this shape, [B, H, W, heads, D]. It is kept, because working it out takes longer than the launch."""
+    """For images of this shape, [B, H, W, heads, D]; overrides: those in force, for which no other launch may be kept."""
     batch, height, width, heads, head_dim = shape
-    options = launch_options(kernel, dtype, head_dim, _target(device))
+    options = launch_options(kernel, dtype, head_dim, target_of(device, INTERPRETED))
     tokens, walked = options["BLOCK_M"], options["BLOCK_N"]
     constants = {"WIDTH": head_dim, **options}
     if kernel in ("forward", "query_gradient"):
@@ -953,55 +949,18 @@ def _launch(
     if kernel == "text_gradient":
         # queries are walked like the keys of one tile that sees the whole grid
         _, columns = tile_shape((height, width), (height, width), (1, 1), (1, 1), 1, walked)
-        blocks = _over(height, walked // columns) * _over(width, columns)
-        programs = batch * heads * _over(text_length, tokens)
-        per_split = _over(blocks, max(1, _programs_wanted(device) // programs))
+        blocks = over(height, walked // columns) * over(width, columns)
+        programs = batch * heads * over(text_length, tokens)
+        per_split = over(blocks, max(1, _programs_wanted(device) // programs))
         numbers = heads, height, width, text_length, per_split
         constants |= {"COLUMNS": columns, "HAS_TEXT_MASK": masks_text}
-        return _Launch(programs, numbers, constants, _over(blocks, per_split))
+        return _Launch(programs, numbers, constants, over(blocks, per_split))
     tile, constants["COLUMNS"] = tile_shape((height, width), window, stride, dilation, tokens, walked)
     residues = [min(d, n) for d, n in zip(dilation, (height, width), strict=True)]
-    tiles = [_over(_over(n, d), t) for n, d, t in zip((height, width), dilation, tile, strict=True)]
+    tiles = [over(over(n, d), t) for n, d, t in zip((height, width), dilation, tile, strict=True)]
     text = () if kernel == "key_gradient" else (text_length,)
     numbers = heads, height, width, *window, *stride, *dilation, *text, *residues, *tiles, *tile
     return _Launch(batch * heads * math.prod(residues) * math.prod(tiles), numbers, constants)
-
-
-def _target(device: torch.device) -> int | str:
-    """What `launch_options` calls this device."""
-    if INTERPRETED:
-        return "interpreter"
-    if torch.version.hip:
-        return "hip"
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def _over(n: int, size: int) -> int:
-    """n / size, rounded up; much faster than Triton's."""
-    return -(-n // size)
-
-
-def _with_unit(*tensors: Tensor | None) -> tuple[list[Tensor | None], int]:
-    """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
-
-    The compiler sees by the unit that rows are aligned to 16 bytes (of 16-bit numbers), and loads them whole.
-    """
-    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    aligned = all(
-        x is None or (x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])) for x in tensors
-    )
-    return tensors, 8 if aligned else 1
-
-
-def _strides(x: Tensor, unit: int) -> list[int]:
-    """Strides in this unit, of all dimensions but the last."""
-    return [stride // unit for stride in x.stride()[:-1]]
-
-
-def _device(x: Tensor):
-    # Triton launches on the current device, wherever the tensors are
-    return contextlib.nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
 
 
 def forward(
@@ -1018,15 +977,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Window attention [B, H, W, heads, D], and its log-sum-exp [B, heads, H, W] in float32."""
     shape = query.shape
-    (query, key, value, text_key, text_value), unit = _with_unit(query, key, value, text_key, text_value)
+    (query, key, value, text_key, text_value), unit = with_unit(query, key, value, text_key, text_value)
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
-    launch = _launch("forward", *case)
+    launch = _launch("forward", *case, _overrides("forward"))
     out = query.new_empty(shape)
     lse = query.new_empty((shape[0], shape[3], shape[1], shape[2]), dtype=torch.float32)
     if text_key is None:
         text_key, text_value = key, value
-    with _device(query):
+    with on_device(query):
         _forward_kernel[(launch.programs,)](
             query,
             key,
@@ -1038,11 +997,11 @@ def forward(
             lse,
             *launch.numbers,
             scale,
-            *_strides(query, unit),
-            *_strides(key, unit),
-            *_strides(value, unit),
-            *_strides(text_key, unit)[-3:],
-            *_strides(text_value, unit)[-3:],
+            *strides_of(query, unit),
+            *strides_of(key, unit),
+            *strides_of(value, unit),
+            *strides_of(text_key, unit)[-3:],
+            *strides_of(text_value, unit)[-3:],
             UNIT=unit,
             **launch.constants,
         )
@@ -1067,18 +1026,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of query, key, value and text, contiguous."""
     shape = query.shape
-    tensors, unit = _with_unit(query, key, value, grad_out, text_key, text_value)
+    tensors, unit = with_unit(query, key, value, grad_out, text_key, text_value)
     query, key, value, grad_out, text_key, text_value = tensors
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
     delta = torch.empty_like(lse)
     grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
     mask = text_mask.contiguous().view(torch.uint8) if masks_text else key
-    image_strides = [stride for x in (query, key, value, grad_out) for stride in _strides(x, unit)]
+    image_strides = [stride for x in (query, key, value, grad_out) for stride in strides_of(x, unit)]
     texts = (key, value) if text_key is None else (text_key, text_value)
-    text_strides = [stride for x in texts for stride in _strides(x, unit)[-3:]]
-    with _device(query):
-        launch = _launch("query_gradient", *case)
+    text_strides = [stride for x in texts for stride in strides_of(x, unit)[-3:]]
+    with on_device(query):
+        launch = _launch("query_gradient", *case, _overrides("query_gradient"))
         _query_gradient_kernel[(launch.programs,)](
             query,
             key,
@@ -1099,7 +1058,7 @@ def backward(
             HAS_GRAD_LSE=grad_lse is not None,
             **launch.constants,
         )
-        launch = _launch("key_gradient", *case)
+        launch = _launch("key_gradient", *case, _overrides("key_gradient"))
         _key_gradient_kernel[(launch.programs,)](
             query,
             key,
@@ -1117,7 +1076,7 @@ def backward(
         )
         if text_key is None:
             return grad_query, grad_key, grad_value, None, None
-        launch = _launch("text_gradient", *case)
+        launch = _launch("text_gradient", *case, _overrides("text_gradient"))
         shares = query.new_empty((2, launch.splits, *text_key.shape), dtype=torch.float32)
         _text_gradient_kernel[launch.programs, launch.splits](
             query,
@@ -1130,16 +1089,20 @@ def backward(
             shares,
             *launch.numbers,
             scale,
-            *_strides(query, unit),
+            *strides_of(query, unit),
             *text_strides,
-            *_strides(grad_out, unit),
+            *strides_of(grad_out, unit),
             UNIT=unit,
             **launch.constants,
         )
     return grad_query, grad_key, grad_value, *(share.sum(0).to(query.dtype) for share in shares)
 
 
+def _overrides(kernel: str) -> tuple:
+    return tuple(OVERRIDES[kernel].items()) if kernel in OVERRIDES else ()
+
+
 def _programs_wanted(device: torch.device) -> int:
     if INTERPRETED:
         return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_SM * multiprocessors(device)

@@ -34,7 +34,7 @@ SHARED = {
     "gfx942": 64 * KILO,
 }
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "grad_projection", "gate"}
+FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "grad_projection", "gate", "lse"}
 TENSORS = FLOAT32 | {
     "x",
     "y",
@@ -53,14 +53,16 @@ TENSORS = FLOAT32 | {
 KERNELS = [
     ("sum", {"SCALED": False}),
     ("sum", {"SCALED": True}),
-    ("output", {"JOIN": False, "JOINT": False, "GATE_PER_ROW": False}),
-    ("output", {"JOIN": True, "JOINT": False, "GATE_PER_ROW": True}),
-    ("output", {"JOIN": True, "JOINT": False, "GATE_PER_ROW": False}),
+    ("output", {"JOIN": False, "JOINT": False, "HAS_LSE": False, "GATE_PER_ROW": False}),
+    ("output", {"JOIN": True, "JOINT": False, "HAS_LSE": False, "GATE_PER_ROW": True}),
+    ("output", {"JOIN": True, "JOINT": False, "HAS_LSE": False, "GATE_PER_ROW": False}),
     ("output_backward", {}),
     ("state_backward", {"MASKED": False}),
 ]
 PER_CHANNEL = "joint, gate per channel"  # the second of these, where spills are allowed
-JOINT = [("output", {"JOIN": True, "JOINT": True, "GATE_PER_ROW": per_row}) for per_row in (True, False)]
+JOINT = [
+    ("output", {"JOIN": True, "JOINT": True, "HAS_LSE": True, "GATE_PER_ROW": per_row}) for per_row in (True, False)
+]
 # what models run in on every chip; the rest on one chip of each kind
 CASES = [(torch.bfloat16, width, chip) for width in (64, 72, 128) for chip in SHARED]
 CASES += [
@@ -109,7 +111,7 @@ def compiled(name, options, dtype, width, chip, unit=8, feature_map="elu", chann
         argument: "constexpr" if argument in constants
         else "*u8" if argument == "key_mask"
         else ("*fp32" if argument in FLOAT32 else POINTER[dtype]) if argument in TENSORS
-        else "fp32" if argument in ("factor", "eps")
+        else "fp32" if argument in ("factor", "eps", "count")
         else "i32"
         for argument in names
     }  # fmt: skip

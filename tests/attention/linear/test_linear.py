@@ -115,18 +115,20 @@ def test_every_feature_map_with_and_without_projections(feature_map, shape, chan
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("masked, told", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape, channels", MAPPED_SHAPES[:5:4] + MAPPED_SHAPES[5:6], ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
-def test_joined_as_one_average(feature_map, shape, channels, masked, dtype, monkeypatch):
-    """With and without gradients, by the passes and by the formula."""
+def test_joined_as_one_average(feature_map, shape, channels, masked, told, dtype, monkeypatch):
+    """With and without gradients, by the passes and by the formula; told: near's log-sum-exp."""
     inputs, weight = random_inputs(shape, dtype)
     key_mask = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
     near, gate, projections = *oracles.beside(weight), random_projections(inputs, channels)
-    expected = oracles.joint(feature_map, *inputs, near, gate, list(projections.values()) or None, key_mask)
-    leaves = [*inputs, near, gate, *projections.values()]
+    gate, lse, worth = oracles.beside_softmax(gate) if told else (gate, None, gate)
+    expected = oracles.joint(feature_map, *inputs, near, worth, list(projections.values()) or None, key_mask)
+    leaves = [*inputs, near, gate, *projections.values()] + [lse] * told
     references = torch.autograd.grad(expected, leaves, weight.double())
-    settings = {"feature_map": feature_map, "key_mask": key_mask, "near": near, "gate": gate, "joint": True}
+    settings = {"feature_map": feature_map, "key_mask": key_mask, "near": near, "gate": gate, "lse": lse}
+    settings["joint"] = True
     for fused in (True, False):
         monkeypatch.setitem(FEATURE_MAPS, feature_map, FEATURE_MAPS[feature_map]._replace(fused=fused))
         out = linear_attention(*inputs, **settings, **projections)
@@ -138,6 +140,8 @@ def test_joined_as_one_average(feature_map, shape, channels, masked, dtype, monk
             assert relative_error(grad, reference.double()) < 2 * TOLERANCE[dtype]
     with pytest.raises(ValueError, match="pass near and gate"):
         linear_attention(*inputs, joint=True)
+    with pytest.raises(ValueError, match="lse goes with joint, and must be"):
+        linear_attention(*inputs, near=near, gate=gate, lse=near[..., 0])
 
 
 @pytest.mark.parametrize("channels", [None, 6])

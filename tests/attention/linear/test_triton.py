@@ -438,24 +438,47 @@ def test_feature_maps_with_mask_and_join(feature_map, projected):
     assert_close_to_oracle(feature_map, inputs, weight, projections, key_mask, (near, gate))
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["", "log-sum-exp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_joined_as_one_average(feature_map, dtype):
-    """With gradients, and without, where one kernel does all."""
+def test_joined_as_one_average(feature_map, dtype, told):
+    """With gradients, and without, where one kernel does all; with a gate, and with one and near's log-sum-exp."""
     inputs, weight = random_inputs((2, 40, 33, 2, 24, 24), dtype)
     projections = [x.requires_grad_() for x in random_projections(2, 24, 6, dtype)]
     near, gate = oracles.beside(weight)
     settings = dict(zip(("query_projection", "key_projection"), projections, strict=True), feature_map=feature_map)
-    settings |= {"near": near, "gate": gate, "joint": True, "backend": "triton"}
+    gate, lse, worth = oracles.beside_softmax(gate) if told else (gate, None, gate)
+    settings |= {"near": near, "gate": gate, "lse": lse, "joint": True, "backend": "triton"}
     out = linear_attention(*inputs, **settings)
     with torch.no_grad():
         alone = linear_attention(*inputs, **settings)
-    expected = oracles.joint(feature_map, *inputs, near, gate, projections)
-    leaves = [*inputs, near, gate, *projections]
+    expected = oracles.joint(feature_map, *inputs, near, worth, projections)
+    leaves = [*inputs, near, gate, *projections] + [lse] * told
     grads = torch.autograd.grad(out, leaves, weight)
     references = torch.autograd.grad(expected, leaves, weight.double())
     for found, reference in zip((out, alone, *grads), (expected, expected, *references), strict=True):
         assert (found.double() - reference.double()).norm() <= 2 * TOLERANCE[dtype] * reference.double().norm()
+
+
+def test_a_gate_beside_a_softmax_at_its_extremes():
+    """No gate and no log-sum-exp gives NaN; a gate of 0 is near, bit for bit, and a small one is no rounding error."""
+    inputs, weight = random_inputs((1, 12, 9, 2, 16, 16), torch.float32)
+    near = weight
+    values = [0.0, 1e-6, -1e-3, 0.049, 0.051, 39.0, 41.0, 1e4, -1e4, float("inf"), 0.0, 1e-6]
+    gate = torch.tensor(values, device=DEVICE).view(1, 12, 1, 1).expand(1, 12, 2, 1)
+    lse = torch.tensor([0.0, 200.0], device=DEVICE).expand(1, 12, 2).clone()
+    lse[0, -2:] = -1e4
+    with torch.no_grad():
+        out = linear_attention(
+            *inputs, near=near, gate=gate, lse=lse, joint=True, feature_map="hedgehog", backend="triton"
+        )
+        bounded = gate.double().clamp(-40, 40)
+        worth = torch.sinh(bounded) / 10 * torch.exp(-lse.double().clamp(min=-40)).unsqueeze(-1)
+        expected = oracles.joint("hedgehog", *inputs, near, worth)
+    assert out.isfinite().all() and torch.equal(out[:, [0, -2]], near[:, [0, -2]])
+    assert (out.double() - expected).abs().max() <= 1e-5
+    small = (out - near).double()[:, [1, 2, -1], 0], (expected - near.double())[:, [1, 2, -1], 0]
+    assert (small[0][:, -1] - small[1][:, -1]).norm() <= 1e-4 * small[1][:, -1].norm()
 
 
 @pytest.mark.parametrize("programs", [1, 10**6])

@@ -171,8 +171,9 @@ def test_one_projection_of_one_sequence():
 
 
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
-def test_scores_far_from_zero(offset):
-    """Neither sum nor log-sum-exp overflow, in the walk with a mask either."""
+def test_scores_far_from_zero(offset, monkeypatch):
+    """Neither sum nor log-sum-exp overflow, in the walk with a mask either; float32 rounds such scores by 3e-5."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 2e-4)
     inputs, weight, slope = random_inputs((9, 14), 5, 1, 16, 1)
     with torch.no_grad():
         inputs[0][..., 0], inputs[1][..., 0], inputs[3][..., 0] = 4.0, offset, offset
