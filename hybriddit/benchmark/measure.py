@@ -228,9 +228,9 @@ def measure(
             one = max(seconds) * case.steps
             if one < SHORT_SECONDS:  # measured again, without the profiler
                 one = max(sample(case, backward, 1, device).values()) * case.steps
-            affordable = int(limits.max_seconds / one) - 2
-            if affordable < min(MIN_REPEATS, limits.repeats):
-                outcomes[case.name] = f"{MIN_REPEATS} calls take longer than --max-seconds {limits.max_seconds:g}"
+            affordable, least = int(limits.max_seconds / one) - 2, min(MIN_REPEATS, limits.repeats)
+            if affordable < least:
+                outcomes[case.name] = f"{2 + least} calls take longer than --max-seconds {limits.max_seconds:g}"
             else:
                 calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS[device.type] / one)))
                 repeats = min(limits.repeats, max(affordable // calls, MIN_REPEATS))

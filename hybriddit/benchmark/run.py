@@ -41,6 +41,9 @@ from .subjects import Subject, find_subject, subjects
 
 MEMORY_SHARE = 0.9  # the largest share of the free memory that a case may be expected to take
 CPU_LAYERS = 2  # default number of a transformer's blocks on a CPU
+# A case is tried unless its guessed time is this many times the limit: a guess may be wrong, and `measure` stops a case
+# by the time of its second call.
+SURELY = 1.5
 NOT_REACHED = "not reached yet"
 
 
@@ -334,8 +337,8 @@ def _outcomes(
     for variant in variants:
         steps = model.SAMPLER_STEPS if part == "generation" else 1
         floor = rates.floor(works[variant][direction])
-        before = _before(known, _row(chosen, group, variant, direction))
-        reason = _too_much(before, px, floor, steps, needed, free, limits)
+        smaller = _smaller(known, _row(chosen, group, variant, direction))
+        reason = _too_much(smaller, px, floor, steps, needed, free, limits)
         if reason:
             outcomes[variant] = reason
     left = [variant for variant in variants if variant not in outcomes]
@@ -355,31 +358,47 @@ def _outcomes(
         return outcomes | measure(cases, backward, device, limits), works
 
 
-def _before(known: list[dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    """The row that differs from this one only by the next smaller size; None for the smallest."""
+def _smaller(known: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that differ from this one only by a smaller size, in the order of sizes."""
     keys = ("part", "shape", "variant", "direction")
     smaller = [other for other in known if all(other[k] == row[k] for k in keys) and other["px"] < row["px"]]
-    return max(smaller, key=lambda other: other["px"], default=None)
+    return sorted(smaller, key=lambda other: other["px"])
+
+
+def _guess(smaller: list[dict[str, Any]], floor: float) -> float:
+    """The seconds that a case of this floor may take, by the measured rows of smaller sizes, of which there is one.
+
+    By one row, in proportion to the floor. By two, along the line through them: a small size's time is mostly that of
+    starting kernels, which does not grow. The line is no flatter than the floor, and no steeper than the proportion.
+    """
+    last, taken = smaller[-1]["floor"]["seconds"], smaller[-1]["seconds"]["median"]
+    slope = taken / last
+    if len(smaller) > 1 and "seconds" in smaller[-2]:
+        other = smaller[-2]
+        measured = (taken - other["seconds"]["median"]) / (last - other["floor"]["seconds"])
+        slope = min(slope, max(measured, 1.0))
+    return taken + slope * (floor - last)
 
 
 def _too_much(
-    before: dict[str, Any] | None, px: int, floor: float, steps: int, needed: int, free: float, limits: Limits
+    smaller: list[dict[str, Any]], px: int, floor: float, steps: int, needed: int, free: float, limits: Limits
 ) -> str | None:
-    """Why a case is not tried, judging by its floor in seconds and by the row of the size before; None if it is tried.
+    """Why a case is not tried, judging by its floor in seconds and by the rows of smaller sizes; None if it is tried.
 
-    Time is assumed to grow like the floor, memory like the number of tokens.
+    Memory is assumed to grow like the number of tokens.
     """
     least = steps * (2 + min(MIN_REPEATS, limits.repeats))  # two calls before the samples, and the samples
     limit = f"--max-seconds {limits.max_seconds:g}"
     if least * floor > limits.max_seconds:
         return f"by its floor alone it would take longer than {limit}"
-    if before is None:
+    if not smaller:
         return None
+    before = smaller[-1]
     if "not_measured" in before:
         reason = before["not_measured"]
         inherent = reason.startswith(("FlexAttention", "failed")) or reason.endswith("already")
         return reason if inherent else f"{before['px']} px was too much already"
-    if least * before["seconds"]["median"] * floor / before["floor"]["seconds"] > limits.max_seconds:
+    if least * _guess(smaller, floor) > SURELY * limits.max_seconds:
         return f"going by {before['px']} px it would take longer than {limit}"
     if needed + before["peak_bytes"] * (px / before["px"]) ** 2 > free:
         return f"going by {before['px']} px it would not fit into the {_gib(free)} that are free"

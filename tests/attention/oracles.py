@@ -1,4 +1,7 @@
-"""Dense float64 formulas the attention tests compare with, written from the definitions and sharing no code with them."""
+"""Dense float64 formulas the attention tests compare with, written from the definitions and sharing no code with them.
+
+They compute on the device of their inputs; `window_mask` is on the CPU.
+"""
 
 import torch
 
@@ -36,7 +39,7 @@ def softmax_attention(query, key, value, mask=None, scale=None):
     query, key, value = (x.double() for x in (query, key, value))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask.to(scores.device), float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
 
@@ -60,19 +63,59 @@ def neighborhood_lse(query, key, text_key, window, stride, dilation, scale=None)
         key = torch.cat((key, text_key.double()), 1)
         mask = torch.cat((mask, torch.ones(len(mask), text_key.shape[1], dtype=torch.bool)), 1)
     scores = torch.einsum("bqhd,bkhd->bqhk", query, key) * scale
-    return scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).unflatten(1, grid)
+    return scores.masked_fill(~mask[:, None].to(scores.device), -torch.inf).logsumexp(-1).unflatten(1, grid)
 
 
 def linear(query, key, value, eps=1e-4):
     """[B, N, heads, D] in float64, by the N x N weights."""
+    weighted, total = linear_parts(query, key, value, eps)
+    return weighted / total
+
+
+def linear_parts(query, key, value, eps=1e-4):
+    """Numerator and denominator of `linear`."""
     phi = [torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (query.double(), key.double())]
     weights = torch.einsum("bqhd,bkhd->bhqk", *phi) / key.shape[1]
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value.double())
-    return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+    return out, weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps
 
 
-def mapped_linear(feature_map, query, key, value, projections=None, key_mask=None, eps=None):
+def joined(far, join):
+    """near + gate (far - near), if there is a join: near and gate."""
+    if not join:
+        return far
+    near, gate = (x.double() for x in join)
+    return near + gate * (far - near)
+
+
+def gradients(parts, join, leaves, weight):
+    """Of sum(weight * result) in float64: a gradient for each leaf, and the size that its rounding errors have to do with.
+
+    parts: numerator and denominator; their quotient is joined to (near, gate) if join is not empty. A gradient is a sum
+    of up to three terms: through the numerator, the denominator, and near. Each is computed to the arithmetic's relative
+    precision and then added, so that the error is in proportion to the sum of their norms, however they cancel: with
+    one key the result does not depend on query and key but for eps, and what is left of their gradients is rounding.
+    """
+    weighted, total = parts
+    terms = [weighted / total.detach(), weighted.detach() / total]
+    if join:
+        near, gate = (x.double() for x in join)
+        terms = [gate * terms[0], gate.detach() * terms[1], (1 - gate) * near]
+    found = [
+        torch.autograd.grad(term, leaves, weight.double(), retain_graph=True, materialize_grads=True) for term in terms
+    ]
+    summed = [tuple(x.double() for x in grads) for grads in zip(*found, strict=True)]
+    return [(sum(grads), sum(x.norm() for x in grads)) for grads in summed]
+
+
+def mapped_linear(*args, **kwargs):
     """[B, N, heads, D] in float64, by the N x N weights of this feature map; key_mask bool [B, N]."""
+    weighted, total = mapped_parts(*args, **kwargs)
+    return weighted / total
+
+
+def mapped_parts(feature_map, query, key, value, projections=None, key_mask=None, eps=None):
+    """Numerator and denominator of `mapped_linear`."""
     query, key, value = (x.double() for x in (query, key, value))
     if projections is not None:
         query, key = ((x.unsqueeze(-1) * y.double()).sum(-2) for x, y in zip((query, key), projections, strict=True))
@@ -84,7 +127,7 @@ def mapped_linear(feature_map, query, key, value, projections=None, key_mask=Non
     weights = weights / count
     eps = (1e-4 if feature_map == "elu" else 1e-8) if eps is None else eps
     out = torch.einsum("bhqk,bkhd->bqhd", weights, value)
-    return out / (weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps)
+    return out, weights.sum(-1).transpose(1, 2).unsqueeze(-1) + eps
 
 
 def beside(weight):

@@ -73,18 +73,51 @@ def before(**kwargs):
 
 def test_what_would_take_too_long_or_too_much_is_not_tried():
     limits = Limits(10, 100.0)
-    assert running._too_much(None, 1024, 19.9, 1, 0, 1e9, limits) is None
-    assert "by its floor" in running._too_much(None, 1024, 20.1, 1, 0, 1e9, limits)
-    assert "by its floor" in running._too_much(None, 1024, 6.0, 4, 0, 1e9, limits), "four steps a call"
-    # 1 s at a floor of 0.1 s: five calls of 20 s are the limit
-    assert running._too_much(before(), 1024, 1.99, 1, 0, 1e9, limits) is None
-    assert "going by 512 px it would take longer" in running._too_much(before(), 1024, 2.01, 1, 0, 1e9, limits)
-    assert running._too_much(before(), 1024, 0.1, 1, 500, 4501, limits) is None
-    assert "would not fit" in running._too_much(before(), 1024, 0.1, 1, 500, 4499, limits)
+    assert running._too_much([], 1024, 19.9, 1, 0, 1e9, limits) is None
+    assert "by its floor" in running._too_much([], 1024, 20.1, 1, 0, 1e9, limits)
+    assert "by its floor" in running._too_much([], 1024, 6.0, 4, 0, 1e9, limits), "four steps a call"
+    # 1 s at a floor of 0.1 s: five calls of 20 s are the limit, and a guess may be half as much above it
+    assert running._too_much([before()], 1024, 2.99, 1, 0, 1e9, limits) is None
+    assert "going by 512 px it would take longer" in running._too_much([before()], 1024, 3.01, 1, 0, 1e9, limits)
+    assert running._too_much([before()], 1024, 0.1, 1, 500, 4501, limits) is None
+    assert "would not fit" in running._too_much([before()], 1024, 0.1, 1, 500, 4499, limits)
     failed = before(not_measured="failed: RuntimeError: no kernel")
-    assert running._too_much(failed, 1024, 0.1, 1, 0, 1e9, limits) == "failed: RuntimeError: no kernel"
+    assert running._too_much([failed], 1024, 0.1, 1, 0, 1e9, limits) == "failed: RuntimeError: no kernel"
     full = before(not_measured="out of memory")
-    assert running._too_much(full, 1024, 0.1, 1, 0, 1e9, limits) == "512 px was too much already"
+    assert running._too_much([full], 1024, 0.1, 1, 0, 1e9, limits) == "512 px was too much already"
+
+
+def timed(px, seconds, floor):
+    return before(px=px, seconds={"median": seconds}, floor={"seconds": floor})
+
+
+def test_a_guess_leaves_out_what_does_not_grow():
+    # starting kernels takes 0.3 s, the work 1.5 times its floor
+    small, large = timed(256, 0.315, 0.01), timed(512, 0.375, 0.05)
+    assert running._guess([small], 0.05) == pytest.approx(1.575), "by one size, in proportion"
+    assert running._guess([small, large], 0.2) == pytest.approx(0.6)
+    # not flatter than the floor, and not steeper than in proportion, where times scatter
+    assert running._guess([timed(256, 0.4, 0.01), large], 0.2) == pytest.approx(0.375 + 0.15)
+    assert running._guess([timed(256, 0.01, 0.01), large], 0.2) == pytest.approx(1.5)
+    unmeasured = {"px": 256, "not_measured": "out of memory"}
+    assert running._guess([unmeasured, large], 0.2) == pytest.approx(1.5)
+
+
+def test_a_4096_px_step_of_flux_is_tried():
+    """Times of an H100, of which a sample and the calls before it make ten seconds."""
+    hybrid = [timed(1024, 0.148, 0.0856), timed(2048, 0.519, 0.3153)]
+    assert running._guess(hybrid, 1.2342) == pytest.approx(2.0, abs=0.01)
+    assert running._too_much(hybrid, 4096, 1.2342, 1, 0, 1e11, Limits(20, 10.0)) is None
+    dense = [timed(1024, 0.134, 0.0981), timed(2048, 0.703, 0.5516)]
+    assert "by its floor" in running._too_much(dense, 4096, 5.1559, 1, 0, 1e11, Limits(20, 10.0))
+    linear = [timed(1024, 0.127, 0.0827), timed(2048, 0.441, 0.3037)]
+    assert running._guess(linear, 1.1877) == pytest.approx(1.684, rel=0.01), "as measured"
+
+
+def test_smaller_sizes_are_found_in_order():
+    row = {"part": "attention", "shape": "flux", "variant": "hybrid", "direction": "forward"}
+    known = [row | {"px": px} for px in (2048, 512, 1024)] + [row | {"px": 256, "variant": "dense"}]
+    assert [x["px"] for x in running._smaller(known, row | {"px": 2048})] == [512, 1024]
 
 
 def test_sizes_beyond_the_limits_are_listed_and_not_run(tmp_path, monkeypatch):

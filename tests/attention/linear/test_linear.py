@@ -602,7 +602,9 @@ def test_triton_is_refused_in_one_line():
 @pytest.mark.slow
 def test_the_kernels_in_triton_s_interpreter():
     """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    interpreter = pytest.importorskip("attention.interpreter", reason="triton is not installed")
+    if refusal := interpreter.refusal():
+        pytest.skip(refusal)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
