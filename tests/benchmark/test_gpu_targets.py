@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,46 @@ def test_the_gpu_check_says_that_there_is_no_gpu():
     assert done.stderr.splitlines() == [
         f"gpu_check: no GPU that torch of {sys.executable} can use: nothing was measured"
     ]
+
+
+def test_the_gpu_check_names_its_parts():
+    done = subprocess.run([ROOT / "scripts/gpu_check.sh", "speed"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "gpu_check: no part speed: the parts are tests attention transformer generation training\n"
+
+
+# stands in for Python with a GPU: logs what it is to run, and fails at what $BROKEN names
+PRETENDED = """#!/usr/bin/env bash
+case $1 in
+    -c) [[ $2 != *get_device_name* ]] || echo a-gpu; exit 0 ;;
+    -m) [[ $2 == hybriddit && $3 == info ]] || echo "$*" >> log; [[ -z $BROKEN || $* != *$BROKEN* ]] ;;
+esac
+"""
+
+
+def test_the_gpu_check_goes_on_where_it_stopped(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/gpu_check.sh", tmp_path / "scripts")
+    python, log, results = tmp_path / "python", tmp_path / "log", tmp_path / "benchmarks/results/a-gpu"
+    python.write_text(PRETENDED)
+    python.chmod(0o755)
+
+    def check(*arguments, broken=""):
+        log.write_text("")
+        environment = os.environ | {"PYTHON": str(python), "BROKEN": broken, "OUT": str(tmp_path / "out")}
+        command = [tmp_path / "scripts/gpu_check.sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | {"GIT_DIR": "none"})
+        ran = ["tests" if "pytest" in line else line.split("--out ")[1] for line in log.read_text().splitlines()]
+        return done.returncode, [Path(name).name for name in ran]
+
+    assert check("tests", "training") == (0, ["tests", "training"])
+    everything = ["tests", "a-gpu", "transformer", "generation", "training"]
+    assert check(broken="generation") == (1, ["a-gpu", "transformer", "generation"]), "two are done"
+    assert check() == (0, ["generation"])
+    assert check() == (0, [])
+    assert check("--again") == (0, everything)
+    assert check("tests", "--again", broken="pytest") == (1, ["tests"])
+    assert check() == (0, ["tests"])
+    parts = {"tests", "attention", "transformer", "generation", "training"}
+    assert {line.split()[0] for line in (results / "parts.txt").read_text().splitlines()} == parts
+    assert (tmp_path / "out/a-gpu/parts.txt").read_text() == (results / "parts.txt").read_text()
