@@ -75,7 +75,8 @@ def do_not_fit(kernels, chip, folder):
     return "\n".join(failures)
 
 
-def narrow_loads(kernel):
-    """How many instructions load a single 16-bit number from global memory, in a kernel compiled for CUDA."""
-    loads = re.findall(r"(?:ld\.global|cp\.async)\S*[^\n]*", kernel.asm["ptx"])
-    return sum(".b16 " in line or ".u16 " in line for line in loads)
+def load_sizes(kernel):
+    """How many bytes the loads from global memory take each, of a kernel compiled for CUDA: a set."""
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", kernel.asm["ptx"])
+    copies = re.findall(r"cp\.async\.c[ag]\S*\s+\[[^]]*\], \[[^]]*\], (\w+)", kernel.asm["ptx"])
+    return {int(count or 1) * int(bits) // 8 for count, bits in loads} | {int(size, 0) for size in copies}

@@ -15,7 +15,7 @@ linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason=
 if linear_triton.INTERPRETED:
     pytest.skip("Triton's interpreter is on: nothing is compiled", allow_module_level=True)
 
-from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, narrow_loads, target  # noqa: E402
+from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, load_sizes, target  # noqa: E402
 
 FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "grad_projection", "gate"}
 TENSORS = FLOAT32 | {
@@ -134,5 +134,5 @@ def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, c
 def test_loads_are_wide(name, options, width):
     """16 bytes a thread: at width 72 thanks to strides in units of 8, without which they are single elements."""
     wide, narrow = (compiled(name, options, torch.bfloat16, width, 80, unit) for unit in (8, 1))
-    assert narrow_loads(wide) == 0
-    assert narrow_loads(narrow) > 0
+    assert 16 in load_sizes(wide) and 2 not in load_sizes(wide)
+    assert 2 in load_sizes(narrow)
