@@ -1,4 +1,8 @@
-"""Whether Triton's interpreter, in which tests run the kernels where there is no GPU, works with this numpy."""
+"""Triton's interpreter, in which tests run the kernels where there is no GPU, and whether it works with this numpy."""
+
+import os
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -28,3 +32,13 @@ def refusal():
         return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}: {cause}"
     assert out.tolist() == [1, 1]
     return None
+
+
+def run_in_interpreter(folder):
+    """Run this folder's test_triton.py in a process of its own: Triton decides as it reads a kernel whether to compile."""
+    if reason := refusal():
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr

@@ -859,17 +859,23 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
         block_d //= 2
         block_2 = max(16, power_of_2(width - block_d))
     options = {"BLOCK_D": block_d, "BLOCK_2": block_2}
-    precise = dtype == torch.float32
-    # the scores of a block have to fit into registers, beside the sums
-    hopper, of_queries = target in (90, 100, 103), kernel in ("forward", "query_gradient")
+    precise, wide = dtype == torch.float32, width > 128
+    # The largest blocks whose scores and sums fit into registers (tests/attention/window/test_window_compile.py):
+    # neighbours share most of what they see. wgmma (90) and tcgen05 (100) read operands from shared memory, and the
+    # latter keeps sums out of registers too.
+    hopper, blackwell = target == 90, target in (100, 103)
     if precise:  # for tests and small models: that it runs is enough
-        queries, keys = 32, 32 if of_queries else 16
-    elif block_d > 128:
-        queries, keys = (64, 32) if of_queries else (32, 32)
-    elif kernel == "forward":
-        queries, keys = 128, 64 if hopper else 32
+        queries, keys = (16, 16) if wide else (32, 32) if kernel in ("forward", "query_gradient") else (32, 16)
+    elif wide:
+        queries, keys = (64, 16) if kernel == "forward" else (32, 32)
+    elif kernel == "forward" and (hopper or blackwell or target == "hip"):
+        queries, keys = 128, 32 if target == "hip" else 64
+    elif kernel == "forward":  # 16 keys are too few to load 16 channels of them by more than one a thread
+        queries, keys = (64, 32) if block_2 else (128, 32 if width <= 64 else 16)
+    elif kernel == "query_gradient":
+        queries, keys = 128 if hopper or blackwell else 64, 64 if hopper or target == "hip" else 32
     else:
-        queries, keys = 64 if of_queries else 32, 64
+        queries, keys = (64, 128) if blackwell and kernel == "key_gradient" else (32, 64)
     options |= {"BLOCK_M": queries, "BLOCK_N": keys}
     if target == "interpreter":  # the interpreter's bfloat16 products are wrong
         return options | {"DOT": tl.float32, "PRECISION": "ieee"} | OVERRIDES.get(kernel, {})
@@ -877,10 +883,13 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
         options |= {"DOT": tl.float32, "PRECISION": "ieee" if target == "hip" else "tf32x3"}
     else:
         options |= {"DOT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PRECISION": "ieee"}
-    warps = 4 if target == "hip" or precise else 8
-    stages = 3 if target == 90 and kernel == "forward" else 2
-    if precise or (block_d > 128 and kernel == "query_gradient"):
+    warps = 4 if target == "hip" else 8
+    if precise or (wide and target == "hip"):
         stages = 1
+    elif kernel == "forward" and not wide and target != "hip":
+        stages = 3  # with two, sm_80 and its like spill
+    else:
+        stages = 2
     options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | tuned_options("window", kernel, dtype, width, target) | OVERRIDES.get(kernel, {})
 

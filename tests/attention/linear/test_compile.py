@@ -4,8 +4,6 @@ Run with -rP to see what each kernel takes.
 """
 
 import math
-import re
-import subprocess
 
 import pytest
 import torch
@@ -17,23 +15,8 @@ linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason=
 if linear_triton.INTERPRETED:
     pytest.skip("Triton's interpreter is on: nothing is compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia import compiler as nvidia  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, load_sizes, target  # noqa: E402
 
-KILO = 1024
-# bytes of shared memory that one program may have
-SHARED = {
-    80: 163 * KILO,
-    86: 99 * KILO,
-    89: 99 * KILO,
-    90: 227 * KILO,
-    100: 227 * KILO,
-    103: 227 * KILO,
-    120: 99 * KILO,
-    "gfx942": 64 * KILO,
-}
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 FLOAT32 = {"row_scale", "row_weight", "state", "mean", "grad_state", "grad_mean", "grad_projection", "gate", "lse"}
 TENSORS = FLOAT32 | {
     "x",
@@ -99,64 +82,29 @@ SPILLED_AS_MEASURED = {"output_backward": 104}
 
 
 def compiled(name, options, dtype, width, chip, unit=8, feature_map="elu", channels=None):
-    kernel = getattr(linear_triton, f"_{name}_kernel")
-    target = chip if isinstance(chip, int) else "hip"
     per_channel = options.get("JOIN", False) and not options["GATE_PER_ROW"]
-    launch = linear_triton.launch_options(name, dtype, width, width, target, feature_map, channels, per_channel)
+    launch = linear_triton.launch_options(name, dtype, width, width, target(chip), feature_map, channels, per_channel)
     del launch["PROGRAMS_PER_SM"]
-    stages = {key: launch.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants = {**linear_triton.constants(feature_map, width, width, channels), "UNIT": unit, **options, **launch}
-    names = kernel.arg_names
-    signature = {
-        argument: "constexpr" if argument in constants
-        else "*u8" if argument == "key_mask"
-        else ("*fp32" if argument in FLOAT32 else POINTER[dtype]) if argument in TENSORS
-        else "fp32" if argument in ("factor", "eps", "count")
-        else "i32"
-        for argument in names
-    }  # fmt: skip
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(key),): value for key, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, argument in enumerate(names) if argument in TENSORS},
+    constants = {**linear_triton.constants(feature_map, width, width, channels), "UNIT": unit, **options}
+    types = {argument: "*fp32" if argument in FLOAT32 else POINTER[dtype] for argument in TENSORS}
+    types |= {"key_mask": "*u8", "factor": "fp32", "eps": "fp32", "count": "fp32"}
+    return compile_kernel(getattr(linear_triton, f"_{name}_kernel"), chip, types, constants, launch)
+
+
+def failures_of(kernels, dtype, width, chip, folder, allowed, **options):
+    """`do_not_fit` of these kernels; allowed: bytes spilled, by name."""
+    return do_not_fit(
+        (
+            (
+                f"{name} {constants}",
+                compiled(name, constants, dtype, width, chip, **options),
+                allowed.get(PER_CHANNEL if constants == JOINT[1][1] else name, 0),
+            )
+            for name, constants in kernels
+        ),
+        chip,
+        folder,
     )
-    device = GPUTarget("cuda", chip, 32) if isinstance(chip, int) else GPUTarget("hip", chip, 64)
-    return triton.compile(source, target=device, options=stages)
-
-
-def resources(kernel, chip, folder):
-    """Registers a thread, bytes or registers spilled, and bytes of shared memory."""
-    if not isinstance(chip, int):
-        registers, spills = (
-            int(re.search(rf"\.vgpr_{key}:\s*(\d+)", kernel.asm["amdgcn"])[1]) for key in ("count", "spill_count")
-        )
-        return registers, spills, kernel.metadata.shared
-    source = folder / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    arch = nvidia.sm_arch_from_capability(chip)
-    command = [nvidia.get_ptxas(chip).path, "-v", f"--gpu-name={arch}", source, "-o", folder / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return (
-        int(re.search(r"Used (\d+) registers", report)[1]),
-        sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())),
-        kernel.metadata.shared,
-    )
-
-
-def do_not_fit(kernels, dtype, width, chip, folder, allowed, **options):
-    """Those of these kernels that spill more than allowed, or need too much shared memory: a line each."""
-    failures = []
-    for name, constants in kernels:
-        kernel = compiled(name, constants, dtype, width, chip, **options)
-        registers, spills, shared = resources(kernel, chip, folder)
-        line = f"{name} {constants}: {registers} registers, {spills} spilled, {shared} of {SHARED[chip]} bytes shared"
-        print(line)
-        if constants == JOINT[1][1]:
-            name = PER_CHANNEL
-        if spills > allowed.get(name, 0) or shared > SHARED[chip]:
-            failures.append(line)
-    return "\n".join(failures)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +119,7 @@ def test_fits(dtype, width, chip, tmp_path):
         allowed = {**allowed, **SPILLED_BY_3_6.get(dtype, {})}
     if (dtype, chip) == (torch.bfloat16, 90) and 64 < width <= 128:
         allowed = {**allowed, **SPILLED_AS_MEASURED}
-    failures = do_not_fit([*KERNELS, *JOINT], dtype, width, chip, tmp_path, allowed)
+    failures = failures_of([*KERNELS, *JOINT], dtype, width, chip, tmp_path, allowed)
     assert not failures, failures
 
 
@@ -185,7 +133,7 @@ def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, c
     if dtype != torch.bfloat16:  # these dtypes are for tests and small models: that they run is enough
         allowed = dict.fromkeys((*(name for name, _ in MAPPED_KERNELS), PER_CHANNEL), math.inf)
     options = {"feature_map": feature_map, "channels": channels}
-    failures = do_not_fit(MAPPED_KERNELS, dtype, width, chip, tmp_path, allowed, **options)
+    failures = failures_of(MAPPED_KERNELS, dtype, width, chip, tmp_path, allowed, **options)
     assert not failures, failures
 
 
@@ -193,15 +141,6 @@ def test_feature_maps_and_projections_fit(dtype, feature_map, width, channels, c
 @pytest.mark.parametrize("width", [72, 128])
 def test_loads_are_wide(name, options, width):
     """16 bytes a thread: at width 72 thanks to strides in units of 8, without which they are single elements."""
-    wide, narrow = (
-        re.findall(
-            r"(?:ld\.global|cp\.async)\S*[^\n]*", compiled(name, options, torch.bfloat16, width, 80, unit).asm["ptx"]
-        )
-        for unit in (8, 1)
-    )
-
-    def single(lines):  # loads of one bf16, into a 16-bit register
-        return sum(".b16 " in line or ".u16 " in line for line in lines)
-
-    assert single(wide) == 0
-    assert single(narrow) > 0
+    wide, narrow = (compiled(name, options, torch.bfloat16, width, 80, unit) for unit in (8, 1))
+    assert 16 in load_sizes(wide) and 2 not in load_sizes(wide)
+    assert 2 in load_sizes(narrow)

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -601,14 +598,8 @@ def test_triton_is_refused_in_one_line():
 
 @pytest.mark.slow
 def test_the_kernels_in_triton_s_interpreter():
-    """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
     interpreter = pytest.importorskip("attention.interpreter", reason="triton is not installed")
-    if refusal := interpreter.refusal():
-        pytest.skip(refusal)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+    interpreter.run_in_interpreter(Path(__file__).parent)
 
 
 def test_kernels_that_fail_their_trial_are_left_aside_with_a_warning(monkeypatch):

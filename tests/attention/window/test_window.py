@@ -1,7 +1,4 @@
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -478,9 +475,5 @@ def test_bad_input(change, message):
 
 @pytest.mark.slow
 def test_the_kernels_in_triton_s_interpreter():
-    """test_triton.py, in a process of its own: Triton decides as it reads a kernel whether to compile it."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr
+    interpreter = pytest.importorskip("attention.interpreter", reason="triton is not installed")
+    interpreter.run_in_interpreter(Path(__file__).parent)

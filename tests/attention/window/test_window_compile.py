@@ -1,0 +1,95 @@
+"""The Triton kernels of window attention, compiled for the chips they are meant for: none of these is needed.
+
+Run with -rP to see what each kernel takes.
+"""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+kernels = pytest.importorskip("hybriddit.attention.window.kernels", reason="triton is not installed")
+if kernels.INTERPRETED:
+    pytest.skip("Triton's interpreter is on: nothing is compiled", allow_module_level=True)
+
+from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, load_sizes, target  # noqa: E402
+
+# each chip's instruction for matrix products
+PRODUCT = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+PRODUCT |= {103: "tcgen05.mma", 120: "mma.sync", "gfx942": "v_mfma"}
+FLOAT32 = ("lse", "delta", "grad_lse", "shares")
+INPUTS = ("query", "key", "value", "text_key", "text_value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+NO_TEXT, WHOLE_TEXT = {"TEXT": None, "HAS_TEXT_MASK": False}, {"TEXT": "free", "HAS_TEXT_MASK": False}
+MASKED_TEXT = {"TEXT": "text", "HAS_TEXT_MASK": True}
+KERNELS = {
+    "forward": ("forward", NO_TEXT),
+    "forward, whole text": ("forward", WHOLE_TEXT),
+    "forward, masked text": ("forward", MASKED_TEXT),
+    "query_gradient": ("query_gradient", {**NO_TEXT, "HAS_GRAD_LSE": False}),
+    "query_gradient, whole text": ("query_gradient", {**WHOLE_TEXT, "HAS_GRAD_LSE": True}),
+    "query_gradient, masked text": ("query_gradient", {**MASKED_TEXT, "HAS_GRAD_LSE": True}),
+    "key_gradient": ("key_gradient", {}),
+    "text_gradient": ("text_gradient", {"HAS_TEXT_MASK": False}),
+    "text_gradient, masked text": ("text_gradient", {"HAS_TEXT_MASK": True}),
+}
+# of each kernel, the one that does most
+LARGEST = ["forward, masked text", "query_gradient, masked text", "key_gradient", "text_gradient, masked text"]
+# what models run in on every chip; the rest on one chip of each kind
+CASES = [(name, torch.bfloat16, width, chip) for width in (64, 72, 128) for chip in SHARED for name in KERNELS]
+CASES += [
+    (name, dtype, width, chip)
+    for dtype, width in (
+        *((torch.bfloat16, width) for width in (16, 40, 192, 256)),
+        (torch.float16, 128),
+        *((torch.float32, width) for width in (128, 256)),
+    )
+    for chip in (86, 90, "gfx942")
+    for name in LARGEST
+]
+# one chip of each instruction; the others together take minutes
+QUICK = [(name, torch.bfloat16, width, chip) for width, chip in ((128, 90), (72, 86)) for name in LARGEST]
+QUICK += [("text_gradient, masked text", torch.bfloat16, 128, chip) for chip in (100, "gfx942")]
+
+
+def compiled(name, dtype, width, chip, unit=8):
+    name, options = KERNELS[name]
+    launch = kernels.launch_options(name, dtype, width, target(chip))
+    walked = launch["BLOCK_N" if name in ("forward", "query_gradient") else "BLOCK_M"]
+    constants = {"WIDTH": width, "UNIT": unit, "COLUMNS": min(16, walked), **options}
+    types = dict.fromkeys(INPUTS, POINTER[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
+    types |= {"text_mask": "*u8", "scale": "fp32"}
+    return compile_kernel(getattr(kernels, f"_{name}_kernel"), chip, types, constants, launch)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, width, chip",
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_fits_and_multiplies_on_tensor_cores(name, dtype, width, chip, tmp_path):
+    kernel = compiled(name, dtype, width, chip)
+    # float32 is for tests and small models: that it runs is enough
+    allowed = math.inf if dtype == torch.float32 else 0
+    failures = do_not_fit([(name, kernel, allowed)], chip, tmp_path)
+    assert not failures, failures
+    assembly = kernel.asm["ptx" if isinstance(chip, int) else "amdgcn"]
+    products = {x for x in PRODUCT.values() if x in assembly}
+    small_blocks = dtype == torch.float32 or width > 128
+    assert products == {PRODUCT[chip]} or (small_blocks and products == {"mma.sync"})
+
+
+@pytest.mark.parametrize("width", [72, 128])
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x != "text_gradient, masked text" else ()) for x in LARGEST]
+)
+def test_loads_are_wide(name, width):
+    """16 bytes a thread, thanks to strides in units of 8: without these they are single elements."""
+    others = {1}  # the text's mask
+    if not name.startswith("forward"):
+        others |= {4}  # the log-sum-exp and delta
+    if width == 72:
+        others |= {4, 8}  # 8 channels beside 64: there are more threads than pieces of 16 bytes
+    wide, narrow = (load_sizes(compiled(name, torch.bfloat16, width, 80, unit)) for unit in (8, 1))
+    assert 16 in wide and wide <= others | {16}
+    assert 2 in narrow
