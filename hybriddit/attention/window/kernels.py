@@ -860,9 +860,9 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
         block_2 = max(16, power_of_2(width - block_d))
     options = {"BLOCK_D": block_d, "BLOCK_2": block_2}
     precise, wide = dtype == torch.float32, width > 128
-    # The largest blocks whose scores and sums fit into registers (tests/attention/window/test_window_compile.py):
-    # neighbours share most of what they see. wgmma (90) and tcgen05 (100) read operands from shared memory, and the
-    # latter keeps sums out of registers too.
+    # Large blocks, as neighbours share most of what they see, but none that spills on a chip or for a kind of text
+    # (tests/attention/window/test_window_compile.py). 90 and 100 read operands of products from shared memory, and 100
+    # keeps sums out of registers too.
     hopper, blackwell = target == 90, target in (100, 103)
     if precise:  # for tests and small models: that it runs is enough
         queries, keys = (16, 16) if wide else (32, 32) if kernel in ("forward", "query_gradient") else (32, 16)
@@ -887,7 +887,7 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     if precise or (wide and target == "hip"):
         stages = 1
     elif kernel == "forward" and not wide and target != "hip":
-        stages = 3  # with two, sm_80 and its like spill
+        stages = 3  # registers and shared memory leave room to load one more block ahead
     else:
         stages = 2
     options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
