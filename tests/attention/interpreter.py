@@ -1,4 +1,4 @@
-"""Triton's interpreter, in which tests run the kernels where there is no GPU, and whether it works with this numpy."""
+"""What the tests of Triton's kernels share: the interpreter, which runs them where there is no GPU, and its limits."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import numpy
 import pytest
 import torch
+from torch.utils import deterministic
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton import language as tl  # noqa: E402
@@ -32,6 +33,18 @@ def refusal():
         return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}: {cause}"
     assert out.tolist() == [1, 1]
     return None
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New tensors are full of NaN: what a kernel does not write is seen."""
+    fill, on = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(on)
+    deterministic.fill_uninitialized_memory = fill
 
 
 def run_in_interpreter(folder):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attention import interpreter, oracles
+from attention.interpreter import poisoned  # noqa: F401
 from torch.utils import deterministic
 
 from hybriddit.attention import linear_attention
@@ -37,18 +38,6 @@ SHAPES = [
     (1, 70, 90, 1, 40, 200),
     (1, 33, 65, 1, 256, 256),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors are full of NaN: what a kernel does not write is seen."""
-    fill, on = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(on)
-    deterministic.fill_uninitialized_memory = fill
 
 
 def fenced(shape, dtype, generator):

@@ -5,7 +5,8 @@ import random
 
 import pytest
 import torch
-from attention import oracles
+from attention import interpreter, oracles
+from attention.interpreter import poisoned  # noqa: F401
 from test_window import LAYOUTS
 from torch.utils import deterministic
 from torch.utils.checkpoint import checkpoint
@@ -17,22 +18,12 @@ from hybriddit.attention.window import seen_pairs
 kernels = pytest.importorskip("hybriddit.attention.window.kernels", reason="triton is not installed")
 if not (torch.cuda.is_available() or kernels.INTERPRETED):
     pytest.skip("no GPU; test_window.py runs this file in Triton's interpreter", allow_module_level=True)
+if kernels.INTERPRETED and (refusal := interpreter.refusal()):
+    pytest.skip(refusal, allow_module_level=True)
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 # the interpreter truncates where chips round, and tf32x3 has less than float32's bits
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """New tensors are full of NaN: what a kernel does not write is seen."""
-    fill, on = deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(on)
-    deterministic.fill_uninitialized_memory = fill
 
 
 def fenced(shape, dtype, generator):
@@ -168,6 +159,27 @@ def test_one_projection_of_one_sequence():
     text, image = joined[:, :5].chunk(3, dim=-1), joined[:, 5:].unflatten(1, (9, 10)).chunk(3, dim=-1)
     inputs = [x.requires_grad_() for x in (*image, text[1], text[2])]
     assert_equal_to_oracle(inputs, torch.randn_like(image[0]), torch.randn(2, 9, 10, 3, device=DEVICE), (5, 4))
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3], ids=["batch", "rows", "columns", "heads"])
+def test_offsets_beyond_32_bits(dimension):
+    """Elements more than 2**31 apart in one buffer; only the pages that hold tokens are touched."""
+    deterministic.fill_uninitialized_memory = False
+    memory, shape = torch.empty(2**31 + 2**28, dtype=torch.bfloat16, device=DEVICE), [2, 2, 2, 2, 16]
+    strides = [0] * 5
+    strides[dimension], strides[4] = 2**31, 1
+    step = 16
+    for other in range(4):
+        if other != dimension:
+            strides[other], step = step, 2 * step
+    inputs = []
+    for i in range(3):
+        x = memory.as_strided(shape, strides, 1024 * i)
+        x.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+        inputs.append(x.detach().requires_grad_())
+    weight, slope = torch.randn(shape).to(memory), torch.randn(shape[:4]).to(DEVICE)
+    window = (1, 2)  # not the whole grid, which is dense attention's
+    assert_equal_to_oracle([*inputs, None, None], weight, slope, window)
 
 
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
