@@ -38,6 +38,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def in_force(overrides: dict[str, dict], kernel: str) -> tuple:
+    """A kernel's overrides, as part of the key by which its launches are kept."""
+    return tuple(overrides[kernel].items()) if kernel in overrides else ()
+
+
 def with_unit(*tensors: Tensor | None, largest: int | None = None) -> tuple[list[Tensor | None], int]:
     """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
 

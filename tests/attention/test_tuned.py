@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybriddit.attention import tuned
+from hybriddit.attention.launch import in_force
 from hybriddit.files import read_json
 
 linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
@@ -73,6 +74,26 @@ def test_window_kernels_take_what_was_measured_on_their_chip(monkeypatch):
 def test_a_sweep_s_options_go_before_the_table_s(monkeypatch):
     monkeypatch.setitem(linear_triton.OVERRIDES, "output", {"num_warps": 2})
     assert linear_options() == (64, 2, 2, 8)
+
+
+def test_what_is_kept_of_a_launch_follows_a_sweep_s_options(monkeypatch):
+    """Else a sweep would time the same options again and again."""
+    monkeypatch.setattr(linear_triton, "INTERPRETED", True)
+    monkeypatch.setattr(window_kernels, "INTERPRETED", True)
+    x = torch.empty(1, 20, 20, 2, 32)
+
+    def rows():
+        case = x.device, x.dtype, x.shape, (3, 3), (1, 1), (1, 1), 0, False
+        launch = window_kernels._launch("forward", *case, in_force(window_kernels.OVERRIDES, "forward"))
+        return linear_triton._options("output", x[0], 32, None, "elu")[0]["BLOCK_N"], launch.constants["BLOCK_N"]
+
+    before = rows()
+    monkeypatch.setitem(linear_triton.OVERRIDES, "output", {"BLOCK_N": 128})
+    monkeypatch.setitem(window_kernels.OVERRIDES, "forward", {"BLOCK_N": 128})
+    assert rows() == (128, 128) != before
+    monkeypatch.delitem(linear_triton.OVERRIDES, "output")
+    monkeypatch.delitem(window_kernels.OVERRIDES, "forward")
+    assert rows() == before
 
 
 def test_more_programs_only_while_each_has_enough_rows(monkeypatch):

@@ -73,7 +73,7 @@ def linear_attention(
         raise ValueError(f'unknown linear attention backend {backend!r}: use "auto", "torch" or "triton"')
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"unknown feature map {feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
-    _check(query, key, value, near, gate, key_mask, query_projection, key_projection)
+    _check(query, key, value, near, gate, lse, key_mask, query_projection, key_projection)
     if joint and near is None:
         raise ValueError("joint is how the result and near are joined: pass near and gate")
     if lse is not None and not (joint and lse.shape == query.shape[:3]):
@@ -189,7 +189,7 @@ def triton_refusal(
     return kernel_refusal(_triton_passes, device_type, dtype, width)
 
 
-def _check(query, key, value, near, gate, key_mask, query_projection, key_projection):
+def _check(query, key, value, near, gate, lse, key_mask, query_projection, key_projection):
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {shapes(query, key, value)}")
     if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
@@ -214,7 +214,7 @@ def _check(query, key, value, near, gate, key_mask, query_projection, key_projec
             )
     if key_mask is not None:
         check_mask("key_mask", key_mask, key)
-    others = near, gate, key_mask, query_projection, key_projection
+    others = near, gate, lse, key_mask, query_projection, key_projection
     check_device([x for x in (query, key, value, *others) if x is not None])
 
 

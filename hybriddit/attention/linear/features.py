@@ -13,9 +13,7 @@ from torch import Tensor
 
 LARGEST = 2.0**40  # values beyond it count as this: then no sum or product of features overflows float32
 LARGEST_SHARE = 2.0**100  # of the result's weights to near's where they are joined "joint", likewise
-LARGEST_GATE = (
-    40.0  # of gates joined "joint", and of what is taken from a log-sum-exp: far alone, and more than any other
-)
+LARGEST_GATE = 40.0  # of gates beside a softmax, and of its log-sum-exp below 0: far alone, and more
 LARGEST_FACTOR = 2.0**15  # likewise for the factors of products of degree 2
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..launch import multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
+from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
 from ..tuned import tuned_options
 from . import features as maps
 
@@ -371,7 +371,8 @@ def _output_kernel(
 ):
     """out = phi(q) state / (phi(q) . mean + eps), joined to near where JOIN; out [B, N, heads, E] is contiguous.
 
-    gate is what near and the result are joined by; where JOINT, the share is x / (1 + |x|), x = gate (phi(q) . mean + eps).
+    gate is what near and the result are joined by; where JOINT, the share is x / (1 + |x|), with x = gate * count
+    (phi(q) . mean + eps); where HAS_LSE, gate is `formula.joint_gate` of gate and lse.
     """
     halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
     half: tl.constexpr = FEATURES // halves
@@ -1081,10 +1082,8 @@ def _options(
 ) -> tuple[dict, int]:
     """`launch_options` on this device with the constants that the kernels share, and the programs per multiprocessor."""
     channels = None if projection is None else projection.shape[2]
-    overrides = tuple(OVERRIDES[kernel].items()) if kernel in OVERRIDES else ()
-    return _kept_options(
-        kernel, x.device, x.dtype, x.shape[3], out_width, feature_map, channels, per_channel, overrides
-    )
+    case = x.device, x.dtype, x.shape[3], out_width, feature_map, channels, per_channel
+    return _kept_options(kernel, *case, in_force(OVERRIDES, kernel))
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..launch import multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
+from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
 from ..tuned import tuned_options
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -989,7 +989,7 @@ def forward(
     (query, key, value, text_key, text_value), unit = with_unit(query, key, value, text_key, text_value)
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
-    launch = _launch("forward", *case, _overrides("forward"))
+    launch = _launch("forward", *case, in_force(OVERRIDES, "forward"))
     out = query.new_empty(shape)
     lse = query.new_empty((shape[0], shape[3], shape[1], shape[2]), dtype=torch.float32)
     if text_key is None:
@@ -1046,7 +1046,7 @@ def backward(
     texts = (key, value) if text_key is None else (text_key, text_value)
     text_strides = [stride for x in texts for stride in strides_of(x, unit)[-3:]]
     with on_device(query):
-        launch = _launch("query_gradient", *case, _overrides("query_gradient"))
+        launch = _launch("query_gradient", *case, in_force(OVERRIDES, "query_gradient"))
         _query_gradient_kernel[(launch.programs,)](
             query,
             key,
@@ -1067,7 +1067,7 @@ def backward(
             HAS_GRAD_LSE=grad_lse is not None,
             **launch.constants,
         )
-        launch = _launch("key_gradient", *case, _overrides("key_gradient"))
+        launch = _launch("key_gradient", *case, in_force(OVERRIDES, "key_gradient"))
         _key_gradient_kernel[(launch.programs,)](
             query,
             key,
@@ -1085,7 +1085,7 @@ def backward(
         )
         if text_key is None:
             return grad_query, grad_key, grad_value, None, None
-        launch = _launch("text_gradient", *case, _overrides("text_gradient"))
+        launch = _launch("text_gradient", *case, in_force(OVERRIDES, "text_gradient"))
         shares = query.new_empty((2, launch.splits, *text_key.shape), dtype=torch.float32)
         _text_gradient_kernel[launch.programs, launch.splits](
             query,
@@ -1105,10 +1105,6 @@ def backward(
             **launch.constants,
         )
     return grad_query, grad_key, grad_value, *(share.sum(0).to(query.dtype) for share in shares)
-
-
-def _overrides(kernel: str) -> tuple:
-    return tuple(OVERRIDES[kernel].items()) if kernel in OVERRIDES else ()
 
 
 def _programs_wanted(device: torch.device) -> int:
