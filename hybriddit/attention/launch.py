@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+INTERPRETED_SMS = 3
 _HERE = contextlib.nullcontext()
 
 
@@ -33,9 +34,9 @@ def target_of(device: torch.device, interpreted: bool) -> int | str:
 
 
 @lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(device: torch.device, interpreted: bool) -> int:
+    """How many a GPU has; the interpreter, which has no chip to fill, as many as there are several shares to add with."""
+    return INTERPRETED_SMS if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def in_force(overrides: dict[str, dict], kernel: str) -> tuple:

@@ -396,7 +396,8 @@ def window_jobs(
         return kernels.forward(*inputs()[0], None, *settings)[:1]
 
     def backward() -> Sequence[Tensor | None]:
-        return kernels.backward(inputs()[1], None, *inputs()[0], None, *result(), *settings)
+        out, lse = result()
+        return kernels.backward(inputs()[1], torch.zeros_like(lse), *inputs()[0], None, out, lse, *settings)
 
     made = []
     for kernel in ("forward", "query_gradient", "key_gradient", *(["text_gradient"] if layer.text else [])):

@@ -98,8 +98,7 @@ def test_what_is_kept_of_a_launch_follows_a_sweep_s_options(monkeypatch):
 
 def test_more_programs_only_while_each_has_enough_rows(monkeypatch):
     """Each reads the state anew: at 4096 tokens two programs per multiprocessor were faster than eight."""
-    monkeypatch.setattr(linear_triton, "INTERPRETED", True)
-    monkeypatch.setattr(linear_triton, "INTERPRETED_SMS", 132)
+    monkeypatch.setattr(linear_triton, "multiprocessors", lambda device, interpreted: 132)
 
     def splits(tokens, per_sm):
         return linear_triton._splits(torch.empty(1, tokens, 24, 0), 24, 64, per_sm)

@@ -25,8 +25,6 @@ PROGRAMS_PER_SM = 2
 BLOCKS_OF_MORE = 8
 # Token strides from here on could overflow 32-bit offsets within a block.
 LARGEST_ROW = 2**24
-# The interpreter has no chip to fill: it has as many programs as there are several shares to add with.
-INTERPRETED_SMS = 3
 # Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
 OVERRIDES: dict[str, dict] = {}
 
@@ -1123,7 +1121,7 @@ def _splits(x: Tensor, programs: int, block_rows: int, per_sm: int) -> tuple[int
 
     programs: those of one split. per_sm: programs that a multiprocessor should get.
     """
-    sms = INTERPRETED_SMS if INTERPRETED else multiprocessors(x.device)
+    sms = multiprocessors(x.device, INTERPRETED)
     blocks = over(x.shape[1], block_rows)
     # without and with more programs than the usual number
     usual, least = (over(blocks, max(1, count * sms // programs)) for count in (PROGRAMS_PER_SM, per_sm))

@@ -30,7 +30,6 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.0e38)
 # Programs per multiprocessor among which the queries that see a block of text are shared out.
 PROGRAMS_PER_SM = 2
-INTERPRETED_PROGRAMS = 3
 # Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
 OVERRIDES: dict[str, dict] = {}
 
@@ -59,32 +58,47 @@ def _axis(length, residue, dilation, window, stride):
 
 
 @triton.jit
-def _place_of_program(heads, tiles_y, tiles_x, residues_y, residues_x):
-    """Which batch and head (64-bit), residue classes and tile a program has."""
+def _tile_of_program(heads, lengths, window, stride, dilation, residues, tiles, tile):
+    """What a program has: its place (batch and head, both 64-bit, and residue classes), axes, first row and column.
+
+    All arguments but the first are pairs: of the grid, its windows, the number of residue classes and of tiles in each,
+    and a tile's sides.
+    """
     program = tl.program_id(0)
-    tile_x = program % tiles_x
-    program = program // tiles_x
-    tile_y = program % tiles_y
-    program = program // tiles_y
-    residue_x = program % residues_x
-    program = program // residues_x
-    residue_y = program % residues_y
-    pair = (program // residues_y).to(tl.int64)
-    return pair // heads, pair % heads, residue_y, residue_x, tile_y, tile_x
+    tile_x = program % tiles[1]
+    program = program // tiles[1]
+    tile_y = program % tiles[0]
+    program = program // tiles[0]
+    residue_x = program % residues[1]
+    program = program // residues[1]
+    residue_y = program % residues[0]
+    pair = (program // residues[0]).to(tl.int64)
+    axis_y = _axis(lengths[0], residue_y, dilation[0], window[0], stride[0])
+    axis_x = _axis(lengths[1], residue_x, dilation[1], window[1], stride[1])
+    place = pair // heads, pair % heads, residue_y, residue_x
+    return place, axis_y, axis_x, tile_y * tile[0], tile_x * tile[1]
 
 
 @triton.jit
-def _base(pointer, batch, head, residue_y, residue_x, strides, dilation_y, dilation_x, UNIT: tl.constexpr):
+def _base(pointer, place, strides, dilation, UNIT: tl.constexpr):
     """(pointer, row stride, column stride) of a residue class; strides: of batch, row, column and head in UNIT."""
+    batch, head, residue_y, residue_x = place
     row, column = strides[1].to(tl.int64), strides[2].to(tl.int64)
     pointer += (batch * strides[0] + residue_y * row + residue_x * column + head * strides[3]) * UNIT
-    return pointer, row * dilation_y * UNIT, column * dilation_x * UNIT
+    return pointer, row * dilation[0] * UNIT, column * dilation[1] * UNIT
 
 
 @triton.jit
-def _text_base(pointer, batch, head, strides, UNIT: tl.constexpr):
+def _text_base(pointer, place, strides, UNIT: tl.constexpr):
     """The same of text, a single row; strides: of batch, token and head."""
-    return pointer + (batch * strides[0] + head * strides[2]) * UNIT, 0, strides[1].to(tl.int64) * UNIT
+    return pointer + (place[0] * strides[0] + place[1] * strides[2]) * UNIT, 0, strides[1].to(tl.int64) * UNIT
+
+
+@triton.jit
+def _text_walk(length, BLOCK: tl.constexpr):
+    """The walk over text, as `_walk` takes it, by blocks that are a single row."""
+    blocks = tl.cdiv(length, BLOCK)
+    return blocks, 0, 0, blocks, 0, 0, 1, length
 
 
 @triton.jit
@@ -98,6 +112,14 @@ def _interval(axis, position, TRANSPOSED: tl.constexpr):
         first = _first(position, size, window, stride)
         count = position * 0 + window
     return first, count
+
+
+@triton.jit
+def _windows(axis_y, axis_x, y, x, TRANSPOSED: tl.constexpr):
+    """`_interval` of each row y, and then of each column x."""
+    first_y, count_y = _interval(axis_y, y, TRANSPOSED)
+    first_x, count_x = _interval(axis_x, x, TRANSPOSED)
+    return first_y, count_y, first_x, count_x
 
 
 @triton.jit
@@ -460,27 +482,20 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out [B, H, W, heads, D] and lse [B, heads, H, W], contiguous."""
-    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
-        heads, tiles_y, tiles_x, residues_y, residues_x
-    )
-    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
-    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
-    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    dilation = dilation_y, dilation_x
+    place, axis_y, axis_x, start_y, start_x = _tile_of_program(
+        heads, (height, width), (window_y, window_x), (stride_y, stride_x), dilation,
+        (residues_y, residues_x), (tiles_y, tiles_x), (tile_height, tile_width),
+    )  # fmt: skip
+    batch, head, residue_y, residue_x = place
     if start_y >= axis_y[0] or start_x >= axis_x[0]:
         return
     y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_M)
-    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, False), _interval(axis_x, x, False)
-    windows = first_y, count_y, first_x, count_x
-    queries = _base(
-        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
-    )
+    windows = _windows(axis_y, axis_x, y, x, False)
+    queries = _base(query, place, (q_batch, q_row, q_column, q_head), dilation, UNIT)
     q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
-    keys = _base(
-        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
-    )
-    values = _base(
-        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
-    )
+    keys = _base(key, place, (k_batch, k_row, k_column, k_head), dilation, UNIT)
+    values = _base(value, place, (v_batch, v_row, v_column, v_head), dilation, UNIT)
     masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
     total_2 = 0.0
     if BLOCK_2:
@@ -501,12 +516,11 @@ def _forward_kernel(
         "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
     )  # fmt: skip
     if TEXT is not None:
-        keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
-        values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+        keys = _text_base(text_key, place, (tk_batch, tk_row, tk_head), UNIT)
+        values = _text_base(text_value, place, (tv_batch, tv_row, tv_head), UNIT)
         if HAS_TEXT_MASK:
             text_mask += batch * text_length
-        blocks = tl.cdiv(text_length, BLOCK_N)
-        text = blocks, 0, 0, blocks, 0, 0, 1, text_length
+        text = _text_walk(text_length, BLOCK_N)
         sums = _attend(
             q, windows, text, keys, values, text_mask, scale, sums,
             TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
@@ -578,7 +592,6 @@ def _query_gradient_kernel(
     UNIT: tl.constexpr,
     TEXT: tl.constexpr,
     HAS_TEXT_MASK: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_2: tl.constexpr,
@@ -589,24 +602,19 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """grad_query, like out, and delta [B, heads, H, W]: the sum of out * grad_out over the channels, less grad_lse."""
-    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
-        heads, tiles_y, tiles_x, residues_y, residues_x
-    )
-    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
-    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
-    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    dilation = dilation_y, dilation_x
+    place, axis_y, axis_x, start_y, start_x = _tile_of_program(
+        heads, (height, width), (window_y, window_x), (stride_y, stride_x), dilation,
+        (residues_y, residues_x), (tiles_y, tiles_x), (tile_height, tile_width),
+    )  # fmt: skip
+    batch, head, residue_y, residue_x = place
     if start_y >= axis_y[0] or start_x >= axis_x[0]:
         return
     y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_M)
-    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, False), _interval(axis_x, x, False)
-    windows = first_y, count_y, first_x, count_x
-    queries = _base(
-        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
-    )
+    windows = _windows(axis_y, axis_x, y, x, False)
+    queries = _base(query, place, (q_batch, q_row, q_column, q_head), dilation, UNIT)
     q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
-    grads = _base(
-        grad_out, batch, head, residue_y, residue_x, (g_batch, g_row, g_column, g_head), dilation_y, dilation_x, UNIT
-    )
+    grads = _base(grad_out, place, (g_batch, g_row, g_column, g_head), dilation, UNIT)
     grad = _load_both(grads[0], y * grads[1] + x * grads[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
     offset = token.to(tl.int64) * heads * WIDTH
@@ -616,16 +624,11 @@ def _query_gradient_kernel(
     taken = tl.sum(result[0] * grad[0].to(tl.float32), axis=1)
     if BLOCK_2:
         taken += tl.sum(result[1] * grad[1].to(tl.float32), axis=1)
-    if HAS_GRAD_LSE:
-        taken -= tl.load(grad_lse + pair + token, mask=inside, other=0.0)
+    taken -= tl.load(grad_lse + pair + token, mask=inside, other=0.0)
     tl.store(delta + pair + token, taken, mask=inside)
     highest = tl.load(lse + pair + token, mask=inside, other=0.0) * LOG2_E
-    keys = _base(
-        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
-    )
-    values = _base(
-        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
-    )
+    keys = _base(key, place, (k_batch, k_row, k_column, k_head), dilation, UNIT)
+    values = _base(value, place, (v_batch, v_row, v_column, v_head), dilation, UNIT)
     masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
     total_2 = 0.0
     if BLOCK_2:
@@ -640,12 +643,11 @@ def _query_gradient_kernel(
         "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
     )  # fmt: skip
     if TEXT is not None:
-        keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
-        values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+        keys = _text_base(text_key, place, (tk_batch, tk_row, tk_head), UNIT)
+        values = _text_base(text_value, place, (tv_batch, tv_row, tv_head), UNIT)
         if HAS_TEXT_MASK:
             text_mask += batch * text_length
-        blocks = tl.cdiv(text_length, BLOCK_N)
-        text = blocks, 0, 0, blocks, 0, 0, 1, text_length
+        text = _text_walk(text_length, BLOCK_N)
         sums = _query_gradient(
             q, grad, highest, taken, windows, text, keys, values, text_mask, scale * LOG2_E, sums,
             TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
@@ -708,32 +710,23 @@ def _key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """grad_key and grad_value [B, H, W, heads, D], contiguous."""
-    batch, head, residue_y, residue_x, tile_y, tile_x = _place_of_program(
-        heads, tiles_y, tiles_x, residues_y, residues_x
-    )
-    axis_y = _axis(height, residue_y, dilation_y, window_y, stride_y)
-    axis_x = _axis(width, residue_x, dilation_x, window_x, stride_x)
-    start_y, start_x = tile_y * tile_height, tile_x * tile_width
+    dilation = dilation_y, dilation_x
+    place, axis_y, axis_x, start_y, start_x = _tile_of_program(
+        heads, (height, width), (window_y, window_x), (stride_y, stride_x), dilation,
+        (residues_y, residues_x), (tiles_y, tiles_x), (tile_height, tile_width),
+    )  # fmt: skip
+    batch, head, residue_y, residue_x = place
     if start_y >= axis_y[0] or start_x >= axis_x[0]:
         return
     y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_N)
-    (first_y, count_y), (first_x, count_x) = _interval(axis_y, y, True), _interval(axis_x, x, True)
-    windows = first_y, count_y, first_x, count_x
-    keys = _base(
-        key, batch, head, residue_y, residue_x, (k_batch, k_row, k_column, k_head), dilation_y, dilation_x, UNIT
-    )
-    values = _base(
-        value, batch, head, residue_y, residue_x, (v_batch, v_row, v_column, v_head), dilation_y, dilation_x, UNIT
-    )
+    windows = _windows(axis_y, axis_x, y, x, True)
+    keys = _base(key, place, (k_batch, k_row, k_column, k_head), dilation, UNIT)
+    values = _base(value, place, (v_batch, v_row, v_column, v_head), dilation, UNIT)
     k = _load_both(keys[0], y * keys[1] + x * keys[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     v = _load_both(values[0], y * values[1] + x * values[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, True, BLOCK_M, COLUMNS)
-    queries = _base(
-        query, batch, head, residue_y, residue_x, (q_batch, q_row, q_column, q_head), dilation_y, dilation_x, UNIT
-    )
-    grads = _base(
-        grad_out, batch, head, residue_y, residue_x, (g_batch, g_row, g_column, g_head), dilation_y, dilation_x, UNIT
-    )
+    queries = _base(query, place, (q_batch, q_row, q_column, q_head), dilation, UNIT)
+    grads = _base(grad_out, place, (g_batch, g_row, g_column, g_head), dilation, UNIT)
     tokens = height.to(tl.int64) * width
     rows = lse + (batch * heads + head) * tokens, delta + (batch * heads + head) * tokens
     places = residue_y * width + residue_x, dilation_y * width, dilation_x
@@ -803,10 +796,11 @@ def _text_gradient_kernel(
     blocks = tl.cdiv(text_length, BLOCK_N)
     split, pair = tl.program_id(1).to(tl.int64), (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = pair // heads, pair % heads
+    place = batch, head, 0, 0
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < text_length
-    keys = _text_base(text_key, batch, head, (tk_batch, tk_row, tk_head), UNIT)
-    values = _text_base(text_value, batch, head, (tv_batch, tv_row, tv_head), UNIT)
+    keys = _text_base(text_key, place, (tk_batch, tk_row, tk_head), UNIT)
+    values = _text_base(text_value, place, (tv_batch, tv_row, tv_head), UNIT)
     k = _load_both(keys[0], n * keys[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     v = _load_both(values[0], n * values[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     tokens = height.to(tl.int64) * width
@@ -814,8 +808,8 @@ def _text_gradient_kernel(
     query_blocks = tl.cdiv(height, BLOCK_M // COLUMNS) * across
     first_block = tl.program_id(1) * blocks_per_split
     walk = tl.minimum(blocks_per_split, query_blocks - first_block), 0, first_block, across, 0, 0, height, width
-    queries = _base(query, batch, head, 0, 0, (q_batch, q_row, q_column, q_head), 1, 1, UNIT)
-    grads = _base(grad_out, batch, head, 0, 0, (g_batch, g_row, g_column, g_head), 1, 1, UNIT)
+    queries = _base(query, place, (q_batch, q_row, q_column, q_head), (1, 1), UNIT)
+    grads = _base(grad_out, place, (g_batch, g_row, g_column, g_head), (1, 1), UNIT)
     rows = lse + pair * tokens, delta + pair * tokens
     k_total_2, v_total_2 = 0.0, 0.0
     if BLOCK_2:
@@ -960,7 +954,7 @@ def _launch(
         _, columns = tile_shape((height, width), (height, width), (1, 1), (1, 1), 1, walked)
         blocks = over(height, walked // columns) * over(width, columns)
         programs = batch * heads * over(text_length, tokens)
-        per_split = over(blocks, max(1, _programs_wanted(device) // programs))
+        per_split = over(blocks, max(1, PROGRAMS_PER_SM * multiprocessors(device, INTERPRETED) // programs))
         numbers = heads, height, width, text_length, per_split
         constants |= {"COLUMNS": columns, "HAS_TEXT_MASK": masks_text}
         return _Launch(programs, numbers, constants, over(blocks, per_split))
@@ -1019,7 +1013,7 @@ def forward(
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor | None,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -1056,7 +1050,7 @@ def backward(
             out,
             lse,
             grad_out,
-            lse if grad_lse is None else grad_lse.contiguous(),
+            grad_lse.contiguous(),
             grad_query,
             delta,
             *launch.numbers,
@@ -1064,7 +1058,6 @@ def backward(
             *image_strides,
             *text_strides,
             UNIT=unit,
-            HAS_GRAD_LSE=grad_lse is not None,
             **launch.constants,
         )
         launch = _launch("key_gradient", *case, in_force(OVERRIDES, "key_gradient"))
@@ -1105,9 +1098,3 @@ def backward(
             **launch.constants,
         )
     return grad_query, grad_key, grad_value, *(share.sum(0).to(query.dtype) for share in shares)
-
-
-def _programs_wanted(device: torch.device) -> int:
-    if INTERPRETED:
-        return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_SM * multiprocessors(device)
