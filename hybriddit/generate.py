@@ -178,7 +178,7 @@ def run(
     paths = output_paths(out, image_count(class_labels, settings.get("num_images", 1)))
     source = {"model": model, "adapter": adapter, "image": image and str(image), "mask": mask and str(mask)}
     settings["image"] = open_image(image) if image else None
-    settings["mask"] = open_image(mask, "L") if mask else None
+    settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(prompt, **settings)
     if class_labels and adapter:
         raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")

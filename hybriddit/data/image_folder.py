@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..files import write_json
-from ..images import IMAGE_ENDINGS, open_image, opened
+from ..images import IMAGE_ENDINGS, open_image
 from ..models import family_of
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
 from .prompts import read_text
@@ -110,8 +110,7 @@ def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[lis
         try:
             if not caption:
                 raise ValueError("it has no caption")
-            with opened(path) as image:
-                image.load()
+            open_image(path)  # as `read_image` will
             good.append(path)
         except (OSError, ValueError) as error:
             skipped[str(path)] = str(error)
