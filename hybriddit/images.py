@@ -89,7 +89,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 def _decode(path: str | Path, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Every image file is read here, so that no check passes a file that a reader then refuses."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # or a member of a tar
     if not path.is_file():
         raise FileNotFoundError(f"no image file {path}")
     try:

@@ -6,16 +6,17 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..images import IMAGE_ENDINGS
-from .image_files import files_under, passed_over
-from .text import SPACES, check_text, first_of, read_text, table_rows
+from .image_files import files_under, open_tars, passed_over
+from .tars import TarMember
+from .text import SPACES, check_text, first_of, parse_json, read_text, table_rows
 
 TABLES = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("text", "caption", "prompt")  # that hold the captions of a table
-BESIDE = (".txt", ".caption")  # endings of caption files beside their images
+BESIDE = (".txt", ".caption", ".json")  # endings of caption files beside their images
 
 
 @dataclass
@@ -26,8 +27,8 @@ class CaptionedFolder:
     more to say. notes: what else is to be said of the folder, in one line each.
     """
 
-    captions: dict[Path, str | None] = field(default_factory=dict)
-    reasons: dict[Path, str] = field(default_factory=dict)
+    captions: dict[Path | TarMember, str | None] = field(default_factory=dict)
+    reasons: dict[Path | TarMember, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -38,23 +39,25 @@ def read_captions(folder: str | Path, seed: int = 0) -> CaptionedFolder:
 
     - a `metadata.jsonl`, or then a `metadata.csv`, in the image's folder, or then in those above it up to `folder`:
       the "text", "caption" or "prompt" of the row whose "file_name" is the image, relative to the table's folder;
-    - `<image>.txt`, or then `<image>.caption`, beside it: the whole file is one caption.
+    - `<image>.txt`, or then `<image>.caption`, beside it: the whole file is one caption;
+    - `<image>.json` beside it: the "text", "caption" or "prompt" of its object.
 
-    A row's caption may be a list, and several rows may be about one image: one of them is drawn, by `seed` and the
+    Images in tars, as of WebDataset, have their captions beside them in the tar. A caption in a table or a .json may be a
+    list, and several rows may be about one image: one of them is drawn, by `seed` and the
     image's path in `folder`. Null and blank captions are none.
 
-    Raises FileNotFoundError where there is no folder, and ValueError if it has no images or a table that cannot be
-    used: damaged, not UTF-8, without these columns, or with a caption that is no text.
+    Raises FileNotFoundError where there is no folder, and ValueError if it has no images, a damaged tar, or a table that
+    cannot be used: damaged, not UTF-8, without these columns, or with a caption that is no text.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {str(folder)!r} (data.folder)")
-    files = files_under(folder)
+    files = open_tars(files_under(folder))
     if not files.images:
         note = passed_over(files.others, files.passed, folder)
         raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read" + (f"; {note}" if note else ""))
     result = CaptionedFolder(dict.fromkeys(files.images))
-    tables = [path for path in files.others if path.name in TABLES]
+    tables = [path for path in files.others if isinstance(path, Path) and path.name in TABLES]
     tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name), path))
     listed = [_read_table(table, folder, result) for table in tables]
     beside = {path.with_suffix(path.suffix.lower()): path for path in files.others}
@@ -65,20 +68,25 @@ def read_captions(folder: str | Path, seed: int = 0) -> CaptionedFolder:
         found = [captions[path] for captions in listed if captions.get(path)]
         for file in files_beside:
             try:
-                found += [[caption]] if (caption := _whole_text(file)) else []
+                found += [captions] if (captions := _read_beside(file)) else []
             except (OSError, ValueError) as error:
                 result.reasons[path] = f"its caption cannot be read: {error}"
         if found:
             result.captions[path] = _drawn(found[0], path.relative_to(folder), seed)
             differing += [path] if any(set(captions) != set(found[0]) for captions in found) else []
-    _note(result.notes, "have captions in several places that differ, of which the first is taken", differing)
+    _note(result.notes, "captions in several places that differ, of which the first is taken", differing)
     if over := passed_over([path for path in files.others if path not in used], files.passed, folder):
         result.notes.append(over)
     return result
 
 
-def _whole_text(path: Path) -> str:
-    return re.sub(f"[{SPACES}]+", " ", read_text(path)).strip(SPACES)
+def _read_beside(path: Path | TarMember) -> list[str]:
+    """The captions in a file beside its image that are not blank."""
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        row = parse_json(text, str(path))
+        return _captions(first_of(row, COLUMNS, str(path)) if isinstance(row, dict) else row, str(path))
+    return _captions(re.sub(f"[{SPACES}]+", " ", text).strip(SPACES), str(path))
 
 
 def _read_table(table: Path, folder: Path, result: CaptionedFolder) -> dict[Path, list[str]]:
@@ -96,8 +104,8 @@ def _read_table(table: Path, folder: Path, result: CaptionedFolder) -> dict[Path
             listed.setdefault(path, []).extend(captions)
         else:
             (outside if paths[-1] is None else missing).append(name)
-    _note(result.notes, f"listed in {table} are not there, or are no images that are read", missing)
-    _note(result.notes, f"listed in {table} are outside of {folder}, and are left out", outside)
+    _note(result.notes, f"listed in {table}, but not there or not read as an image", missing)
+    _note(result.notes, f"listed in {table}, but outside of {folder}", outside)
     return listed
 
 
@@ -113,7 +121,7 @@ def _captions(value: Any, place: str) -> list[str]:
     return [caption for caption in captions if caption.strip()]
 
 
-def _drawn(captions: list[str], path: Path, seed: int) -> str:
+def _drawn(captions: list[str], path: PurePath, seed: int) -> str:
     """One of an image's captions, whatever else there is in the folder."""
     digest = hashlib.sha256(f"{seed} {path.as_posix()}".encode("utf-8", "surrogateescape")).digest()
     return captions[int.from_bytes(digest[:8], "big") % len(captions)]
@@ -122,4 +130,4 @@ def _drawn(captions: list[str], path: Path, seed: int) -> str:
 def _note(notes: list[str], what: str, names: list[str] | list[Path]) -> None:
     if names:
         first = ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
-        notes.append(f"{len(names)} files {what}: {first}")
+        notes.append(f"{what} ({len(names)}): {first}")

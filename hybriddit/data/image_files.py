@@ -6,20 +6,22 @@ import os
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..images import IMAGE_ENDINGS
+from .tars import TarMember, tar_members
 
 
 @dataclass
 class FolderFiles:
     """What lies under a folder.
 
-    images: the files with an image's ending, sorted. others: the other files. passed: what else there is, counted.
+    images: the files with an image's ending, sorted, those in tars last. others: the other files. passed: what else there
+    is, counted.
     """
 
-    images: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
+    images: list[Path | TarMember] = field(default_factory=list)
+    others: list[Path | TarMember] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
 
 
@@ -59,17 +61,33 @@ def files_under(folder: Path, inside: Path | None = None) -> FolderFiles:
     return found
 
 
-def passed_over(files: list[Path], passed: Counter[str], folder: Path) -> str | None:
+def open_tars(found: FolderFiles) -> FolderFiles:
+    """Put the files in a folder's tars in place of the tars. Raises ValueError where one is damaged."""
+    opened = FolderFiles(list(found.images), passed=Counter(found.passed))
+    for path in sorted(found.others):
+        if path.suffix.lower() != ".tar":
+            opened.others.append(path)
+            continue
+        for member in tar_members(path):
+            parts = PurePosixPath(member.name).parts
+            if not parts or any(part.startswith(".") for part in parts):
+                opened.passed["hidden"] += 1
+            else:
+                (opened.images if member.suffix.lower() in IMAGE_ENDINGS else opened.others).append(member)
+    return opened
+
+
+def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Path) -> str | None:
     """One line about the files that are passed over, by their endings; None if there are none."""
     counts = Counter()
     for path in files:
-        broken = path.is_symlink() and not path.exists()
+        broken = isinstance(path, Path) and path.is_symlink() and not path.exists()
         counts["broken links" if broken else path.suffix.lower() or "without an ending"] += 1
     counts += passed
     if not counts:
         return None
-    listed = ", ".join(f"{what} ({count})" for what, count in counts.most_common())
-    return f"{counts.total()} other files in {folder} are passed over: {listed}"
+    often = sorted(counts, key=lambda what: (-counts[what], what))
+    return f"passed over in {folder}: {', '.join(f'{what} ({counts[what]})' for what in often)}"
 
 
 def say(line: str) -> None:

@@ -43,7 +43,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_rows(path: Path, of_lines: bool) -> Iterator[tuple[str, Any]]:
     text = read_text(path)
     if not of_lines:
-        values = _parse_json(text, str(path))
+        values = parse_json(text, str(path))
         if not isinstance(values, list):
             raise ValueError(f"{path} holds no list")
         yield from ((f"{path}, entry {number}", value) for number, value in enumerate(values, 1))
@@ -51,10 +51,11 @@ def _json_rows(path: Path, of_lines: bool) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield place, _parse_json(line, place)
+            yield place, parse_json(line, place)
 
 
-def _parse_json(text: str, place: str) -> Any:
+def parse_json(text: str, place: str) -> Any:
+    """The value of a JSON text. Raises ValueError, naming the place, if it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -39,8 +39,8 @@ class DataConfig:
 
     source: "teacher" (images that the teacher makes from the prompts), "folder" (images of your own with captions) or
         "trajectories" (intermediate states of the teacher's sampling, which needs no VAE).
-    folder: for "folder", the folder of images; captions are in metadata.jsonl, metadata.csv, <image>.txt or
-        <image>.caption.
+    folder: for "folder", the folder of images; captions are in metadata.jsonl, metadata.csv, <image>.txt, .caption
+        or .json; tars are read too.
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
     prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
         the prompts themselves; repeated with new seeds up to `images`.

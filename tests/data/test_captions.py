@@ -34,6 +34,9 @@ LAYOUTS = {
     "beside, .txt": ({"train/a.txt": " a cat,\r\nasleep\n"}, "a cat, asleep"),
     "beside, .TXT": ({"train/a.TXT": "a cat"}, "a cat"),
     "beside, .caption": ({"train/a.caption": "a cat"}, "a cat"),
+    "beside, .json": ({"train/a.json": '{"caption": ["a cat", null]}'}, "a cat"),
+    "a text beside comes before a .json": ({"train/a.json": '{"text": "a dog"}', "train/a.txt": "a cat"}, "a cat"),
+    "a .json without": ({"train/a.json": '{"width": 8}'}, None),
     "a table at the root": ({"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": "a cat"})}, "a cat"),
     "a split's own table": ({"train/metadata.jsonl": jsonl({"file_name": "a.png", "caption": "a cat"})}, "a cat"),
     "a table beside": ({"tables/metadata.jsonl": jsonl({"file_name": "../train/a.png", "text": "a cat"})}, "a cat"),
@@ -54,6 +57,13 @@ LAYOUTS = {
         {
             "metadata.jsonl": jsonl({"file_name": "train/a.png", "text": "a dog"}),
             "train/metadata.csv": "file_name,text\na.png,a cat\n",
+        },
+        "a cat",
+    ),
+    "metadata.jsonl comes before metadata.csv": (
+        {
+            "metadata.csv": "file_name,text\ntrain/a.png,a dog\n",
+            "metadata.jsonl": jsonl({"file_name": "train/a.png", "text": "a cat"}),
         },
         "a cat",
     ),
@@ -168,8 +178,8 @@ def test_what_tables_list_elsewhere_is_said(images):
     assert found.captions == {folder / "a.png": "a cat"}
     table = folder / "metadata.jsonl"
     assert found.notes == [
-        f"3 files listed in {table} are not there, or are no images that are read: b.png, photo.heic, C:\\a.png",
-        f"4 files listed in {table} are outside of {folder}, and are left out: ../a.png, /etc/passwd, ..\\x.png, ...",
+        f"listed in {table}, but not there or not read as an image (3): b.png, photo.heic, C:\\a.png",
+        f"listed in {table}, but outside of {folder} (4): ../a.png, /etc/passwd, ..\\x.png, ...",
     ]
 
 
@@ -178,7 +188,7 @@ def test_captions_that_differ_are_said(images):
     for name, text in {"a.txt": "a cat", "a.caption": "a dog", "b.txt": "a cat", "b.caption": "a  cat\n"}.items():
         (folder / name).write_text(text)
     assert read_captions(folder).notes == [
-        f"1 files have captions in several places that differ, of which the first is taken: {folder / 'a.png'}"
+        f"captions in several places that differ, of which the first is taken (1): {folder / 'a.png'}"
     ]
 
 
@@ -191,10 +201,10 @@ def test_what_is_passed_over_is_said(images):
     found = read_captions(folder)
     assert captions_of(folder) == {"a.png": "text", "more/b.TIF": "text"}
     assert found.notes == [
-        f"8 other files in {folder} are passed over: .heic (2), hidden (2), .txt (1), without an ending (1), "
-        "broken links (1), links back up (1)"
+        f"passed over in {folder}: .heic (2), hidden (2), .txt (1), broken links (1), "
+        "links back up (1), without an ending (1)"
     ]
     for name in ("a.png", "more/b.TIF"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match=r"no images in .*: .png, .* are read; 10 other files .*: .txt \(2\), .heic"):
+    with pytest.raises(ValueError, match=r"no images in .*: .png, .* are read; passed over in .*: .heic \(2\), .txt"):
         captioned_images(folder)

@@ -66,14 +66,14 @@ def test_what_is_passed_over_is_said(folder, tmp_path, capsys):
     for name in ("readme.md", ".hidden.png", "pear/a.heic", "pear/.hidden"):
         (folder / name).write_text("text")
     assert folder / "apple" / "more" / "a.tiff" in class_images(folder)[0]
-    note = f"5 other files in {folder} are passed over: hidden (2), .md (1), .heic (1), links back up (1)"
+    note = f"passed over in {folder}: hidden (2), .heic (1), .md (1), links back up (1)"
     read_folder(folder, (3, 8, 8))
     assert note in capsys.readouterr().out.splitlines()
     make_cache(folder, tmp_path / "cache", size=8)
     assert note in capsys.readouterr().out.splitlines()
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.heic").touch()
-    with pytest.raises(ValueError, match=r"no images in .*; 1 other files in .* are passed over: .heic \(1\)"):
+    with pytest.raises(ValueError, match=r"no images in .*; passed over in .*: .heic \(1\)"):
         class_images(tmp_path / "none")
 
 

@@ -33,7 +33,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "cp1252", "shift-jis"])
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.csv"])
 def test_other_encodings_are_refused(encoding, name, tmp_path):
-    text = "café" if encoding != "shift-jis" else "赤い靴"
+    text = {"cp1252": "café", "shift-jis": "赤い靴"}.get(encoding, "a shoe")
     (tmp_path / name).write_bytes(f"text\n{text}\n".encode(encoding))
     with pytest.raises(ValueError, match=f"{name} is no UTF-8 text") as caught:
         read_prompts(tmp_path / name)
@@ -43,7 +43,7 @@ def test_other_encodings_are_refused(encoding, name, tmp_path):
 TABLES = {
     "a.jsonl": '{"prompt": "a shoe", "seed": 3}\n\n{"Text": "a bag"}\r\n"a boot\u2028on a mat"\n\n',
     "b.json": '["a shoe", {"caption": "a bag"}, {"prompt": "a boot\\u2028on a mat", "text": "no"}]',
-    "c.csv": '\ufeffid,Prompt\n1,a shoe\n2,"a bag"\n3,\n\n4,a boot\u2028on a mat',
+    "c.csv": '\ufeffid,Prompt\n1,a shoe\n2,"a bag"\n3,\n3\n\n4,a boot\u2028on a mat',
     "d.TSV": "Prompt\tCategory\na shoe\tthings\na bag\na boot\u2028on a mat\tthings\n",  # as PartiPrompts
 }
 
