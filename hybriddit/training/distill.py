@@ -22,11 +22,10 @@ from ..models.recipe import Recipe
 from ..pipelines.loading import load_pipeline, quiet
 from .batches import epoch_order, step_generator
 from .checkpoint import gather
-from .fit import Job, fit
 from .frechet import FrechetDistance, Images, as_rgb, check_samples
+from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
-from .processes import start_run
 from .run_config import DistillConfig, to_dict
 from .step_cost import step_cost
 

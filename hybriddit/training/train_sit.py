@@ -28,9 +28,8 @@ from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
 from .checkpoint import ADDED_SIT_FIELDS, gather
-from .fit import Job, fit, trained_parameters
 from .frechet import FrechetDistance, Images, as_rgb
-from .processes import start_run
+from .loop import Job, fit, start_run, trained_parameters
 from .run_config import SiTConfig, to_dict
 
 

@@ -86,7 +86,7 @@ def independent_losses(family, dense, student, scheduler, latents, noise, times,
 
 def logged(folder):
     """tag -> values by step, from the TensorBoard events under `folder`."""
-    (events,) = {path.parent for path in folder.rglob("events.out*")}
+    (events,) = {path.parent for path in (folder / "tensorboard").glob("events.out*")}
     accumulator = EventAccumulator(str(events)).Reload()
     return {tag: [event.value for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
