@@ -1,5 +1,6 @@
 """Models with LoRAs or within torch.compile, DDP or peft: saved and loaded as the models within, or refused in words."""
 
+import copy
 import json
 
 import pytest
@@ -37,8 +38,9 @@ def adapter_of(model, folder):
 
 
 def with_lora(model, *configs):
+    """Adds LoRAs, by copies of the configs: peft writes the layers it has found into them."""
     for index, config in enumerate(configs):
-        model.add_adapter(config, adapter_name=f"lora{index}")
+        model.add_adapter(copy.deepcopy(config), adapter_name=f"lora{index}")
     return model
 
 
@@ -63,7 +65,7 @@ def test_modules_that_peft_trains_copies_of_are_saved_as_they_were(tmp_path):
     """modules_to_save: the adapter is of the originals."""
     model = hybrid("flux-dev")
     adapter = adapter_of(model, tmp_path / "adapter")
-    model.add_adapter(OWN_COPIES)
+    with_lora(model, OWN_COPIES)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
@@ -123,7 +125,7 @@ def test_a_lora_fused_into_other_layers_is_no_matter_to_the_adapter(tmp_path):
 
 WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="eager"),
-    "peft": lambda model: get_peft_model(model, ALL),
+    "peft": lambda model: get_peft_model(model, copy.deepcopy(ALL)),
     "data parallel": torch.nn.DataParallel,
 }
 
@@ -199,7 +201,7 @@ def test_a_sit_is_saved_without_its_lora(tmp_path):
         num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8, num_classes=2, attention="hybrid"
     )
     model.save_pretrained(tmp_path / "model")
-    get_peft_model(model, ALL)
+    get_peft_model(model, copy.deepcopy(ALL))
     model.save_pretrained(tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "model")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["attention"] == "hybrid"

@@ -519,9 +519,8 @@ def _info(data, **changes):
 
 def test_a_teacher_may_have_a_lora_and_the_hybrid_layers_may_not(prepared, tmp_path):
     """The teacher is the model with its LoRA; the adapter knows nothing of it, and the LoRA is not trained."""
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     pipeline, data = prepared("flux_dev")
-    pipeline.transformer.add_adapter(lora)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     distill(pipeline, data, tiny_config(tmp_path / "run"))
     after = pipeline.transformer.state_dict()
@@ -532,7 +531,7 @@ def test_a_teacher_may_have_a_lora_and_the_hybrid_layers_may_not(prepared, tmp_p
 
     pipeline, data = prepared("flux_dev")
     hybridize(pipeline.transformer, HybridConfig(window=3, delta_rank=2))
-    pipeline.transformer.add_adapter(lora)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="the hybrid layers have a LoRA"):
         distill(pipeline, data, tiny_config(tmp_path / "other"))
     pipeline, data = prepared("flux_dev")
