@@ -126,7 +126,9 @@ class OutputConfig:
     folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
     Every `*_every` is in optimizer steps; 0 is never. keep: number of checkpoints to keep. samples: number of images in
     the sample grid.
-    tracker: "tensorboard" or "wandb".
+    tracker: "tensorboard" or "wandb". project, run_name: what the tracker calls them. For W&B they go before the
+        environment's WANDB_PROJECT and WANDB_NAME; None: those, or else "hybriddit" and the folder's name. For
+        TensorBoard they name folders of the events.
     """
 
     folder: str | None = None
@@ -136,6 +138,8 @@ class OutputConfig:
     sample_every: int = 0
     samples: int = 4
     tracker: str = "tensorboard"
+    project: str | None = None
+    run_name: str | None = None
 
 
 @dataclass
@@ -324,6 +328,11 @@ def _check_shared(config) -> None:
         _require(getattr(output, name) >= 0, f"output.{name}", getattr(output, name), "0 (never) or more")
     trackers = ("tensorboard", "wandb")
     _require(output.tracker in trackers, "output.tracker", output.tracker, f"one of {', '.join(trackers)}")
+    for name in ("project", "run_name"):
+        value = getattr(output, name)
+        # what W&B and file systems refuse in names
+        fits = value is None or (re.fullmatch(r"[^/\\#?%:*\"<>|\x00-\x1f]{1,128}", value) and set(value) - {".", " "})
+        _require(fits, f"output.{name}", value, """a name without / \\ # ? % : * " < > |""")
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
     for name in ("gate_lr_factor", "weight_decay", "warmup_steps"):
         _require(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "0 or more")
