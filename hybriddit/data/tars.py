@@ -60,7 +60,7 @@ def tar_members(path: Path) -> list[TarMember]:
             members = {
                 member.name: TarMember(path, member.name, member.offset_data, member.size)
                 for member in tar
-                if True
+                if member.isreg() and member.sparse is None
             }
             tar.fileobj.seek(tar.offset)  # at a damaged header tarfile stops without a word
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
