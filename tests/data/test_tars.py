@@ -27,7 +27,7 @@ FILES = {
     "000/a.cls": b"7",
     "./b.png": picture(1),
     "./b.json": b'{"caption": "a blue bag", "width": 64}',
-    "c.png": picture(2),
+    "/c.png": picture(2),
     "d.png": picture(3)[:100],
     "d.txt": b"a bag",
     "._a.png": b"of a Mac",
@@ -80,7 +80,7 @@ def test_captions_are_beside_in_the_tar(tmp_path):
 
 def test_a_tar_gives_what_its_files_give(tmp_path, capsys):
     for name, data in list(FILES.items())[:-2]:
-        path = tmp_path / "files" / name
+        path = tmp_path / "files" / name.lstrip("/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     (tmp_path / "tars").mkdir()
