@@ -471,9 +471,9 @@ def benchmark(options: argparse.Namespace) -> None:
     # before torch is imported: its profiler and compiler would warn that there is no GPU
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from .benchmark.measure import device_to_measure
     from .benchmark.run import run, settings
     from .benchmark.subjects import find_subject
-    from .machine import device_of_this_machine
 
     for name in options.shapes or ():
         try:
@@ -490,7 +490,7 @@ def benchmark(options: argparse.Namespace) -> None:
         report = tune.run(options.shapes, options.window, options.dtype, options.out, options.quiet)
     else:
         folder = options.out or Path("outputs/benchmark")
-        chosen = settings(device_of_this_machine(), **_given(options, "out", "quiet", "tune"))
+        chosen = settings(device_to_measure(), **_given(options, "out", "quiet", "tune"))
         report = run(chosen, folder, options.quiet)
         if not (options.json or options.quiet):
             print(f"results saved to {folder}")

@@ -270,7 +270,8 @@ def check_features(features: Mapping[str, torch.Tensor], rows: range) -> dict[st
             raise ValueError(f"the extractor's {kind!r} must be {expected}, not {part.dtype} {list(part.shape)}")
         if not part.isfinite().all():
             raise ValueError(f"the extractor's {kind!r} of images {rows.start} to {rows.stop - 1} are not finite")
-    return known
+    # statistics are of float64, which Apple's GPUs do not have
+    return {kind: part.cpu() if part.device.type == "mps" else part for kind, part in known.items()}
 
 
 def describe_source(source: Source) -> dict[str, Any]:

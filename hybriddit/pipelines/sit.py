@@ -255,7 +255,7 @@ class SiTPipeline(DiffusionPipeline):
             sigmas = {"sigmas": np.linspace(1, 1 / steps, steps)}
         scheduler.set_timesteps(steps, device=latents.device, **sigmas)
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        times = (1 - scheduler.sigmas.double()).tolist()  # timesteps may be rounded to integers
+        times = (1 - scheduler.sigmas.cpu().double()).tolist()  # timesteps may be rounded to integers
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             # a shifted scheduler may go past pure noise: clamp to t = 0
             t = torch.full((len(latents),), max(times[step], 0.0), dtype=latents.dtype, device=latents.device)
