@@ -39,13 +39,16 @@ class DataConfig:
 
     source: "teacher" (images that the teacher makes from the prompts), "folder" (images of your own with captions) or
         "trajectories" (intermediate states of the teacher's sampling, which needs no VAE).
-    folder: for "folder", the folder of images; captions are in <image>.txt or in metadata.jsonl.
+    folder: for "folder", the folder of images; captions are in metadata.jsonl, metadata.csv, <image>.txt, .caption
+        or .json; tars are read too.
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
-    prompts: a text file with one prompt a line, or the prompts themselves; repeated with new seeds up to `images`.
+    prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
+        the prompts themselves; repeated with new seeds up to `images`.
     cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images the teacher makes at a time. seed: image i is made from seed + i.
+    batch_size: images the teacher makes at a time. seed: image i is made from seed + i; for "folder", it draws the
+        caption of an image that has several.
     """
 
     source: str = "teacher"
