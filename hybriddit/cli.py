@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,8 +385,9 @@ def add_evaluate(commands) -> None:
         "inception score, FID, sFID, precision and recall of samples, as the ADM suite computes them",
         "samples.npz VIRTUAL_imagenet256_labeled.npz --out scores.json",
     )
-    sub.add_argument("samples", type=Path, help="npz file: arr_0, uint8 [N, H, W, 3]")
-    sub.add_argument("reference", type=Path, help="npz file of the same kind; its mu, sigma, mu_s, sigma_s are used")
+    sub.add_argument("samples", type=Path, help="npz file: arr_0, uint8 [N, H, W, 3]; or a folder of images")
+    sub.add_argument("reference", type=Path, help="the same; of an npz file mu, sigma, mu_s, sigma_s are used")
+    sub.add_argument("--size", type=int, help="scale and crop the images of folders to SIZE x SIZE, as ADM does")
     sub.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
     sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     sub.add_argument(
@@ -402,12 +404,20 @@ def add_evaluate(commands) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    for path in (options.samples, options.reference):
-        if not path.is_file():  # before torch is imported
-            raise FileNotFoundError(f"no npz file at {path}")
+    paths = (options.samples, options.reference)
+    for path in paths:
+        if not path.is_file() and not path.is_dir():  # before torch is imported
+            raise FileNotFoundError(f"no npz file or folder of images at {path}")
+    if options.size is not None and (options.size < 1 or not any(path.is_dir() for path in paths)):
+        raise ValueError(f"--size {options.size}: a number of pixels, for folders of images")
     from .metrics.run import run, scores_text
 
-    report = run(**_given(options, "quiet"), progress=not options.quiet)
+    open_folder = None
+    if any(path.is_dir() for path in paths):
+        from .data.image_set import FolderImages
+
+        open_folder = partial(FolderImages, size=options.size)
+    report = run(**_given(options, "quiet", "size"), open_folder=open_folder, progress=not options.quiet)
     if report is None:  # only the first of several processes has a report
         return
     if options.json:

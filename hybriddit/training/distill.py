@@ -16,6 +16,7 @@ from ..attention.mixers import check_mixer
 from ..data.latents import LatentData
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
+from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.family import unsharded_class
 from ..models.recipe import Recipe
@@ -23,7 +24,7 @@ from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import load_pipeline, quiet
 from .batches import epoch_order, step_generator
 from .checkpoint import gather
-from .frechet import FrechetDistance, Images, as_rgb, check_samples
+from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
