@@ -1,0 +1,100 @@
+"""What is known of a folder's pictures: their content, and whether they can be read. Kept, so that it is found once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..files import make_folder, read_json, write_json
+from ..images import open_image
+from .shards import ALONE, Processes
+
+PICTURES = "pictures.json"  # the file in a cache that keeps it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of a picture.
+
+    size, mtime_ns: of the file, in bytes and nanoseconds; where they are the same, so is the content. sha256: of its
+    bytes. error: why it cannot be read; None if it can.
+    """
+
+    size: int
+    mtime_ns: int
+    sha256: str
+    error: str | None = None
+
+
+def examine(
+    folder: Path, paths: Sequence[Path], cache: Path | None, *, progress: bool = True, processes: Processes = ALONE
+) -> dict[Path, Picture]:
+    """Find out the content of pictures under `folder`, and whether they can be read.
+
+    A picture whose size and time `cache` has already is not opened, and one whose content it has is not decoded. The
+    others are shared among the processes; a call that is interrupted loses at most a fifth of its work. Nothing is
+    written where nothing is new.
+
+    Raises ValueError where what the cache keeps is damaged.
+    """
+    known = _read(cache)
+    names = {path: path.relative_to(folder).as_posix() for path in paths}
+    found, unknown = {}, []
+    for path, name in names.items():
+        try:
+            stat = path.stat()
+        except OSError as error:  # a link that leads nowhere
+            found[path] = Picture(0, 0, "", f"no image file ({error.strerror})")
+            continue
+        picture = known.get(name)
+        if picture is None or (picture.size, picture.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            unknown.append(path)
+    readable = {picture.sha256 for picture in known.values() if picture.error is None}
+    if unknown:
+        processes.gather()  # all have seen the same files, before one writes
+    turn = processes.count * max(1000, len(known) // 4)
+    with tqdm(total=len(unknown), desc="reading images", unit="image", disable=not progress) as bar:
+        for start in range(0, len(unknown), turn):
+            part, own = unknown[start : start + turn], {}
+            for path in part[processes.rank :: processes.count]:
+                own[names[path]] = _look_at(path, readable)
+                bar.update(processes.count)
+            learnt = {name: picture for share in processes.gather(own) for name, picture in share.items()}
+            known |= learnt
+            if cache is not None and processes.rank == 0:
+                try:
+                    make_folder(cache)
+                    write_json(cache / PICTURES, {name: astuple(picture) for name, picture in known.items()})
+                except OSError:
+                    if any(picture.sha256 not in readable for picture in learnt.values()):
+                        raise  # but the new times of files that were copied need not be kept
+    return {path: found.get(path) or known[name] for path, name in names.items()}
+
+
+def _look_at(path: Path, readable: set[str]) -> Picture:
+    stat = path.stat()
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest not in readable:
+            open_image(path)
+        return Picture(stat.st_size, stat.st_mtime_ns, digest)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).replace(str(path), path.name)
+        return Picture(stat.st_size, stat.st_mtime_ns, "", reason)
+
+
+def _read(cache: Path | None) -> dict[str, Picture]:
+    if cache is None or not (cache / PICTURES).exists():
+        return {}
+    path = cache / PICTURES
+    try:
+        return {name: Picture(*values) for name, values in read_json(path).items()}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete it and run again, which reads all pictures anew"
+        ) from None
