@@ -21,7 +21,7 @@ class Picture:
     """A file of a picture.
 
     size, mtime_ns: of the file, in bytes and nanoseconds; where they are the same, so is the content. sha256: of its
-    bytes. error: why it cannot be read; None if it can.
+    bytes; "" where they cannot be read. error: why it is no picture; None if it is one.
     """
 
     size: int
@@ -43,49 +43,56 @@ def examine(
     """
     known = _read(cache)
     names = {path: path.relative_to(folder).as_posix() for path in paths}
-    found, unknown = {}, []
-    for path, name in names.items():
-        try:
-            stat = path.stat()
-        except OSError as error:  # a link that leads nowhere
-            found[path] = Picture(0, 0, "", f"no image file ({error.strerror})")
-            continue
-        picture = known.get(name)
-        if picture is None or (picture.size, picture.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-            unknown.append(path)
-    readable = {picture.sha256 for picture in known.values() if picture.error is None}
+    unknown = [path for path, name in names.items() if name not in known or not _is_same(path, known[name])]
+    contents = {picture.sha256: picture.error for picture in known.values()}
     if unknown:
         processes.gather()  # all have seen the same files, before one writes
+    not_kept = {}
     turn = processes.count * max(1000, len(known) // 4)
     with tqdm(total=len(unknown), desc="reading images", unit="image", disable=not progress) as bar:
         for start in range(0, len(unknown), turn):
-            part, own = unknown[start : start + turn], {}
-            for path in part[processes.rank :: processes.count]:
-                own[names[path]] = _look_at(path, readable)
+            own = {}
+            for path in unknown[start : start + turn][processes.rank :: processes.count]:
+                own[names[path]] = _look_at(path, contents)
                 bar.update(processes.count)
             learnt = {name: picture for share in processes.gather(own) for name, picture in share.items()}
+            not_kept |= {name: picture for name, picture in learnt.items() if not picture.sha256}
+            learnt = {name: picture for name, picture in learnt.items() if picture.sha256}
             known |= learnt
-            if cache is not None and processes.rank == 0:
+            if cache is not None and learnt and processes.rank == 0:
                 try:
                     make_folder(cache)
                     write_json(cache / PICTURES, {name: astuple(picture) for name, picture in known.items()})
                 except OSError:
-                    if any(picture.sha256 not in readable for picture in learnt.values()):
+                    if any(picture.sha256 not in contents for picture in learnt.values()):
                         raise  # but the new times of files that were copied need not be kept
-    return {path: found.get(path) or known[name] for path, name in names.items()}
+    known |= not_kept
+    return {path: known[name] for path, name in names.items()}
 
 
-def _look_at(path: Path, readable: set[str]) -> Picture:
-    stat = path.stat()
+def _is_same(path: Path, picture: Picture) -> bool:
     try:
+        stat = path.stat()
+    except OSError:  # a link that leads nowhere
+        return False
+    return (picture.size, picture.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+def _look_at(path: Path, contents: dict[str, str | None]) -> Picture:
+    """contents: by digest, why pictures cannot be read that are known already."""
+    try:
+        stat = path.stat()
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest not in readable:
+    except OSError as error:
+        return Picture(0, 0, "", f"it cannot be opened ({error.strerror})")
+    error = contents.get(digest)
+    if digest not in contents:
+        try:
             open_image(path)
-        return Picture(stat.st_size, stat.st_mtime_ns, digest)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).replace(str(path), path.name)
-        return Picture(stat.st_size, stat.st_mtime_ns, "", reason)
+        except (OSError, ValueError) as reason:
+            error = " ".join(str(reason).replace(str(path), "it").split())
+    return Picture(stat.st_size, stat.st_mtime_ns, digest, error)
 
 
 def _read(cache: Path | None) -> dict[str, Picture]:
