@@ -229,6 +229,7 @@ def check_same_set(data: ClassData, path: Path) -> None:
     found, here = read_json(path), described(data)
     found = {"content": here["content"], **found}  # which older runs do not have
     other = [name for name in here if name != "vae" and found.get(name) != here[name]]  # a VAE may have moved
+    other = [name for name in other if name != "content" or len(other) == 1]  # which any other would change
     if other:
         raise ValueError(
             f"{path.parent} was trained on another set, with other values of {', '.join(other)}: give its data.path, or "
