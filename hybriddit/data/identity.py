@@ -57,7 +57,7 @@ def _factors() -> torch.Tensor:
 def describe_components(pipeline, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What the components of a pipeline are: the digest of each one's weights, and its diffusers config.
 
-    Components that the pipeline does not have are left out.
+    Components that the pipeline does not have are left out; so is what converts a transformer.
     """
     described = {}
     for name in names:
@@ -68,7 +68,7 @@ def describe_components(pipeline, names: Iterable[str]) -> dict[str, dict[str, A
         if isinstance(component, nn.Module):
             described[name]["weights"] = weights_digest(component)
         if isinstance(getattr(component, "config", None), dict):  # diffusers' own; it matters for scheduler and VAE
-            config = {key: value for key, value in component.config.items() if not key.startswith("_")}
+            config = {key: value for key, value in component.config.items() if key[0] != "_" and key != "hybrid_config"}
             described[name]["config"] = json.loads(json.dumps(config, default=str))
     return described
 

@@ -62,7 +62,7 @@ def examine(
             if cache is not None and learnt and processes.rank == 0:
                 try:
                     make_folder(cache)
-                    write_json(cache / PICTURES, {name: astuple(picture) for name, picture in known.items()})
+                    write_json(cache / PICTURES, {name: astuple(known[name]) for name in sorted(known)})
                 except OSError:
                     if any(picture.sha256 not in contents for picture in learnt.values()):
                         raise  # but the new times of files that were copied need not be kept

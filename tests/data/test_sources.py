@@ -11,6 +11,7 @@ import pytest
 import torch
 from family_calls import call
 from PIL import Image
+from runs import in_two_processes
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig
@@ -233,6 +234,25 @@ def test_an_interrupted_cache_goes_on_without_a_look_at_the_images_that_are_done
     data = encode(pipelines("sd3"), folder, cache=tmp_path / "cache", batch_size=1)
     assert not work.opened and work.encoded == GOOD[2:]
     assert_same_rows(data, encode(pipelines("sd3"), folder))
+
+
+def share_of(rank, folder, cache):
+    """The part of the folder's set that one of two processes makes."""
+    opened, save, saved = [], module.encode_images, []
+    read = pictures.open_image
+    pictures.open_image = lambda path: (opened.append(path), read(path))[1]
+    module.encode_images = lambda pipeline, images: (saved.append(len(images)), save(pipeline, images))[1]
+    data = encode(tiny_pipeline("sd3"), folder, cache=cache, processes=Processes(rank, 2))
+    assert len(data) == 5 and len(opened) == 4 and saved == [[2, 1], [2]][rank]
+
+
+def test_two_processes_encode_a_folder_as_one_does(folder, tmp_path):
+    assert in_two_processes(share_of, folder, tmp_path / "two", output=tmp_path / "out.txt") == [0, 0], [
+        (tmp_path / f"out.txt.{rank}").read_text() for rank in range(2)
+    ]
+    encode(tiny_pipeline("sd3"), folder, cache=tmp_path / "one")
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and len(one) == 7
 
 
 def edit(folder):

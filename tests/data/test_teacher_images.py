@@ -1,13 +1,11 @@
 import copy
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from runs import context
+from runs import in_two_processes
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
@@ -262,50 +260,42 @@ def test_what_makes_no_image_does_not(flux, tmp_path, made):
     assert not made
 
 
-def share_of(rank, port, cache, ends):
-    """One of two processes: it makes its part of ten images. ends: how many files it makes before it is killed."""
-    file = os.open(f"{cache}.{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 2)
-    dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+def test_a_cache_is_that_of_the_dense_teacher_whatever_hybrid_it_is_for(flux, tmp_path, made):
+    for window in (3, 5, None):
+        hybrid = copy.copy(flux)
+        hybrid.transformer = copy.deepcopy(flux.transformer)
+        if window:
+            hybridize(hybrid.transformer, HybridConfig(window=window, delta_rank=2))
+        data = tiny_data(hybrid, images=2, cache=tmp_path)
+    assert made == [[0, 1]] and data.content == tiny_data(flux, images=2).content
+
+
+def share_of(rank, cache, killed):
+    """The part of ten images that one of two processes makes. killed: how many files the second makes until then."""
     save, saved = latents.save_shard, []
 
     def counted(path, tensors):
-        if len(saved) == ends:
+        if rank == 1 and len(saved) == killed:
             os.kill(os.getpid(), signal.SIGKILL)
         saved.append(path)
         save(path, tensors)
 
     latents.save_shard = counted
     data = tiny_data(tiny_pipeline("flux_dev"), images=10, batch_size=2, cache=cache, processes=Processes(rank, 2))
-    assert len(data) == 10 and len(saved) == 3 - rank + (rank == 0), "and the first encodes the empty prompt"
-
-
-def in_two_processes(cache, killed=None):
-    """The exit codes. killed: how many files the second makes before it is killed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context.set_forkserver_preload(["runs", "hybriddit.training.distill", "accelerate"])
-    both = [context.Process(target=share_of, args=(rank, port, cache, killed if rank else None)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(120)
-        assert process.exitcode is not None, "it hangs"
-    return [process.exitcode for process in both]
+    assert len(data) == 10 and len(saved) == [4, 2][rank], "the first encodes the empty prompt, and makes one part more"
 
 
 def test_two_processes_make_the_images_of_one(tmp_path):
-    assert in_two_processes(tmp_path / "two") == [0, 0]
+    assert in_two_processes(share_of, tmp_path / "two", None, output=tmp_path / "out.txt") == [0, 0]
     tiny_data(tiny_pipeline("flux_dev"), images=10, batch_size=2, cache=tmp_path / "one")
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two and len(one) == 7
 
 
 def test_a_killed_process_ends_the_other_and_nothing_is_lost(tmp_path, made):
-    first, second = in_two_processes(tmp_path / "two", killed=1)
+    first, second = in_two_processes(share_of, tmp_path / "two", 1, output=tmp_path / "out.txt")
     assert first == 1 and second == -signal.SIGKILL
-    said = (tmp_path / "two.0").read_text().splitlines()[-1]
+    said = (tmp_path / "out.txt.0").read_text().splitlines()[-1]
     assert said.startswith("ConnectionError: another process of this run has ended, see what it said: ")
     data = tiny_data(tiny_pipeline("flux_dev"), images=10, batch_size=2, cache=tmp_path / "two")
     assert sum(made, []) == [6, 7], "the second's second part"

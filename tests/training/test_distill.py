@@ -401,6 +401,19 @@ output: {{checkpoint_every: 1, log_every: 1}}
         distill_module.run(load_config("run.yaml", [*moved, "train.steps=3"]), resume=True)
 
 
+def test_all_processes_make_the_images(tmp_path, monkeypatch):
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "run.yaml").write_text(
+        f"{{model: {{path: {tmp_path / 'teacher'}}}, data: {{prompts: [a], cache: {tmp_path / 'cache'}, height: 64, "
+        f"width: 64}}, output: {{folder: {tmp_path / 'run'}}}}}"
+    )
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(distill_module, "make_data", lambda *args, processes, **kwargs: pytest.fail(repr(processes)))
+    with pytest.raises(pytest.fail.Exception, match=r"Processes\(rank=1, count=2\)"):
+        distill_module.run(load_config(tmp_path / "run.yaml"))
+
+
 def test_a_folder_s_set_does_not_depend_on_what_it_does_not_use():
     kept = distill_module.resume_settings(DistillConfig(data=DataConfig(source="folder", folder="x")))
     assert not {"data.prompts", "data.images", "data.seed", "data.states"} & kept.keys() and "data.folder" in kept
