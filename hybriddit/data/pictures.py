@@ -49,7 +49,7 @@ def examine(
         processes.gather()  # all have seen the same files, before one writes
     not_kept = {}
     turn = processes.count * max(1000, len(known) // 4)
-    with tqdm(total=len(unknown), desc="reading images", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(unknown), desc="reading images", unit="image", disable=not (progress and unknown)) as bar:
         for start in range(0, len(unknown), turn):
             own = {}
             for path in unknown[start : start + turn][processes.rank :: processes.count]:
