@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -145,7 +144,7 @@ class HybridAttention(nn.Module):
     def init_gate(self) -> None:
         """Give the gate, where there is one, its value at the start, whatever the token."""
         gate = getattr(self, "gate", None)
-        if isinstance(gate, nn.Linear):
+        if isinstance(gate, TokenGate):
             nn.init.zeros_(gate.weight)
             nn.init.constant_(gate.bias, self.gate_init)
         elif gate is not None:
@@ -175,7 +174,7 @@ class HybridAttention(nn.Module):
         if self.far is None:
             return None, None, None
         gate = None
-        if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
+        if self.kind == "hybrid" and isinstance(self.gate, nn.Module):
             # the gate stays in fp32, whatever the layer's dtype
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         if self.map_q is None:
@@ -282,10 +281,8 @@ class HybridAttention(nn.Module):
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        # window layouts need plain integers: torch.compile makes sizes symbolic when it meets a second one
-        grid = tuple(operator.index(side) for side in token_layout.grids[0])
         near = neighborhood_attention(
-            *(tokens.unflatten(1, grid) for tokens in (query, key, value)),
+            *(tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)),
             window=self.window,
             stride=self.stride,
             dilation=self.dilation,

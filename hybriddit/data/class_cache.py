@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..files import checksum, read_json, read_tensors, write_json
 from .class_data import ClassData, ClassInfo, to_model_range
-from .class_images import class_images, read_images
+from .class_images import find_classes, read_images
+from .image_files import say
 from .shards import SETTINGS, ShardFile, check_settings, read_settings, save_shard, write_settings
 
 INDEX = "index.json"  # written last: a cache without it is not finished
@@ -79,13 +80,15 @@ def make_cache(
     processes: int = 1,
     progress: bool = True,
 ) -> None:
-    """Cache class folders (see `class_images`) in shards on disk: pixels, or with a VAE the moments of latents.
+    """Cache class folders (see `find_classes`) in shards on disk: pixels, or with a VAE the moments of latents.
 
     Every shard is whole or absent; a run that was stopped continues where it stopped. With a finished cache no image is
     opened and nothing is written. The shards of images that have changed since, by content, are made again; a folder of
-    other file names is refused. Folder and VAE may have moved, and the shards keep the size they have. Several processes, told apart by
-    rank, take turns at the shards, and the last to finish writes the index: number of images, checksums, mean and
-    standard deviation of each channel as the model would see it, and which images could not be read.
+    other file names is refused. Folder and VAE may have moved, and the shards keep the size they have.
+
+    Several processes, told apart by rank, take turns at the shards, and the last to finish writes the index: number of
+    images, checksums, mean and standard deviation of each channel as the model would see it, and which images could not
+    be read.
 
     size: side of the square images, in pixels. vae_name: recorded as the place of the VAE.
 
@@ -103,7 +106,10 @@ def make_cache(
                 f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
                 f"not of {channels} and {size}"
             )
-    paths, labels, classes = class_images(folder)
+    found = find_classes(folder)
+    paths, labels, classes = found.paths, found.labels, found.classes
+    if found.note and progress:
+        say(found.note)
     if classes != [""] and cache.resolve().parent == folder.resolve():
         raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
     shape = (channels, size, size)
@@ -118,17 +124,17 @@ def make_cache(
     names = [path.relative_to(folder).as_posix() for path in paths]
     settings = {**asdict(info), "size": size, "images": len(paths), "shard_size": shard_size}
     settings["files"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    found = read_settings(cache, "--out")
-    if found is None:
+    before = read_settings(cache, "--out")
+    if before is None:
         write_settings(cache, settings)
     else:
         fixed = ("shape", "classes", "vae_sha256", "scaling_factor", "shift_factor", "size")
-        check_settings(cache, found, {name: settings[name] for name in fixed}, "--out")
-        if found["files"] != settings["files"]:
-            _check_files(cache, found, paths, names)
-        if found["shard_size"] != shard_size and progress:
-            print(f"{cache} has shards of {found['shard_size']} images: it keeps them, --shard-size is for a new one")
-        shard_size = found["shard_size"]
+        check_settings(cache, before, {name: settings[name] for name in fixed}, "--out")
+        if before["files"] != settings["files"]:
+            _check_files(cache, before, paths, names)
+        if before["shard_size"] != shard_size and progress:
+            say(f"{cache} has shards of {before['shard_size']} images: it keeps them, --shard-size is for a new one")
+        shard_size = before["shard_size"]
 
     starts = range(0, len(paths), shard_size)
     todo = []
@@ -138,7 +144,7 @@ def make_cache(
         line = read_json(record) if record.exists() else None
         changed = [] if line is None else _changed(line.get("files"), names[part], paths[part])
         if changed:  # no index before all of them are made again
-            print(
+            say(
                 f"{changed[0]} has changed since {cache} was made: the {len(paths[part])} images of its shard are read anew"
             )
             for path in (cache / INDEX, record):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
 from ..files import read_json, write_json
-from ..images import IMAGE_ENDINGS, open_image
+from ..images import open_image
 from ..models import family_of
+from .captions import read_captions
+from .image_files import say
 from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
 from .pictures import examine
-from .prompts import read_text
 from .shards import ALONE, Processes
 
 
@@ -29,17 +30,19 @@ def image_folder(
     guidance_scale: float,
     max_sequence_length: int | None = None,
     batch_size: int = 4,
+    seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> LatentData:
     """Encode the images under `folder` and their captions; images are scaled and centre-cropped to height x width.
 
-    Captions: see `captioned_images`. Images that cannot be read and images without a caption are left out: their
-    number is printed, and `skipped.json` in the cache lists them with the reasons.
+    Captions: see `read_captions`. Images that cannot be read and images without a caption are left out: their number is
+    printed, and `skipped.json` in the cache lists them with the reasons. What else is passed over is printed too.
 
     height, width: in pixels. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
         value of a guidance embedding.
+    seed: which of an image's captions is taken, where it has several.
     cache: a folder to keep the set in; None keeps it in memory. The set is that of the folder as it is now: an image
         has its row by its content and caption, wherever it lies, and only rows that the cache does not have are made.
         With a finished cache no image is opened, and nothing is written.
@@ -49,7 +52,8 @@ def image_folder(
     for a cache made with other settings.
     """
     folder = Path(folder)
-    captions = captioned_images(folder)
+    found = read_captions(folder, seed)
+    captions = found.captions
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
     settings = {"height": height, "width": width, "max_sequence_length": max_sequence_length, "teacher_made": False}
     place = find_place(pipeline, cache, settings, ("vae",), says=processes.rank == 0)
@@ -60,7 +64,8 @@ def image_folder(
         captioned = [path for path, caption in captions.items() if caption]
         pictures = examine(folder, captioned, place.folder, progress=progress, processes=processes)
         reasons = {path: picture.error for path, picture in pictures.items()}
-        skipped = {str(path): reasons.get(path, "it has no caption") for path in captions if reasons.get(path, "none")}
+        reasons |= {path: found.reasons.get(path, "it has no caption") for path in captions if path not in reasons}
+        skipped = {str(path): reasons[path] for path in captions if reasons[path] is not None}
         good = [path for path in captioned if reasons[path] is None]
         content = [_key(pictures[path].sha256, captions[path]) for path in good]
         numbers = {key: number for number, key in enumerate(place.record.get("rows", []))}
@@ -69,13 +74,15 @@ def image_folder(
         known = set(place.record.get("rows", content))
         changed = [path for path, key in zip(good, content, strict=True) if key not in known]
         if changed and processes.rank == 0:
-            print(
+            say(
                 f"{len(changed)} of {len(good)} images or their captions are new or have changed since {place.folder} was "
                 f"made ({changed[0]}, ...): these alone are encoded"
             )
+    for note in found.notes if processes.rank == 0 else ():
+        say(note)
     if skipped and processes.rank == 0:
         path, reason = next(iter(skipped.items()))
-        print(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {path} ({reason}), ...")
+        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {path} ({reason}), ...")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
     paths = dict(zip(wanted, good, strict=True))
@@ -119,7 +126,7 @@ def _list_skipped(path: Path, skipped: dict[str, str]) -> None:
 
 
 def _files_of_version_0_1(
-    place: Place, folder: Path, captions: dict[Path, str | None]
+    place: Place, folder: Path, captions: Mapping[Path, str | None]
 ) -> tuple[list[Path], dict[str, str]]:
     """The images of a cache that knows them by name, length and caption alone, and {path: reason} of those left out.
 
@@ -130,7 +137,7 @@ def _files_of_version_0_1(
     first = Path(next(iter(skipped), folder / "none"))
     for then in (folder, *first.parents):  # where the folder was then
         left_out = {folder / Path(path).relative_to(then) for path in skipped if Path(path).is_relative_to(then)}
-        good = [path for path in captions if path not in left_out and captions[path] and path.exists()]
+        good = [path for path in captions if path not in left_out and captions[path] and path.is_file()]
         files = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
         if hashlib.sha256(json.dumps(files).encode()).hexdigest() == place.record["files"]:
             return good, skipped
@@ -140,34 +147,9 @@ def _files_of_version_0_1(
     )
 
 
-def captioned_images(folder: str | Path) -> dict[Path, str | None]:
-    """Every image file under `folder`, sorted by path, with its caption or None.
-
-    A caption is the text of `<image>.txt` beside the image, or the "text" of the image's line in
-    `folder/metadata.jsonl`, whose "file_name" is relative to `folder`: the two layouts of public data sets. Raises
-    FileNotFoundError where there is no folder, and ValueError if it has no images or a damaged metadata.jsonl.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at {str(folder)!r} (data.folder)")
-    listed: dict[Path, str] = {}
-    table = folder / "metadata.jsonl"
-    if table.is_file():
-        for number, line in enumerate(read_text(table).splitlines(), 1):
-            try:
-                values = json.loads(line)
-                listed[folder / values["file_name"]] = str(values["text"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{table}, line {number}: not of the form {{"file_name": ..., "text": ...}}') from None
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not images:
-        raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
-    return {path: listed.get(path, _caption_beside(path)) for path in images}
-
-
-def _caption_beside(path: Path) -> str | None:
-    text = path.with_suffix(".txt")
-    return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else None
+def captioned_images(folder: str | Path, seed: int = 0) -> dict[Path, str | None]:
+    """Every image file under `folder`, sorted by path, with its caption or None; see `read_captions`."""
+    return read_captions(folder, seed).captions
 
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..models import dense_mode, family_of, is_hybrid
 from ..pipelines.loading import quiet
 from .identity import changed_components, describe_components
+from .image_files import say
 from .shards import (
     ALONE,
     Processes,
@@ -133,7 +134,7 @@ def find_place(
     else:
         record = {}
     if says:
-        print(f"{folder} holds the set of another teacher ({', '.join(changed)} differ): this one's is in {own}")
+        say(f"{folder} holds the set of another teacher ({', '.join(changed)} differ): this one's is in {own}")
     return Place(own, record, settings, teacher)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..files import make_folder, read_json, write_json
 from ..images import open_image
 from .shards import ALONE, Processes
+from .tars import TarMember
 
 PICTURES = "pictures.json"  # the file in a cache that keeps it
 
@@ -31,9 +32,14 @@ class Picture:
 
 
 def examine(
-    folder: Path, paths: Sequence[Path], cache: Path | None, *, progress: bool = True, processes: Processes = ALONE
-) -> dict[Path, Picture]:
-    """Find out the content of pictures under `folder`, and whether they can be read.
+    folder: Path,
+    paths: Sequence[Path | TarMember],
+    cache: Path | None,
+    *,
+    progress: bool = True,
+    processes: Processes = ALONE,
+) -> dict[Path | TarMember, Picture]:
+    """Find out the content of pictures under `folder`, also in tars, and whether they can be read.
 
     A picture whose size and time `cache` has already is not opened, and one whose content it has is not decoded. The
     others are shared among the processes; a call that is interrupted loses at most a fifth of its work. Nothing is
@@ -70,7 +76,7 @@ def examine(
     return {path: known[name] for path, name in names.items()}
 
 
-def _is_same(path: Path, picture: Picture) -> bool:
+def _is_same(path: Path | TarMember, picture: Picture) -> bool:
     try:
         stat = path.stat()
     except OSError:  # a link that leads nowhere
@@ -78,11 +84,11 @@ def _is_same(path: Path, picture: Picture) -> bool:
     return (picture.size, picture.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
-def _look_at(path: Path, contents: dict[str, str | None]) -> Picture:
+def _look_at(path: Path | TarMember, contents: dict[str, str | None]) -> Picture:
     """contents: by digest, why pictures cannot be read that are known already."""
     try:
         stat = path.stat()
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return Picture(0, 0, "", f"it cannot be opened ({error.strerror})")
