@@ -13,7 +13,9 @@ from PIL import Image
 from torch import nn
 
 from ..attention.mixers import check_mixer
+from ..data.identity import weights_digest
 from ..data.latents import LatentData
+from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..metrics.images import Images
@@ -23,7 +25,7 @@ from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import load_pipeline, quiet
 from .batches import epoch_order, step_generator
-from .checkpoint import gather
+from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
@@ -37,7 +39,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     check_settings(config)
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
-        raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
+        raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -47,8 +49,15 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
     planned_grid(config, transformer, pipeline.vae_scale_factor)
     make_student(transformer, config)
-    with accelerator.main_process_first():
-        data = make_data(pipeline, config.data, progress=config.train.progress and accelerator.is_main_process)
+    if resume:
+        folder = Path(config.output.folder) / "checkpoints"
+        read_state(checkpoints(folder)[-1], {**resume_settings(config), "model.weights": weights_digest(transformer)})
+    data = make_data(
+        pipeline,
+        config.data,
+        progress=config.train.progress and accelerator.is_main_process,
+        processes=Processes(accelerator.process_index, accelerator.num_processes),
+    )
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
         if name.startswith("text_encoder"):
             setattr(pipeline, name, None)
@@ -135,7 +144,9 @@ class Distillation(Job):
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grid = recipe, weights, dropout, grid
-        self.model, self.settings = pipeline.transformer, resume_settings(config)
+        self.model = pipeline.transformer
+        content = {"model.weights": weights_digest(self.model), "data.content": data.content}
+        self.settings = {**resume_settings(config), **content}
         self.family, self.dtype = family_of(self.model), self.model.dtype
         self.layers = converted_layers(self.model)
         guided = self.family.takes_guidance(self.model.config)
@@ -383,10 +394,17 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
 
 
 def resume_settings(config: DistillConfig) -> dict:
-    """The settings that must not change when a run is resumed."""
-    values = to_dict(config)
-    values["data"].pop("cache")
-    names = ("batch_size", "accumulation", "precision", "seed")
+    """The settings that must not change when a run is resumed.
+
+    Left out are those that its kind of data does not use, and those that change no sample: where the cache is, how many
+    images are made at a time, and the accumulation steps.
+    """
+    values, source = to_dict(config), SOURCES[config.data.source]
+    unused = {"cache", "batch_size", *(("prompts", "images", "seed") if source.reads == "folder" else ("folder",))}
+    if not source.trajectories:
+        unused.add("states")
+    values["data"] = {name: value for name, value in values["data"].items() if name not in unused}
+    names = ("batch_size", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
     for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}

@@ -44,11 +44,12 @@ class DataConfig:
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
     prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
         the prompts themselves; repeated with new seeds up to `images`.
-    cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
+    cache: folder for the latents and prompt embeddings, reused and added to if it holds some of them already; None keeps
+        them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images the teacher makes at a time. seed: image i is made from seed + i; for "folder", it draws the
-        caption of an image that has several.
+    batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
+        draws the caption of an image that has several.
     """
 
     source: str = "teacher"
