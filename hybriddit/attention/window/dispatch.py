@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
+from ..linear import KeySums, linear_attention_formula, sum_keys
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled, triton
 from .case import WindowCase
@@ -64,9 +65,7 @@ def neighborhood_attention(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown window attention backend {backend!r}: use one of auto, {', '.join(BACKENDS)}")
-    window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
-    if stride[0] > window[0] or stride[1] > window[1]:
-        raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
+    window, stride, dilation = _pairs(window, stride, dilation)
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -74,26 +73,8 @@ def neighborhood_attention(
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
     text_mask = None if text_key is None else text_mask
-    take = _take
-    if torch.compiler.is_compiling():
-        from ..tracing import constant
-
-        take = partial(constant, _take)
-    # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
-    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
-    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
-    case = (
-        query.device,
-        query.dtype,
-        grid,
-        heads,
-        operator.index(query.shape[4]),
-        (min(window[0], grid[0]), min(window[1], grid[1])),
-        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
-        dilation,
-        0 if text_key is None else operator.index(text_key.shape[1]),
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
-    )
+    take = _traced(_take)
+    case = _case(query, key, value, text_key, text_value, window, stride, dilation)
     taken, has_lse = take(backend, return_lse, *case)
     hidden = text_mask is not None and not (BACKENDS[taken].masks_text and (has_lse or not return_lse))
     if hidden:
@@ -110,6 +91,102 @@ def neighborhood_attention(
         out, lse = out if return_lse else (out, None)
     out = out[..., :head_dim] if hidden else out
     return (out, lse) if return_lse else out
+
+
+def joined_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    scale: float | None = None,
+    text_key: Tensor | None = None,
+    text_value: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    far: Callable[[], KeySums],
+    feature_map: str,
+    channels: int | None,
+    gate: Tensor,
+    joint: bool,
+    backend: str = "auto",
+) -> Tensor | None:
+    """`neighborhood_attention` joined with linear attention by the same kernel, or None where there is none for the case.
+
+    The result is `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also lse=lse, but near is never
+    written. There are no gradients: None where they are on.
+
+    Args:
+        query to text_mask, backend: as there.
+        far: gives linear attention over the grid's tokens in their order, query [B, H * W, heads, D]; called if it is
+            joined. feature_map, channels: its phi, and the channels of its projection (None: none).
+        gate: broadcastable to [B, H * W, heads, D]; None is returned for one with a value per channel.
+    """
+    if torch.is_grad_enabled() or gate.shape[-1] != 1 or query.numel() == 0:
+        return None
+    window, stride, dilation = _pairs(window, stride, dilation)
+    query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
+    case = _case(query, key, value, text_key, text_value, window, stride, dilation)
+    taken = _traced(_take_joined)(backend, feature_map, channels, joint, *case)
+    if taken is None:
+        return None
+    sums, (batch, height, width, heads, head_dim) = far(), query.shape
+    if sums.query.shape != (batch, height * width, heads, head_dim) or sums.state.shape[3] != head_dim:
+        raise ValueError(
+            f"linear attention must be over the grid's tokens, got {shapes(query, sums.query, sums.state)}"
+        )
+    check_dtype((query, sums.query))
+    check_device((query, sums.query, sums.state, gate))
+    scale = head_dim**-0.5 if scale is None else scale
+    return BACKENDS[taken].attend_joined(
+        query,
+        key,
+        value,
+        text_key,
+        text_value,
+        *case[5:8],
+        scale,
+        sums,
+        gate.expand(batch, height * width, heads, 1),
+        joint,
+        text_mask=None if text_key is None else text_mask,
+    )
+
+
+def _pairs(window, stride, dilation):
+    window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
+    return window, stride, dilation
+
+
+def _traced(function: Callable) -> Callable:
+    """The function, of plain values; hidden from torch.compile while that traces."""
+    if not torch.compiler.is_compiling():
+        return function
+    from ..tracing import constant
+
+    return partial(constant, function)
+
+
+def _case(query, key, value, text_key, text_value, window, stride, dilation) -> tuple:
+    """The fields of a `WindowCase`."""
+    # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
+    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
+    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
+    return (
+        query.device,
+        query.dtype,
+        grid,
+        heads,
+        operator.index(query.shape[4]),
+        (min(window[0], grid[0]), min(window[1], grid[1])),
+        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
+        dilation,
+        0 if text_key is None else operator.index(text_key.shape[1]),
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+    )
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -156,7 +233,10 @@ class Backend(NamedTuple):
     slower: (case) -> why another backend is faster, or None.
     attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), on lse_devices (their types; None is any).
         lse_gradients: whether both have gradients.
-    masks_text: whether both take text_mask, bool [B, S]; else padded text is hidden by a wider head.
+    attend_joined: as attend, with (linear attention's sums, gate [B, N, heads, 1], joint) after them; see
+        `joined_attention`. joined_refusal: (case, feature map, channels of the projection or None) -> why it cannot, or
+        None.
+    masks_text: whether all take text_mask, bool [B, S]; else padded text is hidden by a wider head.
     tried: whether a small case is tried before the backend's first use on a GPU.
     """
 
@@ -166,6 +246,8 @@ class Backend(NamedTuple):
     attend_with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
     lse_devices: tuple[str, ...] | None = None
     lse_gradients: bool = False
+    attend_joined: Callable[..., Tensor] | None = None
+    joined_refusal: Callable[[WindowCase, str, int | None], str | None] | None = None
     masks_text: bool = False
     tried: bool = False
 
@@ -230,6 +312,62 @@ def _gives_lse(name: str, case: WindowCase) -> bool:
     return reason is None
 
 
+def _take_joined(backend: str, feature_map: str, channels: int | None, joint: bool, *case) -> str | None:
+    """The name of the backend to run if it joins such linear attention, else None."""
+    return _kept_take_joined(backend, feature_map, channels, joint, WindowCase(*case))
+
+
+@lru_cache(maxsize=512)
+def _kept_take_joined(
+    backend: str, feature_map: str, channels: int | None, joint: bool, case: WindowCase
+) -> str | None:
+    taken = _taken(backend, case)
+    row = BACKENDS[taken]
+    if row.attend_joined is None or row.joined_refusal(case, feature_map, channels):
+        return None
+    reason = None
+    if row.tried and case.on_gpu:
+        reason = _joined_failure(taken, case.device, case.dtype, case.head_dim, feature_map, channels, joint)
+    if reason:
+        warn_once(f"window attention is joined with linear attention in a pass of its own, not by {taken}: {reason}")
+    return None if reason else taken
+
+
+@lru_cache(maxsize=64)
+def _joined_failure(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    feature_map: str,
+    channels: int | None,
+    joint: bool,
+) -> str | None:
+    """Why a backend fails to join a small case, or differs there from plain formulas; None if it does neither."""
+    grid, settings = (20, 36), ((7, 9), (1, 1), (1, 1), head_dim**-0.5)
+    image, tokens = (1, *grid, 2, head_dim), (1, grid[0] * grid[1], 2, head_dim)
+    sizes = [image] * 3 + [(1, 5, 2, head_dim)] * 2 + [tokens] * 2 + [(*tokens[:3], 1)]
+    sizes += [(2, head_dim, channels)] * (0 if channels is None else 2)
+
+    def run(*inputs):
+        *near, far_query, far_key, gate, projections = *inputs[:8], inputs[8:] or (None, None)
+        far = {"query_projection": projections[0], "key_projection": projections[1], "feature_map": feature_map}
+        sums = sum_keys(far_query, far_key, near[2].flatten(1, 2), backend="torch", **far)
+        return BACKENDS[name].attend_joined(*near, *settings, sums, gate, joint)
+
+    def reference(*inputs):
+        *near, far_query, far_key, gate, projections = *inputs[:8], inputs[8:] or (None, None)
+        far = {"query_projection": projections[0], "key_projection": projections[1], "feature_map": feature_map}
+        value, (near, lse) = near[2].flatten(1, 2), tiled.attend_with_lse(*near, *settings)
+        far |= {"lse": lse.flatten(1, 2)} if joint else {}
+        out = linear_attention_formula(
+            far_query, far_key, value, near=near.flatten(1, 2), gate=gate, joint=joint, **far
+        )
+        return out.unflatten(1, grid)
+
+    return failure_reason(run, reference, sizes, device, dtype, False)
+
+
 @lru_cache(maxsize=64)
 def _trial_failure(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool, lse: bool = False
@@ -259,6 +397,8 @@ BACKENDS = {
         triton.slower,
         triton.attend_with_lse,
         lse_gradients=True,
+        attend_joined=triton.attend_joined,
+        joined_refusal=triton.joined_refusal,
         masks_text=True,
         tried=True,
     ),

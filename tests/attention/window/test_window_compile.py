@@ -18,8 +18,9 @@ from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, load
 # each chip's instruction for matrix products
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 PRODUCT |= {103: "tcgen05.mma", 120: "mma.sync", "gfx942": "v_mfma"}
-FLOAT32 = ("lse", "delta", "grad_lse", "shares")
+FLOAT32 = ("lse", "delta", "grad_lse", "shares", "state", "mean", "gate")
 INPUTS = ("query", "key", "value", "text_key", "text_value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+INPUTS += ("far_query", "projection")
 NO_TEXT, WHOLE_TEXT = {"TEXT": None, "HAS_TEXT_MASK": False}, {"TEXT": "free", "HAS_TEXT_MASK": False}
 MASKED_TEXT = {"TEXT": "text", "HAS_TEXT_MASK": True}
 KERNELS = {
