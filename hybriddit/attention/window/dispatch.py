@@ -112,16 +112,16 @@ def joined_attention(
     joint: bool,
     backend: str = "auto",
 ) -> Tensor | None:
-    """`neighborhood_attention` joined with linear attention by the same kernel, or None where there is none for the case.
+    """`neighborhood_attention` joined with linear attention by the same kernel; None where none can: then do one by one.
 
-    The result is `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also lse=lse, but near is never
-    written. There are no gradients: None where they are on.
+    The result [B, H, W, heads, D] is that of `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also
+    lse=lse, but near is never written. There are no gradients: None where they are on.
 
     Args:
         query to text_mask, backend: as there.
         far: gives linear attention over the grid's tokens in their order, query [B, H * W, heads, D]; called if it is
             joined. feature_map, channels: its phi, and the channels of its projection (None: none).
-        gate: broadcastable to [B, H * W, heads, D]; None is returned for one with a value per channel.
+        gate: broadcastable to [B, H * W, heads, 1]; None is returned for one with a value per channel.
     """
     if torch.is_grad_enabled() or gate.shape[-1] != 1 or query.numel() == 0:
         return None
@@ -349,21 +349,20 @@ def _joined_failure(
     sizes = [image] * 3 + [(1, 5, 2, head_dim)] * 2 + [tokens] * 2 + [(*tokens[:3], 1)]
     sizes += [(2, head_dim, channels)] * (0 if channels is None else 2)
 
+    def arguments(inputs):
+        near, (far_query, far_key, gate), projections = inputs[:5], inputs[5:8], inputs[8:] or (None, None)
+        phi = {"feature_map": feature_map, "query_projection": projections[0], "key_projection": projections[1]}
+        return near, (far_query, far_key, near[2].flatten(1, 2)), phi, gate
+
     def run(*inputs):
-        *near, far_query, far_key, gate, projections = *inputs[:8], inputs[8:] or (None, None)
-        far = {"query_projection": projections[0], "key_projection": projections[1], "feature_map": feature_map}
-        sums = sum_keys(far_query, far_key, near[2].flatten(1, 2), backend="torch", **far)
-        return BACKENDS[name].attend_joined(*near, *settings, sums, gate, joint)
+        near, far, phi, gate = arguments(inputs)
+        return BACKENDS[name].attend_joined(*near, *settings, sum_keys(*far, backend="torch", **phi), gate, joint)
 
     def reference(*inputs):
-        *near, far_query, far_key, gate, projections = *inputs[:8], inputs[8:] or (None, None)
-        far = {"query_projection": projections[0], "key_projection": projections[1], "feature_map": feature_map}
-        value, (near, lse) = near[2].flatten(1, 2), tiled.attend_with_lse(*near, *settings)
-        far |= {"lse": lse.flatten(1, 2)} if joint else {}
-        out = linear_attention_formula(
-            far_query, far_key, value, near=near.flatten(1, 2), gate=gate, joint=joint, **far
-        )
-        return out.unflatten(1, grid)
+        near, far, phi, gate = arguments(inputs)
+        near, lse = (x.flatten(1, 2) for x in tiled.attend_with_lse(*near, *settings))
+        phi |= {"joint": True, "lse": lse} if joint else {}
+        return linear_attention_formula(*far, near=near, gate=gate, **phi).unflatten(1, grid)
 
     return failure_reason(run, reference, sizes, device, dtype, False)
 

@@ -1,5 +1,7 @@
 """Triton kernels of window attention, forward and backward; they read queries, keys and values where they lie.
 
+One more does the forward pass joined with linear attention over the whole image, given that one's sums over the keys.
+
 A program takes a tile of queries, some rows by some columns of the grid, and walks the keys that any of their windows
 holds, row by row, then the text. Keys that all of the tile see are walked without a mask. With dilation, each residue
 class of rows and columns is a grid of its own, whose rows and columns are further apart in memory.
@@ -364,10 +366,8 @@ def _attend_to_all(
         "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
     )  # fmt: skip
     if TEXT is not None:
-        keys, values = (
-            _text_base(text_key, place, key_strides, UNIT),
-            _text_base(text_value, place, value_strides, UNIT),
-        )
+        keys = _text_base(text_key, place, key_strides, UNIT)
+        values = _text_base(text_value, place, value_strides, UNIT)
         if HAS_TEXT_MASK:
             text_mask += place[0] * text_length
         sums = _attend(
@@ -446,6 +446,7 @@ def _join(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
@@ -467,8 +468,7 @@ def _join(
         )
     denominator = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
     for i in tl.static_range(halves):
-        # loads ahead would take the registers of near's sums
-        for block in tl.range(f_blocks, num_stages=1):
+        for block in tl.range(f_blocks, num_stages=STAGES):
             f = block * BLOCK_F + tl.arange(0, BLOCK_F)
             features = _far_features(channels, rows, offset, inside, f, i, MAP, PROJECTED, CHANNELS, SELECT)
             # beyond the last feature means and states are zero, so phi's values there do not count
@@ -483,7 +483,7 @@ def _join(
     if BLOCK_2:
         total_2 *= near_factor
     for i in tl.static_range(halves):
-        for block in tl.range(f_blocks, num_stages=1):
+        for block in tl.range(f_blocks, num_stages=STAGES):
             f = block * BLOCK_F + tl.arange(0, BLOCK_F)
             features = _far_features(channels, rows, offset, inside, f, i, MAP, PROJECTED, CHANNELS, SELECT)
             features = (features * far_factor).to(DOT)
@@ -772,6 +772,7 @@ def _joined_kernel(
     FEATURES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
     FAR_DOT: tl.constexpr,
     FAR_PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
@@ -808,7 +809,7 @@ def _joined_kernel(
         sums, rows, y * far_row + x * far_column, inside,
         projection + head * WIDTH * CHANNELS, state + pair * FEATURES * WIDTH, mean + pair * FEATURES,
         tl.load(gates + y * gate_row + x * gate_column, mask=inside, other=0.0).to(tl.float32), count, eps,
-        MAP, PROJECTED, JOINT, WIDTH, CHANNELS, FEATURES, BLOCK_D, BLOCK_2, BLOCK_M, BLOCK_C, BLOCK_F,
+        MAP, PROJECTED, JOINT, WIDTH, CHANNELS, FEATURES, BLOCK_D, BLOCK_2, BLOCK_M, BLOCK_C, BLOCK_F, FAR_STAGES,
         FAR_DOT, FAR_PRECISION, SELECT,
     )  # fmt: skip
     token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
@@ -1184,10 +1185,12 @@ def far_options(dtype: torch.dtype, width: int, target: int | str, feature_map: 
     elif target in (90, 100, 103, "hip"):
         block_f = 32
     else:
-        block_f = 64 if dtype == torch.bfloat16 else 16
+        block_f = 64 if channels is not None and dtype == torch.bfloat16 else 16
     far = {"FAR_DOT": output["DOT"], "FAR_PRECISION": output["PRECISION"], "SELECT": output["SELECT"]}
     known = {name: options[name] for name in ("MAP", "PROJECTED", "CHANNELS", "FEATURES")}
-    return known | far | {"BLOCK_C": block_c, "BLOCK_F": block_f}
+    # without a projection each block reads the queries again, and had better read ahead; else that takes registers alone
+    stages = 3 if channels is None and target != "hip" else 1
+    return known | far | {"BLOCK_C": block_c, "BLOCK_F": block_f, "FAR_STAGES": stages}
 
 
 @lru_cache(maxsize=256)
@@ -1372,7 +1375,8 @@ def joined(
             *gate.stride(),
             UNIT=unit,
             JOINT=joint,
-            **{**launch.constants, **far},
+            **launch.constants,
+            **far,
         )
     return out
 

@@ -46,12 +46,16 @@ def attend_joined(
 
 
 def joined_refusal(case: WindowCase, feature_map: str, channels: int | None) -> str | None:
-    """Why `attend_joined` cannot join linear attention of this kind, or None; channels: of the projection."""
+    """Why `attend_joined` cannot join linear attention of this kind to a case of `attend`'s, or None.
+
+    channels: of the projection; None: there is none.
+    """
     if case.head_dim > JOINED_MAX_WIDTH:
         return f"its kernel joins at head widths up to {JOINED_MAX_WIDTH}, not {case.head_dim}"
-    if feature_map != "elu" if channels is None else channels > JOINED_MAX_CHANNELS:
+    fits = feature_map == "elu" if channels is None else channels <= JOINED_MAX_CHANNELS
+    if not fits:
         return f"its kernel joins elu, or projections of up to {JOINED_MAX_CHANNELS} channels"
-    return refusal(case)
+    return None
 
 
 def refusal(case: WindowCase) -> str | None:

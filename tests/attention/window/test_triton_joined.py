@@ -243,12 +243,10 @@ def test_compile_and_the_operator(monkeypatch):
     near, far, gate, projections = random_inputs((4, 5), 3, 1, 16, 1)
     image, value = near[0].shape, near[2].flatten(1, 2)
     text_mask = torch.tensor([[True, False, True]], device=DEVICE)
-    for texts, projections in ((near[3:], projections), ((None, None), None)):
-        phi = {"feature_map": "elu"}
-        if projections:
-            phi |= {"query_projection": projections[0], "key_projection": projections[1]}
-        sums = sum_keys(*far, value, **phi)
-        tensors = *near[:3], *texts, text_mask if projections else None, far[0].view(image), *sums[1:4]
+    projected = {"query_projection": projections[0], "key_projection": projections[1]}
+    for texts, phi in (((*near[3:], text_mask), projected), ((None, None, None), {})):
+        sums = sum_keys(*far, value, feature_map="elu", **phi)
+        tensors = *near[:3], *texts, far[0].view(image), *sums[1:4]
         case = *tensors, gate.view(image[:4]), [3, 4], [1, 1], [1, 1], 0.3, "elu", 1e-4, True
         torch.library.opcheck(torch.ops.hybriddit.joined_attention, case)
 
