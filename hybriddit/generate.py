@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .images import open_image, save_png
+from .images import flatten, open_image, save_png
 from .machine import running_versions
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ def generate(
         prompt, class_labels: one of the two. Labels are indices or names.
         seed: seed of the first image; all seeds must be from 0 to 2**63 - 1.
         num_images: number of images of the prompt, or of each class label, label by label.
-        image: the image to start from. Height and width default to its size, rounded down to what the model takes.
-        mask: an image of the same size; white is painted anew, black is kept.
+        image: the image to start from, white where it is transparent. Height and width default to its size, rounded
+            down to what the model takes.
+        mask: an image of the same size; white is painted anew, black and transparent are kept.
         settings: a setting that is None or left out has the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
             true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
@@ -76,6 +77,7 @@ def generate(
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
     )
+    image, mask = image and flatten(image), mask and flatten(mask, "L", "black")
     pipeline = _for_task(pipeline, image, mask)
     settings = {name: settings.get(name) for name in ARGUMENTS}
     settings = _fit_size(pipeline, settings, image)
@@ -178,7 +180,7 @@ def run(
     paths = output_paths(out, image_count(class_labels, settings.get("num_images", 1)))
     source = {"model": model, "adapter": adapter, "image": image and str(image), "mask": mask and str(mask)}
     settings["image"] = open_image(image) if image else None
-    settings["mask"] = open_image(mask, "L") if mask else None
+    settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(prompt, **settings)
     if class_labels and adapter:
         raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +144,7 @@ class HybridAttention(nn.Module):
     def init_gate(self) -> None:
         """Give the gate, where there is one, its value at the start, whatever the token."""
         gate = getattr(self, "gate", None)
-        if isinstance(gate, nn.Linear):
+        if isinstance(gate, TokenGate):
             nn.init.zeros_(gate.weight)
             nn.init.constant_(gate.bias, self.gate_init)
         elif gate is not None:
@@ -176,7 +174,7 @@ class HybridAttention(nn.Module):
         if self.far is None:
             return None, None, None
         gate = None
-        if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
+        if self.kind == "hybrid" and isinstance(self.gate, nn.Module):
             # the gate stays in fp32, whatever the layer's dtype
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         if self.map_q is None:
@@ -268,12 +266,11 @@ class HybridAttention(nn.Module):
         """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_window_inputs`."""
         value, joint, lse = near[2], self.join == "joint", None
         images, settings = self._window_inputs(*near)
-        if self.far_only is None:
-            phi = {"feature_map": self.far.feature_map, "channels": self.far.projected}
-            far = partial(self.far.summed, far_query, far_key, value)
-            out = joined_attention(*images, far=far, gate=gate, joint=joint, **phi, **settings)
-            if out is not None:
-                return out.flatten(1, 2)
+        sums = None
+        if self.far_only is None and not torch.is_grad_enabled():
+            sums = self.far.summed(far_query, far_key, value)
+        if sums is not None:
+            return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
         near = neighborhood_attention(*images, return_lse=joint, **settings)
         if joint:
             near, lse = near[0], near[1].flatten(1, 2)
@@ -290,11 +287,10 @@ class HybridAttention(nn.Module):
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        # window layouts need plain integers: torch.compile makes sizes symbolic when it meets a second one
-        grid = tuple(operator.index(side) for side in token_layout.grids[0])
         settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
         text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-        return [tokens.unflatten(1, grid) for tokens in (query, key, value)], settings | text
+        images = [tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)]
+        return images, settings | text
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""

@@ -53,7 +53,7 @@ class LinearMixer(nn.Module):
             what = f"a projection of {projection} channels" if projection else f"heads of {head_dim} without projection"
             raise ValueError(f"feature map {feature_map!r} does not take {what}: use a projection of at most {most}")
         self.heads, self.head_dim, self.feature_map, self.center_keys = heads, head_dim, feature_map, center_keys
-        self.channels, self.features, self.projected = channels, phi.features(channels), projection or None
+        self.channels, self.features = channels, phi.features(channels)
         self.projection_q = self.projection_k = self.log_temperature_q = self.log_temperature_k = None
         if projection:
             self.projection_q, self.projection_k = (nn.Parameter(torch.empty(heads, head_dim, channels)) for _ in "qk")
@@ -84,8 +84,13 @@ class LinearMixer(nn.Module):
         query, key, phi = self._prepared(query, key, key_mask)
         return linear_attention(query, key, value, near=near, gate=gate, key_mask=key_mask, joint=joint, lse=lse, **phi)
 
-    def summed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KeySums:
-        """The sums over all keys, and what each query needs besides, for a window kernel that does the rest."""
+    def summed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KeySums | None:
+        """The sums over all keys, and what each query needs besides: `joined_attention` takes them. Not for gradients.
+
+        None for a feature map that the backends of `linear_attention` lack.
+        """
+        if not FEATURE_MAPS[self.feature_map].fused:
+            return None
         query, key, phi = self._prepared(query, key, None)
         return sum_keys(query, key, value, **phi)
 

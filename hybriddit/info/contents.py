@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
-from ..images import opened, read_record
+from ..images import load_image, read_record
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
@@ -46,9 +46,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _image(path: Path) -> dict[str, Any]:
-    record = read_record(path)
-    with opened(path) as image:
-        return {"width": image.width, "height": image.height, "record": record}
+    image = load_image(path)
+    return {"width": image.width, "height": image.height, "record": read_record(path)}
 
 
 def _pipeline(folder: Path) -> dict[str, Any]:

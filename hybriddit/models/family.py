@@ -97,6 +97,8 @@ class Family(ABC):
         image's.
     rotary: whether the layers rotate queries and keys by position, and the hybrid processor gives `far_inputs` that
         rotation.
+    reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
+        of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     scheduler: the pipeline's usual scheduler class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
@@ -114,6 +116,7 @@ class Family(ABC):
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    reads_positions: ClassVar[bool] = False
     pipelines: ClassVar[Mapping[str, type]]
     scheduler: ClassVar[type]
     guided: ClassVar[bool] = True

@@ -19,14 +19,14 @@ from ..data.teacher_images import sample
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.family import unsharded_class
 from ..models.recipe import Recipe
+from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import load_pipeline, quiet
 from .batches import epoch_order, step_generator
 from .checkpoint import gather
-from .fit import Job, fit
 from .frechet import FrechetDistance, Images, as_rgb, check_samples
+from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
-from .processes import start_run
 from .run_config import DistillConfig, to_dict
 from .step_cost import step_cost
 
@@ -83,6 +83,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     earlier checkpoints are kept.
     """
     base = pipeline.transformer
+    check_unwrapped(base)
     recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
     grid = token_grid(pipeline, data)
@@ -287,6 +288,8 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
         layers = [layer.hybrid for layer in converted_layers(transformer).values()]
         if not any(layer.kind == "hybrid" for layer in layers):
             raise ValueError('loss.window_dropout needs layers of kind "hybrid": set it to 0')
+    if has_lora(transformer, ".hybrid."):
+        raise ValueError("the hybrid layers have a LoRA, which a distillation does not train: unload it first")
     trained = {name: p for name, p in transformer.named_parameters() if ".hybrid." in name}
     if not trained:
         raise ValueError(

@@ -131,7 +131,7 @@ class KeySums(NamedTuple):
     """Linear attention whose sums over the keys are taken, and what else each query needs; see `linear_attention`.
 
     query [B, M, heads, D]; state [B, heads, F, E] and mean [B, heads, F, 1], over the keys, in at least float32;
-    projection [heads, D, m], or None; eps and feature_map as there.
+    projection [heads, D, m], or None; eps and feature_map as there. triton: whether the Triton kernels run.
     """
 
     query: Tensor
@@ -140,6 +140,7 @@ class KeySums(NamedTuple):
     projection: Tensor | None
     eps: float
     feature_map: str
+    triton: bool
 
 
 def sum_keys(
@@ -152,10 +153,7 @@ def sum_keys(
     key_projection: Tensor | None = None,
     backend: str = "auto",
 ) -> KeySums:
-    """The first pass of `linear_attention`, which has the arguments, for a feature map that the backends have.
-
-    Not for gradients: another kernel does the rest.
-    """
+    """The first pass of `linear_attention`, which has the arguments. Like what follows, it is not for gradients."""
     _check(query, key, value, None, None, None, None, query_projection, key_projection)
     query, key, value = autocast((query, key, value))
     check_dtype((query, key, value))
@@ -163,7 +161,18 @@ def sum_keys(
         query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
     triton = _choose_triton(backend, query, value, query_projection, feature_map, False)
     state, mean = _linear_state(key, value, key_projection, None, feature_map, triton)
-    return KeySums(query, state, mean, query_projection, FEATURE_MAPS[feature_map].eps, feature_map)
+    return KeySums(query, state, mean, query_projection, FEATURE_MAPS[feature_map].eps, feature_map, triton)
+
+
+def join_sums(sums: KeySums, near: Tensor, gate: Tensor, joint: bool, lse: Tensor | None) -> Tensor:
+    """The second pass of `linear_attention`, which has the arguments, where as many keys as queries were summed."""
+    query, state, mean, *settings = sums
+    if joint and sums.triton:
+        count = float(near.shape[1])
+        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=count)
+    if joint:
+        gate = joint_gate(gate, lse) * near.shape[1]
+    return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
 
 
 def _choose_triton(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
-from ..linear import KeySums, linear_attention_formula, sum_keys
+from ..linear import KeySums, join_sums, linear_attention_formula, sum_keys
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled, triton
 from .case import WindowCase
@@ -73,6 +73,11 @@ def neighborhood_attention(
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
     text_mask = None if text_key is None else text_mask
+    if _serves_any_size(backend, query, key, value, text_key, text_value):
+        out, lse = attention_of_any_size(
+            query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, backend
+        )
+        return (out, lse) if return_lse else out
     take = _traced(_take)
     case = _case(query, key, value, text_key, text_value, window, stride, dilation)
     taken, has_lse = take(backend, return_lse, *case)
@@ -97,6 +102,9 @@ def joined_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sums: KeySums,
+    gate: Tensor,
+    joint: bool,
     *,
     window: int | tuple[int, int],
     stride: int | tuple[int, int] = 1,
@@ -105,53 +113,70 @@ def joined_attention(
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
     text_mask: Tensor | None = None,
-    far: Callable[[], KeySums],
-    feature_map: str,
-    channels: int | None,
-    gate: Tensor,
-    joint: bool,
     backend: str = "auto",
-) -> Tensor | None:
-    """`neighborhood_attention` joined with linear attention by the same kernel; None where none can: then do one by one.
+) -> Tensor:
+    """`neighborhood_attention` joined with linear attention over the grid's tokens, where no gradient is wanted.
 
     The result [B, H, W, heads, D] is that of `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also
-    lse=lse, but near is never written. There are no gradients: None where they are on.
+    lse=lse. It is computed by one kernel, which does not write near, if the backend has one for the case.
 
     Args:
-        query to text_mask, backend: as there.
-        far: gives linear attention over the grid's tokens in their order, query [B, H * W, heads, D]; called if it is
-            joined. feature_map, channels: its phi, and the channels of its projection (None: none).
-        gate: broadcastable to [B, H * W, heads, 1]; None is returned for one with a value per channel.
+        query to value, window to backend: as there.
+        sums: linear attention's over those tokens in their order, query [B, H * W, heads, D].
+        gate: broadcastable to [B, H * W, heads, D].
+
+    Raises ValueError as there, where gradients are on, and for sums of other tokens.
     """
-    if torch.is_grad_enabled() or gate.shape[-1] != 1 or query.numel() == 0:
-        return None
+    if torch.is_grad_enabled():
+        raise ValueError("joined_attention has no gradients: call it under torch.no_grad()")
     window, stride, dilation = _pairs(window, stride, dilation)
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
-    case = _case(query, key, value, text_key, text_value, window, stride, dilation)
-    taken = _traced(_take_joined)(backend, feature_map, channels, joint, *case)
-    if taken is None:
-        return None
-    sums, (batch, height, width, heads, head_dim) = far(), query.shape
-    if sums.query.shape != (batch, height * width, heads, head_dim) or sums.state.shape[3] != head_dim:
+    text_mask = None if text_key is None else text_mask
+    batch, height, width, heads, head_dim = query.shape
+    tokens = batch, height * width, heads, head_dim
+    if sums.query.shape != tokens or sums.state.shape[3] != head_dim:
         raise ValueError(
             f"linear attention must be over the grid's tokens, got {shapes(query, sums.query, sums.state)}"
         )
     check_dtype((query, sums.query))
     check_device((query, sums.query, sums.state, gate))
     scale = head_dim**-0.5 if scale is None else scale
-    return BACKENDS[taken].attend_joined(
-        query,
-        key,
-        value,
-        text_key,
-        text_value,
-        *case[5:8],
-        scale,
-        sums,
-        gate.expand(batch, height * width, heads, 1),
-        joint,
-        text_mask=None if text_key is None else text_mask,
-    )
+    settings = window, stride, dilation, scale
+    near = query, key, value, text_key, text_value
+    if _serves_any_size(backend, *near):
+        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *settings, backend)
+    taken = None
+    if gate.shape[-1] == 1 and query.numel():
+        channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
+        case = _case(*near, window, stride, dilation)
+        taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
+    if taken is None:
+        text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+        text |= {"window": window, "stride": stride, "dilation": dilation, "scale": scale}
+        out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text)
+        out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
+        return join_sums(sums, out.flatten(1, 2), gate, joint, lse).view(query.shape)
+    gate = gate.expand(*tokens[:3], 1)
+    return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
+
+
+def _serves_any_size(backend: str, *inputs: Tensor | None) -> bool:
+    """Whether torch.compile traces a graph for several sizes of these inputs, in which one operator is to serve them all.
+
+    inputs: query, key, value, text key and text value, or None in place of these two.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from ..tracing import are_symbolic, constant
+
+    query, text_key = inputs[0], inputs[3]
+    sizes = query.shape[1:3] if text_key is None else (*query.shape[1:3], text_key.shape[1])
+    kind = query.device, query.dtype, operator.index(query.shape[4])
+    return not _gradients(*inputs) and are_symbolic(*sizes) and constant(_takes_any_size, backend, *kind)
+
+
+def _gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _pairs(window, stride, dilation):
@@ -172,9 +197,8 @@ def _traced(function: Callable) -> Callable:
 
 def _case(query, key, value, text_key, text_value, window, stride, dilation) -> tuple:
     """The fields of a `WindowCase`."""
-    # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
+    # plain ints: torch.compile keeps one graph a size, whose backend is chosen for it
     grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
-    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
     return (
         query.device,
         query.dtype,
@@ -185,8 +209,100 @@ def _case(query, key, value, text_key, text_value, window, stride, dilation) -> 
         (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
         dilation,
         0 if text_key is None else operator.index(text_key.shape[1]),
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        _gradients(query, key, value, text_key, text_value),
     )
+
+
+def _takes_any_size(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the backend for large grids runs within an operator that serves all sizes."""
+    large = WindowCase(device, dtype, (128, 128), 1, head_dim, (16, 16))
+    return BACKENDS[_taken(backend, large)].any_size
+
+
+# An opaque operator for sizes that torch.compile keeps symbolic: one graph serves all, and the backend is chosen when it
+# runs. The log-sum-exp is a small part of the work, and is computed whether it is wanted or not.
+@torch.library.custom_op("hybriddit::neighborhood_attention", mutates_args=())
+def attention_of_any_size(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`neighborhood_attention` without gradients, and its log-sum-exp [B, H, W, heads], both contiguous."""
+    out, lse = neighborhood_attention(
+        query,
+        key,
+        value,
+        window=tuple(window),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        scale=scale,
+        text_key=text_key,
+        text_value=text_value,
+        text_mask=text_mask,
+        return_lse=True,
+        backend=backend,
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+@attention_of_any_size.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
+
+
+@torch.library.custom_op("hybriddit::joined_neighborhood_attention", mutates_args=())
+def joined_of_any_size(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    far_query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+    triton: bool,
+    gate: Tensor,
+    joint: bool,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """`joined_attention`, contiguous; far_query to triton: of `KeySums`."""
+    return joined_attention(
+        query,
+        key,
+        value,
+        KeySums(far_query, state, mean, projection, eps, feature_map, triton),
+        gate,
+        joint,
+        window=tuple(window),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        scale=scale,
+        text_key=text_key,
+        text_value=text_value,
+        text_mask=text_mask,
+        backend=backend,
+    ).contiguous()
+
+
+@joined_of_any_size.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape)
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -238,6 +354,7 @@ class Backend(NamedTuple):
         None.
     masks_text: whether all take text_mask, bool [B, S]; else padded text is hidden by a wider head.
     tried: whether a small case is tried before the backend's first use on a GPU.
+    any_size: whether it can run within another operator, so that a compiled graph serves all sizes.
     """
 
     attend: Callable[..., Tensor]
@@ -250,6 +367,7 @@ class Backend(NamedTuple):
     joined_refusal: Callable[[WindowCase, str, int | None], str | None] | None = None
     masks_text: bool = False
     tried: bool = False
+    any_size: bool = True
 
 
 def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
@@ -401,7 +519,7 @@ BACKENDS = {
         masks_text=True,
         tried=True,
     ),
-    "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True),
+    "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True, any_size=False),  # it is compiled for each size
     "natten": Backend(natten.attend, natten.refusal, natten.slower, natten.attend_with_lse, tried=True),
     "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower, tiled.attend_with_lse),
     "dense": Backend(dense.attend, dense.refusal, dense.slower, dense.attend_with_lse, ("cpu",)),

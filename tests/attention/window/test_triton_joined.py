@@ -43,22 +43,10 @@ def join(near, far, gate, projections, window, stride=1, dilation=1, feature_map
     query, key, value, text_key, text_value = near
     query_projection, key_projection = projections or (None, None)
     phi = {"feature_map": feature_map, "query_projection": query_projection, "key_projection": key_projection}
-    return joined_attention(
-        query,
-        key,
-        value,
-        window=window,
-        stride=stride,
-        dilation=dilation,
-        text_key=text_key,
-        text_value=text_value,
-        far=lambda: sum_keys(*far, value.flatten(1, 2), **phi),
-        feature_map=feature_map,
-        channels=None if projections is None else query_projection.shape[2],
-        gate=gate,
-        joint=joint,
-        **{"backend": "triton"} | options,
-    )
+    sums = sum_keys(*far, value.flatten(1, 2), **phi)
+    settings = {"window": window, "stride": stride, "dilation": dilation, "backend": "triton"} | options
+    texts = {"text_key": text_key, "text_value": text_value}
+    return joined_attention(query, key, value, sums, gate, joint, **texts, **settings)
 
 
 def expected(near, far, gate, projections, window, stride, dilation, feature_map, joint, scale=None):
@@ -232,14 +220,17 @@ def test_near_is_never_allocated():
 
 
 def test_compile_and_the_operator(monkeypatch):
-    layer, layout, qkv = make_layer(monkeypatch, gate="token")
-    torch.compiler.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for grid in ((6, 7), (9, 5)):
+    layer, _, _ = make_layer(monkeypatch, gate="token")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for grid in ((6, 7), (9, 5), (2, 3)):  # the last is covered by the window
         layout = TokenLayout(5, (grid,), True)
         qkv = [torch.randn(2, 5 + grid[0] * grid[1], 2, 24, device=DEVICE) for _ in range(3)]
         gate = torch.randn(2, grid[0] * grid[1], 2, 1, device=DEVICE)
         torch.testing.assert_close(compiled(*qkv, layout, gate=gate), layer(*qkv, layout, gate=gate))
+    assert counters["unique_graphs"] == 1
     near, far, gate, projections = random_inputs((4, 5), 3, 1, 16, 1)
     image, value = near[0].shape, near[2].flatten(1, 2)
     text_mask = torch.tensor([[True, False, True]], device=DEVICE)
@@ -261,16 +252,29 @@ def test_flops_are_counted():
     assert counted.get_total_flops() == 2 * product + state + output
 
 
-def test_what_is_left_to_two_passes():
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(
+    "width, feature_map, channels, backend",
+    [
+        (16, "polynomial", 4, "tiled"),
+        (16, "elu", 33, "triton"),
+        (16, "hedgehog", None, "triton"),
+        (136, "elu", None, "triton"),
+    ],
+)
+def test_what_is_left_to_passes_of_their_own(width, feature_map, channels, backend, joint):
+    inputs = random_inputs((6, 7), 0, 1, width, 1, channels=channels)
+    with Seen() as seen:
+        out = join(*inputs, (3, 4), feature_map=feature_map, joint=joint, backend=backend).flatten(1, 2)
+    assert "hybriddit::joined_attention" not in seen.names
+    wanted = expected(*inputs, (3, 4), (1, 1), (1, 1), feature_map, joint)
+    assert (out.double() - wanted).norm() <= TOLERANCE[out.dtype] * wanted.norm()
+
+
+def test_what_is_refused():
     near, far, gate, projections = random_inputs((6, 7), 0, 1, 16, 1)
-    assert join(near, far, gate, projections, (3, 4)) is not None
-    assert join(near, far, gate.expand(1, 42, 1, 16), projections, (3, 4)) is None
-    assert join(near, far, gate, projections, (3, 4), backend="tiled") is None
-    with torch.enable_grad():
-        assert join(near, far, gate, projections, (3, 4)) is None
-    assert join(*random_inputs((6, 7), 0, 1, 16, 1, channels=33), (3, 4), feature_map="elu") is None
-    assert join(*random_inputs((6, 7), 0, 1, 16, 1, channels=None), (3, 4), feature_map="hedgehog") is None
-    assert join(*random_inputs((6, 7), 0, 1, 136, 1, channels=None), (3, 4), feature_map="elu") is None
+    with pytest.raises(ValueError, match="no gradients"), torch.enable_grad():
+        join(near, far, gate, projections, (3, 4))
     with pytest.raises(ValueError, match="over the grid's tokens"):
         join(near, (far[0][:, 1:], far[1]), gate, projections, (3, 4))
 
