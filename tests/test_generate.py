@@ -191,6 +191,28 @@ def test_image_to_image_and_inpainting(family):
     assert one(pipeline, image=picture(0, (100, 70)), **settings)[1]["width"] == 96
 
 
+def test_what_is_transparent_is_white_and_in_a_mask_black(tmp_path):
+    """From Python and from files; the colour under it does not count."""
+    pipeline, settings = tiny_pipeline("sd3", latent_channels=16), {"steps": 2, "height": None, "width": None}
+    start, mask = picture(0), Image.new("L", (96, 64), 255)
+    start.paste((255, 255, 255), (0, 0, 48, 64))
+    mask.paste(0, (0, 0, 48, 64))
+    expected, _ = one(pipeline, image=start, mask=mask, strength=1.0, **settings)
+    alpha = Image.new("L", (96, 64), 255)
+    alpha.paste(0, (0, 0, 48, 64))
+    start.paste((255, 0, 255), (0, 0, 48, 64))
+    start.putalpha(alpha)
+    mask = Image.merge("LA", (Image.new("L", (96, 64), 255), alpha))
+    np.testing.assert_array_equal(one(pipeline, image=start, mask=mask, strength=1.0, **settings)[0], expected)
+    pipeline.save_pretrained(tmp_path / "model")
+    start.save(tmp_path / "start.png")
+    mask.save(tmp_path / "mask.png")
+    files = flags(image=tmp_path / "start.png", mask=tmp_path / "mask.png", out=tmp_path / "out.png")
+    more = flags(strength=1.0, steps=2, guidance=3.0, max_sequence_length=TEXT_LENGTH, prompt="a red shoe")
+    assert main(["generate", "--model", str(tmp_path / "model"), *files, *more, "--quiet"]) == 0
+    assert abs(np.asarray(Image.open(tmp_path / "out.png"), int) - expected).max() <= 1
+
+
 def test_tasks_that_diffusers_lacks_and_sizes_that_do_not_fit():
     pixart = tiny_pipeline("pixart_sigma")
     for mask, task in ((None, "image-to-image"), (Image.new("L", (96, 64)), "inpainting")):

@@ -425,7 +425,8 @@ def _convert(value, hint, key: str, root: type):
             return value
         if origin in (int, str, bool, dict, types.NoneType) and type(value) is origin:
             return value
-    expected = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    names = ["null" if o is types.NoneType else str(o) if typing.get_args(o) else o.__name__ for o in options]
+    expected = " or ".join(names)
     raise ValueError(f"{key} must be {expected}, got {value!r}")
 
 
