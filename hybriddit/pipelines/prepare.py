@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 
 def check_lora_loader(kind: type[DiffusionPipeline]) -> None:
@@ -29,7 +30,7 @@ def add_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) 
         try:
             _check_modules(pipeline, pipeline.lora_state_dict(use_safetensors=True, **where))
             pipeline.load_lora_weights(adapter_name=name, use_safetensors=True, **where)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split("\n")[:2])
             raise ValueError(f"the LoRA {path} does not fit this {type(pipeline).__name__}: {reason}") from error
     pipeline.set_adapters(names, [weight for _, weight in loras])
