@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
@@ -282,10 +281,8 @@ class HybridAttention(nn.Module):
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        # window layouts need plain integers: torch.compile makes sizes symbolic when it meets a second one
-        grid = tuple(operator.index(side) for side in token_layout.grids[0])
         near = neighborhood_attention(
-            *(tokens.unflatten(1, grid) for tokens in (query, key, value)),
+            *(tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)),
             window=self.window,
             stride=self.stride,
             dilation=self.dilation,

@@ -97,6 +97,8 @@ class Family(ABC):
         image's.
     rotary: whether the layers rotate queries and keys by position, and the hybrid processor gives `far_inputs` that
         rotation.
+    reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
+        of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     reference_pipelines: diffusers' pipelines whose reference images are further grids of the sequence, which windows
         do not reach.
@@ -117,6 +119,7 @@ class Family(ABC):
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    reads_positions: ClassVar[bool] = False
     pipelines: ClassVar[Mapping[str, type]]
     reference_pipelines: ClassVar[tuple[type, ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import TokenLayout
 from .family import Family, Processors, Published
@@ -87,6 +88,22 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
+Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
+
+
+def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
+    """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`."""
+    index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
+    counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
+    grids = tuple((count // max(width, 1), width) for count, width in counts)
+    if sum(height * width for height, width in grids) != tokens or index.diff().lt(0).any():
+        raise ValueError(
+            f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
+            "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
+        )
+    return grids
+
+
 HybridFluxTransformer2DModel = hybrid_class(FluxTransformer2DModel)
 
 
@@ -102,6 +119,7 @@ class Flux(Family):
     joint = True
     text_first = True
     rotary = True
+    reads_positions = True
     pipelines = {
         "text-to-image": FluxPipeline,
         "image-to-image": FluxImg2ImgPipeline,
@@ -120,24 +138,27 @@ class Flux(Family):
         "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}),
     }
 
+    def __init__(self):
+        # what img_ids have been found to hold, with their version: on a GPU every reading waits for all work before it
+        self._grids_of: MutableMapping[torch.Tensor, tuple[int, int, Grids]] = WeakTensorKeyDictionary()
+
     def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
         """Text length and image grids of one call.
 
         img_ids [N, 3] hold (image index, row, column): 0 for the image, 1 and up for reference images (Kontext). The
         width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
-        Raises ValueError if the ids are not a sequence of whole grids.
+        Pipelines pass the same tensor at every step, and it is read once. Raises ValueError if the ids are not a
+        sequence of whole grids.
         """
         img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
-        index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
-        counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
-        grids = tuple((count // max(width, 1), width) for count, width in counts)
-        layout = TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
-        if layout.image_length != tokens or index.diff().lt(0).any():
-            raise ValueError(
-                f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
-                "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
-            )
-        return layout
+        if img_ids.is_inference():  # a change in place would not show
+            grids = _grids(img_ids, tokens)
+        else:
+            version, length, grids = self._grids_of.get(img_ids, (None, None, ()))
+            if (version, length) != (img_ids._version, tokens):
+                grids = _grids(img_ids, tokens)
+                self._grids_of[img_ids] = img_ids._version, tokens, grids
+        return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
         return 2  # the pipeline packs 2 x 2 latents; the transformer's patch is one packed latent

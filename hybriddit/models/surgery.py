@@ -60,7 +60,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
         if hasattr(attn, "hybrid"):
             del attn.hybrid
     for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is inject_token_layout:
+        if hook in (inject_token_layout, read_token_layout):
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for module in _checkpointing(model):
         if isinstance(module._gradient_checkpointing_func, CheckpointWithLayout):
@@ -129,7 +129,8 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
         for module in _checkpointing(model):
             checkpoint = module._gradient_checkpointing_func
             module._gradient_checkpointing_func = CheckpointWithLayout(checkpoint, model._layout_holder)
-    model.register_forward_pre_hook(inject_token_layout, with_kwargs=True)
+    hook = read_token_layout if family.reads_positions else inject_token_layout
+    model.register_forward_pre_hook(hook, with_kwargs=True)
     model.register_to_config(hybrid_config=config.to_dict())
 
 
@@ -226,6 +227,12 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if attention_kwargs.get("token_layout") is None:
         attention_kwargs["token_layout"] = family.token_layout(model, inputs)
     return (), {**inputs, family.attention_kwargs: attention_kwargs}
+
+
+@torch.compiler.disable
+def read_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    """`inject_token_layout` for families whose layout is read from tensors: it runs before a compiled model's graph."""
+    return inject_token_layout(model, args, kwargs)
 
 
 def check_processors(model: nn.Module) -> None:

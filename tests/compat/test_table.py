@@ -29,6 +29,7 @@ ROWS = {
     "`from_pipe`": "compat/test_generation.py: test_from_pipe",
     "gradient checkpointing": "models/test_training_and_compile.py: test_gradient_checkpointing_changes_no_gradient",
     "`compile_repeated_blocks`": "models/test_training_and_compile.py: test_compiled_blocks",
+    "`torch.compile": "models/test_training_and_compile.py: test_a_compiled_model_is_one_graph",
     "int8": "compat/test_memory.py: test_quantized_loading",
 }
 WORDS = ("works", "refused", "not in diffusers", "untested: needs a GPU")

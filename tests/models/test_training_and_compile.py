@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybriddit import HybridConfig, dense_mode, hybridize
 
@@ -57,17 +58,52 @@ def test_a_fresh_hybrid_learns_its_gates_first(gate):
 def test_compiled_blocks(kind):
     torch._dynamo.reset()
     model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32), CONFIG))
-    sizes = [make_inputs(model, grid) for grid in [(4, 5), (6, 3)]]
+    sizes = [make_inputs(model, grid) for grid in [(4, 5), (6, 3), (3, 7), (9, 8)]]
     eager = [run(model, inputs) for inputs in sizes]
     with dense_mode(model):
         dense = run(model, sizes[0])
     model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    graphs = []
     for inputs, expected in zip(sizes, eager, strict=True):
         torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    # a second size makes sizes symbolic, and its graphs serve all others
+    assert 0 < graphs[0] < graphs[1] == graphs[2] == graphs[3]
     with dense_mode(model):
         torch.testing.assert_close(run(model, sizes[0]), dense, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(run(model, sizes[0]), eager[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_is_one_graph(kind):
+    torch._dynamo.reset()
+    model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32), CONFIG))
+    inputs = [make_inputs(model, grid) for grid in [(4, 5), (6, 3)]]
+    eager = [run(model, x) for x in inputs]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for x, expected in zip(inputs, eager, strict=True):
+        torch.testing.assert_close(run(compiled, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_read_once():
+    """FLUX's grid is in img_ids, whose reading waits for the GPU: a pipeline passes the same tensor at every step."""
+    model = hybridize(make("flux-dev"), CONFIG)
+    inputs = make_inputs(model, (4, 6))
+    out = run(model, inputs)
+    with NoReads():
+        assert torch.equal(run(model, inputs), out)
+    other = make_inputs(model, (6, 4))
+    inputs["img_ids"].copy_(other["img_ids"])  # in place, of the same length
+    inputs["hidden_states"] = other["hidden_states"]
+    assert torch.equal(run(model, inputs), run(model, other))
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where the value of a tensor is read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_compiled_blocks_train():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -74,14 +74,22 @@ def neighborhood_attention(
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
     text_mask = None if text_key is None else text_mask
+    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     take = _take
     if torch.compiler.is_compiling():
-        from ..tracing import constant
+        from ..tracing import are_symbolic, constant
 
+        sizes = query.shape[1:3] if text_key is None else (*query.shape[1:3], text_key.shape[1])
+        kind = query.device, query.dtype, operator.index(query.shape[4])
+        if not gradients and are_symbolic(*sizes) and constant(_takes_any_size, backend, *kind):
+            out, lse = attention_of_any_size(
+                query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, backend
+            )
+            return (out, lse) if return_lse else out
         take = partial(constant, _take)
-    # plain ints, because torch.compile may keep sizes symbolic, and the backend is chosen for one grid
+    # plain ints: torch.compile keeps one graph a size, whose backend is chosen for it
     grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
-    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
     case = (
         query.device,
         query.dtype,
@@ -92,7 +100,7 @@ def neighborhood_attention(
         (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
         dilation,
         0 if text_key is None else operator.index(text_key.shape[1]),
-        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        gradients,
     )
     taken, has_lse = take(backend, return_lse, *case)
     hidden = text_mask is not None and not (BACKENDS[taken].masks_text and (has_lse or not return_lse))
@@ -110,6 +118,51 @@ def neighborhood_attention(
         out, lse = out if return_lse else (out, None)
     out = out[..., :head_dim] if hidden else out
     return (out, lse) if return_lse else out
+
+
+def _takes_any_size(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the backend for large grids runs within an operator that serves all sizes."""
+    large = WindowCase(device, dtype, (128, 128), 1, head_dim, (16, 16))
+    return BACKENDS[_taken(backend, large)].any_size
+
+
+# An opaque operator for sizes that torch.compile keeps symbolic: one graph serves all, and the backend is chosen when it
+# runs. The log-sum-exp is a small part of the work, and is computed whether it is wanted or not.
+@torch.library.custom_op("hybriddit::neighborhood_attention", mutates_args=())
+def attention_of_any_size(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`neighborhood_attention` without gradients, and its log-sum-exp [B, H, W, heads], both contiguous."""
+    out, lse = neighborhood_attention(
+        query,
+        key,
+        value,
+        window=tuple(window),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        scale=scale,
+        text_key=text_key,
+        text_value=text_value,
+        text_mask=text_mask,
+        return_lse=True,
+        backend=backend,
+    )
+    return out.contiguous(), lse.contiguous()
+
+
+@attention_of_any_size.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -158,6 +211,7 @@ class Backend(NamedTuple):
         lse_gradients: whether both have gradients.
     masks_text: whether both take text_mask, bool [B, S]; else padded text is hidden by a wider head.
     tried: whether a small case is tried before the backend's first use on a GPU.
+    any_size: whether it can run within another operator, so that a compiled graph serves all sizes.
     """
 
     attend: Callable[..., Tensor]
@@ -168,6 +222,7 @@ class Backend(NamedTuple):
     lse_gradients: bool = False
     masks_text: bool = False
     tried: bool = False
+    any_size: bool = True
 
 
 def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
@@ -262,7 +317,7 @@ BACKENDS = {
         masks_text=True,
         tried=True,
     ),
-    "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True),
+    "flex": Backend(flex.attend, flex.refusal, flex.slower, tried=True, any_size=False),  # it is compiled for each size
     "natten": Backend(natten.attend, natten.refusal, natten.slower, natten.attend_with_lse, tried=True),
     "tiled": Backend(tiled.attend, tiled.refusal, tiled.slower, tiled.attend_with_lse),
     "dense": Backend(dense.attend, dense.refusal, dense.slower, dense.attend_with_lse, ("cpu",)),

@@ -185,6 +185,28 @@ def test_flex_is_tried_and_taken_while_a_model_is_compiled(monkeypatch):
     assert dispatch._trial_failure.cache_info().currsize == 1
 
 
+def test_a_compiled_graph_serves_all_sizes():
+    """The backend is chosen when it runs: dense where the window covers the grid, tiled elsewhere."""
+
+    def function(*inputs, text_mask=None):
+        out, lse = attend(inputs, (5, 4), (2, 1), text_mask=text_mask, return_lse=True)
+        return out * 2, lse + 1
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for grid, text in [((24, 28), 3), ((30, 26), 7), ((5, 4), 2), ((3, 40), 5)]:
+        inputs, _ = random_inputs(grid, text, 2, 32, 2, torch.float32)
+        mask = torch.arange(text) < text - 1
+        for text_mask in (None, mask.expand(2, text)):
+            with torch.no_grad():
+                found = compiled(*inputs, text_mask=text_mask)
+            for x, expected in zip(found, function(*inputs, text_mask=text_mask), strict=True):
+                torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+    assert counters["unique_graphs"] == 2  # with a mask and without
+
+
 def test_flex_passes_its_trial_without_gradients():
     assert dispatch._trial_failure("flex", torch.device("cpu"), torch.float32, 24, False) is None
     assert "no gradients" in str(flex.refusal(case(device=torch.device("cpu"), gradients=True)))
