@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, train, generate, cache, sample, evaluate, benchmark and info.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, cache, sample, evaluate, benchmark, info.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_demo,
         add_convert,
         add_distill,
+        add_push,
         add_train,
         add_generate,
         add_cache,
@@ -222,6 +223,27 @@ def distill(options: argparse.Namespace) -> None:
 
     _run_training(run, config, options.resume)
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
+
+
+def add_push(commands) -> None:
+    sub = _add_command(
+        commands,
+        "push",
+        push,
+        "upload an adapter to the hub, with a card that says what it was distilled from and how",
+        "outputs/distill/adapter owner/name --private",
+    )
+    sub.add_argument("folder", type=Path, help="folder of an adapter, or of the distillation that made it")
+    sub.add_argument("repo_id", metavar="owner/name", help="model repository; it is made if it is not there")
+    sub.add_argument("--private", action="store_true", default=None, help="of a repository that is made")
+    sub.add_argument("--base", help="repository of what it was distilled from (default: what the run's config says)")
+    sub.add_argument("--license", default="unknown", help="of the base, such as apache-2.0 (default: %(default)s)")
+
+
+def push(options: argparse.Namespace) -> None:
+    from .push import push_adapter
+
+    print(f"adapter uploaded to {push_adapter(**_given(options))}")
 
 
 def add_train(commands) -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     ("pipelines",),
     ("data",),
     ("training",),
-    ("convert", "generate", "sample", "benchmark", "info", "demo"),
+    ("convert", "generate", "sample", "push", "benchmark", "info", "demo"),
     ("cli",),
     ("__main__",),
 )

@@ -143,7 +143,22 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "family": _family_name(base),
         "bytes": weights.stat().st_size,
         "hybrid": _hybrid(config, sizes, layers),
+        **_card(folder / "README.md"),
     }
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """{"card": what the card of `hybriddit push` says}; nothing where there is none. Raises ValueError if it is damaged."""
+    if not path.is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        values = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # the YAML parser's errors among them
+        raise ValueError(f"{path} is no model card: {' '.join(str(error).split())}") from error
+    facts = values.get("hybriddit")
+    return {"card": {**facts, "license": values.get("license")}} if isinstance(facts, dict) else {}
 
 
 def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> dict[str, Any]:
@@ -192,7 +207,8 @@ def description_text(found: dict[str, Any]) -> str:
         return "\n".join(lines + [f"  {key:20} {_value(value)}" for key, value in found["record"].items()])
     if found["kind"] == "adapter":
         lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
-        return "\n".join(lines + _hybrid_lines(found["hybrid"]))
+        card = ", ".join(f"{name} {_value(value)}" for name, value in found.get("card", {}).items())
+        return "\n".join([*lines, *_hybrid_lines(found["hybrid"]), *([f"  card    {card}"] if card else [])])
     if found["kind"] == "model":
         parts = (*_hybrid_lines(found.get("hybrid")), *_sit_lines(found.get("sit")))
         return "\n".join([_model_line(found), *_variant_lines(found), *parts])
