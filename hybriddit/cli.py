@@ -98,7 +98,7 @@ class PrintCompletion(argparse.Action):
         subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         for sub in subparsers.choices.values():
             for action in sub._actions:
-                if action.type is Path or action.dest in ("model", "adapter"):
+                if action.type is Path or action.dest in ("model", "adapter", "config", "lora"):
                     action.complete = shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()

@@ -165,7 +165,7 @@ def test_loras_of_other_models_are_refused(saved, command, tmp_path):
     code, _, said = command("--lora", "lora1.safetensors", model="sd3")
     assert code == 1 and "layers are not in this model (transformer.single_transformer_blocks.0" in said
     code, _, said = command("--lora", "lora1.safetensors", model="pixart_sigma")
-    assert code == 1 and "diffusers loads no LoRA into a PixArtSigmaPipeline" in said
+    assert code == 1 and "diffusers loads no LoRA into the transformer of a PixArtSigmaPipeline" in said
 
 
 def test_offload_needs_an_accelerator(command):

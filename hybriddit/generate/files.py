@@ -197,11 +197,12 @@ def _check_base(
     from ..models.family import family_of_class
     from ..pipelines.loading import check_convertible, check_hybrid
     from ..pipelines.prepare import check_lora_loader
+    from ..pipelines.stored import component_classes
 
     check_inputs(base.pipeline_class, image, mask)
     family = family_of_class(base.transformer_class)
     if family is not None and base.file is None:
-        family.check_encoders({name: entry[-1] for name, entry in base.index.items() if isinstance(entry, list)})
+        family.check_encoders(component_classes(base.index))
     if hybrid:
         check_convertible(base, *hybrid, adapter)
     elif (config := base.hybrid_config()) is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import opened, read_record
-from ..pipelines.stored import choose_variant, model_folders, tensor_headers, weight_files
+from ..pipelines.stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
@@ -60,9 +60,9 @@ def _pipeline(folder: Path, variant: str | None) -> dict[str, Any]:
     models = model_folders(folder, index)
     variant, note = choose_variant({name: os.listdir(part) for name, part in models.items()}, variant, str(folder))
     components = {
-        name: _model(models[name], variant) if name in models else {"class": entry[-1]}
-        for name, entry in index.items()
-        if not name.startswith("_") and isinstance(entry, list) and entry[-1] is not None
+        name: _model(models[name], variant) if name in models else {"class": kind}
+        for name, kind in component_classes(index).items()
+        if kind is not None
     }
     found = {"class": index.get("_class_name"), **_choice(variant, note), "components": components}
     if "sit" in components.get("transformer", {}):

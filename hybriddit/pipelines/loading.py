@@ -26,12 +26,16 @@ from .sit import SiTPipeline
 from .stored import (
     PICKLED,
     choose_variant,
+    component_classes,
     model_folders,
     stored_dtype,
     tensor_headers,
     variants_of,
     weight_files,
 )
+
+# components that may be missing from a pipeline's model_index.json; whether it works without is checked when it is used
+OPTIONAL = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,17 @@ class Base:
     @property
     def transformer_class(self) -> str | None:
         """The name of the transformer's class; None for a pipeline without a transformer."""
-        return (self.index.get("transformer") or [None])[-1]
+        return component_classes(self.index).get("transformer")
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the pipeline was saved with a hybrid transformer."""
+        family = family_of_class(self.transformer_class)
+        return family is not None and self.transformer_class == family.hybrid_class.__name__
 
     def hybrid_config(self) -> HybridConfig | None:
         """The config of a pipeline that is hybrid already; None for a dense one."""
-        family = family_of_class(self.transformer_class)
-        if family is None or self.transformer_class != family.hybrid_class.__name__:
+        if not self.is_hybrid:
             return None
         path = Path(self.folder, "transformer", "config.json")
         if not Path(self.folder).is_dir():
@@ -102,11 +111,12 @@ def find_base(path: str, *, variant: str | None = None, config: str | None = Non
         parts = {name: os.listdir(part) for name, part in model_folders(Path(folder), index).items()}
     else:
         index, parts = _read_repository(folder)
-    if file and (index.get("transformer") or [None])[0] == "hybriddit":
-        raise ValueError(f"{folder} is a hybrid pipeline, and the config of a single file is a dense one")
     if file:  # what the folder lacks is in the file
         parts = {name: files for name, files in parts.items() if name != "transformer" and variants_of(files)}
-    return Base(path, folder, file, index, *choose_variant(parts, variant, folder))
+    base = Base(path, folder, file, index, *choose_variant(parts, variant, folder))
+    if file and base.is_hybrid:
+        raise ValueError(f"{folder} is a hybrid pipeline, and the config of a single file is a dense one")
+    return base
 
 
 def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> DiffusionPipeline:
@@ -117,8 +127,9 @@ def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> Diffusio
     missing = f"the pipeline at {base.path!r} does not load"
     made = base.pipeline_class
     # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
-    names = inspect.signature(made.__init__).parameters
-    parts = {name: None for name, entry in base.index.items() if entry == [None, None] and name in names}
+    absent = {name for name, kind in component_classes(base.index).items() if kind is None}
+    absent |= {name for name in OPTIONAL if name not in base.index}
+    parts = {name: None for name in inspect.signature(made.__init__).parameters if name in absent}
     options = {"use_safetensors": True, "variant": base.variant}
     try:
         folder = base.folder
@@ -128,7 +139,8 @@ def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> Diffusio
         if base.file is None:
             return made.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
         pipeline = _load_single_file(base, dtypes, parts, options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # a damaged config shows in diffusers as any of these
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{missing}: {error}") from error
     pipeline.register_to_config(_name_or_path=base.path)
     return pipeline
@@ -212,9 +224,10 @@ def check_hybrid(kind: type[DiffusionPipeline], transformer_class: str | None, c
 
 
 def _check_single_file(file: Path, config: str | None) -> None:
+    if file.suffix in PICKLED:
+        raise ValueError(f"{file} is pickled, and nothing pickled is loaded: convert it to safetensors")
     if file.suffix != ".safetensors":
-        pickled = ", which is pickled and is not loaded: convert it to safetensors" if file.suffix in PICKLED else ""
-        raise ValueError(f"{file} is no folder, repository or .safetensors file{pickled}")
+        raise ValueError(f"{file} is no folder, repository or .safetensors file")
     if config is None:
         raise ValueError(
             f"{file} is a single file: give a config too, a folder or repository of the same kind of model in "
@@ -250,7 +263,7 @@ def _load_single_file(
 
 def _stored_dtypes(folder: Path, base: Base) -> dict[str, torch.dtype]:
     """The dtype of each component as it is stored, by name."""
-    files = {name: part for name, part in model_folders(folder, base.index).items()}
+    files = model_folders(folder, base.index)
     if base.file is not None:
         files = {name: part for name, part in files.items() if variants_of(os.listdir(part))}
     found = {name: stored_dtype(weight_files(part, base.variant)) for name, part in files.items()}
@@ -272,7 +285,7 @@ def _read_repository(name: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
     parts: dict[str, list[str]] = {}
     for file in files:
         part, _, rest = file.partition("/")
-        if f"{part}/config.json" in files and (index.get(part) or [None])[-1] is not None:
+        if f"{part}/config.json" in files and component_classes(index).get(part):
             parts.setdefault(part, []).append(rest)
     return index, parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 
 
 def check_lora_loader(kind: type[DiffusionPipeline]) -> None:
-    """Raise ValueError for a class of pipelines that diffusers loads no LoRA into."""
-    if not hasattr(kind, "load_lora_weights"):
-        raise ValueError(f"diffusers loads no LoRA into a {kind.__name__}")
+    """Raise ValueError for a class of pipelines without a transformer that diffusers loads a LoRA into."""
+    if not hasattr(kind, "load_lora_weights") or "transformer" not in inspect.signature(kind.__init__).parameters:
+        raise ValueError(f"diffusers loads no LoRA into the transformer of a {kind.__name__}")
 
 
 def add_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) -> None:
@@ -33,21 +34,22 @@ def add_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) 
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split("\n")[:2])
             raise ValueError(f"the LoRA {path} does not fit this {type(pipeline).__name__}: {reason}") from error
+        if not any(name in loaded for loaded in pipeline.get_list_adapters().values()):
+            raise ValueError(f"diffusers found nothing to load in the LoRA {path}")
     pipeline.set_adapters(names, [weight for _, weight in loras])
 
 
 def _check_modules(pipeline: DiffusionPipeline, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless every tensor of a LoRA, named as in diffusers, has a module to go to."""
-    modules = {
-        f"{name}.{module}"
-        for name, component in pipeline.components.items()
-        if isinstance(component, torch.nn.Module)
-        for module, _ in component.named_modules()
-    }
+    """Raise ValueError unless the layers of a LoRA, named as in diffusers, are in the pipeline.
+
+    Of the text encoders only that they are there: their layers have other names in some versions of transformers.
+    """
     targets = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
-    strange = sorted(target for target in targets if target.replace(".base_layer", "") not in modules)
     if not targets:
         raise ValueError("it holds no LoRA")
+    layers = {f"transformer.{name}" for name, _ in pipeline.transformer.named_modules()}
+    encoders = tuple(f"{name}." for name in pipeline.components if name.startswith("text_encoder"))
+    strange = sorted(name for name in targets if name not in layers and not name.startswith(encoders))
     if strange:
         raise ValueError(f"{len(strange)} of its {len(targets)} layers are not in this model ({strange[0]}, …)")
 

@@ -20,15 +20,19 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+def component_classes(index: Mapping[str, Any]) -> dict[str, str | None]:
+    """The class of each component by its name, from a model_index.json; None for one that the pipeline does without."""
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: entry[1] for name, entry in pairs.items() if not name.startswith("_")}
+
+
 def model_folders(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     """The folders of a pipeline's components that have weights, by name. index: its model_index.json.
 
     Raises ValueError where a component's folder is missing.
     """
     found = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
-            continue
+    for name in (name for name, kind in component_classes(index).items() if kind is not None):
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks the folder of its {name}")
         if (folder / name / "config.json").is_file():  # a tokenizer or a scheduler has none

@@ -147,7 +147,7 @@ def test_pickled_weights_are_not_read(tmp_path, capsys):
         assert code == 1 and "its vae has no weights in safetensors: diffusion_pytorch_model.bin is pickled" in line
     (tmp_path / "all.ckpt").write_bytes(b"pickled")
     code, [line] = convert(capsys, tmp_path / "all.ckpt", tmp_path / "h", "--config", base)
-    assert code == 1 and "all.ckpt is no folder, repository or .safetensors file, which is pickled" in line
+    assert code == 1 and "all.ckpt is pickled, and nothing pickled is loaded: convert it to safetensors" in line
 
 
 def without(family, *names):
@@ -157,15 +157,31 @@ def without(family, *names):
     return pipeline
 
 
-def test_sd3_without_t5(tmp_path, capsys):
+@pytest.mark.parametrize("named", [True, False])
+def test_sd3_without_t5(named, tmp_path, capsys):
+    """As diffusers writes it, [null, null] in model_index.json, or not named there at all."""
     pipeline = without("sd3", "text_encoder_3", "tokenizer_3")
     pipeline.save_pretrained(tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    if not named:
+        index = {name: entry for name, entry in index.items() if name not in ("text_encoder_3", "tokenizer_3")}
+        (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     assert "text_encoder_3" not in describe(tmp_path / "base")["components"]
     assert convert(capsys, tmp_path / "base", tmp_path / "hybrid") == (0, [])
-    for model in ("base", "hybrid"):
+    for model in ("base", "hybrid") if named else ():
         assert generate(capsys, tmp_path / model, tmp_path / f"{model}.png") == (0, [])
-    assert distill(capsys, tmp_path / "base", tmp_path / "run")[0] == 0
+    if named:
+        assert distill(capsys, tmp_path / "base", tmp_path / "run")[0] == 0
     assert distill(capsys, tmp_path / "base", tmp_path / "dry", "--dry-run")[0] == 0
+
+
+def test_a_damaged_index_is_one_line(tmp_path, capsys):
+    base = mixed(tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    for name, value in (("scheduler", None), ("vae", ["diffusers", "NoSuchVAE"]), ("transformer", [])):
+        (base / "model_index.json").write_text(json.dumps({**index, name: value}))
+        code, [line] = generate(capsys, base, tmp_path / "a.png")
+        assert code == 1 and line.startswith("hybriddit: "), name
 
 
 @pytest.mark.parametrize("parts", [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")])
@@ -205,6 +221,7 @@ def test_single_files_that_cannot_be_loaded(tmp_path, capsys):
         pipeline.save_pretrained(tmp_path / family)
         save_file(pipeline.transformer.state_dict(), tmp_path / f"{family}.safetensors")
     flux = tmp_path / "flux_dev"
+    assert convert(capsys, flux, tmp_path / "made") == (0, [])
     for model, config, message in (
         ("flux_dev.safetensors", None, "is a single file: give a config too"),
         ("sd3.safetensors", flux, "no FluxTransformer2DModel in it"),
@@ -215,6 +232,11 @@ def test_single_files_that_cannot_be_loaded(tmp_path, capsys):
         ),
         ("flux_dev", flux, "a config is for a single-file checkpoint"),
         ("flux_dev.safetensors", tmp_path / "none", "no diffusers pipeline at"),
+        (
+            "flux_dev.safetensors",
+            tmp_path / "made",
+            "is a hybrid pipeline, and the config of a single file is a dense one",
+        ),
     ):
         more = [] if config is None else ["--config", config]
         code, [line] = convert(capsys, tmp_path / model, tmp_path / "hybrid", *more)
