@@ -3,43 +3,157 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # the files of a folder that are read as images
+# the files of a folder that are read as images
+IMAGE_ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS += (".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi")
 RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record
+UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-@contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file with PIL for the block; pixels are decoded on first use, inside the block.
+def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -> Image.Image:
+    """Read an image file as it is seen: upright, on a background where it is transparent, as "RGB" or "L".
 
-    Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged or not an image.
+    The first frame of an animation, the first page of a document. 16 bits become 8, by the upper byte. Broken or
+    oversized metadata (EXIF, colour profile, XMP, text) is ignored.
+
+    Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged, not an image, or of
+    levels whose range is unknown (floating-point numbers, integers beyond 16 bits).
     """
-    if not Path(path).is_file():
+    return _decode(path, lambda image: _upright(flatten(image, mode, background), image))
+
+
+def flatten(image: Image.Image, mode: str = "RGB", background: str = "white") -> Image.Image:
+    """An image as "RGB" or "L", put on a background where it is transparent.
+
+    Raises ValueError for levels whose range is unknown.
+    """
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "F":
+        raise ValueError("its levels are floating-point numbers of no known range: save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    if image.mode == "La":  # which PIL converts to nothing else
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, which PIL would clip to 8 bits, as "L"; as "LA" where one of its levels stands for transparent."""
+    levels = np.asarray(image)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("its levels are integers beyond 16 bits, of no known range: save it with 8 or 16 bits")
+    grey = Image.fromarray((levels // 256).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Turn an image by the EXIF orientation of the one that it was made from."""
+    try:  # ImageOps.exif_transpose also fails where other EXIF entries are broken
+        method = UPRIGHT.get(original.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An image file as PIL decodes it, completely, with its `info`. Raises as `open_image` does."""
+    return _decode(path, lambda image: image)
+
+
+def _decode(path: str | Path, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Every image file is read here, so that no check passes a file that a reader then refuses."""
+    path = Path(path) if isinstance(path, str) else path  # or a member of a tar
+    if not path.is_file():
         raise FileNotFoundError(f"no image file {path}")
     try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        data = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata
+            try:
+                return finish(_load(data))
+            except Exception:
+                bare = _without_metadata(data)
+                if len(bare) == len(data):
+                    raise
+                return finish(_load(bare))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is damaged or no image: it is in no format that PIL reads") from error
+    except Exception as error:  # PIL's readers raise whatever they stumble over, such as struct.error or IndexError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is damaged or no image: {reason}") from error
 
 
-def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Decode an image file, turned upright by its EXIF orientation, as "RGB" or "L". Raises as `opened` does."""
-    with opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey, which convert would clip to 8 bits
-            upright = upright.point(lambda level: level / 256, "F")
-        return upright.convert(mode)
+def _load(data: bytes) -> Image.Image:
+    image = Image.open(BytesIO(data))
+    if not isinstance(image.info.get("xmp", b""), bytes):  # of a TIFF, in which PIL looks for the orientation
+        del image.info["xmp"]
+    image.load()
+    key = image.info.get("transparency")
+    if image.format == "PNG" and key is not None:  # PIL leaves a transparent colour in the file's own levels
+        depth = data[24]
+        if image.mode == "L" and depth < 8:
+            image.info["transparency"] = key * 255 // (2**depth - 1)
+        elif image.mode == "RGB" and depth == 16:
+            image.info["transparency"] = tuple(level // 256 for level in key)
+    return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG file without what does not change its pixels; other files as they are."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _without_chunks(data)
+    return _without_segments(data) if data.startswith(b"\xff\xd8\xff") else data
+
+
+def _without_chunks(data: bytes) -> bytes:
+    """A PNG file with its critical chunks (named in upper case), its transparency and a whole EXIF block alone."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        name, sum_is_right = data[at + 4 : at + 8], zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
+        if name[:1].isupper() or name == b"tRNS" or (name == b"eXIf" and data[end - 4 : end] == sum_is_right):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _without_segments(data: bytes) -> bytes:
+    """A JPEG file without comments and application segments, but for a whole one of Adobe's: it tells the colours."""
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # the picture's data begins
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, adobe = data[at + 1], data[at + 4 : at + 9] == b"Adobe" and end - at >= 16
+        if adobe or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(data[at:end])
+        at = end
+    return b"".join((*kept, data[at:]))
 
 
 def save_png(image: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
@@ -53,11 +167,12 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any] | None = Non
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record that `save_png` wrote; None for an image without one. Raises as `opened` does."""
-    with opened(path) as image:
-        image.load()  # the text chunk may follow the pixels, and a damaged file shows here
-        text = image.info.get(RECORD_KEY)
+    """The record that `save_png` wrote; None for an image without one. Raises as `open_image` does."""
+    text = load_image(path).info.get(RECORD_KEY)  # the text chunk may follow the pixels: they are read
+    try:
         return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the record in {path} is damaged: {error}") from error
 
 
 def save_grid(path: Path, columns: Sequence[Sequence[Image.Image]]) -> None:

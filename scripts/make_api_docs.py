@@ -41,9 +41,11 @@ NAMES = {
     "hybriddit.training.dry_run": "dry_run",
     "hybriddit.data.sources": "Source open_class_data",
     "hybriddit.data.teacher_images": "teacher_images",
+    "hybriddit.data.prompts": "read_prompts",
     "hybriddit.data.image_folder": "image_folder captioned_images",
+    "hybriddit.data.captions": "read_captions CaptionedFolder",
     "hybriddit.data.class_data": "ClassData ClassInfo",
-    "hybriddit.data.class_images": "class_images",
+    "hybriddit.data.class_images": "class_images find_classes ClassFolder",
     "hybriddit.data.class_cache": "make_cache",
 }
 HEAD = """# API reference

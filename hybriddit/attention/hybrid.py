@@ -144,7 +144,7 @@ class HybridAttention(nn.Module):
     def init_gate(self) -> None:
         """Give the gate, where there is one, its value at the start, whatever the token."""
         gate = getattr(self, "gate", None)
-        if isinstance(gate, nn.Linear):
+        if isinstance(gate, TokenGate):
             nn.init.zeros_(gate.weight)
             nn.init.constant_(gate.bias, self.gate_init)
         elif gate is not None:
@@ -174,7 +174,7 @@ class HybridAttention(nn.Module):
         if self.far is None:
             return None, None, None
         gate = None
-        if self.kind == "hybrid" and isinstance(self.gate, nn.Linear):
+        if self.kind == "hybrid" and isinstance(self.gate, nn.Module):
             # the gate stays in fp32, whatever the layer's dtype
             gate = self.gate(hidden_states.to(self.gate.weight.dtype)).unsqueeze(-1)
         if self.map_q is None:

@@ -18,7 +18,8 @@ from ..files import checksum, read_tensors, write_json
 from ..models.family import check_latents_scale
 from ..pipelines.stored import choose_variant
 from .class_data import ClassData, ClassInfo, to_model_range
-from .class_images import class_images, read_images
+from .class_images import find_classes, read_images
+from .image_files import say
 from .shards import SETTINGS, ShardFile, save_shard, write_or_check_settings
 
 INDEX = "index.json"  # written last: a cache without it is not finished
@@ -89,7 +90,7 @@ def make_cache(
     processes: int = 1,
     progress: bool = True,
 ) -> None:
-    """Cache class folders (see `class_images`) in shards on disk: pixels, or with a VAE the moments of latents.
+    """Cache class folders (see `find_classes`) in shards on disk: pixels, or with a VAE the moments of latents.
 
     Every shard is whole or absent; a run that was stopped continues where it stopped. Several processes, told apart by
     rank, take turns at the shards, and the last to finish writes the index: number of images, checksums, mean and
@@ -111,7 +112,10 @@ def make_cache(
                 f"this VAE takes images of {vae.config.in_channels} channels and a multiple of {unit} pixels, "
                 f"not of {channels} and {size}"
             )
-    paths, labels, classes = class_images(folder)
+    found = find_classes(folder)
+    paths, labels, classes = found.paths, found.labels, found.classes
+    if found.note and progress:
+        say(found.note)
     if classes != [""] and cache.resolve().parent == folder.resolve():
         raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
     shape = (channels, size, size)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,53 +18,69 @@ from tqdm import tqdm
 
 from ..images import IMAGE_ENDINGS, open_image
 from .class_data import ClassData, ClassInfo
+from .image_files import files_under, passed_over, say
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 MODES = {1: "L", 3: "RGB"}  # PIL's modes by the number of channels
 
 
+@dataclass
+class ClassFolder:
+    """The image files of class folders, sorted by path, their labels, and the names of the classes.
+
+    note: a line about the files that are passed over; None if there are none.
+    """
+
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+    note: str | None
+
+
 def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
-    """Every image file under `folder`, sorted by path, their labels, and the names of the classes.
+    """Every image file under `folder`, sorted by path, their labels, and the names of the classes: see `find_classes`."""
+    found = find_classes(folder)
+    return found.paths, found.labels, found.classes
+
+
+def find_classes(folder: str | Path) -> ClassFolder:
+    """Find the images of class folders.
 
     The classes are the subfolders, or links to folders, sorted by name; a folder without subfolders is one class.
-    Hidden files and folders (.name) are left out. Raises FileNotFoundError for a folder that does not exist, and
-    ValueError where it or one of its classes has no images, or where images lie beside its subfolders.
+    Linked folders in a class are followed, but not back up. Hidden files and folders (.name) are left out. Raises
+    FileNotFoundError for a folder that does not exist, and ValueError where it or one of its classes has no images, or
+    where images lie beside its subfolders.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no image folder at {str(folder)!r}")
     seen = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    found = {path.name: _images_under(path) for path in seen if path.is_dir()}
-    loose = [path for path in seen if path.suffix.lower() in IMAGE_ENDINGS and path.name not in found]
-    if not any(found.values()):
+    found = {path.name: files_under(path, inside=folder) for path in seen if path.is_dir()}
+    files = [path for path in seen if path.name not in found]
+    loose = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
+    others = [path for path in files if path.suffix.lower() not in IMAGE_ENDINGS]
+    others += [path for of_class in found.values() for path in of_class.others]
+    passed = sum((of_class.passed for of_class in found.values()), Counter())
+    passed["hidden"] += sum(path.name.startswith(".") for path in folder.iterdir())
+    note = passed_over(others, passed, folder)
+    if not any(of_class.images for of_class in found.values()):
         if not loose:
-            raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
-        return loose, [0] * len(loose), [""]
+            read = ", ".join(IMAGE_ENDINGS)
+            raise ValueError(f"no images in {folder}: {read} are read" + (f"; {note}" if note else ""))
+        return ClassFolder(loose, [0] * len(loose), [""], note)
     if loose:
         raise ValueError(
             f"{loose[0]} belongs to no class: the subfolders of {folder} are the classes, move it into one"
         )
-    empty = [name for name, paths in found.items() if not paths]
+    empty = [name for name, of_class in found.items() if not of_class.images]
     if empty:  # leaving it out would shift the labels of all classes after it
         raise ValueError(
             f"{folder / empty[0]} has no images, and every subfolder is a class ({len(empty)} of {len(found)} are "
             "empty): fill or remove it"
         )
-    labels = [label for label, paths in enumerate(found.values()) for _ in paths]
-    return [path for paths in found.values() for path in paths], labels, list(found)
-
-
-def _images_under(folder: Path) -> list[Path]:
-    # torchvision's make_dataset also takes hidden files, and follows links endlessly if they lead back up
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_ENDINGS
-        ]
-    return sorted(found)
+    paths = [path for of_class in found.values() for path in of_class.images]
+    labels = [label for label, of_class in enumerate(found.values()) for _ in of_class.images]
+    return ClassFolder(paths, labels, list(found), note)
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -94,23 +111,27 @@ def read_pixels(path: Path, size: int, channels: int) -> torch.Tensor:
 def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bool = True) -> ClassData:
     """Read class folders into memory, with the images cropped to `shape` (C, H, W).
 
-    Images that cannot be read are left out, and their number is printed. Raises what `class_images` raises, and
+    Images that cannot be read are left out, and their number is printed, as is what is passed over. Raises what
+    `find_classes` raises, and
     ValueError for a `shape` that is not an image's and where no image can be read.
     """
-    paths, labels, classes = class_images(folder)
+    found = find_classes(folder)
+    paths = found.paths
     channels, size = shape[:2]
     if channels not in MODES:
         raise ValueError(
             f"images have 1 or 3 channels, and the model takes {channels}: set model.in_channels, or make a cache of "
             "latents with `hybriddit cache` and give that as data.path"
         )
-    images, kept, skipped = read_images(paths, labels, size, channels, progress)
+    if found.note and progress:
+        say(found.note)
+    images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
     if skipped and progress:
-        print(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")
+        say(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")
     if not kept:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")
     tables = {"images": torch.stack(images), "labels": torch.tensor(kept)}
-    return ClassData([tables], ClassInfo((channels, size, size), classes))
+    return ClassData([tables], ClassInfo((channels, size, size), found.classes))
 
 
 def read_images(
@@ -122,7 +143,7 @@ def read_images(
         try:
             images.append(read_pixels(path, size, channels))
             kept.append(label)
-        except (ValueError, OSError, NotImplementedError) as error:  # the last: PIL reads the format in part
+        except (ValueError, OSError) as error:
             skipped[str(path)] = " ".join(str(error).split())
     return images, kept, skipped
 

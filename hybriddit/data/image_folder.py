@@ -12,10 +12,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ..files import write_json
-from ..images import IMAGE_ENDINGS, open_image, opened
+from ..images import open_image
 from ..models import family_of
+from .captions import CaptionedFolder, read_captions
+from .image_files import say
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
-from .prompts import read_text
 
 
 def image_folder(
@@ -28,25 +29,30 @@ def image_folder(
     guidance_scale: float,
     max_sequence_length: int | None = None,
     batch_size: int = 4,
+    seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> LatentData:
     """Encode the images under `folder` and their captions; images are scaled and centre-cropped to height x width.
 
-    Captions: see `captioned_images`. Images that cannot be read and images without a caption are left out: their
-    number is printed, and `skipped.json` in the cache lists them with the reasons.
+    Captions: see `read_captions`. Images that cannot be read and images without a caption are left out: their number is
+    printed, and `skipped.json` in the cache lists them with the reasons. What else is passed over is printed too.
 
     height, width: in pixels. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
         value of a guidance embedding.
+    seed: which of an image's captions is taken, where it has several.
     cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
 
     Raises FileNotFoundError for a folder that does not exist, and ValueError where none of its images can be used.
     """
-    captions = captioned_images(folder)
-    good, skipped = usable(captions, progress)
+    found = read_captions(folder, seed)
+    captions = found.captions
+    for note in found.notes:
+        say(note)
+    good, skipped = usable(found, progress)
     if skipped:
         first = next(iter(skipped.items()))
-        print(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {first[0]} ({first[1]}), ...")
+        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {first[0]} ({first[1]}), ...")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
@@ -73,45 +79,19 @@ def image_folder(
     return data
 
 
-def captioned_images(folder: str | Path) -> dict[Path, str | None]:
-    """Every image file under `folder`, sorted by path, with its caption or None.
-
-    A caption is the text of `<image>.txt` beside the image, or the "text" of the image's line in
-    `folder/metadata.jsonl`, whose "file_name" is relative to `folder`: the two layouts of public data sets. Raises
-    FileNotFoundError where there is no folder, and ValueError if it has no images or a damaged metadata.jsonl.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no image folder at {str(folder)!r} (data.folder)")
-    listed: dict[Path, str] = {}
-    table = folder / "metadata.jsonl"
-    if table.is_file():
-        for number, line in enumerate(read_text(table).splitlines(), 1):
-            try:
-                values = json.loads(line)
-                listed[folder / values["file_name"]] = str(values["text"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{table}, line {number}: not of the form {{"file_name": ..., "text": ...}}') from None
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not images:
-        raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read")
-    return {path: listed.get(path, _caption_beside(path)) for path in images}
+def captioned_images(folder: str | Path, seed: int = 0) -> dict[Path, str | None]:
+    """Every image file under `folder`, sorted by path, with its caption or None; see `read_captions`."""
+    return read_captions(folder, seed).captions
 
 
-def _caption_beside(path: Path) -> str | None:
-    text = path.with_suffix(".txt")
-    return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else None
-
-
-def usable(captions: dict[Path, str | None], progress: bool = True) -> tuple[list[Path], dict[str, str]]:
+def usable(found: CaptionedFolder, progress: bool = True) -> tuple[list[Path], dict[str, str]]:
     """The images that have a caption and can be decoded completely; and {path: reason} of the others."""
     good, skipped = [], {}
-    for path, caption in tqdm(captions.items(), desc="reading images", unit="image", disable=not progress):
+    for path, caption in tqdm(found.captions.items(), desc="reading images", unit="image", disable=not progress):
         try:
             if not caption:
-                raise ValueError("it has no caption")
-            with opened(path) as image:
-                image.load()
+                raise ValueError(found.reasons.get(path, "it has no caption"))
+            open_image(path)  # as `read_image` will
             good.append(path)
         except (OSError, ValueError) as error:
             skipped[str(path)] = str(error)

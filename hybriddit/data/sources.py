@@ -41,7 +41,7 @@ def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
 
     return teacher_images(
         pipeline,
-        read_prompts(settings.prompts),
+        settings.prompts,
         images=settings.images,
         seed=settings.seed,
         states=states,
@@ -58,7 +58,7 @@ def captioned_folder(pipeline, settings, progress: bool) -> LatentData:
     """A folder of images with captions."""
     from .image_folder import image_folder
 
-    return image_folder(pipeline, settings.folder, **_common(settings, progress))
+    return image_folder(pipeline, settings.folder, seed=settings.seed, **_common(settings, progress))
 
 
 def _common(settings, progress: bool) -> dict[str, Any]:
@@ -107,9 +107,9 @@ def _count_prompted(settings) -> int:
 
 
 def _count_captioned(settings) -> int:
-    from .image_folder import captioned_images
+    from .captions import read_captions
 
-    return len(captioned_images(settings.folder))
+    return len(read_captions(settings.folder).captions)
 
 
 SOURCES = {

@@ -11,11 +11,12 @@ import torch
 
 from ..models import family_of
 from .latents import LatentData, LatentInfo, build_latents, encode_prompts
+from .prompts import read_prompts
 
 
 def teacher_images(
     pipeline,
-    prompts: Sequence[str],
+    prompts: str | Path | Sequence[str],
     *,
     images: int,
     height: int,
@@ -34,12 +35,14 @@ def teacher_images(
     Image i has prompt number i modulo the number of prompts, and noise from a generator seeded with seed + i, whatever
     the batch size. A transformer that is converted already runs as the dense teacher.
 
+    prompts: a list, or a file, see `read_prompts`.
     states: how many of the transformer's inputs to keep while each image is sampled, with their times, evenly spaced
         from the first step on: the set then holds trajectories from noise to the teacher's images. 0 keeps none.
     cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
     """
     if not 0 <= states <= steps:
         raise ValueError(f"data.states must be in [1, data.steps = {steps}], got {states}")
+    prompts = read_prompts(prompts)
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed, states=states)
 
     def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

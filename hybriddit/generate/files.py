@@ -99,7 +99,7 @@ def run(
     source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
     source |= {"image": image and str(image), "mask": mask and str(mask)}
     settings["image"] = open_image(image) if image else None
-    settings["mask"] = open_image(mask, "L") if mask else None
+    settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(subjects, **settings)
     for name, given in {"an adapter": adapter, "a LoRA": lora, "a config": config}.items():
         if class_labels and given:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..images import flatten
 from ..machine import running_versions
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def generate(
         seed_per_prompt: with several images of a prompt, count seeds by prompts: image j of prompt i of n has
             `seed + i + j * n`, so that the first image of a prompt does not depend on `num_images`.
         num_images: number of images of each prompt, or of each class label, one prompt or label after the other.
-        image: the image to start from. Height and width default to its size, rounded down to what the model takes.
-        mask: an image of the same size; white is painted anew, black is kept.
+        image: the image to start from, white where it is transparent. Height and width default to its size, rounded
+            down to what the model takes.
+        mask: an image of the same size; white is painted anew, black and transparent are kept.
         settings: a setting that is None or left out has the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
             true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
@@ -112,6 +114,7 @@ def plan(
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
     )
+    image, mask = image and flatten(image), mask and flatten(mask, "L", "black")
     if class_labels is None:
         check_inputs(type(pipeline), image is not None, mask is not None)
         _check_model(pipeline)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
-from ..images import opened, read_record
+from ..images import load_image, read_record
 from ..pipelines.stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
@@ -50,9 +50,8 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
 
 
 def _image(path: Path) -> dict[str, Any]:
-    record = read_record(path)
-    with opened(path) as image:
-        return {"width": image.width, "height": image.height, "record": record}
+    image = load_image(path)
+    return {"width": image.width, "height": image.height, "record": read_record(path)}
 
 
 def _pipeline(folder: Path, variant: str | None) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import platform
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..machine import device_of_this_machine, gpu_name, versions
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "natten", "triton")
 SIZES, WINDOW = (512, 1024, 4096), 16  # pixels, and tokens: the cases for which the choice of window attention is shown
@@ -18,6 +22,7 @@ def environment() -> dict[str, Any]:
     """Versions, the device, and the attention backends as {name: {"available": bool, "note": str}}.
 
     `window_choices` lists which window attention backend is chosen for each family at several image sizes, and why.
+    `first_call`, on a GPU: what the kernels' compilation and trial cost, see `first_call`.
     """
     import torch
 
@@ -42,7 +47,37 @@ def environment() -> dict[str, Any]:
             "triton": {"available": triton is None, "note": triton or ""},
             "torch": {"available": True, "note": ""},
         },
+        "first_call": first_call(torch.device(device)) if device == "cuda" else None,
     }
+
+
+def first_call(device: torch.device) -> dict[str, Any]:
+    """How many seconds longer the first call of a hybrid layer of FLUX's shape, in bf16, takes than the second.
+
+    The kernels are then compiled, unless Triton's cache has them, and tried. {"seconds": float, "note": ""}, or {"seconds":
+    None, "note": why the layer does not run here}.
+    """
+    import torch
+
+    from ..attention import HybridAttention, TokenLayout
+    from ..config import HybridConfig
+
+    config, heads, head_dim, layout = HybridConfig(), 24, 128, TokenLayout(512, ((32, 32),), True)
+    seconds = []
+    try:
+        with torch.no_grad():
+            layer = HybridAttention(
+                heads * head_dim, heads, head_dim, window=(WINDOW, WINDOW), join=config.join, **config.mixer_settings
+            ).to(device, torch.bfloat16)
+            tokens = torch.randn(1, 1536, heads, head_dim, device=device, dtype=torch.bfloat16)
+            for _ in range(2):
+                start = time.perf_counter()
+                layer(tokens, tokens, tokens, layout)
+                torch.accelerator.synchronize()
+                seconds.append(time.perf_counter() - start)
+    except Exception as error:  # drivers and compilers may raise anything, and this is where one looks for the reason
+        return {"seconds": None, "note": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"}
+    return {"seconds": round(seconds[0] - seconds[1], 2), "note": ""}
 
 
 def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
@@ -120,6 +155,11 @@ def environment_text(found: dict[str, Any]) -> str:
             lines.append(f"  {name:11} {'yes' if backend['available'] else 'no'}{note}")
         if kind == "window_attention" and found["window_choices"]:
             lines += _choice_lines(found["window_choices"])
+    if (first := found["first_call"]) is not None:
+        took = (
+            f"{first['seconds']} s more than the second: kernels are compiled, if Triton's cache lacks them, and tried"
+        )
+        lines.append(f"{'first call':13} {first['note'] or took}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import HybridConfig
 from .processing import CheckpointWithLayout
 from .surgery import check_processors, insert_hybrid, reset_processors
+from .wrapping import SavesPlain
 
 
 def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Module]:
@@ -48,7 +49,7 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
     return type(name, (HybridModelMixin, dense_class), {**attributes, **members})
 
 
-class HybridModelMixin:
+class HybridModelMixin(SavesPlain):
     """The behaviour that the hybrid model classes of all families share; put it before the diffusers class."""
 
     def set_attn_processor(self, processor) -> None:

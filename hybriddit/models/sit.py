@@ -28,6 +28,7 @@ from ..attention.hybrid import HybridAttention, ValueConv
 from ..config import HybridConfig, match_layers
 from ..files import read_tensors
 from .sit_names import renamed
+from .wrapping import SavesPlain
 
 # the published sizes; each of them with patches of 2, 4 or 8
 SIT_SIZES = {
@@ -166,7 +167,7 @@ class SiTBlock(nn.Module):
         return hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
 
 
-class SiTTransformer2DModel(ModelMixin, ConfigMixin):
+class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
     """SiT (arXiv 2401.08740), with softmax, linear (LinFusion, arXiv 2409.02097), window or hybrid attention.
 
     `SiTTransformer2DModel(**SiTTransformer2DModel.preset("XL/2"), attention="linear")` makes one of a published size:

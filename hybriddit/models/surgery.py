@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention
 from ..attention.mixers import check_mixer
@@ -24,6 +25,7 @@ from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
 from .family import Family, family_of, is_hybrid
 from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
+from .wrapping import plain_state, unwrapped
 
 CONFIG_NAME = "hybrid_config.json"
 WEIGHTS_NAME = "hybrid_adapter.safetensors"
@@ -36,10 +38,15 @@ def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
     that `save_pretrained` saves it whole. A fresh hybrid has zero gates: it is the dense model with each image token's
     attention masked to its window and the text.
 
-    Returns the model. Raises ValueError, and leaves the model as it was, for an unsupported class, a model that is
-    hybrid already, one whose attention processors have been replaced, and a config that converts no layer or has a
-    pattern that matches no layer.
+    The model may have LoRAs, or be within torch.compile. Returns the model. Raises ValueError, and leaves the model as
+    it was, for an unsupported class, a model that is hybrid already or within DDP, one whose attention processors have
+    been replaced, and a config that converts no layer or has a pattern that matches no layer.
     """
+    given, model = model, unwrapped(model)
+    if isinstance(given, DistributedDataParallel):
+        raise ValueError(
+            "DDP knows only the weights that a model has when it is wrapped: convert the model before that"
+        )
     family = family_of(model)
     if is_hybrid(model):
         raise ValueError("the model is hybrid already: restore_dense(model) before converting it anew")
@@ -48,11 +55,12 @@ def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
     insert_hybrid(model, config)
     model.__class__ = family.hybrid_class
     _relabel_in_pipelines(model)
-    return model
+    return given
 
 
 def restore_dense(model: nn.Module) -> nn.Module:
     """Undo `hybridize`, in place: class, config, processors, weights and outputs are as before. Returns the model."""
+    given, model = model, unwrapped(model)
     family = _hybrid_family(model)
     for name, processor in model._dense_processors.items():
         attn = model.get_submodule(name)
@@ -72,7 +80,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
     model._internal_dict = type(model.config)(values)
     model.__class__ = family.dense_class
     _relabel_in_pipelines(model)
-    return model
+    return given
 
 
 @contextlib.contextmanager
@@ -82,13 +90,14 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
     A pass under gradient checkpointing has to be backpropagated within the same context. Raises ValueError for a
     model that is not hybrid.
     """
+    given, model = model, unwrapped(model)
     family = _hybrid_family(model)
     processors = {name: attn.processor for name, attn in family.attentions(model).items()}
     was_dense, model._dense_mode = model._dense_mode, True
     try:
         for name, processor in model._dense_processors.items():
             model.get_submodule(name).set_processor(processor)
-        yield model
+        yield given
     finally:
         for name, processor in processors.items():
             model.get_submodule(name).set_processor(processor)
@@ -282,14 +291,17 @@ def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
     """Save the adapter of a hybrid model: what conversion and training added, its config and its `*.hybrid.*` weights.
 
-    Each file is replaced whole, so that an interrupted save leaves the old one. Raises ValueError for a model that is
-    not hybrid.
+    LoRAs are left out, and names are those of the model without them or torch.compile. Each file is replaced whole, so
+    that an interrupted save leaves the old one. Raises ValueError, and then writes nothing, for a model that is not
+    hybrid, and where the added weights themselves are fused with a LoRA, quantised, sharded or offloaded.
     """
+    model = unwrapped(model)
     family = _hybrid_family(model)
+    weights = _hybrid_state(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS_NAME) as path:
-        write_tensors(path, _hybrid_state(model))
+        write_tensors(path, weights)
     values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
     write_json(folder / CONFIG_NAME, values)
 
@@ -301,7 +313,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
     files are fetched. Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits
     another model; the model is then as it was.
     """
-    model = getattr(model_or_pipeline, "transformer", model_or_pipeline)
+    model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
     family = family_of(model)
     source = str(folder_or_repo_id)
     config, base_class = read_adapter_config(source)
@@ -314,19 +326,20 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -
         raise ValueError(f"{error}: save or fetch it anew") from error
 
     was_hybrid = is_hybrid(model)
-    if was_hybrid and any(tensor.is_meta for tensor in _hybrid_state(model).values()):
-        raise ValueError("the model is offloaded: load the adapter before enabling offload")
     if not was_hybrid:
         hybridize(model, config)
     elif HybridConfig.from_saved(model.config.hybrid_config) != config:
         raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
     try:
-        _check_fit(weights, _hybrid_state(model), source)
+        own = _hybrid_state(model)
+        _check_fit(weights, own, source)
     except ValueError:
         if not was_hybrid:
             restore_dense(model)
         raise
-    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     return model_or_pipeline
 
 
@@ -338,7 +351,21 @@ def _hybrid_family(model: nn.Module) -> Family:
 
 
 def _hybrid_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if ".hybrid." in name}
+    """The added weights by their plain names, which share their memory with the model.
+
+    Raises ValueError where a weight is not an ordinary tensor by then.
+    """
+    state = plain_state(model, ".hybrid.")
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise ValueError("the model is offloaded: save or load the adapter before enabling offload")
+        if type(value) not in (torch.Tensor, nn.Parameter) or not value.is_floating_point() or "parametriz" in name:
+            what = "a" if isinstance(value, torch.Tensor) else "no tensor but a"
+            raise ValueError(
+                f"{name} is {what} {type(value).__name__}, changed by another library (quantised, parametrized): save or "
+                "load the adapter before that"
+            )
+    return state
 
 
 def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str) -> None:
@@ -396,5 +423,5 @@ def _relabel_in_pipelines(model: nn.Module) -> None:
     if pipelines is None:
         return
     for held in gc.get_objects():
-        if issubclass(type(held), pipelines.DiffusionPipeline) and vars(held).get("transformer") is model:
-            held.transformer = model
+        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get("transformer")) is model:
+            held.transformer = vars(held)["transformer"]

@@ -22,14 +22,14 @@ from ..data.teacher_images import sample
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.family import unsharded_class
 from ..models.recipe import Recipe
+from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import find_base, load_base, quiet, text_to_image
 from .batches import epoch_order, step_generator
 from .checkpoint import gather
-from .fit import Job, fit
 from .frechet import FrechetDistance, Images, as_rgb, check_samples
+from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
-from .processes import start_run
 from .run_config import HYBRID, DistillConfig, to_dict
 from .step_cost import step_cost
 
@@ -91,8 +91,9 @@ def with_hybrid_of(config: DistillConfig, own: HybridConfig | None) -> DistillCo
 def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
 
-    The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the same
-    config; its dense weights are never changed. `config.model.path` and `config.data` are not used here: `data` is the training set.
+    The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the
+    same config; its dense weights are never changed. `config.model.path` and `config.data` are not used here: `data` is
+    the training set.
 
     With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
     start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` continues
@@ -107,6 +108,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     earlier checkpoints are kept.
     """
     base = pipeline.transformer
+    check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
@@ -312,6 +314,8 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
         layers = [layer.hybrid for layer in converted_layers(transformer).values()]
         if not any(layer.kind == "hybrid" for layer in layers):
             raise ValueError('loss.window_dropout needs layers of kind "hybrid": set it to 0')
+    if has_lora(transformer, ".hybrid."):
+        raise ValueError("the hybrid layers have a LoRA, which a distillation does not train: unload it first")
     trained = {name: p for name, p in transformer.named_parameters() if ".hybrid." in name}
     if not trained:
         raise ValueError(

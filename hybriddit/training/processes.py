@@ -1,4 +1,4 @@
-"""Start a run: set up accelerate's processes, and claim a folder that no other run uses."""
+"""What a run needs before it starts: accelerate's processes, of a kind that works, and a folder no other run uses."""
 
 from __future__ import annotations
 
@@ -7,40 +7,22 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, is_wandb_available, str_to_bool
+from accelerate.utils import DistributedType, str_to_bool
 
 from ..files import make_folder
 from .checkpoint import checkpoints, read_state
 
 
-def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerator:
-    """Set up the processes and claim `config.output.folder`, if one is given, before anything is loaded.
-
-    result: the name of the run's result in the folder, "adapter" or "pipeline". settings: the settings that must not
-    change when a run is resumed. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one line, for
-    settings, launchers and folders that cannot work.
-    """
-    accelerator = make_accelerator(config)
-    check_distribution(accelerator)
-    check_processes(config, accelerator.num_processes)
-    if config.output.folder:
-        claim_folder(Path(config.output.folder), result, settings, resume)
-    return accelerator
-
-
 def make_accelerator(config) -> Accelerator:
     """Make the Accelerator that `accelerate launch` has configured, with the run's precision and tracker.
 
-    Raises ModuleNotFoundError where the tracker is not installed, and NotImplementedError for DeepSpeed.
+    Raises NotImplementedError for DeepSpeed.
     """
     if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):  # accelerate would ask for its package first
         raise _unsupported(DistributedType.DEEPSPEED)
-    tracker = config.output.tracker if config.output.folder else None
-    if tracker == "wandb" and not is_wandb_available():
-        raise ModuleNotFoundError("output.tracker is wandb, which is not installed: pip install wandb")
     return Accelerator(
         mixed_precision=config.train.precision,
-        log_with=tracker,
+        log_with=config.output.tracker if config.output.folder else None,
         project_dir=config.output.folder,
         # the first process may be making images for hours while the others wait
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],

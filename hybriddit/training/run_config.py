@@ -44,13 +44,16 @@ class DataConfig:
 
     source: "teacher" (images that the teacher makes from the prompts), "folder" (images of your own with captions) or
         "trajectories" (intermediate states of the teacher's sampling, which needs no VAE).
-    folder: for "folder", the folder of images; captions are in <image>.txt or in metadata.jsonl.
+    folder: for "folder", the folder of images; captions are in metadata.jsonl, metadata.csv, <image>.txt, .caption
+        or .json; tars are read too.
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
-    prompts: a text file with one prompt a line, or the prompts themselves; repeated with new seeds up to `images`.
+    prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
+        the prompts themselves; repeated with new seeds up to `images`.
     cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images the teacher makes at a time. seed: image i is made from seed + i.
+    batch_size: images the teacher makes at a time. seed: image i is made from seed + i; for "folder", it draws the
+        caption of an image that has several.
     """
 
     source: str = "teacher"
@@ -128,7 +131,9 @@ class OutputConfig:
     folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
     Every `*_every` is in optimizer steps; 0 is never. keep: number of checkpoints to keep. samples: number of images in
     the sample grid.
-    tracker: "tensorboard" or "wandb".
+    tracker: "tensorboard" or "wandb". project, run_name: what the tracker calls them. For W&B they go before the
+        environment's WANDB_PROJECT and WANDB_NAME; None: those, or else "hybriddit" and the folder's name. For
+        TensorBoard they name folders of the events.
     """
 
     folder: str | None = None
@@ -138,6 +143,8 @@ class OutputConfig:
     sample_every: int = 0
     samples: int = 4
     tracker: str = "tensorboard"
+    project: str | None = None
+    run_name: str | None = None
 
 
 @dataclass
@@ -330,6 +337,11 @@ def _check_shared(config) -> None:
         _require(getattr(output, name) >= 0, f"output.{name}", getattr(output, name), "0 (never) or more")
     trackers = ("tensorboard", "wandb")
     _require(output.tracker in trackers, "output.tracker", output.tracker, f"one of {', '.join(trackers)}")
+    for name in ("project", "run_name"):
+        value = getattr(output, name)
+        # what W&B and file systems refuse in names
+        fits = value is None or (re.fullmatch(r"[^/\\#?%:*\"<>|\x00-\x1f]{1,128}", value) and set(value) - {".", " "})
+        _require(fits, f"output.{name}", value, """a name without / \\ # ? % : * " < > |""")
     _require(optim.lr > 0, "optim.lr", optim.lr, "above 0")
     for name in ("gate_lr_factor", "weight_decay", "warmup_steps"):
         _require(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "0 or more")

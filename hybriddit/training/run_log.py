@@ -7,6 +7,7 @@ import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,23 +19,52 @@ PACKAGES = ("hybriddit", "torch", "diffusers", "transformers", "accelerate", "sa
 
 def record_start(folder: Path, first: int, processes: int, device: torch.device, **notes) -> None:
     """Append an entry, with `notes`, to the list in `folder/run.json`, which has one per start or resumption."""
+    entry = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": first,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": versions(PACKAGES),
+        "git": git_state(),
+        "device": gpu_name(device) or platform.processor() or "cpu",
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        **notes,
+    }
+    write_json(folder / "run.json", [*read_starts(folder), entry])
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The entries of `folder/run.json`, oldest first; none if the run has not started.
+
+    Raises ValueError if the file is damaged.
+    """
     path = folder / "run.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    starts.append(
-        {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "from_step": first,
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "versions": versions(PACKAGES),
-            "git": git_state(),
-            "device": gpu_name(device) or platform.processor() or "cpu",
-            "processes": processes,
-            "threads": torch.get_num_threads(),
-            **notes,
-        }
-    )
-    write_json(path, starts)
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): move it away to go on with a new one") from None
+
+
+def changed_settings(starts: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, list]:
+    """The settings of a resumed run that are not those of its last start, as {"section.name": [before, now]}.
+
+    starts: its entries in run.json, whose `config` is compared. Settings that either lacks are left out.
+    """
+    configs = [start["config"] for start in starts if "config" in start]
+    before = flat(configs[-1]) if configs else {}
+    now = flat(json.loads(json.dumps(settings)))  # tuples become lists, as in the file
+    return {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
 
 
 def start_log(folder: Path, first: int) -> None:

@@ -24,13 +24,13 @@ from ..flow import draw_times, flow_loss, interpolate, training_interval
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..models.sit_names import renamed
+from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
 from .checkpoint import ADDED_SIT_FIELDS, gather
-from .fit import Job, fit, trained_parameters
 from .frechet import FrechetDistance, Images, as_rgb
-from .processes import start_run
+from .loop import Job, fit, start_run, trained_parameters
 from .run_config import SiTConfig, to_dict
 
 
@@ -73,6 +73,9 @@ def train(
     that cannot work, and FloatingPointError, naming the step, when the loss stops being finite; earlier checkpoints are
     kept.
     """
+    check_unwrapped(base)
+    if has_lora(base):
+        raise ValueError("the model has a LoRA, which training from scratch does not train: unload it first")
     accelerator = start_run(config, "pipeline", resume_settings(config), resume=resume)
     check_set(data, base)
     folder = Path(config.output.folder) if config.output.folder else None

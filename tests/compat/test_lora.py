@@ -108,3 +108,25 @@ def test_lora_on_pixart(tmp_path):
     merged = [model.merge_and_unload() for model in wrapped]
     for found, expected in zip(check(lambda model: run(model, inputs), merged), full, strict=True):
         assert_same(found, expected)
+
+
+def test_a_pipeline_is_saved_without_its_lora(tmp_path):
+    """As diffusers saves it, under the variant's name too."""
+    pipeline = tiny_pipeline("flux_dev")
+    converted(pipeline.transformer)
+    expected = generate(pipeline)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert differs(generate(pipeline), expected)
+    pipeline.save_pretrained(tmp_path, variant="plain")
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.plain.safetensors").is_file()
+    assert torch.equal(generate(type(pipeline).from_pretrained(tmp_path, variant="plain")), expected)
+
+
+def test_a_compiled_transformer_stays_in_its_pipeline_and_is_saved_as_a_hybrid(tmp_path):
+    pipeline, plain = tiny_pipeline("flux_dev"), tiny_pipeline("flux_dev")
+    save_adapter(converted(tiny_pipeline("flux_dev").transformer), tmp_path / "adapter")
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    for each in (pipeline, plain):
+        load_adapter(each, tmp_path / "adapter")
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert_same(generate(type(plain).from_pretrained(tmp_path / "pipeline")), generate(plain))

@@ -54,7 +54,35 @@ def test_classes_are_those_of_torchvisions_image_folder(folder):
 def test_links_that_lead_in_circles_end(folder):
     for name in ("a", "b"):
         (folder / "apple" / name).symlink_to(folder, target_is_directory=True)
-    assert len(class_images(folder)[0]) == 11, "links below a class are not followed"
+    assert len(class_images(folder)[0]) == 11, "links back up are not followed"
+
+
+def test_what_is_passed_over_is_said(folder, tmp_path, capsys):
+    """Linked folders in a class are read; what is passed over is told wherever classes are read."""
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "other" / "a.tiff")
+    (folder / "apple" / "more").symlink_to(tmp_path / "other")
+    (folder / "apple" / "up").symlink_to(folder)
+    for name in ("readme.md", ".hidden.png", "pear/a.heic", "pear/.hidden"):
+        (folder / name).write_text("text")
+    assert folder / "apple" / "more" / "a.tiff" in class_images(folder)[0]
+    note = f"passed over in {folder}: hidden (2), .heic (1), .md (1), links back up (1)"
+    read_folder(folder, (3, 8, 8))
+    assert note in capsys.readouterr().out.splitlines()
+    make_cache(folder, tmp_path / "cache", size=8)
+    assert note in capsys.readouterr().out.splitlines()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"no images in .*; passed over in .*: .heic \(1\)"):
+        class_images(tmp_path / "none")
+
+
+def test_pictures_that_look_the_same_are_the_same(tmp_path):
+    for name, hidden in {"a": (255, 0, 255, 0), "b": (0, 0, 0, 0)}.items():
+        (tmp_path / name).mkdir()
+        Image.new("RGBA", (8, 8), hidden).save(tmp_path / name / "0.png", exif=b"Exif\0\0no")
+    assert (read_folder(tmp_path, (3, 8, 8), progress=False).rows([0, 1])["images"] == 255).all()
+    assert (read_folder(tmp_path, (1, 8, 8), progress=False).rows([0, 1])["images"] == 255).all()
 
 
 def test_what_is_a_class(folder, tmp_path):

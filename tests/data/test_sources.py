@@ -144,6 +144,30 @@ def test_a_folders_cache_lists_what_was_left_out_and_knows_its_files(pipelines, 
     assert json.loads((cache / "skipped.json").read_text()) == skipped, "a refused set leaves the cache's own list"
 
 
+def test_what_is_left_out_is_said_with_its_reason(pipelines, folder, tmp_path, capsys):
+    (folder / "0.txt").write_bytes("un café".encode("cp1252"))
+    (folder / "notes.md").write_text("notes")
+    (folder / "1.png").unlink()
+    Image.new("RGBA", (64, 64)).save(folder / "1.png", exif=b"Exif\0\0\0\x08\0\2\1\x12\0\3")
+    assert len(encode(pipelines("sd3"), folder, cache=tmp_path / "cache")) == 4
+    said = capsys.readouterr().out.splitlines()
+    assert f"passed over in {folder}: .md (1)" in said
+    skipped = json.loads((tmp_path / "cache" / "skipped.json").read_text())
+    assert "0.txt is no UTF-8 text" in skipped[str(folder / "0.png")]
+
+
+def test_the_seed_draws_the_captions(pipelines, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
+    rows = ({"file_name": f"{i}.png", "text": PROMPTS} for i in range(8))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = []
+    for seed in (0, 0, 1):
+        settings = DataConfig("folder", str(tmp_path), 2, "", 3, None, 64, 64, 2, 3.5, TEXT_LENGTH, seed=seed)
+        drawn.append(make_data(pipelines("sd3"), settings, progress=False).rows(range(8))["prompt_embeds"])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_what_a_folder_cannot_be(pipelines, tmp_path):
     with pytest.raises(FileNotFoundError, match="no image folder"):
         captioned_images(tmp_path / "none")

@@ -8,7 +8,6 @@ from hybriddit import HybridConfig, hybridize
 from hybriddit.data import latents
 from hybriddit.data import teacher_images as module
 from hybriddit.data.latents import LatentData, LatentInfo
-from hybriddit.data.prompts import read_prompts
 from hybriddit.data.shards import save_shard
 from hybriddit.pipelines.loading import load_pipeline
 
@@ -133,18 +132,6 @@ def test_a_table_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_shard(path, {"a": torch.zeros(2)})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a shoe\n\n  a bag \n", encoding="utf-8")
-    assert read_prompts(path) == read_prompts(str(path)) == ["a shoe", "a bag"]
-    assert read_prompts(["a shoe", " "]) == ["a shoe"]
-    with pytest.raises(FileNotFoundError, match="one prompt a line"):
-        read_prompts(str(tmp_path / "none.txt"))
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(path)
 
 
 def test_an_empty_set_and_a_missing_pipeline(tmp_path):

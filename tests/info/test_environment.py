@@ -10,6 +10,7 @@ import torch
 from hybriddit.attention.window import WindowCase, choose_backend
 from hybriddit.cli import main
 from hybriddit.info import environment, environment_text
+from hybriddit.info.machine import first_call
 
 
 def test_this_machine(capsys):
@@ -67,6 +68,20 @@ def test_a_gpu_takes_the_kernels_of_this_project(monkeypatch):
     found = environment()
     assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
     assert found["window_choices"][-1]["passed_over"] == {"triton": "it needs a C compiler"}
+
+
+def test_the_first_call_is_timed(monkeypatch):
+    """On this machine's CPU, by a clock that tells 5, 1, … seconds for a call."""
+    clock = iter([0, 5, 10, 11, 12])
+    monkeypatch.setattr("hybriddit.info.machine.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("torch.accelerator.synchronize", lambda: None)
+    assert first_call(torch.device("cpu")) == {"seconds": 4, "note": ""}
+    found = environment() | {"first_call": {"seconds": 4, "note": ""}}
+    assert "first call    4 s more than the second: kernels are compiled" in environment_text(found)
+    monkeypatch.setattr("hybriddit.attention.HybridAttention.forward", lambda *args: 1 / 0)
+    failed = first_call(torch.device("cpu"))
+    assert failed == {"seconds": None, "note": "ZeroDivisionError: division by zero"}
+    assert "first call    ZeroDivisionError" in environment_text(found | {"first_call": failed})
 
 
 @pytest.mark.parametrize("gpu, kernels, triton, compiler", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 1, 1), (0, 0, 0, 0)])

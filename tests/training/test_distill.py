@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from family_calls import call
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -86,7 +87,7 @@ def independent_losses(family, dense, student, scheduler, latents, noise, times,
 
 def logged(folder):
     """tag -> values by step, from the TensorBoard events under `folder`."""
-    (events,) = {path.parent for path in folder.rglob("events.out*")}
+    (events,) = {path.parent for path in (folder / "tensorboard").glob("events.out*")}
     accumulator = EventAccumulator(str(events)).Reload()
     return {tag: [event.value for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
@@ -514,6 +515,29 @@ output: {{folder: {tmp_path / "run"}}}
 
 def _info(data, **changes):
     return dataclasses.replace(data.info, **changes)
+
+
+def test_a_teacher_may_have_a_lora_and_the_hybrid_layers_may_not(prepared, tmp_path):
+    """The teacher is the model with its LoRA; the adapter knows nothing of it, and the LoRA is not trained."""
+    pipeline, data = prepared("flux_dev")
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    distill(pipeline, data, tiny_config(tmp_path / "run"))
+    after = pipeline.transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    plain = load_adapter(prepared("flux_dev")[0], tmp_path / "run" / "adapter").transformer
+    own = {name: value for name, value in plain.state_dict().items() if ".hybrid." in name}
+    assert own and all(torch.equal(after[name], value) for name, value in own.items())
+
+    pipeline, data = prepared("flux_dev")
+    hybridize(pipeline.transformer, HybridConfig(window=3, delta_rank=2))
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="the hybrid layers have a LoRA"):
+        distill(pipeline, data, tiny_config(tmp_path / "other"))
+    pipeline, data = prepared("flux_dev")
+    pipeline.transformer = torch.compile(pipeline.transformer)
+    with pytest.raises(ValueError, match="the model is within OptimizedModule: give the model itself"):
+        distill(pipeline, data, tiny_config(tmp_path / "other"))
 
 
 def test_a_guidance_distilled_teacher_has_no_task_loss_on_others_images(prepared):

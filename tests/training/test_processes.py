@@ -6,7 +6,7 @@ import pytest
 from accelerate import DistributedType
 
 from hybriddit.cli import main
-from hybriddit.training import processes
+from hybriddit.training import loop
 
 SETTINGS = {
     "distill": "{job: distill, model: {path: /nowhere}, data: {prompts: [a shoe]}, output: {folder: FOLDER}}",
@@ -46,5 +46,5 @@ def test_deepspeed_is_refused_before_any_work(arguments, tmp_path, monkeypatch, 
 def test_other_ways_are_refused(kind, version, checkpointing, message, arguments, tmp_path, monkeypatch, capsys):
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(activation_checkpointing=checkpointing))
     accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=version == 2, state=state)
-    monkeypatch.setattr(processes, "make_accelerator", lambda config: accelerator)
+    monkeypatch.setattr(loop, "make_accelerator", lambda config: accelerator)
     refused(arguments, message, tmp_path, capsys)

@@ -21,7 +21,7 @@ from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models.flops import sit_flops
 from hybriddit.training import distill as distilling
-from hybriddit.training import fit as fitting
+from hybriddit.training import loop as fitting
 from hybriddit.training import train_sit as training
 from hybriddit.training.optimizer import make_optimizer
 from hybriddit.training.run_config import DistillConfig, SiTConfig

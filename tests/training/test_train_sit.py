@@ -34,10 +34,10 @@ from hybriddit.models.flops import sit_flops
 from hybriddit.models.sit import SIT_FAR_BRANCH
 from hybriddit.pipelines import sit as sit_pipeline
 from hybriddit.pipelines.loading import load_sit_pipeline
-from hybriddit.training import processes
+from hybriddit.training import loop
 from hybriddit.training import train_sit as module
 from hybriddit.training.batches import batches, in_turn, one_ahead
-from hybriddit.training.fit import known_peak
+from hybriddit.training.loop import known_peak
 from hybriddit.training.run_config import SiTConfig, load_config, to_dict
 from hybriddit.training.train_sit import draw_batches, make_model, run, train
 
@@ -535,7 +535,7 @@ def test_settings_that_cannot_work_are_told_in_a_line(config, tmp_path, override
 
 
 def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(loop, "is_wandb_available", lambda: False)
     overrides = [f"output.folder={tmp_path / 'run'}", "data.path=/nowhere"]
     with pytest.raises(
         ModuleNotFoundError, match="output.tracker is wandb, which is not installed: pip install wandb$"
@@ -551,7 +551,7 @@ def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, 
             kind = DistributedType.DEEPSPEED
         state = SimpleNamespace(fsdp_plugin=plugin)
         accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=is_fsdp2, state=state)
-        monkeypatch.setattr(processes, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
+        monkeypatch.setattr(loop, "make_accelerator", lambda config, accelerator=accelerator: accelerator)
         with pytest.raises(NotImplementedError, match=message):
             run(load_config(config, overrides))
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_wandb_available
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,12 +22,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 
 from ..files import replacing
-from ..images import save_grid
+from ..images import open_image, save_grid
 from .batches import batches
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .optimizer import make_optimizer, set_learning_rates
+from .processes import check_distribution, check_processes, claim_folder, make_accelerator
 from .run_config import to_dict
-from .run_log import log, plot_log, record_start, start_log
+from .run_log import changed_settings, log, plot_log, read_starts, record_start, start_log
+from .tracker import start_tracker, track_image, tracked_run
 
 # dense bf16 TFLOP/s, by a part of the device's name
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
@@ -92,6 +95,23 @@ class Job(ABC):
         return tensors
 
 
+def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerator:
+    """Set up the processes and claim `config.output.folder`, if one is given, before anything is loaded.
+
+    result: the name of the run's result in the folder, "adapter" or "pipeline". settings: the settings that must not
+    change when a run is resumed. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one line, for
+    settings, launchers and folders that cannot work.
+    """
+    if config.output.folder and config.output.tracker == "wandb" and not is_wandb_available():
+        raise ModuleNotFoundError("output.tracker is wandb, which is not installed: pip install wandb")
+    accelerator = make_accelerator(config)
+    check_distribution(accelerator)
+    check_processes(config, accelerator.num_processes)
+    if config.output.folder:
+        claim_folder(Path(config.output.folder), result, settings, resume)
+    return accelerator
+
+
 def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> nn.Module:
     """Train `job.model` up to `config.train.steps` steps; returns what `job.finish` makes of the averaged weights.
 
@@ -116,8 +136,6 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
         average.optimization_step = first
     if writes:
         start_folder(folder, first, job, config, accelerator)
-    if folder is not None:
-        accelerator.init_trackers(config.output.tracker)
 
     names = (*job.metrics, "grad_norm")
     pending: list[torch.Tensor] = []  # metrics of the steps since the last log line, still on the device
@@ -159,9 +177,8 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 with averaged(job.model, average, parameters):
                     values["fd"] = job.distance()
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-            if folder is not None:
-                accelerator.log(values, step=done)
             if writes:
+                accelerator.log(values, step=done)
                 log(folder, {"step": done, **values})
             if gathers and due["checkpoint"]:
                 state = (trained, average.shadow_params, optimizer, job.settings)
@@ -174,7 +191,9 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 with averaged(job.model, average, parameters):
                     columns = job.samples()
                 if writes and columns:
-                    save_grid(folder / "samples" / f"step-{done:08d}.png", columns)
+                    grid = folder / "samples" / f"step-{done:08d}.png"
+                    save_grid(grid, columns)
+                    track_image(accelerator, "samples", open_image(grid), done)
                     plot_log(folder, (*names, "fd"))
             since = time.perf_counter()  # throughput leaves out saving and sampling
 
@@ -216,12 +235,24 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def start_folder(folder: Path, first: int, job: Job, config, accelerator: Accelerator) -> None:
-    """Write config.yaml if the run is new, add this start to run.json, and cut the log after step `first`."""
+    """Make the run's folder ready and start its tracker, before step `first`.
+
+    Writes config.yaml if the run is new, adds this start to run.json, and cuts the log after step `first`. Says which
+    settings a resumed run was given other values of.
+    """
+    settings = to_dict(config)
+    starts = read_starts(folder) if first else []
+    changed = changed_settings(starts, settings)
     if first == 0:
         with replacing(folder / "config.yaml") as partial:
-            OmegaConf.save(OmegaConf.create(to_dict(config)), partial)
-    record_start(folder, first, accelerator.num_processes, accelerator.device, **job.notes(first))
+            OmegaConf.save(OmegaConf.create(settings), partial)
+    run = tracked_run(config, starts)
+    notes = {**job.notes(first), "config": settings, "changed": changed, "tracker": run}
+    record_start(folder, first, accelerator.num_processes, accelerator.device, **notes)
+    for name, (before, now) in changed.items():
+        print(f"resumed: {name} {before} -> {now} from step {first + 1}", flush=True)
     start_log(folder, first)
+    start_tracker(accelerator, run, settings, first)
 
 
 def progress_bar(name: str, first: int, config, accelerator: Accelerator) -> tqdm:

@@ -1,0 +1,70 @@
+"""Files in tars, read where they lie: nothing is unpacked, and no name in a tar is trusted. Imports no torch."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+
+@dataclass(frozen=True, order=True)
+class TarMember:
+    """A file in a tar, with those of Path's methods that reading pictures and captions needs.
+
+    start, size: where its bytes are in the tar.
+    """
+
+    tar: Path
+    name: str
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.name}"
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    def with_suffix(self, suffix: str) -> tuple[Path, str]:
+        """The tar, and the name with another ending."""
+        return self.tar, str(PurePosixPath(self.name).with_suffix(suffix))
+
+    def relative_to(self, folder: Path) -> PurePosixPath:
+        return PurePosixPath(self.tar.relative_to(folder).as_posix(), self.name.lstrip("/"))
+
+    def is_file(self) -> bool:
+        return self.tar.is_file()
+
+    def stat(self) -> SimpleNamespace:
+        return SimpleNamespace(st_size=self.size, st_mtime_ns=self.tar.stat().st_mtime_ns)
+
+    def read_bytes(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+    def open(self, mode: str = "rb") -> BytesIO:
+        return BytesIO(self.read_bytes())
+
+
+def tar_members(path: Path) -> list[TarMember]:
+    """The files in a tar that is not compressed, sorted by name; of two with one name the last. Not links and devices.
+
+    Raises ValueError where the tar is damaged.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = {
+                member.name: TarMember(path, member.name, member.offset_data, member.size)
+                for member in tar
+                if member.isreg() and member.sparse is None
+            }
+            tar.fileobj.seek(tar.offset)  # at a damaged header tarfile stops without a word
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"its header at byte {tar.offset} is broken")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no tar: {error}") from error
+    return sorted(members.values())
