@@ -137,8 +137,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        help="where --model is a single .safetensors file: folder or repository of the same kind of model in diffusers' "
-        "layout, which has its other parts",
+        help="where --model is a single .safetensors file: folder or repository of the same kind of model in "
+        "diffusers' layout, which has its other parts",
     )
 
 
@@ -292,8 +292,8 @@ def add_generate(commands) -> None:
     sub.add_argument(
         "--model",
         required=True,
-        help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run; or a "
-        "single .safetensors file, with --config",
+        help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run; "
+        "or a single .safetensors file, with --config",
     )
     _add_files(sub)
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
@@ -310,7 +310,8 @@ def add_generate(commands) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="file of prompts, one a line; several processes of torchrun share them, and images that are there are kept",
+        help="file of prompts (one a line, or a table); several processes of torchrun share them, and images that are "
+        "there are kept",
     )
     subject.add_argument(
         "--class-label",
@@ -355,8 +356,8 @@ def add_generate(commands) -> None:
     sub.add_argument(
         "--offload",
         choices=OFFLOADS,
-        help="keep weights off the GPU until they are used: whole models, or their layers one by one (group; sequential "
-        "is the same by accelerate, slower)",
+        help="keep weights off the GPU until they are used: whole models, or their layers one by one (group; "
+        "sequential is the same by accelerate, slower)",
     )
     sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
     sub.add_argument("--quiet", action="store_true", help="print errors only")

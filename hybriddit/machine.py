@@ -63,7 +63,7 @@ def device_of_this_machine() -> torch.device:
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device of this name, such as "cpu", "cuda:1" or "mps"; None: this machine's (one of several processes': its own).
+    """The device of this name, such as "cpu", "cuda:1" or "mps"; None: this machine's, of a process of several its own.
 
     Raises ValueError, in one line, for a device that torch does not have here.
     """

@@ -40,8 +40,8 @@ def push_adapter(
     else a card is made and kept there (`make_card`, which takes base and license).
     repo_id: "owner/name". private: of a repository that is made. token: None is the one of `hf auth login` or HF_TOKEN.
 
-    Raises FileNotFoundError or ValueError, in one line, for what is no adapter, and ConnectionError where the hub does not
-    take it.
+    Raises FileNotFoundError or ValueError, in one line, for what is no adapter, and ConnectionError where the hub does
+    not take it.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
@@ -86,7 +86,7 @@ def find_adapter(folder: Path) -> Path:
 def make_card(folder: Path, repo_id: str, base: str | None = None, license: str = "unknown") -> ModelCard:
     """Make an adapter's card: base, settings, and the figures of its run where the folder is in one.
 
-    base: repository of what it was distilled from; None: what the run's config says. A folder is named, without its path.
+    base: repository of what it was distilled from; None: what the run's config says. Of a folder only the name is told.
     license: of the base, whose licence the adapter's use falls under.
     """
     from huggingface_hub import ModelCard, ModelCardData

@@ -1,4 +1,4 @@
-"""What `hybriddit generate` adds to the pipeline's call: LoRA files, where weights lie, prompt files, several processes."""
+"""What `hybriddit generate` adds to the pipeline's call: LoRA files, offload, prompt files, several processes."""
 
 import json
 import os

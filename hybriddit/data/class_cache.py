@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..files import checksum, read_tensors, write_json
 from ..models.family import check_latents_scale
-from ..pipelines.stored import choose_variant
+from ..stored import choose_variant
 from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import find_classes, read_images
 from .image_files import say

@@ -69,8 +69,8 @@ def run(
 ) -> dict[str, Any]:
     """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
 
-    model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`. adapter:
-    a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
+    model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
+    adapter: a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
     `pipelines.prepare.place`. vae_tiling: decode in tiles. seed_per_prompt, settings: those of `generate`. quiet: no
     progress bars, and no notes on stderr. announce: print each file saved.
@@ -197,7 +197,7 @@ def _check_base(
     from ..models.family import family_of_class
     from ..pipelines.loading import check_convertible, check_hybrid
     from ..pipelines.prepare import check_lora_loader
-    from ..pipelines.stored import component_classes
+    from ..stored import component_classes
 
     check_inputs(base.pipeline_class, image, mask)
     family = family_of_class(base.transformer_class)
@@ -226,7 +226,6 @@ def _is_made(path: Path, record: dict[str, Any]) -> bool:
     found = read_record(path) or {}
     for name, value in json.loads(json.dumps(record)).items():
         if name not in found or found[name] != value:
-            raise ValueError(
-                f"{path} is there already, made with {name} {found.get(name)}, not {value}: give another --out, or delete it"
-            )
+            made = f"made with {name} {found.get(name)}, not {value}"
+            raise ValueError(f"{path} is there already, {made}: give another --out, or delete it")
     return True

@@ -13,7 +13,7 @@ from typing import Any
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import load_image, read_record
-from ..pipelines.stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
+from ..stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
@@ -147,7 +147,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """{"card": what the card of `hybriddit push` says}; nothing where there is none. Raises ValueError if it is damaged."""
+    """{"card": what the card of `hybriddit push` says}; nothing where there is none. Raises ValueError if damaged."""
     if not path.is_file():
         return {}
     from huggingface_hub import ModelCard

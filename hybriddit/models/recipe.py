@@ -73,7 +73,7 @@ def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor)
 def ddpm_noise(
     latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DDPM: the latents with the schedule's noise at these steps, and what the scheduler says that the teacher predicts."""
+    """DDPM: the latents with the schedule's noise at these steps, and what the teacher predicts by the scheduler."""
     keep = _alphas(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
     signal, sigma = keep.sqrt(), (1 - keep).sqrt()
     kind = scheduler.config.get("prediction_type", "epsilon")

@@ -22,8 +22,7 @@ from ..config import HybridConfig
 from ..files import read_json
 from ..models import SiTTransformer2DModel, families
 from ..models.family import Family, family_of_class
-from .sit import SiTPipeline
-from .stored import (
+from ..stored import (
     PICKLED,
     choose_variant,
     component_classes,
@@ -33,6 +32,7 @@ from .stored import (
     variants_of,
     weight_files,
 )
+from .sit import SiTPipeline
 
 # components that may be missing from a pipeline's model_index.json; whether it works without is checked when it is used
 OPTIONAL = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))

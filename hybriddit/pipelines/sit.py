@@ -49,8 +49,8 @@ class SiTPipeline(DiffusionPipeline):
         path, prediction: what the transformer was trained for, see `hybriddit.flow`.
         weights: a note on the weights, such as "EMA 0.9999, step 400000", written into the records of images.
 
-    Raises ValueError for an unknown path or prediction, a class index that the transformer does not have, and a VAE with
-    a mean and std per channel.
+    Raises ValueError for an unknown path or prediction, a class index that the transformer does not have, and a VAE
+    with a mean and std per channel.
     """
 
     model_cpu_offload_seq = "transformer->vae"

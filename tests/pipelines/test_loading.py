@@ -1,4 +1,4 @@
-"""Bases as they are found in the wild: mixed dtypes, variants, without an encoder, in a single file; what is refused."""
+"""Bases as they are found: mixed dtypes, variants, without an encoder, in a single file; what is refused."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import hybriddit
 from hybriddit.cli import main
 from hybriddit.info import describe
 from hybriddit.pipelines.loading import find_base, load_base
-from hybriddit.pipelines.stored import choose_variant, stored_dtype
+from hybriddit.stored import choose_variant, stored_dtype
 
 SIZE = ["--height", "64", "--width", "64", "--steps", "1", "--max-sequence-length", str(TEXT_LENGTH)]
 MIXED = {"transformer": torch.bfloat16, "vae": torch.float32, "text_encoder": torch.float16}

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json
+from .files import read_json
 
 # model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and diffusers' older
 # model-00001-of-00002.fp16.safetensors
@@ -49,7 +49,7 @@ def variants_of(names: Iterable[str]) -> set[str | None]:
 def choose_variant(
     components: Mapping[str, Iterable[str]], wanted: str | None, where: str
 ) -> tuple[str | None, str | None]:
-    """Choose the variant to load. Returns it (None: the files without a variant's name), and a note if there are others.
+    """Choose the variant to load. Returns it (None: the files without a name), and a note if there are others.
 
     components: the names of each component's files. A component without files of the chosen variant takes its files
     without a name. wanted: the variant that was asked for; None: the files without a name where every component has
