@@ -39,9 +39,7 @@ def finish(*arguments, output=None, before=None, timeout=300):
 
 def finish_sharded(*arguments, output=None, timeout=300):
     """As `finish`, by FSDP2 in two processes; the exit codes of both."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         start(*arguments, output=f"{output}.{rank}", before=functools.partial(_shard, rank, port)) for rank in range(2)
     ]
@@ -49,6 +47,42 @@ def finish_sharded(*arguments, output=None, timeout=300):
         process.join(timeout)
         process.kill()
     return [process.exitcode for process in processes]
+
+
+def in_two_processes(function, *arguments, output, timeout=120):
+    """Call function(rank, *arguments) in both of two processes over gloo; their exit codes. output: as above."""
+    context.set_forkserver_preload(["runs", "hybriddit.training.distill", "accelerate"])
+    port = free_port()
+    processes = [
+        context.Process(target=_join, args=(rank, port, f"{output}.{rank}", function, arguments)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"a process took longer than {timeout} s")
+    return [process.exitcode for process in processes]
+
+
+def _join(rank, port, output, function, arguments):
+    _redirect(output)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    function(rank, *arguments)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _redirect(output):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def _shard(rank, port):
@@ -101,9 +135,7 @@ def wait_for(condition, seconds=120):
 def _run(arguments, output, before):
     torch.set_num_threads(1)
     if output is not None:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        _redirect(output)
     if before is not None:
         before()
     sys.argv = ["hybriddit", *arguments]

@@ -78,7 +78,7 @@ output: {{checkpoint_every: 1}}
 
 
 def folders(run="run"):
-    """The config's paths, relative: a cache knows the model by its path."""
+    """The config's paths, relative."""
     return ["model.path=flux_dev", "data.prompts=prompts.txt", "data.cache=cache", f"output.folder={run}"]
 
 
@@ -602,19 +602,31 @@ def a_checkpoint_without_its_state(w):
 
 @bad(r"damaged.*delete it and run again")
 def cached_latents_with_a_flipped_bit(w):
-    damage(w.folder / "cache" / "latents-00000.safetensors", "flip")
+    damage(w.folder / "cache" / "latents-00000-00002.safetensors", "flip")
     return w.distill()
 
 
 @bad(r"damaged.*delete it and run again")
 def cached_latents_cut_short(w):
-    damage(w.folder / "cache" / "latents-00000.safetensors", "truncate")
+    damage(w.folder / "cache" / "latents-00000-00002.safetensors", "truncate")
     return w.distill()
 
 
 @bad(r"made with other values of seed")
 def a_cache_made_with_another_seed(w):
     return w.distill("data.seed=7")
+
+
+@bad(r"made with other values of prompts \(image 0 is of 'a red shoe', and would be of 'a bag'\)")
+def a_cache_of_other_prompts(w):
+    return w.distill("data.prompts=[a bag]")
+
+
+@bad(r"pictures.json is damaged .*delete it and run again")
+def a_cache_of_images_whose_list_is_damaged(w):
+    (w.folder / "other").mkdir()
+    (w.folder / "other" / "pictures.json").write_text('{"a.png": [1]}')
+    return w.distill("data.source=folder", f"data.folder={w.folder / 'images'}", "data.cache=other")
 
 
 @bad(r"data.json")
@@ -698,7 +710,7 @@ def a_pipeline_with_truncated_weights(w):
     return w.generate()
 
 
-@bad(r"does not load")
+@bad(r"lacks the folder of its text_encoder")
 def a_pipeline_without_its_text_encoder(w):
     shutil.rmtree(w.folder / "flux_dev" / "text_encoder")
     return w.generate()

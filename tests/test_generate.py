@@ -12,7 +12,8 @@ from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 import hybriddit
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import build_parser, main
-from hybriddit.generate import NoEffectWarning, _for_task, check_settings, generate, output_paths
+from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths
+from hybriddit.generate.images import for_task
 from hybriddit.images import read_record, save_png
 from hybriddit.pipelines.sit import SAMPLERS
 
@@ -390,6 +391,6 @@ def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
     with pytest.raises(ValueError, match="width 98 is no multiple of 4, which this model needs"):
         generate(pipeline, "a red shoe", width=98)
     for mask, task in ((None, "Img2Img"), (Image.new("L", (96, 64)), "Inpaint")):
-        assert type(_for_task(pipeline, picture(0), mask)).__name__ == f"StableDiffusion{task}Pipeline"
+        assert type(for_task(pipeline, True, mask is not None)).__name__ == f"StableDiffusion{task}Pipeline"
     with pytest.raises(ValueError, match="diffusers has no inpainting for a DDPMPipeline"):
-        _for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), picture(0), mask)
+        for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), True, mask is not None)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 
@@ -118,6 +119,13 @@ def test_killed_and_resumed_is_unbroken(model, tmp_path, capsys, monkeypatch):
     assert not folder.exists()
     assert cli.main(arguments(model, out, "--guidance", "3")) == 1
     assert "was made with guidance 2.0, not 3.0" in capsys.readouterr().err
+    shutil.copytree(model, tmp_path / "moved")
+    assert cli.main(arguments(tmp_path / "moved", out)) == 0 and len(calls) == 13
+    other = SiTPipeline.from_pretrained(model)
+    other.transformer.proj_out.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "moved")
+    assert cli.main(arguments(tmp_path / "moved", out)) == 1
+    assert "was made with transformer_sha256" in capsys.readouterr().err
 
 
 def test_damaged_parts_are_made_again(model, tmp_path, capsys, monkeypatch):

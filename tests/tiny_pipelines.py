@@ -119,10 +119,11 @@ def recipe_of(pipeline, name: str | None = None):
     return family_of(pipeline.transformer).recipe(pipeline.transformer.config, name)
 
 
-def tiny_data(pipeline, images: int = 8, **kwargs):
-    """What the tiny teacher makes of PROMPTS, in memory."""
+def tiny_data(pipeline, images: int = 8, prompts=PROMPTS, **kwargs):
+    """What the tiny teacher makes of the prompts, in memory."""
     settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
-    return teacher_images(pipeline, PROMPTS, images=images, batch_size=4, progress=False, **{**settings, **kwargs})
+    settings |= {"batch_size": 4, "progress": False}
+    return teacher_images(pipeline, prompts, images=images, **{**settings, **kwargs})
 
 
 def _t5():

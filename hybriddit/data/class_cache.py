@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,22 +14,32 @@ from diffusers import AutoencoderKL
 from torchvision.transforms.v2.functional import horizontal_flip
 from tqdm import tqdm
 
-from ..files import checksum, read_tensors, write_json
+from ..files import checksum, read_json, read_tensors, write_json
+from ..models.family import check_latents_scale
+from ..stored import choose_variant
 from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import find_classes, read_images
 from .image_files import say
-from .shards import SETTINGS, ShardFile, save_shard, write_or_check_settings
+from .shards import SETTINGS, ShardFile, check_settings, read_settings, save_shard, write_settings
 
 INDEX = "index.json"  # written last: a cache without it is not finished
 
 
 def load_vae(path: str) -> AutoencoderKL:
-    """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none."""
+    """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none.
+
+    Of a folder without plain files it takes the variant that there is, see `stored.choose_variant`.
+    """
+    variant = None
     try:
         kind = AutoencoderKL.load_config(path).get("_class_name")
         if kind not in (None, AutoencoderKL.__name__):
             raise ValueError(f"it is a {kind}")
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
+        if os.path.isdir(path):
+            variant, _ = choose_variant({"VAE": os.listdir(path)}, None, path)
+        vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, variant=variant)
+        check_latents_scale(vae.config)
+        return vae.requires_grad_(False).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"no AutoencoderKL at {path!r}: {' '.join(str(error).split())}") from error
 
@@ -82,9 +92,13 @@ def make_cache(
 ) -> None:
     """Cache class folders (see `find_classes`) in shards on disk: pixels, or with a VAE the moments of latents.
 
-    Every shard is whole or absent; a run that was stopped continues where it stopped. Several processes, told apart by
-    rank, take turns at the shards, and the last to finish writes the index: number of images, checksums, mean and
-    standard deviation of each channel as the model would see it, and which images could not be read.
+    Every shard is whole or absent; a run that was stopped continues where it stopped. With a finished cache no image is
+    opened and nothing is written. The shards of images that have changed since, by content, are made again; a folder of
+    other file names is refused. Folder and VAE may have moved, and the shards keep the size they have.
+
+    Several processes, told apart by rank, take turns at the shards, and the last to finish writes the index: number of
+    images, checksums, mean and standard deviation of each channel as the model would see it, and which images could not
+    be read.
 
     size: side of the square images, in pixels. vae_name: recorded as the place of the VAE.
 
@@ -117,19 +131,38 @@ def make_cache(
         scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         digest = checksum({name: value.float().cpu() for name, value in vae.state_dict().items()})
         info = ClassInfo(shape, classes, vae_name, digest, scaling, shift)
-    # a broken link has no size; it is left out later as an image that cannot be read
-    files = [(str(path.relative_to(folder)), path.stat().st_size if path.exists() else None) for path in paths]
+    names = [path.relative_to(folder).as_posix() for path in paths]
     settings = {**asdict(info), "size": size, "images": len(paths), "shard_size": shard_size}
-    settings["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    write_or_check_settings(cache, settings, "--out")
+    settings["files"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    before = read_settings(cache, "--out")
+    if before is None:
+        write_settings(cache, settings)
+    else:
+        fixed = ("shape", "classes", "vae_sha256", "scaling_factor", "shift_factor", "size")
+        check_settings(cache, before, {name: settings[name] for name in fixed}, "--out")
+        if before["files"] != settings["files"]:
+            _check_files(cache, before, paths, names)
+        if before["shard_size"] != shard_size and progress:
+            say(f"{cache} has shards of {before['shard_size']} images: it keeps them, --shard-size is for a new one")
+        shard_size = before["shard_size"]
 
     starts = range(0, len(paths), shard_size)
-    own = range(rank, len(starts), processes)
-    for number in tqdm(own, desc="caching", unit="shard", disable=not progress):
-        record, shard = (cache / f"shard-{number:05d}.{ending}" for ending in ("json", "safetensors"))
-        if record.exists() and (shard.exists() or not json.loads(record.read_text())["images"]):
-            continue
+    todo = []
+    for number in range(rank, len(starts), processes):
         part = slice(starts[number], starts[number] + shard_size)
+        record, shard = _shard_files(cache, number)
+        line = read_json(record) if record.exists() else None
+        changed = [] if line is None else _changed(line.get("files"), names[part], paths[part])
+        if changed:  # no index before all of them are made again
+            say(
+                f"{changed[0]} has changed since {cache} was made: the {len(paths[part])} images of its shard are read anew"
+            )
+            for path in (cache / INDEX, record):
+                path.unlink(missing_ok=True)
+        if changed or line is None or (line["images"] and not shard.exists()):
+            todo.append((part, record, shard))
+    for part, record, shard in tqdm(todo, desc="caching", unit="shard", disable=not progress):
+        files = {name: _file_state(path) for name, path in zip(names[part], paths[part], strict=True)}
         images, kept, skipped = read_images(paths[part], labels[part], size, channels)
         line = {"images": len(kept), "skipped": {str(Path(p).relative_to(folder)): why for p, why in skipped.items()}}
         if kept:
@@ -138,9 +171,57 @@ def make_cache(
                 table = {**_encode(vae, table["images"], batch_size), "labels": table["labels"]}
             save_shard(shard, table)
             line |= {"checksum": checksum(table), **_sums(table, info)}
-        write_json(record, line)
-    if all((cache / f"shard-{number:05d}.json").exists() for number in range(len(starts))):
-        _write_index(cache, len(starts))
+        write_json(record, {**line, "files": files})
+    records = [_shard_files(cache, number)[0] for number in range(len(starts))]
+    if (todo or not (cache / INDEX).exists()) and all(record.exists() for record in records):
+        _write_index(cache, records)
+
+
+def _shard_files(cache: Path, number: int) -> tuple[Path, Path]:
+    """The record of a shard, written after the shard, and the shard, which is absent if no image of it can be read."""
+    return cache / f"shard-{number:05d}.json", cache / f"shard-{number:05d}.safetensors"
+
+
+def _file_state(path: Path) -> list:
+    """Size, time of the last change in nanoseconds, and SHA-256 of a file; [None] * 3 of a link that leads nowhere."""
+    if not path.exists():
+        return [None, None, None]
+    stat = path.stat()
+    with open(path, "rb") as file:
+        return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _changed(files: dict[str, list] | None, names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """The names of the images whose content is another than when their shard was made.
+
+    A file of the same size and time is not opened. files: None in shards of version 0.1, which does not know.
+    """
+    if files is None:
+        return []
+    changed = []
+    for name, path in zip(names, paths, strict=True):
+        stat = path.stat() if path.exists() else None
+        now = [None, None] if stat is None else [stat.st_size, stat.st_mtime_ns]
+        if files[name][:2] != now and files[name][2] != _file_state(path)[2]:
+            changed.append(name)
+    return changed
+
+
+def _check_files(cache: Path, found: dict, paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raise ValueError, if possible naming one, where a folder's images are not those of the cache.
+
+    Version 0.1 also recorded their sizes.
+    """
+    # a broken link has no size; it is left out as an image that cannot be read
+    sizes = [(name, path.stat().st_size if path.exists() else None) for name, path in zip(names, paths, strict=True)]
+    if found["files"] == hashlib.sha256(json.dumps(sizes).encode()).hexdigest():
+        return
+    records = [read_json(record) for record in sorted(cache.glob("shard-*.json"))]
+    known = {name: None for record in records for name in record.get("files", {})}
+    gone = [f"{name} is gone" for name in known if name not in set(names)]
+    new = [f"{name} is new" for name in names if name not in known]
+    which = f" ({(gone + new)[0]})" if gone or (new and len(known) == found["images"]) else ""
+    raise ValueError(f"the cache {cache} was made with other values of files{which}: use another --out, or delete it")
 
 
 @torch.no_grad()
@@ -170,8 +251,8 @@ def _sums(table: Mapping[str, torch.Tensor], info: ClassInfo) -> dict[str, list[
     return {"sum": x.sum((0, 2, 3)).tolist(), "square": (x**2 + variance).sum((0, 2, 3)).tolist()}
 
 
-def _write_index(cache: Path, shards: int) -> None:
-    lines = [json.loads((cache / f"shard-{number:05d}.json").read_text()) for number in range(shards)]
+def _write_index(cache: Path, records: Sequence[Path]) -> None:
+    lines = [read_json(record) for record in records]
     count = sum(line["images"] for line in lines)
     skipped = {path: why for line in lines for path, why in line["skipped"].items()}
     if not count:
@@ -186,7 +267,7 @@ def _write_index(cache: Path, shards: int) -> None:
         "mean": mean,
         "std": [max(0.0, s - m * m) ** 0.5 for m, s in zip(mean, square, strict=True)],
         "shards": {
-            f"shard-{number:05d}.safetensors": line["checksum"] for number, line in enumerate(lines) if line["images"]
+            _shard_files(cache, number)[1].name: line["checksum"] for number, line in enumerate(lines) if line["images"]
         },
         "skipped": skipped,
     }

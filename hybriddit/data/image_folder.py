@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from ..files import write_json
+from ..files import read_json, write_json
 from ..images import open_image
 from ..models import family_of
-from .captions import CaptionedFolder, read_captions
+from .captions import read_captions
 from .image_files import say
-from .latents import LatentData, LatentInfo, build_latents, encode_prompts
+from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
+from .pictures import examine
+from .shards import ALONE, Processes
 
 
 def image_folder(
@@ -32,6 +33,7 @@ def image_folder(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> LatentData:
     """Encode the images under `folder` and their captions; images are scaled and centre-cropped to height x width.
 
@@ -41,61 +43,113 @@ def image_folder(
     height, width: in pixels. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
         value of a guidance embedding.
     seed: which of an image's captions is taken, where it has several.
-    cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
+    cache: a folder to keep the set in; None keeps it in memory. The set is that of the folder as it is now: an image
+        has its row by its content and caption, wherever it lies, and only rows that the cache does not have are made.
+        With a finished cache no image is opened, and nothing is written.
+    processes: those that share the work, if there are several; every one of them calls this, with a cache.
 
-    Raises FileNotFoundError for a folder that does not exist, and ValueError where none of its images can be used.
+    Raises FileNotFoundError for a folder that does not exist, and ValueError where none of its images can be used, or
+    for a cache made with other settings.
     """
+    folder = Path(folder)
     found = read_captions(folder, seed)
     captions = found.captions
-    for note in found.notes:
+    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
+    settings = {"height": height, "width": width, "max_sequence_length": max_sequence_length, "teacher_made": False}
+    place = find_place(pipeline, cache, settings, ("vae",), says=processes.rank == 0)
+    if "files" in place.record:
+        good, skipped = _files_of_version_0_1(place, folder, captions)
+        content, wanted, rows = None, list(range(len(good))), {}
+    else:
+        captioned = [path for path, caption in captions.items() if caption]
+        pictures = examine(folder, captioned, place.folder, progress=progress, processes=processes)
+        reasons = {path: picture.error for path, picture in pictures.items()}
+        reasons |= {path: found.reasons.get(path, "it has no caption") for path in captions if path not in reasons}
+        skipped = {str(path): reasons[path] for path in captions if reasons[path] is not None}
+        good = [path for path in captioned if reasons[path] is None]
+        content = [_key(pictures[path].sha256, captions[path]) for path in good]
+        numbers = {key: number for number, key in enumerate(place.record.get("rows", []))}
+        wanted = [numbers.setdefault(key, len(numbers)) for key in content]
+        rows = {"rows": list(numbers)}
+        known = set(place.record.get("rows", content))
+        changed = [path for path, key in zip(good, content, strict=True) if key not in known]
+        if changed and processes.rank == 0:
+            say(
+                f"{len(changed)} of {len(good)} images or their captions are new or have changed since {place.folder} was "
+                f"made ({changed[0]}, ...): these alone are encoded"
+            )
+    for note in found.notes if processes.rank == 0 else ():
         say(note)
-    good, skipped = usable(found, progress)
-    if skipped:
-        first = next(iter(skipped.items()))
-        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {first[0]} ({first[1]}), ...")
+    if skipped and processes.rank == 0:
+        path, reason = next(iter(skipped.items()))
+        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {path} ({reason}), ...")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
-    info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
+    paths = dict(zip(wanted, good, strict=True))
 
     def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        text = encode_prompts(pipeline, [captions[good[i]] for i in rows], max_sequence_length)
-        images = [read_image(good[i], height, width) for i in rows]
+        text = encode_prompts(pipeline, [captions[paths[row]] for row in rows], max_sequence_length)
+        images = [read_image(paths[row], height, width) for row in rows]
         return {"latents": encode_images(pipeline, images), **text}
 
-    stats = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
     data = build_latents(
         pipeline,
         info,
         make_batch,
-        count=len(good),
+        place,
+        wanted=wanted,
+        rows=rows,
+        content=content,
         batch_size=batch_size,
-        settings={"files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()},
-        cache=cache,
         desc="encoding images",
         progress=progress,
+        processes=processes,
     )
-    if cache is not None:  # only now is it certain that the cache belongs to this folder
-        write_json(Path(cache) / "skipped.json", skipped)
+    if place.folder is not None and processes.rank == 0:
+        _list_skipped(place.folder / "skipped.json", skipped)
     return data
+
+
+def _key(sha256: str, caption: str) -> str:
+    """What a row is of."""
+    return hashlib.sha256(f"{sha256} {caption}".encode()).hexdigest()
+
+
+def _list_skipped(path: Path, skipped: dict[str, str]) -> None:
+    """Write the list, unless it is there: the same files, wherever their folder was then."""
+
+    def names(listed: dict[str, str]) -> list[tuple[str, str]]:
+        return [(Path(image).name, reason) for image, reason in listed.items()]
+
+    if not path.exists() or names(read_json(path)) != names(skipped):
+        write_json(path, skipped)
+
+
+def _files_of_version_0_1(
+    place: Place, folder: Path, captions: Mapping[Path, str | None]
+) -> tuple[list[Path], dict[str, str]]:
+    """The images of a cache that knows them by name, length and caption alone, and {path: reason} of those left out.
+
+    Raises ValueError where the folder's are others.
+    """
+    listed = place.folder / "skipped.json"
+    skipped = read_json(listed) if listed.exists() else {}
+    first = Path(next(iter(skipped), folder / "none"))
+    for then in (folder, *first.parents):  # where the folder was then
+        left_out = {folder / Path(path).relative_to(then) for path in skipped if Path(path).is_relative_to(then)}
+        good = [path for path in captions if path not in left_out and captions[path] and path.is_file()]
+        files = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
+        if hashlib.sha256(json.dumps(files).encode()).hexdigest() == place.record["files"]:
+            return good, skipped
+    raise ValueError(
+        f"the cache {place.folder} was made by version 0.1 with other values of files (it does not tell which image or "
+        "caption has changed since): use another data.cache, or delete it"
+    )
 
 
 def captioned_images(folder: str | Path, seed: int = 0) -> dict[Path, str | None]:
     """Every image file under `folder`, sorted by path, with its caption or None; see `read_captions`."""
     return read_captions(folder, seed).captions
-
-
-def usable(found: CaptionedFolder, progress: bool = True) -> tuple[list[Path], dict[str, str]]:
-    """The images that have a caption and can be decoded completely; and {path: reason} of the others."""
-    good, skipped = [], {}
-    for path, caption in tqdm(found.captions.items(), desc="reading images", unit="image", disable=not progress):
-        try:
-            if not caption:
-                raise ValueError(found.reasons.get(path, "it has no caption"))
-            open_image(path)  # as `read_image` will
-            good.append(path)
-        except (OSError, ValueError) as error:
-            skipped[str(path)] = str(error)
-    return good, skipped
 
 
 def read_image(path: Path, height: int, width: int) -> Image.Image:

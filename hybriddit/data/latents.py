@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..models import dense_mode, family_of, is_hybrid
 from ..pipelines.loading import quiet
-from .shards import ShardedDataset, ShardFile, save_shard, write_or_check_settings
+from .identity import changed_components, describe_components
+from .image_files import say
+from .shards import (
+    ALONE,
+    Processes,
+    ShardedDataset,
+    ShardFile,
+    check_settings,
+    missing_rows,
+    read_settings,
+    save_shard,
+    shard_rows,
+    write_settings,
+)
 
 
 @dataclass(frozen=True)
 class LatentInfo:
-    """Describes how a set was made. Sets that were made differently never share a cache.
+    """Describes how a set was made, and how its teacher samples while training.
 
     height, width: in pixels. steps, guidance_scale, max_sequence_length, seed: as the teacher's pipeline was called.
     teacher_made: the images are the teacher's own, made with `guidance_scale`.
@@ -42,11 +58,20 @@ class LatentData(ShardedDataset):
         pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
         [N, states].
     empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
+    order: see `ShardedDataset`. content: a digest of all that the rows were made from, in their order, by which a run
+        that is resumed knows its set; None if it is not known.
     """
 
-    def __init__(self, shards: Sequence[Mapping], empty: dict[str, torch.Tensor], info: LatentInfo):
-        super().__init__(shards)
-        self.empty, self.info = empty, info
+    def __init__(
+        self,
+        shards: Sequence[Mapping],
+        empty: dict[str, torch.Tensor],
+        info: LatentInfo,
+        order: Sequence[int] | None = None,
+        content: str | None = None,
+    ):
+        super().__init__(shards, order)
+        self.empty, self.info, self.content = empty, info, content
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,58 +79,156 @@ class LatentData(ShardedDataset):
         return tuple(self.rows([0])["latents"].shape[1:])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a set is kept, and what it is made by.
+
+    folder: the cache's folder; None keeps the set in memory. record: what the folder's data.json says, {} if there is
+    none yet. settings: what the rows depend on besides the teacher. teacher: see `describe_components`.
+    """
+
+    folder: Path | None
+    record: dict[str, Any]
+    settings: dict[str, Any]
+    teacher: dict[str, Any]
+
+
+def find_place(
+    pipeline, cache: str | Path | None, settings: dict[str, Any], components: Sequence[str], *, says: bool = True
+) -> Place:
+    """Find where a set is kept: in `cache`, or in a folder inside it if another teacher's set is there.
+
+    Teachers are told apart by their content, so that one may move, and another may come to its place: then the sets of
+    both are kept. settings: what the rows depend on besides the teacher. components: the names of the pipeline's
+    components that make the rows, besides the text encoders. says: print where another teacher's set is kept.
+
+    Raises ValueError where the cache was made with other settings.
+    """
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    teacher = describe_components(pipeline, [*components, *encoders])
+    settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
+    if cache is None:
+        return Place(None, {}, settings, teacher)
+    folder = Path(cache)
+    record = read_settings(folder)
+    if record is None:
+        return Place(folder, {}, settings, teacher)
+    check_settings(folder, record, settings)
+    if "teacher" not in record:  # version 0.1 knew a teacher by its place alone
+        if Path(record.get("model", "")).resolve() != Path(_name_of(pipeline)).resolve():
+            raise ValueError(
+                f"the cache {folder} was made by version 0.1 with other values of model ({record.get('model')!r}, now "
+                f"{_name_of(pipeline)!r}), and does not tell its weights: use another data.cache, or the model's old path"
+            )
+        return Place(folder, record, settings, teacher)
+    changed = changed_components(record["teacher"], teacher)
+    if not changed:
+        return Place(folder, record, settings, teacher)
+    own = folder / f"teacher-{hashlib.sha256(json.dumps(teacher).encode()).hexdigest()[:12]}"
+    for other in sorted(folder.glob("teacher-*")):
+        found = read_settings(other) or {}
+        if not changed_components(found.get("teacher", {}), teacher):
+            check_settings(other, found, settings)
+            own, record = other, found
+            break
+    else:
+        record = {}
+    if says:
+        say(f"{folder} holds the set of another teacher ({', '.join(changed)} differ): this one's is in {own}")
+    return Place(own, record, settings, teacher)
+
+
+def _name_of(pipeline) -> str:
+    return str(pipeline.config.get("_name_or_path"))
+
+
 def build_latents(
     pipeline,
     info: LatentInfo,
     make_batch: Callable[[range, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    place: Place,
     *,
-    count: int,
+    wanted: Sequence[int],
+    rows: dict[str, Any],
+    content: Any,
     batch_size: int,
-    settings: dict,
-    cache: str | Path | None,
     desc: str,
     progress: bool,
+    processes: Processes = ALONE,
 ) -> LatentData:
-    """Build or reopen a set of `count` rows, one shard per call of `make_batch`.
+    """Build or reopen a set, one shard per call of `make_batch`, by all processes.
 
-    make_batch: (indices of the rows, the empty prompt's tensors) -> the rows' tensors, made with the dense teacher.
-    cache: a folder of one safetensors file per shard, each whole or absent. An interrupted run continues where it
-        stopped, and a finished cache is only opened. Raises ValueError where the cache was made with other settings.
-    settings: what the rows depend on besides `info` and the teacher; recorded in the cache.
+    A cache is a folder of one safetensors file per shard, each whole or absent. An interrupted run continues where it
+    stopped, with any batch size and number of processes; a finished cache is only opened, and nothing is written.
+
+    make_batch: (numbers of the rows, the empty prompt's tensors) -> the rows' tensors, made with the dense teacher.
+    wanted: the numbers of the set's rows in its order. rows: what the cache records of them, which may grow.
+    content: what the set's rows are, in its order, for `LatentData.content`; None if that is not known.
     """
-    folder = Path(cache) if cache is not None else None
-    if folder is not None:
-        teacher = {"pipeline": type(pipeline).__name__, "model": str(pipeline.config.get("_name_or_path"))}
-        teacher["dtype"] = str(pipeline.transformer.dtype)
-        write_or_check_settings(folder, {**teacher, **asdict(info), **settings, "batch_size": batch_size})
+    folder = place.folder
+    if folder is None and processes.count > 1:
+        raise ValueError("several processes need a cache, in which they find each other's images")
+    order = sorted(set(wanted))
+    there = shard_rows(folder, place.record.get("batch_size")) if folder is not None else []
+    missing = missing_rows(order, there, batch_size)
+    empty_file = folder / "empty.safetensors" if folder is not None else None
 
-    def shard(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> Mapping:
-        if folder is None:
-            return {key: value.cpu() for key, value in make().items()}
-        if not (folder / name).exists():
-            save_shard(folder / name, make())
-        return ShardFile(folder / name)
+    def encode_empty() -> dict[str, torch.Tensor]:
+        return {key: value.cpu() for key, value in encode_prompts(pipeline, [""], info.max_sequence_length).items()}
 
-    empty = shard("empty.safetensors", lambda: encode_prompts(pipeline, [""], info.max_sequence_length))
-    empty = {key: values[:] for key, values in empty.items()}
-    shards = []
+    if folder is not None and (missing or not empty_file.exists()):
+        processes.gather()  # all have seen the same files, before one writes
+        if processes.rank == 0:
+            new = {**place.settings, "model": _name_of(pipeline), "teacher": place.teacher}
+            record = {**(place.record or new), **rows}
+            if record != place.record:
+                write_settings(folder, record)
+            if not empty_file.exists():
+                save_shard(empty_file, encode_empty())
+        processes.gather()
+    empty = encode_empty() if folder is None else {key: table[:] for key, table in ShardFile(empty_file).items()}
+
+    made, done = [], len(order) - sum(map(len, missing))
     with (
         dense_mode(pipeline.transformer) if is_hybrid(pipeline.transformer) else nullcontext(),
         quiet(pipeline),
-        tqdm(total=count, desc=desc, unit="image", disable=not progress) as bar,
+        tqdm(total=len(order), initial=done, desc=desc, unit="image", disable=not progress) as bar,
     ):
-        for number, start in enumerate(range(0, count, batch_size)):
-            rows = range(start, min(start + batch_size, count))
-            shards.append(shard(f"latents-{number:05d}.safetensors", lambda rows=rows: make_batch(rows, empty)))
-            bar.update(len(rows))
-    return LatentData(shards, empty, info)
+        for turn in range(0, len(missing), processes.count):
+            together = missing[turn : turn + processes.count]  # a part for each process
+            for part in together[processes.rank : processes.rank + 1]:
+                tensors = make_batch(part, empty)
+                if folder is None:
+                    made.append((part, {key: value.cpu() for key, value in tensors.items()}))
+                else:
+                    save_shard(folder / f"latents-{part.start:05d}-{part.stop:05d}.safetensors", tensors)
+            bar.update(sum(map(len, together)))
+    if folder is not None:
+        if missing:
+            processes.gather()
+            there = shard_rows(folder, place.record.get("batch_size"))
+        made = [(part, _open(path, part)) for part, path in there]
+
+    places = {row: number for number, row in enumerate(row for part, _ in made for row in part)}
+    if content is not None:
+        weights = {name: component.get("weights") for name, component in place.teacher.items()}
+        content = hashlib.sha256(json.dumps([place.settings, weights, content]).encode()).hexdigest()
+    return LatentData([shard for _, shard in made], empty, info, [places[row] for row in wanted], content)
+
+
+def _open(path: Path, rows: range) -> ShardFile:
+    shard = ShardFile(path)
+    if any(shard.shape(key)[0] != len(rows) for key in shard):
+        raise ValueError(f"{path} is damaged (it does not hold {len(rows)} rows): delete it and run again to remake it")
+    return shard
 
 
 @torch.no_grad()
 def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
     """Encode prompts: tensors under the names of the pipeline's arguments, with one row per prompt.
 
-    Raises ValueError for a pipeline whose transformer is of no known family.
+    Raises ValueError for a pipeline whose transformer is of no known family, or that lacks a text encoder it needs.
     """
+    family_of(pipeline.transformer).check_encoders(pipeline.components)
     length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     return family_of(pipeline.transformer).encode_prompts(pipeline, prompts, **length)

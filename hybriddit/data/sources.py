@@ -12,14 +12,16 @@ from .prompts import read_prompts
 if TYPE_CHECKING:
     from .class_data import ClassData
     from .latents import LatentData
+    from .shards import Processes
 
 
 @dataclass(frozen=True)
 class Source:
     """One kind of training data.
 
-    make: (model, settings, progress) -> the data set. model: the teacher's pipeline, or the SiT that is trained;
-        settings: the run's `data` section; progress: whether to show progress bars.
+    make: (model, settings, progress, processes) -> the data set. model: the teacher's pipeline, or the SiT that is
+        trained; settings: the run's `data` section; progress: whether to show progress bars; processes: those that make
+        it together (`hybriddit.data.shards.Processes`), each of which calls this.
     count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
         that are missing or unusable. None: only `make` can tell.
     job: the command that uses it, "distill" or "train".
@@ -27,7 +29,7 @@ class Source:
     teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
     """
 
-    make: Callable[[Any, Any, bool], Any]
+    make: Callable[[Any, Any, bool, Processes], Any]
     count: Callable[[Any], int] | None
     job: str
     reads: str
@@ -35,7 +37,7 @@ class Source:
     trajectories: bool = False
 
 
-def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
+def teacher(pipeline, settings, progress: bool, processes: Processes, states: int = 0) -> LatentData:
     """Images that the teacher makes from prompts. states: how many states of each image's sampling to keep."""
     from .teacher_images import teacher_images
 
@@ -45,29 +47,29 @@ def teacher(pipeline, settings, progress: bool, states: int = 0) -> LatentData:
         images=settings.images,
         seed=settings.seed,
         states=states,
-        **_common(settings, progress),
+        **_common(settings, progress, processes),
     )
 
 
-def trajectories(pipeline, settings, progress: bool) -> LatentData:
+def trajectories(pipeline, settings, progress: bool, processes: Processes) -> LatentData:
     """Intermediate states of the teacher's sampling, from noise to its images of the prompts."""
-    return teacher(pipeline, settings, progress, settings.states)
+    return teacher(pipeline, settings, progress, processes, settings.states)
 
 
-def captioned_folder(pipeline, settings, progress: bool) -> LatentData:
+def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -> LatentData:
     """A folder of images with captions."""
     from .image_folder import image_folder
 
-    return image_folder(pipeline, settings.folder, seed=settings.seed, **_common(settings, progress))
+    return image_folder(pipeline, settings.folder, seed=settings.seed, **_common(settings, progress, processes))
 
 
-def _common(settings, progress: bool) -> dict[str, Any]:
+def _common(settings, progress: bool, processes: Processes) -> dict[str, Any]:
     names = ("height", "width", "steps", "guidance_scale", "max_sequence_length", "batch_size", "cache")
-    return {name: getattr(settings, name) for name in names} | {"progress": progress}
+    return {name: getattr(settings, name) for name in names} | {"progress": progress, "processes": processes}
 
 
-def labelled_images(model, settings, progress: bool) -> ClassData:
-    """Images or latents with class labels, of the size that the SiT takes."""
+def labelled_images(model, settings, progress: bool, processes: Processes) -> ClassData:
+    """Images or latents with class labels, of the size that the SiT takes; every process opens all of them."""
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     return open_class_data(settings.path, shape, memory=settings.memory, progress=progress)
 
@@ -120,9 +122,11 @@ SOURCES = {
 }
 
 
-def make_data(pipeline, settings, *, progress: bool = True) -> LatentData:
-    """Make the set that a distillation's `data` section asks for, with the teacher's pipeline."""
-    return SOURCES[settings.source].make(pipeline, settings, progress)
+def make_data(pipeline, settings, *, progress: bool = True, processes: Processes | None = None) -> LatentData:
+    """Make the set that a distillation's `data` section asks for, with the teacher's pipeline, by all `processes`."""
+    from .shards import ALONE
+
+    return SOURCES[settings.source].make(pipeline, settings, progress, processes or ALONE)
 
 
 def sources_of(job: str) -> tuple[str, ...]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..models import family_of
-from .latents import LatentData, LatentInfo, build_latents, encode_prompts
+from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
 from .prompts import read_prompts
+from .shards import ALONE, Processes, missing_rows, shard_rows
 
 
 def teacher_images(
@@ -29,6 +31,7 @@ def teacher_images(
     states: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> LatentData:
     """Make images from prompts with the teacher; returns their latents with the prompts' embeddings.
 
@@ -38,7 +41,12 @@ def teacher_images(
     prompts: a list, or a file, see `read_prompts`.
     states: how many of the transformer's inputs to keep while each image is sampled, with their times, evenly spaced
         from the first step on: the set then holds trajectories from noise to the teacher's images. 0 keeps none.
-    cache: a folder to keep the set in, see `build_latents`; None keeps it in memory.
+    cache: a folder to keep the set in; None keeps it in memory. An interrupted run continues where it stopped. More
+        images are added to those that are there, and fewer are the first of them; the teacher may have moved. Another
+        teacher's images, by its weights and not its path, are kept beside the first's, in a folder inside the cache.
+    processes: those that share the work, if there are several; every one of them calls this, with a cache.
+
+    Raises ValueError for a cache made with other settings, and for prompts that images of it do not have.
     """
     if not 0 <= states <= steps:
         raise ValueError(f"data.states must be in [1, data.steps = {steps}], got {states}")
@@ -55,17 +63,42 @@ def teacher_images(
             kept = {"states": torch.stack([x for x, _ in chosen], 1), "times": torch.stack([t for _, t in chosen], 1)}
         return {"latents": latents, **kept, **text}
 
+    place = find_place(pipeline, cache, asdict(info), ("transformer", "scheduler"), says=processes.rank == 0)
     return build_latents(
         pipeline,
         info,
         make_batch,
-        count=images,
+        place,
+        wanted=range(images),
+        rows=check_prompts(place, prompts, images),
+        content=[prompts[i % len(prompts)] for i in range(images)],
         batch_size=batch_size,
-        settings={"images": images, "prompts": list(prompts[:images])},
-        cache=cache,
         desc="teacher images",
         progress=progress,
+        processes=processes,
     )
+
+
+def check_prompts(place: Place, prompts: Sequence[str], images: int) -> dict:
+    """What a cache records of its rows: image i has prompt i modulo the number of prompts.
+
+    Raises ValueError, naming the first one, where an image in the cache has another prompt than it would have now.
+    """
+    if not place.record:
+        return {"images": images, "prompts": list(prompts[:images])}
+    shards, before = shard_rows(place.folder, place.record.get("batch_size")), place.record["prompts"]
+    if not missing_rows(range(images), shards, 1):
+        shards = [(range(images), place.folder)]  # no other row is used, and the record stays as it is
+    for row in (row for rows, _ in shards for row in rows):
+        old, new = before[row % len(before)], prompts[row % len(prompts)]
+        if old != new:
+            raise ValueError(
+                f"the cache {place.folder} was made with other values of prompts (image {row} is of {old!r}, and would "
+                f"be of {new!r}): use another data.cache, or the prompts it was made of (more may follow them, as "
+                "long as no image there repeats one)"
+            )
+    images = max([images, *(rows.stop for rows, _ in shards)])
+    return {"images": images, "prompts": list(prompts[:images])}
 
 
 @contextmanager

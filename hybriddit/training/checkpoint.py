@@ -19,6 +19,13 @@ ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False}
 ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 ADDED_SETTINGS |= {f"model.{name}": value for name, value in ADDED_SIT_FIELDS.items()}
 ADDED_SETTINGS["loss.window_dropout"] = 0.0
+# What tells the content of models and data, and the settings that say where they are. Content decides; older
+# checkpoints do not have it.
+CONTENT = {
+    "model.weights": "what is at model.path",
+    "data.content": "what the images, captions or prompts are",
+}
+PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
 
 
 def save_checkpoint(
@@ -49,7 +56,9 @@ def save_checkpoint(
     partial.mkdir()
     try:
         write_tensors(partial / "state.safetensors", tensors)
-        (partial / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+        (partial / "state.json").write_text(
+            json.dumps({"step": step, "settings": settings}, indent=1), encoding="utf-8"
+        )
         for path in (*partial.iterdir(), partial):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -103,7 +112,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path, settings: dict) -> dict:
-    """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings."""
+    """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings.
+
+    Models and data may have moved, if the checkpoint tells their content.
+    """
     try:
         state = read_json(path / "state.json")
         if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
@@ -111,10 +123,13 @@ def read_state(path: Path, settings: dict) -> dict:
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     found = {**ADDED_SETTINGS, **state["settings"]}
-    other = [key for key in settings if found.get(key) != settings[key]]
+    told = {key for key in CONTENT if found.get(key) is not None}
+    passed = {place for place, content in PLACES.items() if content in told} | CONTENT.keys() - told
+    other = [key for key in settings if key not in passed and found.get(key) != settings[key]]
     if other:
+        names = [f"{key} ({CONTENT[key]})" if key in CONTENT else key for key in other]
         raise ValueError(
-            f"{path} was made with other values of {', '.join(other)}: resume with the values it began with, or start "
+            f"{path} was made with other values of {', '.join(names)}: resume with the values it began with, or start "
             "anew in another output.folder"
         )
     return state

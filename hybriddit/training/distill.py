@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +15,56 @@ from PIL import Image
 from torch import nn
 
 from ..attention.mixers import check_mixer
+from ..config import HybridConfig
+from ..data.identity import weights_digest
 from ..data.latents import LatentData
+from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
+from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.family import unsharded_class
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
-from ..pipelines.loading import load_pipeline, quiet
+from ..pipelines.loading import find_base, load_base, quiet, text_to_image
 from .batches import epoch_order, step_generator
-from .checkpoint import gather
-from .frechet import FrechetDistance, Images, as_rgb, check_samples
+from .checkpoint import checkpoints, gather, read_state
+from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
-from .run_config import DistillConfig, to_dict
+from .run_config import HYBRID, DistillConfig, to_dict
 from .step_cost import step_cost
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Run a config from start to end: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
+    base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
+    config = with_hybrid_of(config, base.hybrid_config())
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
-        raise ValueError("several processes need data.cache: the first makes the images, the others read them there")
+        raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
+    if base.note and accelerator.is_main_process:
+        print(f"note: {base.note}", file=sys.stderr)
+    pipeline = load_base(base, dtype).to(accelerator.device)
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
     loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
     planned_grid(config, transformer, pipeline.vae_scale_factor)
     make_student(transformer, config)
-    with accelerator.main_process_first():
-        data = make_data(pipeline, config.data, progress=config.train.progress and accelerator.is_main_process)
+    if resume:
+        folder = Path(config.output.folder) / "checkpoints"
+        read_state(checkpoints(folder)[-1], {**resume_settings(config), "model.weights": weights_digest(transformer)})
+    data = make_data(
+        pipeline,
+        config.data,
+        progress=config.train.progress and accelerator.is_main_process,
+        processes=Processes(accelerator.process_index, accelerator.num_processes),
+    )
     for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
         if name.startswith("text_encoder"):
             setattr(pipeline, name, None)
@@ -64,11 +81,29 @@ def check_settings(config: DistillConfig) -> None:
     SOURCES[config.data.source].count(config.data)
 
 
+def with_hybrid_of(config: DistillConfig, own: HybridConfig | None) -> DistillConfig:
+    """The config of a run from a model that is hybrid already, with the config `own`: None if it is dense.
+
+    Raises ValueError if the run's own `hybrid` section says something else.
+    """
+    if own in (None, config.hybrid):
+        return config
+    if config.hybrid is not HYBRID:
+        ours, theirs = config.hybrid.to_dict(), own.to_dict()
+        name = next(name for name in theirs if ours[name] != theirs[name])
+        raise ValueError(
+            f"the teacher is hybrid already, with hybrid.{name} {theirs[name]}, not {ours[name]}: leave the section "
+            "hybrid out to go on from it, or give model.path the dense pipeline that it was made from"
+        )
+    return replace(config, hybrid=own)
+
+
 def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
 
-    The transformer is converted in place with `config.hybrid` unless it is converted already; its dense weights are
-    never changed. `config.model.path` and `config.data` are not used here: `data` is the training set.
+    The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the
+    same config; its dense weights are never changed. `config.model.path` and `config.data` are not used here: `data` is
+    the training set.
 
     With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
     start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` continues
@@ -84,6 +119,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     """
     base = pipeline.transformer
     check_unwrapped(base)
+    config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
     grid = token_grid(pipeline, data)
@@ -134,7 +170,9 @@ class Distillation(Job):
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grid = recipe, weights, dropout, grid
-        self.model, self.settings = pipeline.transformer, resume_settings(config)
+        self.model = pipeline.transformer
+        content = {"model.weights": weights_digest(self.model), "data.content": data.content}
+        self.settings = {**resume_settings(config), **content}
         self.family, self.dtype = family_of(self.model), self.model.dtype
         self.layers = converted_layers(self.model)
         guided = self.family.takes_guidance(self.model.config)
@@ -382,10 +420,17 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
 
 
 def resume_settings(config: DistillConfig) -> dict:
-    """The settings that must not change when a run is resumed."""
-    values = to_dict(config)
-    values["data"].pop("cache")
-    names = ("batch_size", "accumulation", "precision", "seed")
+    """The settings that must not change when a run is resumed.
+
+    Left out are those that its kind of data does not use, and those that change no sample: where the cache is, how many
+    images are made at a time, and the accumulation steps.
+    """
+    values, source = to_dict(config), SOURCES[config.data.source]
+    unused = {"cache", "batch_size", *(("prompts", "images", "seed") if source.reads == "folder" else ("folder",))}
+    if not source.trajectories:
+        unused.add("states")
+    values["data"] = {name: value for name, value in values["data"].items() if name not in unused}
+    names = ("batch_size", "precision", "seed")
     kept = {f"train.{name}": values["train"][name] for name in names}
     for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}

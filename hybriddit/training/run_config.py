@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config import HybridConfig
 from ..data.sources import SOURCES, sources_of
 
+HYBRID = HybridConfig()  # the `hybrid` of a config without that section, told apart by its identity
 MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fits into the generator's 64 bits
 
 
@@ -25,12 +26,16 @@ MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fi
 class ModelConfig:
     """The teacher.
 
-    path: repository id or folder of its diffusers pipeline.
+    path: repository id or folder of its diffusers pipeline; or a single-file checkpoint, in safetensors.
+    variant: of the weights' files, such as "fp16"; None: those without a variant's name, where there are such.
+    config: for a single file, repository or folder of the same kind of model in diffusers' layout, for its other parts.
     recipe: a name in the `recipes` of its family (`hybriddit.models.family.Family`); None: the one that fits the model.
     """
 
     path: str = ""
     recipe: str | None = None
+    variant: str | None = None
+    config: str | None = None
 
 
 @dataclass
@@ -44,11 +49,12 @@ class DataConfig:
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
     prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
         the prompts themselves; repeated with new seeds up to `images`.
-    cache: folder for the latents and prompt embeddings, reused if it holds them already; None keeps them in memory.
+    cache: folder for the latents and prompt embeddings, reused and added to if it holds some of them already; None keeps
+        them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images the teacher makes at a time. seed: image i is made from seed + i; for "folder", it draws the
-        caption of an image that has several.
+    batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
+        draws the caption of an image that has several.
     """
 
     source: str = "teacher"
@@ -165,10 +171,14 @@ class MetricsConfig:
 
 @dataclass
 class DistillConfig:
-    """Everything about one distillation run. `hybrid` takes the fields of `hybriddit.HybridConfig`."""
+    """Everything about one distillation run.
+
+    hybrid: the fields of `hybriddit.HybridConfig`. Left out, they are the teacher's if that is hybrid already, else the
+        defaults; a hybrid teacher with another config is refused.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    hybrid: HybridConfig = field(default_factory=HybridConfig)
+    hybrid: HybridConfig = field(default_factory=lambda: HYBRID)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,9 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..data.class_cache import load_vae
 from ..data.class_data import ClassData, ClassInfo
+from ..data.shards import Processes
 from ..data.sources import SOURCES
 from ..files import checksum, read_json, replacing_folder, write_json
 from ..flow import draw_times, flow_loss, interpolate, training_interval
+from ..metrics.images import Images
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..models.sit_names import renamed
@@ -29,7 +31,7 @@ from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
 from .checkpoint import ADDED_SIT_FIELDS, gather
-from .frechet import FrechetDistance, Images, as_rgb
+from .frechet import FrechetDistance, as_rgb
 from .loop import Job, fit, start_run, trained_parameters
 from .run_config import SiTConfig, to_dict
 
@@ -38,9 +40,11 @@ def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     """Run a config from start to end: read the images or latents, train, save the pipeline."""
     if not config.output.folder:
         raise ValueError("output.folder is empty: the trained model would be lost")
-    start_run(config, "pipeline", resume_settings(config), resume=resume)  # finds errors before a large set is read
+    # finds errors before a large set is read
+    accelerator = start_run(config, "pipeline", resume_settings(config), resume=resume)
     model = make_model(config)
-    data = SOURCES["classes"].make(model, config.data, config.train.progress)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    data = SOURCES["classes"].make(model, config.data, config.train.progress, processes)
     return train(model, data, config, resume=resume)
 
 
@@ -221,13 +225,15 @@ def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
 
 def described(data: ClassData) -> dict:
     """The content of data.json, which describes a run's training set."""
-    return json.loads(json.dumps({"images": len(data), **asdict(data.info)}))
+    return json.loads(json.dumps({"images": len(data), **asdict(data.info), "content": data.content()}))
 
 
 def check_same_set(data: ClassData, path: Path) -> None:
     """Raise ValueError if `path`, a run's data.json, describes another set."""
     found, here = read_json(path), described(data)
+    found = {"content": here["content"], **found}  # which older runs do not have
     other = [name for name in here if name != "vae" and found.get(name) != here[name]]  # a VAE may have moved
+    other = [name for name in other if name != "content" or len(other) == 1]  # which any other would change
     if other:
         raise ValueError(
             f"{path.parent} was trained on another set, with other values of {', '.join(other)}: give its data.path, or "

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import hybriddit
 from hybriddit.cli import main
+from hybriddit.data.teacher_images import teacher_images
+from hybriddit.pipelines.loading import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 SAVED = ROOT / "tests" / "saved" / "v0.1.0"
@@ -239,6 +241,26 @@ def test_cache_of_trajectories_is_opened(here):
     with left_alone(folder / "trajectories", folder / "teacher"):
         assert main(["distill", "trajectories.yaml", "hybrid.mixer=linfusion", "hybrid.gate=head"]) == 0
     assert_same_log(folder / "run-trajectories" / "log.jsonl", SAVED / "distill" / "trajectories.jsonl")
+
+
+def test_unfinished_cache_is_continued_with_another_batch_size(here, tmp_path):
+    folder = here("distill")
+    (folder / "cache" / "latents-00001.safetensors").rename(tmp_path / "expected.safetensors")
+    with left_alone(folder / "teacher"):
+        pipeline = load_pipeline("teacher")
+        settings = {"images": 6, "height": 48, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": 6}
+        prompts = Path("prompts.txt").read_text().splitlines()
+        data = teacher_images(pipeline, prompts, **settings, cache="cache", batch_size=1, progress=False)
+    assert sorted(path.name for path in (folder / "cache").glob("latents-*")) == [
+        "latents-00000.safetensors",
+        "latents-00004-00005.safetensors",
+        "latents-00005-00006.safetensors",
+    ]
+    for key, value in load_file(tmp_path / "expected.safetensors").items():
+        torch.testing.assert_close(data.rows([4, 5])[key], value, rtol=1e-4, atol=1e-5)
+    shutil.move("teacher", "moved")
+    with pytest.raises(ValueError, match=r"made by version 0.1 with other values of model \('teacher', now 'moved'\)"):
+        teacher_images(load_pipeline("moved"), prompts, **settings, cache="cache", progress=False)
 
 
 def test_training_goes_on_from_its_checkpoint(here):

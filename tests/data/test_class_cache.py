@@ -1,7 +1,11 @@
 """Caches of class folders: pixels and latents, stopped, damaged, mixed up, and made otherwise."""
 
+import hashlib
 import json
+import os
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_vae import tiny_vae
 
 from hybriddit.data import class_cache as module
-from hybriddit.data.class_cache import make_cache, open_cache, read_index
+from hybriddit.data.class_cache import load_vae, make_cache, open_cache, read_index
 from hybriddit.data.class_images import read_folder
 from hybriddit.data.sources import open_class_data
 
@@ -140,7 +144,120 @@ def test_a_cache_is_never_continued_otherwise(folder, tmp_path):
             make_cache(
                 folder, tmp_path / "cache", **{"size": 8, "vae": tiny_vae(), "vae_name": "a", **changed}, progress=False
             )
+    assert json.loads((tmp_path / "cache" / "data.json").read_text()) == before
+
+
+def files_of(folder):
+    """Content and time of the last change of all files, and of the folder, in which a new file shows."""
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in [folder, *folder.iterdir()]
+    }
+
+
+def test_a_finished_cache_is_left_alone(folder, tmp_path, monkeypatch, capsys):
+    """With another batch size, another shard size, from another place, with a moved VAE: no image is opened."""
+    make_cache(folder, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name="a", shard_size=4, progress=False)
+    before = files_of(tmp_path / "cache")
+    monkeypatch.setattr(module, "read_images", lambda *arguments: pytest.fail("images are decoded"))
+    monkeypatch.setattr(module.hashlib, "file_digest", lambda *arguments: pytest.fail("images are read"))
+    folder.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    vae = {"vae": tiny_vae(), "vae_name": "b", "batch_size": 3}
+    for rank in range(2):
+        make_cache("moved", "cache", size=8, **vae, shard_size=5, rank=rank, processes=2, progress=rank == 0)
+    assert files_of(tmp_path / "cache") == before
+    assert "cache has shards of 4 images" in capsys.readouterr().out
+
+
+def test_copied_images_are_known_by_their_content(folder, tmp_path, monkeypatch):
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    before = files_of(tmp_path / "cache")
+    monkeypatch.setattr(module, "read_images", lambda *arguments: pytest.fail("images are decoded"))
+    for path in folder.rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    assert files_of(tmp_path / "cache") == before
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_the_shards_of_images_that_have_changed_are_made_again(folder, tmp_path, memory, capsys):
+    cache = tmp_path / "cache"
+    make_cache(folder, cache, size=8, shard_size=4, progress=False)
+    before, path = files_of(cache), folder / "pear" / "2.png"  # of the third shard
+    length = path.stat().st_size
+    pixels = np.random.default_rng(5).integers(0, 256, (14, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert path.stat().st_size == length
+    make_cache(folder, cache, size=8, shard_size=4, progress=False)
+    assert "pear/2.png has changed since" in capsys.readouterr().out
+    data = open_cache(cache, memory=memory)
+    expected = read_folder(folder, (3, 8, 8), progress=False)
+    assert torch.equal(data.rows(range(9))["images"], expected.rows(range(9))["images"])
+    now = files_of(cache)
+    made = {path.name for path in before if now[path][1] != before[path][1]}
+    assert made == {"index.json", "shard-00001.safetensors", "shard-00001.json"}
+
+
+def test_a_stop_while_shards_are_made_again_leaves_an_unfinished_cache(folder, tmp_path, monkeypatch):
+    make_cache(folder, tmp_path / "cache", size=8, shard_size=4, progress=False)
+    Image.new("RGB", (8, 8)).save(folder / "apple" / "0.png")
+
+    def stop(path, tensors):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save_shard", stop)
+        make_cache(folder, tmp_path / "cache", size=8, shard_size=4, progress=False)
+    with pytest.raises(ValueError, match="is not finished"):
+        open_cache(tmp_path / "cache")
+    make_cache(folder, tmp_path / "cache", size=8, shard_size=4, progress=False)
+    assert open_cache(tmp_path / "cache").rows([0])["images"].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: shutil.copy(folder / "pear" / "0.png", folder / "apple" / "0a.png"), "apple/0a.png is new"),
+        (lambda folder: (folder / "pear" / "3.png").unlink(), "pear/3.png is gone"),
+        (lambda folder: (folder / "pear" / "3.png").rename(folder / "pear" / "z.png"), "pear/3.png is gone"),
+    ],
+    ids=["more", "fewer", "renamed"],
+)
+def test_a_folder_of_other_files_is_refused(change, named, folder, tmp_path):
+    make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    before = files_of(tmp_path / "cache")
+    change(folder)
+    with pytest.raises(ValueError, match=f"other values of files .{named}.: use another --out"):
+        make_cache(folder, tmp_path / "cache", size=8, progress=False)
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_a_cache_of_version_0_1_is_known_by_names_and_lengths(folder, tmp_path, monkeypatch):
+    """Its records do not have the images' digests."""
+    cache = tmp_path / "cache"
+    make_cache(folder, cache, size=8, progress=False)
+    settings = json.loads((cache / "data.json").read_text())
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*.*"))
+    settings["files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    (cache / "data.json").write_text(json.dumps(settings))
+    record = json.loads((cache / "shard-00000.json").read_text())
+    del record["files"]
+    (cache / "shard-00000.json").write_text(json.dumps(record))
+    before = files_of(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_images", lambda *arguments: pytest.fail("images are decoded"))
+        make_cache(folder, cache, size=8, progress=False)
+    assert files_of(cache) == before
     Image.new("RGB", (30, 30)).save(folder / "pear" / "0.png")
     with pytest.raises(ValueError, match="other values of files: use another --out"):
-        make_cache(folder, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name="a", progress=False)
-    assert json.loads((tmp_path / "cache" / "data.json").read_text()) == before
+        make_cache(folder, cache, size=8, progress=False)
+
+
+def test_the_vae_may_be_a_variant_alone_and_must_not_be_scaled_per_channel(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae", variant="fp16")
+    assert torch.equal(next(load_vae(str(tmp_path / "vae")).parameters()), next(vae.parameters()))
+    vae.register_to_config(latents_std=[0.5] * 4)
+    vae.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(ValueError, match="scaled': the VAE has latents_std per channel"):
+        load_vae(str(tmp_path / "scaled"))

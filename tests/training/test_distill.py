@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_pipelines import FAMILIES, recipe_of, tiny_data, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, load_adapter
 from hybriddit.attention import HybridAttention
@@ -28,7 +29,7 @@ from hybriddit.training import distill as distill_module
 from hybriddit.training.batches import epoch_order
 from hybriddit.training.distill import distill, draw_batches
 from hybriddit.training.optimizer import learning_rates
-from hybriddit.training.run_config import DistillConfig, load_config
+from hybriddit.training.run_config import DataConfig, DistillConfig, load_config
 
 
 def tiny_config(folder=None, hybrid=None, **overrides):
@@ -353,13 +354,80 @@ def test_what_cannot_be_resumed_is_said(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"other values of hybrid.window: resume with"):
         distill(pipeline, data, tiny_config(tmp_path, HybridConfig(window=4, map_rank=4)), resume=True)
     pipeline, data = prepared("flux_dev")
-    with pytest.raises(ValueError, match=r"other values of model.path: resume with"):
-        distill(pipeline, data, tiny_config(tmp_path, model__path="another/teacher"), resume=True)
+    with pytest.raises(ValueError, match=r"other values of data.images: resume with"):
+        distill(pipeline, data, tiny_config(tmp_path, data__images=5), resume=True)
+    with pytest.raises(ValueError, match=r"other values of data.content \(what the images, captions or prompts are\):"):
+        distill(pipeline, tiny_data(pipeline, prompts=PROMPTS[::-1]), tiny_config(tmp_path), resume=True)
+    pipeline, _ = prepared("flux_dev")
+    pipeline.transformer.proj_out.weight.data[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"other values of model.weights \(what is at model.path\): resume with"):
+        distill(pipeline, data, tiny_config(tmp_path), resume=True)
     (state,) = tmp_path.glob("checkpoints/*/state.safetensors")
     state.write_bytes(state.read_bytes()[:-10])
     pipeline, data = prepared("flux_dev")
     with pytest.raises(ValueError, match="is damaged"):
         distill(pipeline, data, tiny_config(tmp_path), resume=True)
+
+
+def test_what_changes_no_sample_may_change_when_a_run_is_resumed(tmp_path, monkeypatch):
+    """The whole run: model, prompts, cache and output are moved, and images are made fewer at a time."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline("sd3").save_pretrained("teacher")
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    Path("run.yaml").write_text(f"""
+model: {{path: teacher}}
+hybrid: {{window: 3, map_rank: 4}}
+data: {{prompts: prompts.txt, images: 4, height: 64, width: 64, steps: 2, max_sequence_length: {TEXT_LENGTH}}}
+train: {{steps: 1, batch_size: 4, progress: false}}
+output: {{checkpoint_every: 1, log_every: 1}}
+""")
+    distill_module.run(load_config("run.yaml", ["data.cache=cache", "output.folder=run"]))
+    for name in ("teacher", "cache", "run"):
+        Path(name).rename(f"moved-{name}")
+    Path("prompts.txt").rename("moved.txt")
+    moved = [f"model.path={tmp_path / 'moved-teacher'}", "data.prompts=moved.txt", "data.states=9"]
+    moved += [f"data.cache={tmp_path / 'moved-cache'}", "output.folder=moved-run"]
+    more = ["data.batch_size=1", "train.accumulation=4", "train.steps=2"]
+    monkeypatch.setattr("hybriddit.data.teacher_images.sample", lambda *args, **kwargs: pytest.fail("images are made"))
+    distill_module.run(load_config("run.yaml", [*moved, *more]), resume=True)
+    assert (Path("moved-run") / "adapter").is_dir()
+    with pytest.raises(
+        ValueError, match="does not divide into 1 processes x 3 accumulation steps|multiple of train.acc"
+    ):
+        distill_module.run(load_config("run.yaml", [*moved, "train.accumulation=3"]), resume=True)
+
+    tiny_pipeline("sd3", seed=1).save_pretrained("moved-teacher")
+    monkeypatch.setattr(distill_module, "make_data", lambda *args, **kwargs: pytest.fail("images are made"))
+    with pytest.raises(ValueError, match="other values of model.weights"):
+        distill_module.run(load_config("run.yaml", [*moved, "train.steps=3"]), resume=True)
+
+
+def test_all_processes_make_the_images(tmp_path, monkeypatch):
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "run.yaml").write_text(
+        f"{{model: {{path: {tmp_path / 'teacher'}}}, data: {{prompts: [a], cache: {tmp_path / 'cache'}, height: 64, "
+        f"width: 64}}, output: {{folder: {tmp_path / 'run'}}}}}"
+    )
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    monkeypatch.setattr(distill_module, "make_data", lambda *args, processes, **kwargs: pytest.fail(repr(processes)))
+    with pytest.raises(pytest.fail.Exception, match=r"Processes\(rank=1, count=2\)"):
+        distill_module.run(load_config(tmp_path / "run.yaml"))
+
+
+def test_a_folder_s_set_does_not_depend_on_what_it_does_not_use():
+    kept = distill_module.resume_settings(DistillConfig(data=DataConfig(source="folder", folder="x")))
+    assert not {"data.prompts", "data.images", "data.seed", "data.states"} & kept.keys() and "data.folder" in kept
+
+
+def test_a_checkpoint_that_does_not_tell_its_teacher_s_weights_goes_by_the_path(tmp_path):
+    old = {"model.path": "teacher", "data.prompts": "a.txt", "train.accumulation": 2, "data.batch_size": 4}
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1, "settings": old}))
+    now = {"model.path": "teacher", "data.prompts": "a.txt", "model.weights": "1", "data.content": "2"}
+    assert checkpoint_module.read_state(tmp_path, now)["step"] == 1
+    for name in ("model.path", "data.prompts"):
+        with pytest.raises(ValueError, match=f"other values of {name}: resume with"):
+            checkpoint_module.read_state(tmp_path, {**now, name: "other"})
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):

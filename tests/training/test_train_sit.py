@@ -604,6 +604,28 @@ def test_a_run_is_not_continued_on_another_set(config, unbroken, images, tmp_pat
     shutil.copy(images / "dark" / "0.png", tmp_path / "more" / "light" / "new.png")
     with pytest.raises(ValueError, match="was trained on another set, with other values of images: give its data.path"):
         run(load_config(config, [f"output.folder={unbroken}", f"data.path={tmp_path / 'more'}"]), resume=True)
+    shutil.copytree(images, tmp_path / "edited")
+    Image.new("L", (8, 8), 77).save(tmp_path / "edited" / "dark" / "0.png")
+    with pytest.raises(
+        ValueError, match="was trained on another set, with other values of content: give its data.path"
+    ):
+        run(load_config(config, [f"output.folder={unbroken}", f"data.path={tmp_path / 'edited'}"]), resume=True)
+
+
+def test_a_run_is_continued_on_the_same_set_wherever_and_however_it_is_kept(config, images, tmp_path):
+    """In a folder that was moved, or a cache of it in shards; and with other accumulation steps."""
+    where = [f"output.folder={tmp_path / 'run'}", "output.checkpoint_every=1"]
+    run(load_config(config, [*where, "train.steps=1"]))
+    shutil.copytree(images, tmp_path / "moved")
+    run(load_config(config, [*where, "train.steps=2", f"data.path={tmp_path / 'moved'}"]), resume=True)
+    make_cache(images, tmp_path / "pixels", size=8, channels=1, shard_size=3, progress=False)
+    more = ["train.accumulation=2", "train.steps=3", f"data.path={tmp_path / 'pixels'}"]
+    run(load_config(config, [*where, *more]), resume=True)
+    assert [line["step"] for line in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_each_job_has_its_command(config):
