@@ -88,6 +88,8 @@ def _look_at(path: Path | TarMember, contents: dict[str, str | None]) -> Picture
     """contents: by digest, why pictures cannot be read that are known already."""
     try:
         stat = path.stat()
+        if not path.is_file():  # to open a pipe would wait for what is written into it
+            return Picture(0, 0, "", "it is no file")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
