@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUM = "hybriddit_sha256"
+# how systems and file systems say that a folder cannot be opened, or has no fsync
+NO_FOLDER_FSYNC = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
 def make_folder(folder: Path) -> None:
@@ -93,12 +96,21 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of entries, are on the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's bytes, or a folder's list of entries, are on the disk (fsync).
+
+    Folders are left out where the system cannot open them, as on Windows, or their file system has no fsync for them.
+    """
+    # Windows flushes only what may be written
+    flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, flags)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in NO_FOLDER_FSYNC:
+            raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,9 +1,15 @@
 """Files and folders are whole or as they were, whatever interrupts the writing."""
 
+import errno
+import fcntl
+import os
+
 import pytest
 import torch
 
-from hybriddit.files import read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
+from hybriddit import files
+from hybriddit.files import filling, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
+from hybriddit.training.checkpoint import checkpoints, save_checkpoint
 
 
 def tree(folder):
@@ -74,3 +80,70 @@ def test_tensors_come_back_and_a_changed_byte_is_seen(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="its checksum does not match"):
         read_tensors(path)
+
+
+class Windows:
+    """The `os` of a system where folders cannot be opened, and only files open for writing are flushed (simulated)."""
+
+    name = "nt"
+
+    def __init__(self):
+        self.flushed = []
+
+    def __getattr__(self, key):
+        return getattr(os, key)
+
+    def open(self, path, flags, *more):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return os.open(path, flags, *more)
+
+    def fsync(self, descriptor):
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        self.flushed.append(os.fstat(descriptor).st_size)
+
+
+def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):
+    windows = Windows()
+    monkeypatch.setattr(files, "os", windows)
+    write_json(tmp_path / "a.json", {"a": 1})
+    with replacing_folder(tmp_path / "folder") as partial:
+        (partial / "part").mkdir()
+        (partial / "part" / "b.txt").write_text("b")
+    with filling(tmp_path / "filled") as partial:
+        (partial / "c.txt").write_text("c")
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert tree(tmp_path) == {"a.json": '{\n  "a": 1\n}\n', "folder/part/b.txt": "b", "filled/c.txt": "c"}
+    assert len(windows.flushed) == 2, "files are flushed there too"
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    save_checkpoint(tmp_path / "checkpoints", 1, {"w": parameter}, [torch.zeros(2)], optimizer, {}, 2)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_for_folders_is_written_to(number, tmp_path, monkeypatch):
+    """As network shares on macOS."""
+
+    def refused(descriptor, fsync=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
+    """What a file's fsync says is never passed over, nor that a folder's has failed."""
+
+    def failed(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failed)
+    for path in (tmp_path, tmp_path / "a.txt"):
+        (tmp_path / "a.txt").touch()
+        with pytest.raises(OSError, match="Input/output error"):
+            files.flush(path)

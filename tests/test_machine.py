@@ -8,6 +8,7 @@ import diffusers
 import torch
 
 import hybriddit
+from hybriddit.benchmark.measure import device_to_measure
 from hybriddit.machine import device_details, device_of_this_machine, git_state, gpu_name, running_versions, versions
 
 
@@ -70,3 +71,18 @@ def test_the_device_of_a_gpu_machine(monkeypatch):
         "cuda": torch.version.cuda,
         "driver": None,
     }
+
+
+def test_the_device_of_a_mac(monkeypatch):
+    """Apple's GPU, made up on this machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2 Pro")
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 80)
+    device = device_of_this_machine()
+    assert device == torch.device("mps") and gpu_name() == gpu_name(device) == "Apple M2 Pro"
+    assert device_details(device) == {"type": "mps", "name": "Apple M2 Pro", "memory_bytes": 80}
+    assert gpu_name(torch.device("cpu")) is None
+    assert device_to_measure() == torch.device("cpu"), "the benchmark measures NVIDIA's and AMD's GPUs, and CPUs"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of_this_machine() == torch.device("cuda")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -78,6 +79,11 @@ class Limits(NamedTuple):
     max_seconds: float
 
 
+def device_to_measure() -> torch.device:
+    """This machine's NVIDIA or AMD GPU, else its CPU: nothing here measures Apple's GPUs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe the device and software that results depend on."""
     return {
@@ -93,11 +99,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = psutil.virtual_memory().available
     try:  # a container's limit
         used, limit = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("current", "max"))
         return min(free, limit - used)

@@ -6,7 +6,6 @@ Rows are measured in groups of one part, subject and size, whose variants take t
 from __future__ import annotations
 
 import gc
-import os
 import shlex
 import sys
 import time
@@ -18,10 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from ..attention.work import Work
-from ..machine import device_of_this_machine, git_state
+from ..machine import git_state
 from . import model
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_cases, layer_work
@@ -31,6 +31,7 @@ from .measure import (
     Limits,
     Outcome,
     Rates,
+    device_to_measure,
     free_bytes,
     machine,
     measure,
@@ -178,7 +179,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
     On Ctrl-C it keeps what was measured, marks the rest as interrupted, and raises KeyboardInterrupt. Raises ValueError
     for a folder with another device's results, and OSError for one that cannot be written to.
     """
-    device = device_of_this_machine()
+    device = device_to_measure()
     there = folder.exists()
     here = machine(device)
     reports.check_folder(folder, here["device"])
@@ -186,7 +187,7 @@ def run(chosen: Settings, folder: Path, quiet: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     for note in chosen.left_out:
         progress.say(f"left out: {note}")
-    load = os.getloadavg()[0]
+    load = psutil.getloadavg()[0]
     if reports.busy(here, load):
         progress.say(f"note: other programs keep this machine busy (load {load:.1f}): times will scatter")
     progress.say(f"measuring this device: {here['device']['name']}")

@@ -288,7 +288,8 @@ def _dopri5(field: Model, x: Tensor, start: float, end: float, atol: float, rtol
         accepted += 1
 
     function.callback_accept_step = accept
-    times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    times = torch.tensor([start, end], dtype=exact, device=x.device)
     try:
         # step_t makes the last step end exactly at the end; without it the solver goes past and interpolates back
         x = odeint(function, x, times, method="dopri5", atol=atol, rtol=rtol, options={"step_t": times[1:]})[-1]

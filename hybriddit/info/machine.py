@@ -31,6 +31,8 @@ def environment() -> dict[str, Any]:
     device = device_of_this_machine().type
     if device == "cuda":
         described = {"type": "cuda", "name": gpu_name(), "count": torch.cuda.device_count()}
+    elif device == "mps":
+        described = {"type": "mps", "name": gpu_name(), "count": 1}
     else:
         described = {"type": "cpu", "name": platform.processor() or platform.machine()}
     triton = triton_refusal(device, torch.bfloat16, 128)
@@ -84,14 +86,14 @@ def _window_backends(device: str) -> Iterator[tuple[str, bool, str]]:
     """(name, available, note) of every backend of window attention, fastest first; the note says what is missing."""
     from ..attention.trial import triton_requirements
 
-    kernels = triton_requirements() if device != "cpu" else ["a GPU"]
+    kernels = triton_requirements() if device == "cuda" else ["a GPU" if device == "cpu" else "an NVIDIA or AMD GPU"]
     note = f"needs {' and '.join(kernels)}" if kernels else "compiled and tried on first use"
     yield "triton", not kernels, note
     if device == "cpu":
         yield "flex", True, 'without gradients and not compiled; only by backend="flex"'
     else:
         yield "flex", not kernels, note
-    missing = ["an NVIDIA GPU"] if device == "cpu" else []
+    missing = ["an NVIDIA GPU"] if device != "cuda" else []
     if not _natten_has_kernels():
         missing.append("natten with its compiled kernels (the NATTEN project's wheel for your torch and CUDA)")
     yield "natten", not missing, f"needs {' and '.join(missing)}" if missing else ""
@@ -109,7 +111,7 @@ def _window_choices(device: str) -> Iterator[dict[str, Any]]:
         from ..models import families
     except ModuleNotFoundError:  # without diffusers there are no models to choose for
         return
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # what `generate` takes
     for family in families():
         published = next((published for published in family.published.values() if published.shape), None)
         if published is None:

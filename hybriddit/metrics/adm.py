@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..machine import versions
-from .images import as_array, npz_entries, read_entry, read_images
+from .images import Images, as_array, npz_entries, read_entry, read_images
 from .processes import gather, rank_and_size, share, total
 from .statistics import (
     Moments,
@@ -27,7 +27,7 @@ from .statistics import (
     split_sums,
 )
 
-Source = str | os.PathLike | np.ndarray | torch.Tensor
+Source = str | os.PathLike | np.ndarray | torch.Tensor | Images
 Extractor = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 # names of mean and covariance in ADM's reference files
 PRECOMPUTED = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -44,7 +44,7 @@ class FeatureStatistics(NamedTuple):
 class Reference(NamedTuple):
     """A set of reference images, their precomputed statistics, or both."""
 
-    images: np.ndarray | None
+    images: np.ndarray | Images | None
     precomputed: dict[str, tuple[torch.Tensor, torch.Tensor]]  # mean and covariance of "pooled", of "spatial"
 
 
@@ -62,8 +62,8 @@ def adm_metrics(
 ) -> dict[str, float]:
     """Inception score, FID, sFID, precision and recall, as the ADM suite computes them.
 
-    samples, reference: paths of npz files with uint8 images [N, H, W, 3] as `arr_0`, or such arrays. A reference file
-    may hold the statistics `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) with images, as ADM's do, or without:
+    samples, reference: paths of npz files with uint8 images [N, H, W, 3] as `arr_0`, such arrays, or `Images` (see
+    `hybriddit.metrics.images`). A reference file may hold the statistics `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) with images, as ADM's do, or without:
     then FID and sFID compare with these, and the images are used for precision and recall only.
     extractor: uint8 [B, 3, H, W], B up to batch_size, on the CPU -> {"pooled": [B, F], "spatial": [B, S], "logits":
     [B, C]}, on any device (`load_inception` makes the real one). Scores whose features the extractor or the reference
@@ -270,11 +270,14 @@ def check_features(features: Mapping[str, torch.Tensor], rows: range) -> dict[st
             raise ValueError(f"the extractor's {kind!r} must be {expected}, not {part.dtype} {list(part.shape)}")
         if not part.isfinite().all():
             raise ValueError(f"the extractor's {kind!r} of images {rows.start} to {rows.stop - 1} are not finite")
-    return known
+    # statistics are of float64, which Apple's GPUs do not have
+    return {kind: part.cpu() if part.device.type == "mps" else part for kind, part in known.items()}
 
 
 def describe_source(source: Source) -> dict[str, Any]:
     """The file's name (None for an array), the SHA-256 of its bytes, and the number and size of the images."""
+    if isinstance(source, Images):
+        return source.described()
     if isinstance(source, str | os.PathLike):
         with Path(source).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

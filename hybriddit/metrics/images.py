@@ -6,10 +6,32 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+
+
+class Images:
+    """`count` images, uint8 [N, H, W, 3], made when they are read: `make` makes a range of them."""
+
+    def __init__(self, count: int, make: Callable[[range], np.ndarray]):
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.make(range(self.count)[rows])
+
+    def check(self, progress: bool = True) -> None:  # noqa: B027
+        """Raise ValueError for images that cannot be read. `hybriddit evaluate` calls this before all else."""
+
+    def described(self) -> dict[str, Any]:
+        """What a report says of the images."""
+        return {"file": None, "images": len(self)}
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -28,13 +50,17 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
-def read_images(source: str | os.PathLike | np.ndarray | torch.Tensor, check: bool = True) -> np.ndarray:
-    """The images of an npz file's `arr_0`, or of an array: uint8 [N, H, W, 3].
+def read_images(
+    source: str | os.PathLike | np.ndarray | torch.Tensor | Images, check: bool = True
+) -> np.ndarray | Images:
+    """The images of an npz file's `arr_0`, or of an array: uint8 [N, H, W, 3]. `Images` are given back as they are.
 
     Images of an uncompressed file are mapped into memory, not read. check: compare the file with its checksums, which
     reads all of it. Raises FileNotFoundError where there is no such file, and ValueError if it is damaged, holds
     pickled objects or no `arr_0`, or if `arr_0` is not two or more uint8 images.
     """
+    if isinstance(source, Images):
+        return source
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         entries = npz_entries(path, check)

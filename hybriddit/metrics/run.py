@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..files import make_folder, write_json
 from ..machine import gpu_name
 from .adm import evaluate, read_reference
-from .images import read_images
+from .images import Images, read_images
 from .inception import find_inception, load_inception
 from .processes import process_group
 
@@ -18,6 +20,7 @@ def run(
     samples: Path,
     reference: Path,
     *,
+    open_folder: Callable[[Path], Images] | None = None,
     inception: Path | None = None,
     batch_size: int = 64,
     shuffle: int | None = None,
@@ -29,8 +32,9 @@ def run(
 
     Returns the report, or None in all processes but the first.
 
-    settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz, if it exists.
-    All files are checked before the first image goes through the network.
+    samples, reference: npz files, or folders of images, which `open_folder` makes `Images` of.
+    settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz or the folder
+    samples, if it exists. All files are checked before the first image goes through the network.
     """
     made = read_settings(settings, samples)
     if out is not None:
@@ -38,12 +42,17 @@ def run(
             raise IsADirectoryError(f"{out} is a folder: give a file for the scores")
         make_folder(out.parent)
     inception = find_inception(inception)
-    read_images(samples, check=False)
-    read_reference(reference, check=False)
+    sources = [open_folder(path) if open_folder and path.is_dir() else path for path in (samples, reference)]
+    read_images(sources[0], check=False)
+    read_reference(sources[1], check=False)
+    if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes the first checks for all
+        for source in sources:
+            if isinstance(source, Images):
+                source.check(progress)
     with process_group() as (rank, distributed, device):
         extractor = load_inception(inception, device)
         options = {"batch_size": batch_size, "shuffle": shuffle, "distributed": distributed, "progress": progress}
-        report = evaluate(samples, reference, extractor, settings=made, **options)
+        report = evaluate(*sources, extractor, settings=made, **options)
     if rank:
         return None
     report["device"] = gpu_name(device) or device.type
@@ -67,7 +76,7 @@ def read_settings(path: Path | None, samples: Path) -> dict[str, Any]:
     Raises FileNotFoundError, and ValueError if the file does not hold a JSON object.
     """
     if path is None:
-        path = samples.with_suffix(".json")
+        path = samples.with_name(samples.name + ".json") if samples.is_dir() else samples.with_suffix(".json")
         if not path.is_file():
             return {}
     elif not path.is_file():

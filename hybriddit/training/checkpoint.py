@@ -56,7 +56,9 @@ def save_checkpoint(
     partial.mkdir()
     try:
         write_tensors(partial / "state.safetensors", tensors)
-        (partial / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=1))
+        (partial / "state.json").write_text(
+            json.dumps({"step": step, "settings": settings}, indent=1), encoding="utf-8"
+        )
         for path in (*partial.iterdir(), partial):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)

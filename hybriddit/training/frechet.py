@@ -10,22 +10,10 @@ import torch
 
 from ..metrics import frechet_distance, load_inception, read_images
 from ..metrics.adm import collect_statistics, read_reference
+from ..metrics.images import Images
 from .run_config import MetricsConfig
 
 Features = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Images:
-    """`count` images, uint8 [N, H, W, 3], made when they are read: `make` makes a range of them."""
-
-    def __init__(self, count: int, make: Callable[[range], np.ndarray]):
-        self.count, self.make = count, make
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.make(range(self.count)[rows])
 
 
 class FrechetDistance:

@@ -16,10 +16,9 @@ from .checkpoint import checkpoints, read_state
 def make_accelerator(config) -> Accelerator:
     """Make the Accelerator that `accelerate launch` has configured, with the run's precision and tracker.
 
-    Raises NotImplementedError for DeepSpeed.
+    Raises as `check_launcher`.
     """
-    if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):  # accelerate would ask for its package first
-        raise _unsupported(DistributedType.DEEPSPEED)
+    check_launcher(config)
     return Accelerator(
         mixed_precision=config.train.precision,
         log_with=config.output.tracker if config.output.folder else None,
@@ -29,20 +28,53 @@ def make_accelerator(config) -> Accelerator:
     )
 
 
+def check_launcher(config) -> None:
+    """Raise NotImplementedError or ValueError for settings of `accelerate launch` that the loop would not follow.
+
+    They are in the environment. What accelerate itself refuses it does in other words, or asks for packages first.
+    """
+
+    def given(name: str, *ignored: str) -> str | None:
+        value = os.environ.get(name, "").lower()
+        return None if value in ("", *ignored) else value
+
+    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        if str_to_bool(os.environ.get(f"ACCELERATE_USE_{kind.value}") or "false"):
+            raise _unsupported(kind.value)
+    if str_to_bool(os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") or "false"):
+        raise _unsupported("accelerate's parallelism_config")
+    if str_to_bool(os.environ.get("ACCELERATE_USE_FSDP") or "false") and given("FSDP_VERSION") == "1":
+        raise _first_fsdp()
+    if given("ACCELERATE_DYNAMO_BACKEND", "no"):
+        raise NotImplementedError("take train.compile=true in place of accelerate's dynamo_backend")
+    if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
+        raise NotImplementedError("take train.accumulation in place of accelerate's gradient_accumulation_steps")
+    precision = given("ACCELERATE_MIXED_PRECISION", "no", config.train.precision)
+    if precision:
+        raise ValueError(
+            f"accelerate's mixed_precision is {precision}, train.precision {config.train.precision}: give accelerate 'no', "
+            "or train.precision the same (it takes no and bf16)"
+        )
+
+
 def check_distribution(accelerator: Accelerator) -> None:
     """Raise NotImplementedError for ways of distributed training that the loop does not support."""
     kind = accelerator.distributed_type
     if kind is DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise NotImplementedError("training shards by FSDP2: give accelerate --fsdp_version 2")
+        raise _first_fsdp()
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing:
         raise NotImplementedError("take train.gradient_checkpointing=true in place of fsdp_activation_checkpointing")
     by_ddp = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if kind not in by_ddp and not accelerator.is_fsdp2:
-        raise _unsupported(kind)
+        raise _unsupported(kind.value)
 
 
-def _unsupported(kind: DistributedType) -> NotImplementedError:
-    return NotImplementedError(f"training runs on one process, by DDP or by FSDP2, not by {kind.value}")
+def _unsupported(kind: str) -> NotImplementedError:
+    return NotImplementedError(f"training runs on one process, by DDP or by FSDP2, not by {kind}")
+
+
+def _first_fsdp() -> NotImplementedError:
+    return NotImplementedError("training shards by FSDP2: give accelerate --fsdp_version 2")
 
 
 def check_processes(config, processes: int) -> None:

@@ -22,6 +22,7 @@ from ..data.shards import Processes
 from ..data.sources import SOURCES
 from ..files import checksum, read_json, replacing_folder, write_json
 from ..flow import draw_times, flow_loss, interpolate, training_interval
+from ..metrics.images import Images
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
 from ..models.sit_names import renamed
@@ -30,7 +31,7 @@ from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
 from .checkpoint import ADDED_SIT_FIELDS, gather
-from .frechet import FrechetDistance, Images, as_rgb
+from .frechet import FrechetDistance, as_rgb
 from .loop import Job, fit, start_run, trained_parameters
 from .run_config import SiTConfig, to_dict
 

@@ -1,6 +1,7 @@
 """What `hybriddit info` says of this machine."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,21 @@ def test_a_gpu_takes_the_kernels_of_this_project(monkeypatch):
     found = environment()
     assert {c["backend"] for c in found["window_choices"] if c["pixels"] > 512} == {"flex"}
     assert found["window_choices"][-1]["passed_over"] == {"triton": "it needs a C compiler"}
+
+
+def test_a_mac_is_told_of_its_gpu_and_of_what_runs_there(monkeypatch):
+    """Made up on this machine: Apple's GPUs run neither triton, natten nor FlexAttention."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M2 Pro")
+    monkeypatch.setattr("hybriddit.info.machine._natten_has_kernels", lambda: True)
+    found = environment()
+    assert found["device"]["type"] == "mps" and found["device"]["name"] == "Apple M2 Pro"
+    available = {name for name, backend in found["window_attention"].items() if backend["available"]}
+    assert available == {"tiled", "dense"}
+    assert {choice["backend"] for choice in found["window_choices"]} <= {"tiled", "dense"}
+    assert not found["linear_attention"]["triton"]["available"]
+    assert re.search(r"^device +1 x Apple M2 Pro$", environment_text(found), re.MULTILINE)
 
 
 def test_the_first_call_is_timed(monkeypatch):

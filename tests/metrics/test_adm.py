@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from standins import SIDE, all_scores, extractor, features, fid, images, score
 
 from hybriddit.cli import main
@@ -184,15 +185,22 @@ sys.exit(code)
 """
 
 
-def test_two_processes_are_one(files, tmp_path):
+@pytest.mark.parametrize("of_folder", [False, True], ids=["npz", "folder"])
+def test_two_processes_are_one(of_folder, files, tmp_path):
     """As torchrun starts them; the shares of both sets end in the middle of a batch and of a split."""
     (tmp_path / "weights.pth").write_bytes(b"")
     (tmp_path / "samples.json").write_text('{"sampler": "euler"}')
+    sets = files
+    if of_folder:
+        sets = (tmp_path / "samples", files[1])
+        sets[0].mkdir()
+        for index, pixels in enumerate(SAMPLES):
+            Image.fromarray(pixels).save(sets[0] / f"{index:03d}.png")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = PROCESS.format(here=str(Path(__file__).parent))
-    command = ["evaluate", *map(str, files), "--inception", str(tmp_path / "weights.pth"), "--batch-size", "8"]
+    command = ["evaluate", *map(str, sets), "--inception", str(tmp_path / "weights.pth"), "--batch-size", "8"]
     command += ["--shuffle", "5", "--json", "--out", str(tmp_path / "scores" / "scores.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -380,4 +388,4 @@ def test_missing_files_are_told_before_torch_is_loaded(tmp_path):
         [sys.executable, "-c", code, "evaluate", "a.npz", "b.npz"], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.stdout == "1 False\n" and done.stderr == "hybriddit: no npz file at a.npz\n"
+    assert done.stdout == "1 False\n" and done.stderr == "hybriddit: no npz file or folder of images at a.npz\n"

@@ -7,6 +7,7 @@ from accelerate import DistributedType
 
 from hybriddit.cli import main
 from hybriddit.training import loop
+from hybriddit.training.processes import check_launcher
 
 SETTINGS = {
     "distill": "{job: distill, model: {path: /nowhere}, data: {prompts: [a shoe]}, output: {folder: FOLDER}}",
@@ -29,10 +30,45 @@ def refused(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeed_is_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch --use_deepspeed` sets it
-    message = "hybriddit: training runs on one process, by DDP or by FSDP2, not by DEEPSPEED"
+OTHERS = "hybriddit: training runs on one process, by DDP or by FSDP2, not by "
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, f"{OTHERS}DEEPSPEED"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, f"{OTHERS}MEGATRON_LM"),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            f"{OTHERS}accelerate's parallelism_config",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "give accelerate --fsdp_version 2"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "take train.compile=true in place of accelerate's dynamo_backend"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "take train.accumulation in place of accelerate's"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate's mixed_precision is fp16, train.precision no: "),
+    ],
+)
+def test_what_the_launcher_is_given_and_the_loop_does_not_do_is_refused_before_any_work(
+    environment, message, arguments, tmp_path, monkeypatch, capsys
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     refused(arguments, message, tmp_path, capsys)
+
+
+def test_the_launcher_s_defaults_are_no_matter(arguments, monkeypatch, capsys):
+    for name, value in (("MIXED_PRECISION", "no"), ("DYNAMO_BACKEND", "NO"), ("GRADIENT_ACCUMULATION_STEPS", "1")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert main(arguments) == 1
+    assert "/nowhere" in capsys.readouterr().err, "it has gone on to the model or the data"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_launcher(SimpleNamespace(train=SimpleNamespace(precision="bf16")))
+
+
+def test_a_tpu_is_refused(arguments, tmp_path, monkeypatch, capsys):
+    accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, is_fsdp2=False)
+    monkeypatch.setattr(loop, "make_accelerator", lambda config: accelerator)
+    refused(arguments, f"{OTHERS}XLA", tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
