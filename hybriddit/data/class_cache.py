@@ -183,12 +183,13 @@ def _shard_files(cache: Path, number: int) -> tuple[Path, Path]:
 
 
 def _file_state(path: Path) -> list:
-    """Size, time of the last change in nanoseconds, and SHA-256 of a file; [None] * 3 of a link that leads nowhere."""
-    if not path.exists():
+    """Size, time of the last change in nanoseconds, and SHA-256 of a file; [None] * 3 of one that cannot be read."""
+    try:
+        stat = path.stat()
+        with open(path, "rb") as file:
+            return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError:  # a link that leads nowhere, for example
         return [None, None, None]
-    stat = path.stat()
-    with open(path, "rb") as file:
-        return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _changed(files: dict[str, list] | None, names: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -217,8 +218,8 @@ def _check_files(cache: Path, found: dict, paths: Sequence[Path], names: Sequenc
     if found["files"] == hashlib.sha256(json.dumps(sizes).encode()).hexdigest():
         return
     records = [read_json(record) for record in sorted(cache.glob("shard-*.json"))]
-    known = {name: None for record in records for name in record.get("files", {})}
-    gone = [f"{name} is gone" for name in known if name not in set(names)]
+    known, here = {name: None for record in records for name in record.get("files", {})}, set(names)
+    gone = [f"{name} is gone" for name in known if name not in here]
     new = [f"{name} is new" for name in names if name not in known]
     which = f" ({(gone + new)[0]})" if gone or (new and len(known) == found["images"]) else ""
     raise ValueError(f"the cache {cache} was made with other values of files{which}: use another --out, or delete it")

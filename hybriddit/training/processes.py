@@ -23,7 +23,7 @@ def make_accelerator(config) -> Accelerator:
         mixed_precision=config.train.precision,
         log_with=config.output.tracker if config.output.folder else None,
         project_dir=config.output.folder,
-        # the first process may be making images for hours while the others wait
+        # the processes wait for each other while they make images: the first to be done may wait for long
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
 

@@ -1,5 +1,6 @@
 """Sets that are not the teacher's images: folders of images, and the teacher's way to its images."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -226,6 +227,35 @@ def test_a_picture_that_could_not_be_opened_is_tried_again(pipelines, folder, tm
     assert "cannot be opened" in json.loads((tmp_path / "cache" / "skipped.json").read_text())[str(link)]
     shutil.copy(folder / "0.png", tmp_path / "later.png")
     assert len(encode(pipelines("sd3"), folder, cache=tmp_path / "cache")) == 6
+
+
+def test_a_folder_s_cache_of_version_0_1_is_known_by_names_lengths_and_captions(
+    pipelines, folder, tmp_path, work, monkeypatch
+):
+    cache, captions = tmp_path / "cache", captioned_images(folder)
+    first = encode(pipelines("sd3"), folder, cache=cache)
+    rows = first.rows(range(5))
+    settings = json.loads((cache / "data.json").read_text())
+    for name in ("rows", "teacher"):
+        del settings[name]
+    good = [path for path in captions if path.name in GOOD]
+    files = [(str(path.relative_to(folder)), path.stat().st_size, captions[path]) for path in good]
+    settings |= {"files": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "batch_size": 2}
+    (cache / "data.json").write_text(json.dumps(settings))
+    (cache / "pictures.json").unlink()
+    for number, path in enumerate(sorted(cache.glob("latents-*"))):
+        path.rename(cache / f"latents-{number:05d}.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in [cache, *cache.iterdir()]}
+    work.clear()
+    folder.rename(tmp_path / "moved")
+    for batch_size in (2, 5):
+        data = encode(pipelines("sd3"), tmp_path / "moved", cache=cache, batch_size=batch_size)
+        assert all(torch.equal(values, data.rows(range(5))[key]) for key, values in rows.items())
+    assert not work.opened and {path: path.stat().st_mtime_ns for path in before} == before
+    (tmp_path / "moved" / "0.txt").write_text("a bag")
+    with pytest.raises(ValueError, match="made by version 0.1 with other values of files .it does not tell which"):
+        encode(pipelines("sd3"), tmp_path / "moved", cache=cache)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_images_in_a_tar_are_known_by_their_content(pipelines, folder, tmp_path, work):
