@@ -598,7 +598,7 @@ def test_a_teacher_may_have_a_lora_and_the_hybrid_layers_may_not(prepared, tmp_p
     assert own and all(torch.equal(after[name], value) for name, value in own.items())
 
     pipeline, data = prepared("flux_dev")
-    hybridize(pipeline.transformer, HybridConfig(window=3, delta_rank=2))
+    hybridize(pipeline.transformer, tiny_config(tmp_path / "other").hybrid)
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="the hybrid layers have a LoRA"):
         distill(pipeline, data, tiny_config(tmp_path / "other"))
