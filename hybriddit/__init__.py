@@ -12,6 +12,7 @@ _HOMES = {
     "dense_mode": ".models",
     "save_adapter": ".models",
     "load_adapter": ".models",
+    "push_adapter": ".push",
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",
     "load_config": ".training.run_config",

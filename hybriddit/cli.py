@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, train, generate, cache, sample, evaluate, benchmark and info.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, cache, sample, evaluate, benchmark, info.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.
@@ -22,6 +22,7 @@ from .benchmark.shapes import PARTS, VARIANTS
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("model", "group", "sequential")
 EPILOG = """exit codes:
   0    done
   1    something is wrong that you can put right: one line on stderr says what
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_demo,
         add_convert,
         add_distill,
+        add_push,
         add_train,
         add_generate,
         add_cache,
@@ -97,7 +99,7 @@ class PrintCompletion(argparse.Action):
         subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         for sub in subparsers.choices.values():
             for action in sub._actions:
-                if action.type is Path or action.dest in ("model", "adapter"):
+                if action.type is Path or action.dest in ("model", "adapter", "config", "lora"):
                     action.complete = shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
@@ -125,8 +127,20 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides the config file")
 
 
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU)")
+def _add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on a GPU") -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help=f"(default: {default})")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """The options that say which of a pipeline's files are read."""
+    parser.add_argument(
+        "--variant", help="of the weights' files, such as fp16 (default: those without a variant's name)"
+    )
+    parser.add_argument(
+        "--config",
+        help="where --model is a single .safetensors file: folder or repository of the same kind of model in "
+        "diffusers' layout, which has its other parts",
+    )
 
 
 def add_demo(commands) -> None:
@@ -158,12 +172,15 @@ def add_convert(commands) -> None:
         "save a hybrid pipeline: a dense one converted, with the weights of an adapter if given",
         "--model base/ --adapter run/adapter --out hybrid/",
     )
-    sub.add_argument("--model", required=True, help="repository id or folder of a dense diffusers pipeline")
+    sub.add_argument(
+        "--model", required=True, help="repository id or folder of a dense diffusers pipeline, or a single file"
+    )
     sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline, new or empty")
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter; without one the hybrid is fresh")
     sub.add_argument("--window", type=int, help="window of a fresh hybrid, in tokens (default 16)")
     sub.add_argument("--plan", type=Path, help="YAML or JSON file of HybridConfig's fields, for a fresh hybrid")
-    _add_dtype(sub)
+    _add_files(sub)
+    _add_dtype(sub, "each component's, as it is stored")
     sub.add_argument("--quiet", action="store_true", help="print errors only")
 
 
@@ -207,6 +224,27 @@ def distill(options: argparse.Namespace) -> None:
 
     _run_training(run, config, options.resume)
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
+
+
+def add_push(commands) -> None:
+    sub = _add_command(
+        commands,
+        "push",
+        push,
+        "upload an adapter to the hub, with a card that says what it was distilled from and how",
+        "outputs/distill/adapter owner/name --private",
+    )
+    sub.add_argument("folder", type=Path, help="folder of an adapter, or of the distillation that made it")
+    sub.add_argument("repo_id", metavar="owner/name", help="model repository; it is made if it is not there")
+    sub.add_argument("--private", action="store_true", default=None, help="of a repository that is made")
+    sub.add_argument("--base", help="repository of what it was distilled from (default: what the run's config says)")
+    sub.add_argument("--license", default="unknown", help="of the base, such as apache-2.0 (default: %(default)s)")
+
+
+def push(options: argparse.Namespace) -> None:
+    from .push import push_adapter
+
+    print(f"adapter uploaded to {push_adapter(**_given(options))}")
 
 
 def add_train(commands) -> None:
@@ -255,11 +293,27 @@ def add_generate(commands) -> None:
     sub.add_argument(
         "--model",
         required=True,
-        help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run",
+        help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run; "
+        "or a single .safetensors file, with --config",
     )
+    _add_files(sub)
     sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
+    sub.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="LoRA in a .safetensors file, and what it is multiplied by (default: 1); may be given repeatedly",
+    )
     subject = sub.add_mutually_exclusive_group(required=True)
     subject.add_argument("--prompt")
+    subject.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of prompts (one a line, or a table); several processes of torchrun share them, and images that are "
+        "there are kept",
+    )
     subject.add_argument(
         "--class-label",
         dest="class_labels",
@@ -281,6 +335,12 @@ def add_generate(commands) -> None:
     sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
     sub.add_argument(
+        "--seed-per-prompt",
+        action="store_true",
+        help="with --prompts and several images: count seeds by prompts, so that the first image of prompt i has the "
+        "seed --seed + i whatever --num-images",
+    )
+    sub.add_argument(
         "--sampler",
         help="SiT: euler, heun, dopri5, sde-euler or sde-heun (default: the pipeline's scheduler, or euler)",
     )
@@ -292,7 +352,15 @@ def add_generate(commands) -> None:
         help="PNG file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was made "
         'is in its text chunk "hybriddit", which `hybriddit info image.png` shows',
     )
+    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
     _add_dtype(sub)
+    sub.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="keep weights off the GPU until they are used: whole models, or their layers one by one (group; "
+        "sequential is the same by accelerate, slower)",
+    )
+    sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
@@ -517,6 +585,7 @@ def add_info(commands) -> None:
         "outputs/demo/pipeline",
     )
     sub.add_argument("path", nargs="?", type=Path, help="folder of a pipeline, model or adapter, or a PNG file")
+    sub.add_argument("--variant", help="of the weights' files, such as fp16 (default: those that would be loaded)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -524,7 +593,9 @@ def info(options: argparse.Namespace) -> None:
     from .info import describe, description_text, environment, environment_text
 
     if options.path is None:
+        if options.variant is not None:
+            raise ValueError("--variant is for a folder")
         found, text = environment(), environment_text
     else:
-        found, text = describe(options.path), description_text
+        found, text = describe(options.path, options.variant), description_text
     print(json.dumps(found, indent=2) if options.json else text(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from .config import HybridConfig
@@ -15,32 +16,45 @@ def run(
     adapter: str | None = None,
     window: int | None = None,
     plan: Path | None = None,
+    variant: str | None = None,
+    config: str | None = None,
     dtype: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Save the pipeline `model` with hybrid attention to the new or empty folder `out`, whole or not at all.
 
     adapter: provides config and weights; without it the hybrid's weights are fresh. window (in tokens), or plan (a YAML
-    or JSON file of HybridConfig's fields): the config of a fresh hybrid. model, dtype, quiet: see `load_for_use`.
+    or JSON file of HybridConfig's fields): the config of a fresh hybrid. model, variant, config: see
+    `pipelines.loading.find_base`. dtype: such as "bfloat16"; None keeps each component's, as it is stored. quiet: hide
+    progress bars, notes, and messages of the libraries except errors.
 
     Raises ValueError or OSError, in one line.
     """
     if sum(option is not None for option in (adapter, window, plan)) > 1:
         raise ValueError("give one of --window and --plan, for a fresh hybrid, or --adapter, which brings its own")
     fields = {} if window is None else {"window": window}
-    config = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
+    chosen = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
     from .attention.mixers import check_mixer
 
-    check_mixer(config.mixer, **config.mixer_settings)
+    check_mixer(chosen.mixer, **chosen.mixer_settings)
     with filling(out) as folder:
-        from .models import hybridize, load_adapter
-        from .pipelines.loading import load_for_use
+        import torch
 
-        pipeline = load_for_use(model, dtype=dtype, adapter=adapter, quiet=quiet)
-        if getattr(pipeline, "transformer", None) is None:
-            raise ValueError(f"{model} is a {type(pipeline).__name__}, which has no diffusion transformer to convert")
+        from .models import hybridize, load_adapter, read_adapter_config
+        from .pipelines.loading import check_convertible, find_base, load_base, silence_libraries
+
+        if quiet:
+            silence_libraries()
+        base_class = None
+        if adapter:
+            chosen, base_class = read_adapter_config(adapter)
+        base = find_base(model, variant=variant, config=config)
+        check_convertible(base, chosen, base_class, adapter)
+        if base.note and not quiet:
+            print(f"note: {base.note}", file=sys.stderr)
+        pipeline = load_base(base, None if dtype is None else getattr(torch, dtype))
         if adapter:
             load_adapter(pipeline, adapter)
         else:
-            hybridize(pipeline.transformer, config)
+            hybridize(pipeline.transformer, chosen)
         pipeline.save_pretrained(folder)

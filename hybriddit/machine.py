@@ -64,6 +64,32 @@ def device_of_this_machine() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def find_device(name: str | None = None) -> torch.device:
+    """The device of this name, such as "cpu", "cuda:1" or "mps"; None: this machine's, of a process of several its own.
+
+    Raises ValueError, in one line, for a device that torch does not have here.
+    """
+    import torch
+
+    if name is None:
+        device = device_of_this_machine()
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"no device is called {name!r}: give one such as cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cpu":
+        return device
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found is not None else 0
+    if found is None or found.type != device.type or (device.index or 0) >= count:
+        here = "only a CPU" if found is None else f"a CPU and {count} x {found.type}"
+        raise ValueError(f"no device {name} on this machine: torch sees {here}")
+    if device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device(device.type, int(os.environ["LOCAL_RANK"]) % count)
+    return device
+
+
 def gpu_name(device: torch.device | None = None) -> str | None:
     """The name of a GPU (default: this machine's first): "NVIDIA H100 80GB HBM3", "Apple M2 Pro"; None for a CPU."""
     import torch

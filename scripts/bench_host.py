@@ -3,8 +3,9 @@
 
     python scripts/bench_host.py
 
-One call of the default layer with text, as in FLUX, without gradients, and its parts, in microseconds of processor time:
-the least of nine rounds. Triton's launches and the softmax attention of text queries
+One call of the default layer with text, as in FLUX, without gradients, in microseconds of processor time: the least of
+nine rounds. Then the first of its two passes, and what a layer takes that is joined in three, as those with a gate per
+channel are; and the first and the last two of these. Triton's launches and the softmax attention of text queries
 do nothing; allocations, views and small operations of torch are counted, Triton's own launcher is not.
 """
 
@@ -57,13 +58,16 @@ def main() -> None:
     query, key, value = torch.zeros(3, 1, text + grid[0] * grid[1], heads, head_dim, dtype=torch.bfloat16).unbind()
     far_query, far_key, near = torch.zeros(3, 1, grid[0] * grid[1], heads, head_dim, dtype=torch.bfloat16).unbind()
     gate, lse = torch.zeros(1, grid[0] * grid[1], heads, 1), torch.zeros(1, grid[0] * grid[1], heads)
-    far = {"far_query": far_query, "far_key": far_key, "gate": gate}
+    channel_gate = gate.expand(near.shape)
+    far = {"far_query": far_query, "far_key": far_key}
     text_key, image = layout.split(key)
     near_inputs = [image.unflatten(1, grid)] * 3
     attend = partial(hybrid.neighborhood_attention, backend="triton")
     settings = {"window": (4, 4), "text_key": text_key, "text_value": text_key, "return_lse": True}
     parts = {
-        "hybrid layer": lambda: layer(query, key, value, layout, **far),
+        "hybrid layer": lambda: layer(query, key, value, layout, gate=gate, **far),
+        "its linear branch's sums": lambda: layer.far.summed(far_query, far_key, near),
+        "in three passes": lambda: layer(query, key, value, layout, gate=channel_gate, **far),
         "its window branch": lambda: attend(*near_inputs, **settings),
         "its linear branch": lambda: layer.far(far_query, far_key, near, near=near, gate=gate, joint=True, lse=lse),
     }
@@ -75,6 +79,8 @@ def main() -> None:
     ]
     left_out += [
         patch.object(hybrid, "neighborhood_attention", attend),
+        patch.object(hybrid, "joined_attention", partial(hybrid.joined_attention, backend="triton")),
+        patch.object(mixers, "sum_keys", partial(mixers.sum_keys, backend="triton")),
         patch.object(mixers, "linear_attention", partial(mixers.linear_attention, backend="triton")),
         patch.object(hybrid.F, "scaled_dot_product_attention", lambda query, *args, **kwargs: query),
     ]
@@ -82,7 +88,7 @@ def main() -> None:
         replacement.start()
     with torch.no_grad():
         for name, call in parts.items():
-            print(f"{name:18} {microseconds(call):6.1f} us")
+            print(f"{name:24} {microseconds(call):6.1f} us")
     print(f"{device_details(torch.device('cpu'))['name']}, torch {torch.__version__}")
 
 

@@ -710,7 +710,7 @@ def a_pipeline_with_truncated_weights(w):
     return w.generate()
 
 
-@bad(r"does not load")
+@bad(r"lacks the folder of its text_encoder")
 def a_pipeline_without_its_text_encoder(w):
     shutil.rmtree(w.folder / "flux_dev" / "text_encoder")
     return w.generate()

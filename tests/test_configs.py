@@ -148,6 +148,7 @@ def test_a_config_survives_writing(file, tmp_path):
         ("train.steps=true", "train.steps must be int, got True"),
         ("train.steps=0", "train.steps must be at least 1, got 0"),
         ("train.progress=1", "train.progress must be bool, got 1"),
+        ("data.prompts=[null]", "data.prompts must be str or list[str], got [None]"),
         ("data.cache=3", "data.cache must be str or null, got 3"),
         ("train.accumulation=3", "train.batch_size must be a multiple of train.accumulation (3), got 8"),
         ("train.precision=fp8", "train.precision must be 'no' or 'bf16', got 'fp8'"),

@@ -14,13 +14,13 @@ from hybriddit.models import families
 PACKAGE = Path(__file__).parents[1] / "hybriddit"
 # from the ground up; modules of one floor that are not in one folder do not import each other, but for the ground's
 FLOORS = (
-    ("config", "files", "images", "machine"),
+    ("config", "files", "images", "machine", "stored"),
     ("attention",),
     ("models", "flow", "metrics"),
     ("pipelines",),
     ("data",),
     ("training",),
-    ("convert", "generate", "sample", "benchmark", "info", "demo"),
+    ("convert", "generate", "sample", "push", "benchmark", "info", "demo"),
     ("cli",),
     ("__main__",),
 )

@@ -12,7 +12,8 @@ from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 import hybriddit
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import build_parser, main
-from hybriddit.generate import NoEffectWarning, _for_task, check_settings, generate, output_paths
+from hybriddit.generate import NoEffectWarning, check_settings, generate, output_paths
+from hybriddit.generate.images import for_task
 from hybriddit.images import read_record, save_png
 from hybriddit.pipelines.sit import SAMPLERS
 
@@ -189,6 +190,28 @@ def test_image_to_image_and_inpainting(family):
     assert change[:48].mean() > 10 * change[64:].mean()
     # an image that is no multiple of a token is cut to the next smaller size
     assert one(pipeline, image=picture(0, (100, 70)), **settings)[1]["width"] == 96
+
+
+def test_what_is_transparent_is_white_and_in_a_mask_black(tmp_path):
+    """From Python and from files; the colour under it does not count."""
+    pipeline, settings = tiny_pipeline("sd3", latent_channels=16), {"steps": 2, "height": None, "width": None}
+    start, mask = picture(0), Image.new("L", (96, 64), 255)
+    start.paste((255, 255, 255), (0, 0, 48, 64))
+    mask.paste(0, (0, 0, 48, 64))
+    expected, _ = one(pipeline, image=start, mask=mask, strength=1.0, **settings)
+    alpha = Image.new("L", (96, 64), 255)
+    alpha.paste(0, (0, 0, 48, 64))
+    start.paste((255, 0, 255), (0, 0, 48, 64))
+    start.putalpha(alpha)
+    mask = Image.merge("LA", (Image.new("L", (96, 64), 255), alpha))
+    np.testing.assert_array_equal(one(pipeline, image=start, mask=mask, strength=1.0, **settings)[0], expected)
+    pipeline.save_pretrained(tmp_path / "model")
+    start.save(tmp_path / "start.png")
+    mask.save(tmp_path / "mask.png")
+    files = flags(image=tmp_path / "start.png", mask=tmp_path / "mask.png", out=tmp_path / "out.png")
+    more = flags(strength=1.0, steps=2, guidance=3.0, max_sequence_length=TEXT_LENGTH, prompt="a red shoe")
+    assert main(["generate", "--model", str(tmp_path / "model"), *files, *more, "--quiet"]) == 0
+    assert abs(np.asarray(Image.open(tmp_path / "out.png"), int) - expected).max() <= 1
 
 
 def test_tasks_that_diffusers_lacks_and_sizes_that_do_not_fit():
@@ -368,6 +391,6 @@ def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
     with pytest.raises(ValueError, match="width 98 is no multiple of 4, which this model needs"):
         generate(pipeline, "a red shoe", width=98)
     for mask, task in ((None, "Img2Img"), (Image.new("L", (96, 64)), "Inpaint")):
-        assert type(_for_task(pipeline, picture(0), mask)).__name__ == f"StableDiffusion{task}Pipeline"
+        assert type(for_task(pipeline, True, mask is not None)).__name__ == f"StableDiffusion{task}Pipeline"
     with pytest.raises(ValueError, match="diffusers has no inpainting for a DDPMPipeline"):
-        _for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), picture(0), mask)
+        for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), True, mask is not None)

@@ -13,7 +13,7 @@ from .layout import TokenLayout
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
-from .window import neighborhood_attention, seen_pairs
+from .window import joined_attention, neighborhood_attention, seen_pairs
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
@@ -235,7 +235,8 @@ class HybridAttention(nn.Module):
             text = (text_key, text_value, text_mask) if token_layout.text_length else (None, None, None)
             near = image_query, image_key, image_value, *text, token_layout, scale
             if self.far is None:
-                image = self._near(*near)
+                images, settings = self._window_inputs(*near)
+                image = neighborhood_attention(*images, **settings).flatten(1, 2)
             else:
                 image = self._joined(near, far_query, far_key, self.gate if gate is None else gate)
         if self.value_conv is not None:
@@ -262,39 +263,34 @@ class HybridAttention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
     def _joined(self, near, far_query, far_key, gate):
-        """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_near`."""
+        """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_window_inputs`."""
         value, joint, lse = near[2], self.join == "joint", None
+        images, settings = self._window_inputs(*near)
+        sums = None
+        if self.far_only is None and not torch.is_grad_enabled():
+            sums = self.far.summed(far_query, far_key, value)
+        if sums is not None:
+            return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
+        near = neighborhood_attention(*images, return_lse=joint, **settings)
         if joint:
-            near, lse = self._near(*near, return_lse=True)
-        else:
-            near = self._near(*near)
+            near, lse = near[0], near[1].flatten(1, 2)
         if self.far_only is not None:
             if joint:
                 gate, lse = joint_gate(gate, lse), None
             gate = torch.where(self.far_only.view(-1, 1, 1, 1), LARGEST_SHARE if joint else 1.0, gate)
-        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
+        return self.far(far_query, far_key, value, near=near.flatten(1, 2), gate=gate, joint=joint, lse=lse)
 
-    def _near(self, query, key, value, text_key, text_value, text_mask, token_layout, scale, return_lse=False):
-        """Window attention, [B, N, heads, D]; with return_lse also the log-sum-exp of its scores, [B, N, heads]."""
+    def _window_inputs(self, query, key, value, text_key, text_value, text_mask, token_layout, scale):
+        """Query, key and value as grids, [B, H, W, heads, D], and the other arguments of `neighborhood_attention`."""
         if len(token_layout.grids) != 1:
             raise NotImplementedError(
                 f"window attention over several image grids {token_layout.grids} is not supported yet: "
                 "pass one image (no reference images)"
             )
-        near = neighborhood_attention(
-            *(tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)),
-            window=self.window,
-            stride=self.stride,
-            dilation=self.dilation,
-            scale=scale,
-            text_key=text_key,
-            text_value=text_value,
-            text_mask=text_mask,
-            return_lse=return_lse,
-        )
-        if return_lse:
-            return near[0].flatten(1, 2), near[1].flatten(1, 2)
-        return near.flatten(1, 2)
+        settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
+        text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+        images = [tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)]
+        return images, settings | text
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""

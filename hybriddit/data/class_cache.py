@@ -15,6 +15,8 @@ from torchvision.transforms.v2.functional import horizontal_flip
 from tqdm import tqdm
 
 from ..files import checksum, read_json, read_tensors, write_json
+from ..models.family import check_latents_scale
+from ..stored import choose_variant
 from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import find_classes, read_images
 from .image_files import say
@@ -24,12 +26,20 @@ INDEX = "index.json"  # written last: a cache without it is not finished
 
 
 def load_vae(path: str) -> AutoencoderKL:
-    """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none."""
+    """An AutoencoderKL from a folder or a repository, safetensors only. Raises ValueError where there is none.
+
+    Of a folder without plain files it takes the variant that there is, see `stored.choose_variant`.
+    """
+    variant = None
     try:
         kind = AutoencoderKL.load_config(path).get("_class_name")
         if kind not in (None, AutoencoderKL.__name__):
             raise ValueError(f"it is a {kind}")
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True).requires_grad_(False).eval()
+        if os.path.isdir(path):
+            variant, _ = choose_variant({"VAE": os.listdir(path)}, None, path)
+        vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, variant=variant)
+        check_latents_scale(vae.config)
+        return vae.requires_grad_(False).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"no AutoencoderKL at {path!r}: {' '.join(str(error).split())}") from error
 

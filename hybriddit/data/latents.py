@@ -227,7 +227,8 @@ def _open(path: Path, rows: range) -> ShardFile:
 def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
     """Encode prompts: tensors under the names of the pipeline's arguments, with one row per prompt.
 
-    Raises ValueError for a pipeline whose transformer is of no known family.
+    Raises ValueError for a pipeline whose transformer is of no known family, or that lacks a text encoder it needs.
     """
+    family_of(pipeline.transformer).check_encoders(pipeline.components)
     length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     return family_of(pipeline.transformer).encode_prompts(pipeline, prompts, **length)

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import load_image, read_record
+from ..stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
 
     A SiT's training run is described by the pipeline in its folder `pipeline`. All bytes of an adapter are read and
-    checked, but only the headers and lengths of a model's weight files.
+    checked, but only the headers and lengths of a model's weight files. variant: which of the files of a pipeline's or
+    a model's weights to describe, such as "fp16"; None: those that the commands would load.
 
     Raises FileNotFoundError where there is nothing, and ValueError for something damaged or of another kind.
     """
     path = Path(path)
+    if variant is not None and (path.is_file() or (path / "hybrid_config.json").is_file()):
+        raise ValueError(f"{path} has no variants: they are for a pipeline or a model")
     if path.is_file() and path.suffix.lower() == ".png":
         return {"kind": "image", **_image(path)}
     if path.is_file():
@@ -33,10 +37,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder {path}")
     for name, kind, read in (
-        ("model_index.json", "pipeline", _pipeline),
+        ("model_index.json", "pipeline", lambda folder: _pipeline(folder, variant)),
         ("hybrid_config.json", "adapter", _adapter),
-        ("config.json", "model", _model),
-        ("pipeline/model_index.json", "pipeline", lambda run: _pipeline(run / "pipeline")),
+        ("config.json", "model", lambda folder: _model_alone(folder, variant)),
+        ("pipeline/model_index.json", "pipeline", lambda run: _pipeline(run / "pipeline", variant)),
     ):
         if (path / name).is_file():
             return {"kind": kind, **read(path)}
@@ -50,28 +54,37 @@ def _image(path: Path) -> dict[str, Any]:
     return {"width": image.width, "height": image.height, "record": read_record(path)}
 
 
-def _pipeline(folder: Path) -> dict[str, Any]:
+def _pipeline(folder: Path, variant: str | None) -> dict[str, Any]:
     index = read_json(folder / "model_index.json")
-    components = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[-1] is None:
-            continue
-        part = folder / name
-        if not part.is_dir():
-            raise ValueError(f"{folder} lacks the folder of its {name}")
-        # a tokenizer or a scheduler has no config.json
-        components[name] = _model(part) if (part / "config.json").is_file() else {"class": entry[-1]}
-    found = {"class": index.get("_class_name"), "components": components}
+    models = model_folders(folder, index)
+    variant, note = choose_variant({name: os.listdir(part) for name, part in models.items()}, variant, str(folder))
+    components = {
+        name: _model(models[name], variant) if name in models else {"class": kind}
+        for name, kind in component_classes(index).items()
+        if kind is not None
+    }
+    found = {"class": index.get("_class_name"), **_choice(variant, note), "components": components}
     if "sit" in components.get("transformer", {}):
         found |= {name: index.get(name) for name in ("path", "prediction", "weights", "id2label")}
     return found
 
 
-def _model(folder: Path) -> dict[str, Any]:
+def _model_alone(folder: Path, variant: str | None) -> dict[str, Any]:
+    variant, note = choose_variant({"model": os.listdir(folder)}, variant, str(folder))
+    return {**_model(folder, variant), **_choice(variant, note)}
+
+
+def _choice(variant: str | None, note: str | None) -> dict[str, Any]:
+    """The variant that is described, and what there is to choose from; nothing for weights that have no variants."""
+    return {} if (variant, note) == (None, None) else {"variant": variant, "note": note}
+
+
+def _model(folder: Path, variant: str | None) -> dict[str, Any]:
     values = read_json(folder / "config.json")
     name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
-    files = _weight_files(folder)
-    sizes = {key: size for file in files for key, size in _tensor_sizes(file).items()}
+    files = weight_files(folder, variant)
+    headers = {key: header for file in files for key, header in tensor_headers(file).items()}
+    sizes = {key: size for key, (_, size) in headers.items()}
     model = {
         "class": name,
         "family": _family_name(name),
@@ -129,7 +142,22 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "family": _family_name(base),
         "bytes": weights.stat().st_size,
         "hybrid": _hybrid(config, sizes, layers),
+        **_card(folder / "README.md"),
     }
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """{"card": what the card of `hybriddit push` says}; nothing where there is none. Raises ValueError if damaged."""
+    if not path.is_file():
+        return {}
+    from huggingface_hub import ModelCard
+
+    try:
+        values = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # the YAML parser's errors among them
+        raise ValueError(f"{path} is no model card: {' '.join(str(error).split())}") from error
+    facts = values.get("hybriddit")
+    return {"card": {**facts, "license": values.get("license")}} if isinstance(facts, dict) else {}
 
 
 def _hybrid(config: HybridConfig, sizes: dict[str, int], layers: list[str]) -> dict[str, Any]:
@@ -169,35 +197,6 @@ def _hybrid_config(path: Path, values: Any) -> HybridConfig:
         raise ValueError(f"{path} holds no hybrid config: {error}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that loading the folder would read."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise ValueError(f"{index} is damaged: it says of no weights which file holds them")
-            files = sorted({folder / name for name in names.values()})
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")
-            return files
-        if whole.is_file():
-            return [whole]
-    raise ValueError(f"{folder} has no weights in safetensors")
-
-
-def _tensor_sizes(path: Path) -> dict[str, int]:
-    """The number of elements of each tensor, from a safetensors file's header. Raises ValueError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {key: prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-
-
 def description_text(found: dict[str, Any]) -> str:
     """Format what `describe` found for a terminal."""
     if found["kind"] == "image":
@@ -207,10 +206,12 @@ def description_text(found: dict[str, Any]) -> str:
         return "\n".join(lines + [f"  {key:20} {_value(value)}" for key, value in found["record"].items()])
     if found["kind"] == "adapter":
         lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
-        return "\n".join(lines + _hybrid_lines(found["hybrid"]))
+        card = ", ".join(f"{name} {_value(value)}" for name, value in found.get("card", {}).items())
+        return "\n".join([*lines, *_hybrid_lines(found["hybrid"]), *([f"  card    {card}"] if card else [])])
     if found["kind"] == "model":
-        return "\n".join([_model_line(found), *_hybrid_lines(found.get("hybrid")), *_sit_lines(found.get("sit"))])
-    lines = [f"pipeline, {found['class']}"]
+        parts = (*_hybrid_lines(found.get("hybrid")), *_sit_lines(found.get("sit")))
+        return "\n".join([_model_line(found), *_variant_lines(found), *parts])
+    lines = [f"pipeline, {found['class']}", *_variant_lines(found)]
     for name, component in found["components"].items():
         lines.append(f"  {name:16} {_model_line(component) if 'parameters' in component else component['class']}")
         lines += ["  " + line for line in _hybrid_lines(component.get("hybrid")) + _sit_lines(component.get("sit"))]
@@ -225,6 +226,11 @@ def description_text(found: dict[str, Any]) -> str:
 def _model_line(model: dict[str, Any]) -> str:
     family = f" ({model['family']})" if model["family"] else ""
     return f"{model['class']}{family}, {model['parameters']:,} parameters, {_megabytes(model['bytes'])}"
+
+
+def _variant_lines(found: dict[str, Any]) -> list[str]:
+    variant, note = found.get("variant"), found.get("note")
+    return [f"  variant {variant}"] * bool(variant) + [f"  note    {note}"] * bool(note)
 
 
 def _hybrid_lines(hybrid: dict[str, Any] | None) -> list[str]:

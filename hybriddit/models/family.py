@@ -100,6 +100,9 @@ class Family(ABC):
     reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
         of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
+    reference_pipelines: diffusers' pipelines whose reference images are further grids of the sequence, which windows
+        do not reach.
+    text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
@@ -118,6 +121,8 @@ class Family(ABC):
     rotary: ClassVar[bool] = False
     reads_positions: ClassVar[bool] = False
     pipelines: ClassVar[Mapping[str, type]]
+    reference_pipelines: ClassVar[tuple[type, ...]] = ()
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     scheduler: ClassVar[type]
     guided: ClassVar[bool] = True
     middle_time: ClassVar[float] = 0.5
@@ -187,8 +192,10 @@ class Family(ABC):
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Latents as the transformer takes them, of images [B, 3, height, width] in [-1, 1].
 
-        This is the mode of the VAE's posterior, shifted, scaled and packed.
+        This is the mode of the VAE's posterior, shifted, scaled and packed. Raises ValueError for a VAE with a mean and
+        std per channel, which these families' pipelines do not apply.
         """
+        check_latents_scale(vae.config)
         latents = vae.encode(pixels).latent_dist.mode()
         return self.pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
 
@@ -275,6 +282,12 @@ class Family(ABC):
 
     # Not to be overridden
 
+    def check_encoders(self, components: Mapping[str, Any]) -> None:
+        """Raise ValueError for a pipeline that cannot read prompts. components: by name; a missing one is None."""
+        for name in self.text_encoders:
+            if components.get(name) is None:
+                raise ValueError(f"this pipeline has no {name}, without which a {self.pipeline_name} reads no prompts")
+
     def attention_shape(self, published: Published) -> AttentionShape:
         """The attention layer of a published model, which is built without weights."""
         with torch.device("meta"):
@@ -302,6 +315,15 @@ class Family(ABC):
     def pipeline_name(self) -> str:
         """The name of the text-to-image pipeline's class."""
         return self.pipelines["text-to-image"].__name__
+
+
+def check_latents_scale(vae_config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a VAE whose latents are scaled otherwise than by one factor and one shift."""
+    for name in ("latents_mean", "latents_std"):
+        if vae_config.get(name) is not None:
+            raise ValueError(
+                f"the VAE has {name} per channel, which is not applied here: only scaling_factor and shift_factor are"
+            )
 
 
 _FAMILIES: list[Family] = []

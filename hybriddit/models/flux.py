@@ -11,6 +11,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -123,6 +125,8 @@ class Flux(Family):
         "image-to-image": FluxImg2ImgPipeline,
         "inpainting": FluxInpaintPipeline,
     }
+    reference_pipelines = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+    text_encoders = ("text_encoder", "text_encoder_2")
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = False  # the guidance scale is distilled into the model
     recipes = {

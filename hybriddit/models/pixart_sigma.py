@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from ..attention import TokenLayout
-from .family import Family, Processors, Published
+from .family import Family, Processors, Published, check_latents_scale
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
 from .recipe import Recipe, ddpm_noise, uniform_steps
@@ -86,6 +86,10 @@ class PixArtSigma(Family):
             {**XL, "sample_size": 128, "interpolation_scale": 2}, shape="pixart-sigma"
         ),
     }
+
+    def encode_images(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        check_latents_scale(vae.config)
+        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor  # its pipeline adds no shift either
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **length)

@@ -35,7 +35,7 @@ class Recipe:
 
 def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
     """DDPM: every step of the teacher's noise schedule equally often; int64."""
-    return torch.randint(len(scheduler.alphas_cumprod), (count,), generator=generator)
+    return torch.randint(len(_alphas(scheduler)), (count,), generator=generator)
 
 
 def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
@@ -57,9 +57,11 @@ def scheduler_shift(tokens: int, config: Mapping[str, Any]) -> float:
     if config.get("use_dynamic_shifting"):  # FLUX: the factor's logarithm is linear in the tokens, between two sizes
         base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return math.exp(base + (top - base) * (tokens - base_tokens) / (max_tokens - base_tokens))
+        mu = base + (top - base) * (tokens - base_tokens) / (max_tokens - base_tokens)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     # SD3 gives its shift for 1024 x 1024 pixels (4096 tokens); it grows with the square root of the number of tokens
-    return max(1.0, config.get("shift", 1.0) * math.sqrt(tokens / 4096))
+    shift = config.get("shift", config.get("flow_shift", 1.0))  # under the second name in DPM-Solver and UniPC
+    return max(1.0, shift * math.sqrt(tokens / 4096))
 
 
 def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +73,21 @@ def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor)
 def ddpm_noise(
     latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DDPM: the latents with the schedule's noise at these steps, and the noise, which the teacher predicts."""
-    keep = scheduler.alphas_cumprod.to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
-    return keep.sqrt() * latents + (1 - keep).sqrt() * noise, noise
+    """DDPM: the latents with the schedule's noise at these steps, and what the teacher predicts by the scheduler."""
+    keep = _alphas(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
+    signal, sigma = keep.sqrt(), (1 - keep).sqrt()
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    targets = {"epsilon": noise, "sample": latents, "v_prediction": signal * noise - sigma * latents}
+    if kind not in targets:
+        raise ValueError(f"the scheduler's prediction_type is {kind!r}: {', '.join(targets)} can be distilled")
+    return signal * latents + sigma * noise, targets[kind]
+
+
+def _alphas(scheduler: Any) -> torch.Tensor:
+    """The share of the image at every step of a noise schedule. Raises ValueError for a scheduler that has none."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):
+        raise ValueError(
+            f"a {type(scheduler).__name__} has no noise schedule of DDPM, which this teacher was trained with"
+        )
+    return alphas

@@ -98,6 +98,7 @@ class StableDiffusion3(Family):
         "image-to-image": StableDiffusion3Img2ImgPipeline,
         "inpainting": StableDiffusion3InpaintPipeline,
     }
+    text_encoders = ("text_encoder", "text_encoder_2")
     scheduler = FlowMatchEulerDiscreteScheduler
     recipes = {"sd3": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {

@@ -2,48 +2,300 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pag.pag_utils import PAGMixin
+from huggingface_hub import hf_hub_download, model_info
 from safetensors import SafetensorError
 
+from ..config import HybridConfig
 from ..files import read_json
-from ..machine import device_of_this_machine
-from ..models import SiTTransformer2DModel, families, read_adapter_config
+from ..models import SiTTransformer2DModel, families
+from ..models.family import Family, family_of_class
+from ..stored import (
+    PICKLED,
+    choose_variant,
+    component_classes,
+    model_folders,
+    stored_dtype,
+    tensor_headers,
+    variants_of,
+    weight_files,
+)
 from .sit import SiTPipeline
 
+# components that may be missing from a pipeline's model_index.json; whether it works without is checked when it is used
+OPTIONAL = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load a text-to-image pipeline, dense or hybrid, of diffusers or a registered family, from a folder or repository.
 
-    Raises FileNotFoundError or ValueError, in one line, where there is none.
+@dataclass(frozen=True)
+class Base:
+    """A text-to-image pipeline that was found and checked, but not loaded.
+
+    path: as it was given. folder: the folder or hub repository of the pipeline; for a single file, of its other parts.
+    file: a single-file checkpoint, or None. index: the content of model_index.json.
+    variant: of the weights' files, such as "fp16"; None: those without a variant's name.
+    note: what there was to choose from, if there was a choice.
+    """
+
+    path: str
+    folder: str
+    file: Path | None
+    index: dict[str, Any]
+    variant: str | None
+    note: str | None
+
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """The class that model_index.json names. Raises ValueError where neither diffusers nor a family has it."""
+        name = self.index.get("_class_name")
+        known = {made.__name__: made for family in families() for made in family.pipelines.values()}
+        found = known.get(str(name)) or getattr(diffusers, str(name), None)
+        if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+            raise ValueError(f"{self.path} is a {name}, which diffusers {diffusers.__version__} does not have")
+        return found
+
+    @property
+    def transformer_class(self) -> str | None:
+        """The name of the transformer's class; None for a pipeline without a transformer."""
+        return component_classes(self.index).get("transformer")
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the pipeline was saved with a hybrid transformer."""
+        family = family_of_class(self.transformer_class)
+        return family is not None and self.transformer_class == family.hybrid_class.__name__
+
+    def hybrid_config(self) -> HybridConfig | None:
+        """The config of a pipeline that is hybrid already; None for a dense one."""
+        if not self.is_hybrid:
+            return None
+        path = Path(self.folder, "transformer", "config.json")
+        if not Path(self.folder).is_dir():
+            path = Path(hf_hub_download(self.folder, "transformer/config.json"))
+        return HybridConfig.from_saved(read_json(path).get("hybrid_config") or {})
+
+
+def find_base(path: str, *, variant: str | None = None, config: str | None = None) -> Base:
+    """Find a text-to-image pipeline, dense or hybrid, without loading it.
+
+    path: a folder or a hub repository of diffusers' layout, or a single-file checkpoint in safetensors.
+    variant: the variant of the weights' files; None: see `stored.choose_variant`.
+    config: for a single file, a folder or repository of the same kind of model in diffusers' layout, which has its
+        other parts.
+
+    Raises FileNotFoundError or ValueError, in one line, where there is none, or where its weights are not in
+    safetensors.
     """
     refuse_sit(path)
-    if _is_local(path):
-        if not (Path(path) / "model_index.json").is_file():
-            raise FileNotFoundError(f"no diffusers pipeline at {path!r}: it needs a model_index.json")
-        missing = f"the pipeline at {path!r} does not load"
+    file = Path(path) if Path(path).is_file() else None
+    if file is not None:
+        _check_single_file(file, config)
+    elif config is not None:
+        raise ValueError(f"a config is for a single-file checkpoint, and {path!r} is none: leave it out")
+    folder = str(config if file else path)
+    if _is_local(folder):
+        if not Path(folder, "model_index.json").is_file():
+            raise FileNotFoundError(f"no diffusers pipeline at {folder!r}: it needs a model_index.json")
+        index = read_json(Path(folder, "model_index.json"))
+        parts = {name: os.listdir(part) for name, part in model_folders(Path(folder), index).items()}
     else:
-        missing = f"no folder {path!r}, and it could not be fetched from the hub"
+        index, parts = _read_repository(folder)
+    if file:  # what the folder lacks is in the file
+        parts = {name: files for name, files in parts.items() if name != "transformer" and variants_of(files)}
+    base = Base(path, folder, file, index, *choose_variant(parts, variant, folder))
+    if file and base.is_hybrid:
+        raise ValueError(f"{folder} is a hybrid pipeline, and the config of a single file is a dense one")
+    return base
+
+
+def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> DiffusionPipeline:
+    """Load what `find_base` found. dtype: None keeps each component's, as it is stored.
+
+    Raises ValueError, in one line, where it does not load.
+    """
+    missing = f"the pipeline at {base.path!r} does not load"
+    made = base.pipeline_class
+    # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
+    absent = {name for name, kind in component_classes(base.index).items() if kind is None}
+    absent |= {name for name in OPTIONAL if name not in base.index}
+    parts = {name: None for name in inspect.signature(made.__init__).parameters if name in absent}
+    options = {"use_safetensors": True, "variant": base.variant}
     try:
-        return _pipeline_class(path).from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        folder = base.folder
+        if dtype is None and not Path(folder).is_dir():
+            folder = DiffusionPipeline.download(folder, **options)
+        dtypes = dtype or _stored_dtypes(Path(folder), base)
+        if base.file is None:
+            return made.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
+        pipeline = _load_single_file(base, dtypes, parts, options)
+    # a damaged config shows in diffusers as any of these
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{missing}: {error}") from error
+    pipeline.register_to_config(_name_or_path=base.path)
+    return pipeline
 
 
-def _pipeline_class(path: str) -> type[DiffusionPipeline]:
-    """The class to load a pipeline with; DiffusionPipeline if it is diffusers' own, which that finds by itself."""
-    name = DiffusionPipeline.load_config(path).get("_class_name")
-    classes = (family.pipelines["text-to-image"] for family in families())
-    return next((found for found in classes if found.__name__ == name), DiffusionPipeline)
+def load_pipeline(
+    path: str, dtype: torch.dtype | None = torch.float32, *, variant: str | None = None, config: str | None = None
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline, dense or hybrid, of diffusers or a registered family.
+
+    Takes and raises what `find_base` and `load_base` do, and prints a note where there are variants to choose from.
+    """
+    base = find_base(path, variant=variant, config=config)
+    if base.note:
+        print(f"note: {base.note}", file=sys.stderr)
+    return load_base(base, dtype)
 
 
-def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> SiTPipeline:
+def text_to_image(base: Base) -> Base:
+    """The pipeline as the text-to-image pipeline of its family, which distillation trains for.
+
+    Raises ValueError for a transformer of no family, and for pipelines that do something else with it.
+    """
+    family, kind = _family(base), base.pipeline_class
+    if kind not in family.pipelines.values():
+        raise ValueError(
+            f"{base.path} is a {kind.__name__}: distillation is for the text-to-image pipeline of its transformer, "
+            f"{family.pipeline_name}"
+        )
+    return replace(base, index={**base.index, "_class_name": family.pipeline_name})
+
+
+def check_convertible(
+    base: Base, config: HybridConfig, base_class: str | None = None, adapter: str | None = None
+) -> None:
+    """Raise ValueError for a pipeline that does not become, or already is, a hybrid of this config.
+
+    adapter: whose config it is; its weights may go into a hybrid that has the same. base_class: the class it is for.
+    """
+    kind = base.pipeline_class
+    if base.transformer_class is None:
+        raise ValueError(f"{base.path} is a {kind.__name__}, which has no diffusion transformer to convert")
+    family = _family(base)
+    if adapter is not None and base_class != family.dense_class.__name__:
+        raise ValueError(f"the adapter in {adapter} is for {base_class}, the model is a {family.dense_class.__name__}")
+    check_hybrid(kind, base.transformer_class, config)
+    own = base.hybrid_config()
+    if own is not None and adapter is None:
+        raise ValueError(f"{base.path} is hybrid already: give the dense pipeline that it was made from")
+    if own not in (None, config):
+        raise ValueError(f"{base.path} is hybrid with another config than {adapter}: give the dense pipeline")
+
+
+def _family(base: Base) -> Family:
+    family = family_of_class(base.transformer_class)
+    if family is None:
+        supported = ", ".join(family.dense_class.__name__ for family in families())
+        raise ValueError(
+            f"{base.path}: its transformer is a {base.transformer_class}, which is not supported: {supported} are"
+        )
+    return family
+
+
+def check_hybrid(kind: type[DiffusionPipeline], transformer_class: str | None, config: HybridConfig) -> None:
+    """Raise ValueError for a pipeline in which a hybrid transformer of this config would fail, or silently do less.
+
+    kind: the pipeline's class. transformer_class: the name of its transformer's.
+    """
+    family = family_of_class(transformer_class)
+    if issubclass(kind, PAGMixin):
+        raise ValueError(
+            f"a {kind.__name__} replaces attention processors, which takes hybrid attention out: use the pipeline "
+            "without PAG"
+        )
+    windows = config.window is not None and {"hybrid", "window"} & {config.kind(""), *config.layers.values()}
+    if family is not None and issubclass(kind, family.reference_pipelines) and windows:
+        raise ValueError(
+            f"a {kind.__name__} adds reference images to the sequence, which windows do not reach: use window None "
+            "(linear attention alone)"
+        )
+
+
+def _check_single_file(file: Path, config: str | None) -> None:
+    if file.suffix in PICKLED:
+        raise ValueError(f"{file} is pickled, and nothing pickled is loaded: convert it to safetensors")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is no folder, repository or .safetensors file")
+    if config is None:
+        raise ValueError(
+            f"{file} is a single file: give a config too, a folder or repository of the same kind of model in "
+            "diffusers' layout, which has its other parts (generate and convert: --config, distill: model.config)"
+        )
+    tensor_headers(file)
+
+
+def _load_single_file(
+    base: Base, dtypes: torch.dtype | dict[str, torch.dtype], parts: dict[str, None], options: dict[str, Any]
+) -> DiffusionPipeline:
+    """Load a single-file checkpoint by diffusers' `from_single_file`; what is not in the file from its config."""
+    whole = any(key.startswith(("first_stage_model.", "vae.")) for key in tensor_headers(base.file))
+    kind = base.pipeline_class if whole else getattr(diffusers, str(base.transformer_class), None)
+    if not hasattr(kind, "from_single_file"):
+        name = base.pipeline_class.__name__ if whole else base.transformer_class
+        raise ValueError(f"diffusers loads no {name} from a single file")
+    dtype = dtypes["transformer"] if isinstance(dtypes, dict) else dtypes
+    local = {"config": base.folder, "local_files_only": Path(base.folder).is_dir()}
+    try:
+        if whole:
+            return kind.from_single_file(str(base.file), dtype=dtype, **local, **parts)
+        transformer = kind.from_single_file(str(base.file), dtype=dtype, subfolder="transformer", **local)
+    except Exception as error:  # diffusers' conversion fails in any way on a file of another model
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no {kind.__name__} in it: {type(error).__name__}: {reason}") from error
+    missing = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} weights of a {kind.__name__} ({missing[0]}, …)")
+    parts = {**parts, "transformer": transformer}
+    return base.pipeline_class.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
+
+
+def _stored_dtypes(folder: Path, base: Base) -> dict[str, torch.dtype]:
+    """The dtype of each component as it is stored, by name."""
+    files = model_folders(folder, base.index)
+    if base.file is not None:
+        files = {name: part for name, part in files.items() if variants_of(os.listdir(part))}
+    found = {name: stored_dtype(weight_files(part, base.variant)) for name, part in files.items()}
+    if base.file is not None:
+        found["transformer"] = stored_dtype([base.file])
+    return {name: getattr(torch, dtype) for name, dtype in found.items()}
+
+
+def _read_repository(name: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """model_index.json of a hub repository, and the names of its components' files; none where the hub is not there."""
+    try:
+        index = DiffusionPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no folder {name!r}, and it could not be fetched from the hub: {error}") from error
+    try:
+        files = [file.rfilename for file in model_info(name).siblings or ()]
+    except Exception:  # of any library below: the hub is not there, but diffusers may find the repository in its cache
+        files = []
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        part, _, rest = file.partition("/")
+        if f"{part}/config.json" in files and component_classes(index).get(part):
+            parts.setdefault(part, []).append(rest)
+    return index, parts
+
+
+def load_sit_pipeline(
+    path: str | os.PathLike, dtype: torch.dtype = torch.float32, *, variant: str | None = None
+) -> SiTPipeline:
     """Load a SiTPipeline from its folder, from a training run's folder or from a hub repository.
+
+    variant: of a folder's weights, see `stored.choose_variant`; of a repository's, as diffusers takes it.
 
     Raises FileNotFoundError or ValueError, in one line, where there is none.
     """
@@ -55,35 +307,25 @@ def load_sit_pipeline(path: str | os.PathLike, dtype: torch.dtype = torch.float3
         raise ValueError(f"{str(path)!r} is a {name}, not a SiTPipeline: {missing}")
     if folder is None and _is_local(path):
         raise FileNotFoundError(f"no SiTPipeline at {str(path)!r}: neither the folder nor pipeline/ in it holds one")
+    if folder is not None:
+        parts = model_folders(folder, read_json(folder / "model_index.json"))
+        variant, _ = choose_variant({name: os.listdir(part) for name, part in parts.items()}, variant, str(folder))
     try:
-        return SiTPipeline.from_pretrained(folder or path, dtype=dtype)
+        return SiTPipeline.from_pretrained(folder or path, dtype=dtype, variant=variant)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the pipeline at {str(path)!r} does not load: {error}") from error
 
 
-def load_for_use(
-    path: str,
-    *,
-    dtype: str | None = None,
-    adapter: str | None = None,
-    of_classes: bool = False,
-    quiet: bool = False,
-) -> DiffusionPipeline:
-    """Load a pipeline onto this machine's device, for the commands `generate` and `convert`.
+def silence_libraries() -> None:
+    """Hide the libraries' progress bars, and their messages except errors."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
 
-    dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU.
-    adapter: not loaded here. Its config is checked before the model is loaded, which may take minutes.
-    of_classes: load a SiTPipeline, not a text-to-image pipeline.
-    quiet: hide progress bars, and messages of the libraries except errors.
-    """
-    if quiet:
-        _silence_libraries()
-    if adapter:
-        read_adapter_config(adapter)
-    device = device_of_this_machine()
-    default = "bfloat16" if device.type == "cuda" else "float32"
-    load = load_sit_pipeline if of_classes else load_pipeline
-    return load(path, getattr(torch, dtype or default)).to(device)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    disable_progress_bars()
 
 
 @contextmanager
@@ -122,14 +364,3 @@ def refuse_sit(path: str | os.PathLike) -> None:
 def _is_local(path: str | os.PathLike) -> bool:
     """Whether the path can only be a folder: it exists, or does not have the form "owner/name" of a repository."""
     return Path(path).exists() or Path(path).is_absolute() or str(path).count("/") != 1
-
-
-def _silence_libraries() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    disable_progress_bars()

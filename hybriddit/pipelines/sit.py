@@ -21,6 +21,7 @@ from ..flow.path import check_name
 from ..flow.sample import velocity_field
 from ..metrics.images import to_uint8
 from ..models import SiTTransformer2DModel
+from ..models.family import check_latents_scale
 
 SAMPLERS = (*ODE_METHODS, *(f"sde-{name}" for name in SDE_METHODS))
 # the keys that `sampler_options` may have
@@ -48,7 +49,8 @@ class SiTPipeline(DiffusionPipeline):
         path, prediction: what the transformer was trained for, see `hybriddit.flow`.
         weights: a note on the weights, such as "EMA 0.9999, step 400000", written into the records of images.
 
-    Raises ValueError for an unknown path or prediction, and for a class index that the transformer does not have.
+    Raises ValueError for an unknown path or prediction, a class index that the transformer does not have, and a VAE
+    with a mean and std per channel.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -66,6 +68,8 @@ class SiTPipeline(DiffusionPipeline):
         weights: str | None = None,
     ):
         super().__init__()
+        if vae is not None:
+            check_latents_scale(vae.config)
         check_name("path", path, PATHS)
         check_name("prediction", prediction, PREDICTIONS)
         classes = transformer.config.num_classes

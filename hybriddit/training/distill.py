@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ..attention.mixers import check_mixer
+from ..config import HybridConfig
 from ..data.identity import weights_digest
 from ..data.latents import LatentData
 from ..data.shards import Processes
@@ -23,27 +26,31 @@ from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.family import unsharded_class
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
-from ..pipelines.loading import load_pipeline, quiet
+from ..pipelines.loading import find_base, load_base, quiet, text_to_image
 from .batches import epoch_order, step_generator
 from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
-from .run_config import DistillConfig, to_dict
+from .run_config import HYBRID, DistillConfig, to_dict
 from .step_cost import step_cost
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Run a config from start to end: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
+    base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
+    config = with_hybrid_of(config, base.hybrid_config())
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    pipeline = load_pipeline(config.model.path, dtype).to(accelerator.device)
+    if base.note and accelerator.is_main_process:
+        print(f"note: {base.note}", file=sys.stderr)
+    pipeline = load_base(base, dtype).to(accelerator.device)
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
     loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
@@ -74,11 +81,29 @@ def check_settings(config: DistillConfig) -> None:
     SOURCES[config.data.source].count(config.data)
 
 
+def with_hybrid_of(config: DistillConfig, own: HybridConfig | None) -> DistillConfig:
+    """The config of a run from a model that is hybrid already, with the config `own`: None if it is dense.
+
+    Raises ValueError if the run's own `hybrid` section says something else.
+    """
+    if own in (None, config.hybrid):
+        return config
+    if config.hybrid is not HYBRID:
+        ours, theirs = config.hybrid.to_dict(), own.to_dict()
+        name = next(name for name in theirs if ours[name] != theirs[name])
+        raise ValueError(
+            f"the teacher is hybrid already, with hybrid.{name} {theirs[name]}, not {ours[name]}: leave the section "
+            "hybrid out to go on from it, or give model.path the dense pipeline that it was made from"
+        )
+    return replace(config, hybrid=own)
+
+
 def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
 
-    The transformer is converted in place with `config.hybrid` unless it is converted already; its dense weights are
-    never changed. `config.model.path` and `config.data` are not used here: `data` is the training set.
+    The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the
+    same config; its dense weights are never changed. `config.model.path` and `config.data` are not used here: `data` is
+    the training set.
 
     With `config.output.folder` set, the folder receives config.yaml, run.json (versions, git state, device of every
     start), log.jsonl, loss.png, checkpoints/, samples/, a tracker's events and at the end adapter/. `resume` continues
@@ -94,6 +119,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     """
     base = pipeline.transformer
     check_unwrapped(base)
+    config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
     grid = token_grid(pipeline, data)

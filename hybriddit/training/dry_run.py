@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..config import HybridConfig
 from ..data.sources import SOURCES
 from ..files import read_json
-from ..models import families, family_of
+from ..models import families, family_of, is_hybrid
 from ..models.family import family_of_class, find_published
-from ..pipelines.loading import refuse_sit
-from .distill import check_settings, loss_settings, make_student, planned_grid, recipe_for
+from ..pipelines.loading import Base, refuse_sit, text_to_image
+from .distill import check_settings, loss_settings, make_student, planned_grid, recipe_for, with_hybrid_of
 from .run_config import DistillConfig
 from .step_cost import step_cost
 
@@ -32,7 +33,8 @@ def dry_run(config: DistillConfig) -> dict:
     raise before it loads weights, and ValueError for a repository that no family lists.
     """
     check_settings(config)
-    model, vae_scale_factor, tokenizer_length = plan_model(config.model.path)
+    model, vae_scale_factor, tokenizer_length = plan_model(config.model.config or config.model.path)
+    config = with_hybrid_of(config, HybridConfig.from_saved(model.config.hybrid_config) if is_hybrid(model) else None)
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss_settings(recipe, config, source.teacher_made, source.trajectories)
@@ -175,6 +177,7 @@ def plan_model(path: str) -> tuple[nn.Module, int, int]:
             raise ValueError(f"{path}: its transformer is a {name}, which is not supported: {supported} are")
         model_class = next(c for c in (family.dense_class, family.hybrid_class) if c.__name__ == name)
         components = _read_json(folder / "model_index.json")
+        text_to_image(Base(path, path, None, components, None, None))
         vae_scale_factor, tokenizer_length = 8, 77  # what diffusers' pipelines go by without a VAE or a tokenizer
         if any(components.get("vae") or ()):
             vae_scale_factor = family.latent_pixels(_read_json(folder / "vae" / "config.json"))

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config import HybridConfig
 from ..data.sources import SOURCES, sources_of
 
+HYBRID = HybridConfig()  # the `hybrid` of a config without that section, told apart by its identity
 MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fits into the generator's 64 bits
 
 
@@ -25,12 +26,16 @@ MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fi
 class ModelConfig:
     """The teacher.
 
-    path: repository id or folder of its diffusers pipeline.
+    path: repository id or folder of its diffusers pipeline; or a single-file checkpoint, in safetensors.
+    variant: of the weights' files, such as "fp16"; None: those without a variant's name, where there are such.
+    config: for a single file, repository or folder of the same kind of model in diffusers' layout, for its other parts.
     recipe: a name in the `recipes` of its family (`hybriddit.models.family.Family`); None: the one that fits the model.
     """
 
     path: str = ""
     recipe: str | None = None
+    variant: str | None = None
+    config: str | None = None
 
 
 @dataclass
@@ -166,10 +171,14 @@ class MetricsConfig:
 
 @dataclass
 class DistillConfig:
-    """Everything about one distillation run. `hybrid` takes the fields of `hybriddit.HybridConfig`."""
+    """Everything about one distillation run.
+
+    hybrid: the fields of `hybriddit.HybridConfig`. Left out, they are the teacher's if that is hybrid already, else the
+        defaults; a hybrid teacher with another config is refused.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    hybrid: HybridConfig = field(default_factory=HybridConfig)
+    hybrid: HybridConfig = field(default_factory=lambda: HYBRID)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -425,7 +434,8 @@ def _convert(value, hint, key: str, root: type):
             return value
         if origin in (int, str, bool, dict, types.NoneType) and type(value) is origin:
             return value
-    expected = " or ".join("null" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    names = ["null" if o is types.NoneType else str(o) if typing.get_args(o) else o.__name__ for o in options]
+    expected = " or ".join(names)
     raise ValueError(f"{key} must be {expected}, got {value!r}")
 
 

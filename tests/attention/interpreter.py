@@ -48,10 +48,11 @@ def poisoned():
 
 
 def run_in_interpreter(folder):
-    """Run this folder's test_triton.py in a process of its own: Triton decides as it reads a kernel whether to compile."""
+    """Run this folder's test_triton*.py in a process of its own: Triton decides as it reads a kernel whether to compile."""
     if reason := refusal():
         pytest.skip(reason)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_triton.py"]
+    tests = sorted(path.name for path in folder.glob("test_triton*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout + run.stderr

@@ -51,6 +51,27 @@ def test_a_fresh_layer_over_the_whole_grid_is_dense(gate, text_first):
     torch.testing.assert_close(out, oracles.softmax_attention(*qkv))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": "token"},
+        {"join": "joint", "gate": "token", "feature_map": "polynomial", "projection": 4, "center_keys": True},
+        {"join": "joint", "gate": "channel", "feature_map": "hedgehog", "temperature": True},
+    ],
+    ids=str,
+)
+def test_the_result_is_the_same_without_gradients(options):
+    layer, layout, qkv, hidden = make_case(window=(3, 4), **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    text_mask = torch.arange(TEXT) < torch.tensor([[2], [TEXT]])
+    expected = call(layer, layout, qkv, hidden, text_mask=text_mask)[0]
+    assert expected.requires_grad
+    with torch.no_grad():
+        out = call(layer, layout, qkv, hidden, text_mask=text_mask)[0]
+    torch.testing.assert_close(out, expected.detach())
+
+
 @pytest.mark.parametrize("text, text_first", [(TEXT, True), (TEXT, False), (0, True)])
 @pytest.mark.parametrize("kind", ["hybrid", "window"])
 def test_a_fresh_layer_is_dense_with_the_window_as_mask(text, text_first, kind):

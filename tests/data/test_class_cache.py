@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_vae import tiny_vae
 
 from hybriddit.data import class_cache as module
-from hybriddit.data.class_cache import make_cache, open_cache, read_index
+from hybriddit.data.class_cache import load_vae, make_cache, open_cache, read_index
 from hybriddit.data.class_images import read_folder
 from hybriddit.data.sources import open_class_data
 
@@ -251,3 +251,13 @@ def test_a_cache_of_version_0_1_is_known_by_names_and_lengths(folder, tmp_path, 
     Image.new("RGB", (30, 30)).save(folder / "pear" / "0.png")
     with pytest.raises(ValueError, match="other values of files: use another --out"):
         make_cache(folder, cache, size=8, progress=False)
+
+
+def test_the_vae_may_be_a_variant_alone_and_must_not_be_scaled_per_channel(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "vae", variant="fp16")
+    assert torch.equal(next(load_vae(str(tmp_path / "vae")).parameters()), next(vae.parameters()))
+    vae.register_to_config(latents_std=[0.5] * 4)
+    vae.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(ValueError, match="scaled': the VAE has latents_std per channel"):
+        load_vae(str(tmp_path / "scaled"))

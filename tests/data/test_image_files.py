@@ -56,10 +56,16 @@ def test_every_folder_is_entered_once(tmp_path):
 
 
 def test_a_class_does_not_reach_the_folder_of_its_classes(tmp_path):
-    touch(tmp_path / "shoe" / "a.png", tmp_path / "bag" / "b.png")
-    (tmp_path / "shoe" / "all").symlink_to(tmp_path)
-    (tmp_path / "shoe" / "bags").symlink_to(tmp_path / "bag")
-    assert names_under(tmp_path / "shoe", inside=tmp_path) == (["a.png", "bags/b.png"], {"links back up": 1})
+    classes, other = tmp_path / "classes", tmp_path / "other"
+    touch(classes / "shoe" / "a.png", classes / "bag" / "b.png", other / "c.png")
+    (classes / "shoe" / "all").symlink_to(classes)
+    (classes / "shoe" / "bags").symlink_to(classes / "bag")
+    (classes / "shoe" / "more").symlink_to(other)
+    (other / "all").symlink_to(classes)
+    assert names_under(classes / "shoe", inside=classes) == (
+        ["a.png", "bags/b.png", "more/c.png"],
+        {"links back up": 1, "links to folders that are read elsewhere": 1},
+    )
 
 
 def test_a_link_in_circles_is_a_broken_link(tmp_path):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
 from hybriddit.models import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
+from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes}
@@ -39,6 +40,14 @@ def test_sd3_times_are_logit_normal_shifted_by_size(tokens, shift):
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
 
 
+def test_the_shift_is_read_under_every_name():
+    """FLUX's linear kind of dynamic shift, and the name that DPM-Solver and UniPC have for SD3's."""
+    linear = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    assert scheduler_shift(4096, linear.config) == pytest.approx(1.15)
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert scheduler_shift(4096, solver.config) == pytest.approx(3.0)
+
+
 def test_schnell_times_are_those_of_its_schedules():
     times = draw("flux_schnell")
     own, chance = [], {}
@@ -61,6 +70,26 @@ def test_ddpm_noise_is_the_schedulers_own():
     noisy, target = PIXART_SIGMA.add_noise(latents, noise, times, scheduler)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
     assert target is noise
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_target_is_what_the_scheduler_says_that_the_teacher_predicts(kind):
+    scheduler = DDPMScheduler(prediction_type=kind)
+    latents, noise, times = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    _, target = PIXART_SIGMA.add_noise(latents, noise, times, scheduler)
+    velocity = scheduler.get_velocity(latents, noise, times)
+    torch.testing.assert_close(target, {"epsilon": noise, "sample": latents, "v_prediction": velocity}[kind])
+
+
+def test_schedulers_that_the_teacher_was_not_trained_with_are_refused():
+    latents = torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="prediction_type is 'other': epsilon, sample, v_prediction can be distilled"):
+        scheduler = DDPMScheduler()
+        scheduler.register_to_config(prediction_type="other")
+        PIXART_SIGMA.add_noise(latents, latents, torch.tensor([1]), scheduler)
+    for scheduler in (FlowMatchEulerDiscreteScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True)):
+        with pytest.raises(ValueError, match=f"a {type(scheduler).__name__} has no noise schedule of DDPM"):
+            draw("pixart_sigma", scheduler=scheduler)
 
 
 def test_flow_target_leads_from_image_to_noise():

@@ -1,13 +1,16 @@
 """Linear attention: every query sees all keys, at a cost linear in both."""
 
-from .dispatch import linear_attention, triton_refusal
+from .dispatch import KeySums, join_sums, linear_attention, sum_keys, triton_refusal
 from .features import FEATURE_MAPS, FeatureMap
 from .formula import linear_attention_formula
 
 __all__ = [
     "FEATURE_MAPS",
     "FeatureMap",
+    "KeySums",
+    "join_sums",
     "linear_attention",
     "linear_attention_formula",
+    "sum_keys",
     "triton_refusal",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,18 +104,7 @@ def linear_attention(
             ).to(value.dtype)
     tensors = [x for x in (query, key, value, near, gate, lse, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    triton = False
-    if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
-        # plain ints, because torch.compile may keep sizes symbolic
-        channels = query.shape[3] if query_projection is None else query_projection.shape[2]
-        widths = tuple(map(operator.index, (query.shape[3], value.shape[3], channels)))
-        case = (backend, query.device, query.dtype, *widths, feature_map, query_projection is not None, gradients)
-        if torch.compiler.is_compiling():
-            from ..tracing import constant
-
-            triton = constant(_takes_triton, *case)
-        else:
-            triton = _takes_triton(*case)
+    triton = _choose_triton(backend, query, value, query_projection, feature_map, gradients)
     state, mean = _linear_state(key, value, key_projection, key_mask, feature_map, triton)
     if key_mask is not None:  # take the means over the unmasked keys only
         share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
@@ -135,6 +125,71 @@ def linear_attention(
             gate = joint_share(gate, _linear_output(query, *sums, wide=True) + eps)
         return near + gate.to(near.dtype) * (far - near)
     return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
+
+
+class KeySums(NamedTuple):
+    """Linear attention whose sums over the keys are taken, and what else each query needs; see `linear_attention`.
+
+    query [B, M, heads, D]; state [B, heads, F, E] and mean [B, heads, F, 1], over the keys, in at least float32;
+    projection [heads, D, m], or None; eps and feature_map as there. triton: whether the Triton kernels run.
+    """
+
+    query: Tensor
+    state: Tensor
+    mean: Tensor
+    projection: Tensor | None
+    eps: float
+    feature_map: str
+    triton: bool
+
+
+def sum_keys(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "elu",
+    query_projection: Tensor | None = None,
+    key_projection: Tensor | None = None,
+    backend: str = "auto",
+) -> KeySums:
+    """The first pass of `linear_attention`, which has the arguments. Like what follows, it is not for gradients."""
+    _check(query, key, value, None, None, None, None, query_projection, key_projection)
+    query, key, value = autocast((query, key, value))
+    check_dtype((query, key, value))
+    if query_projection is not None:
+        query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
+    triton = _choose_triton(backend, query, value, query_projection, feature_map, False)
+    state, mean = _linear_state(key, value, key_projection, None, feature_map, triton)
+    return KeySums(query, state, mean, query_projection, FEATURE_MAPS[feature_map].eps, feature_map, triton)
+
+
+def join_sums(sums: KeySums, near: Tensor, gate: Tensor, joint: bool, lse: Tensor | None) -> Tensor:
+    """The second pass of `linear_attention`, which has the arguments, where as many keys as queries were summed."""
+    query, state, mean, *settings = sums
+    if joint and sums.triton:
+        count = float(near.shape[1])
+        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=count)
+    if joint:
+        gate = joint_gate(gate, lse) * near.shape[1]
+    return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
+
+
+def _choose_triton(
+    backend: str, query: Tensor, value: Tensor, projection: Tensor | None, feature_map: str, gradients: bool
+) -> bool:
+    """Whether the Triton kernels run for these tensors."""
+    if not (backend == "triton" or (backend == "auto" and query.device.type == "cuda")):
+        return False
+    # plain ints, because torch.compile may keep sizes symbolic
+    channels = query.shape[3] if projection is None else projection.shape[2]
+    widths = tuple(map(operator.index, (query.shape[3], value.shape[3], channels)))
+    case = (backend, query.device, query.dtype, *widths, feature_map, projection is not None, gradients)
+    if torch.compiler.is_compiling():
+        from ..tracing import constant
+
+        return constant(_takes_triton, *case)
+    return _takes_triton(*case)
 
 
 def _takes_triton(*case) -> bool:

@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
 from ..tuned import tuned_options
 from . import features as maps
+from . import phi
 
 # Programs per multiprocessor: while one waits for memory, another computes. Kernels with a larger number of their own
 # have more only as far as each still takes this many blocks of rows: every program reads the whole state.
@@ -28,11 +29,6 @@ LARGEST_ROW = 2**24
 # Kernel -> options that replace those of `launch_options`, for sweeps on a GPU.
 OVERRIDES: dict[str, dict] = {}
 
-LARGEST = tl.constexpr(maps.LARGEST)
-LARGEST_FACTOR = tl.constexpr(maps.LARGEST_FACTOR)
-LARGEST_SHARE = tl.constexpr(maps.LARGEST_SHARE)
-LARGEST_GATE = tl.constexpr(maps.LARGEST_GATE)
-
 
 @triton.jit
 def _load(pointers, valid, mask_width: tl.constexpr, width_mask):
@@ -40,120 +36,6 @@ def _load(pointers, valid, mask_width: tl.constexpr, width_mask):
     if mask_width:
         return tl.load(pointers, mask=valid & width_mask, other=0.0)
     return tl.load(pointers, mask=valid, other=0.0)
-
-
-@triton.jit
-def _load_matrix(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Elements [row, column] of a contiguous matrix [ROWS, COLUMNS], zero beyond; transposed if the column is first."""
-    return tl.load(matrix + row * COLUMNS + column, mask=(row < ROWS) & (column < COLUMNS), other=0.0)
-
-
-@triton.jit
-def _columns(x, DOT: tl.constexpr):
-    """Lay out x [n] as [n, 16] for a dot: column 0 is x rounded to DOT, column 1 the rounding error, the rest zero.
-
-    The tensor cores then compute sums over rows or channels with the products, without a reduction across warps.
-    """
-    column = tl.arange(0, 16)[None, :]
-    rounded = x.to(DOT).to(tl.float32)
-    return tl.where(column == 0, rounded[:, None], tl.where(column == 1, (x - rounded)[:, None], 0.0)).to(DOT)
-
-
-@triton.jit
-def _clamp(x, bound: tl.constexpr):
-    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))  # NaN stays NaN
-
-
-@triton.jit
-def _channels(x, matrix, MAP: tl.constexpr, PROJECTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """What phi is of, in float32: the rows x [n, D], or x P where PROJECTED; matrix is P, zero beyond its size."""
-    x = x.to(tl.float32)
-    if PROJECTED:
-        x = tl.dot(_clamp(x, LARGEST).to(DOT), matrix, input_precision=PRECISION)
-    elif MAP == "hedgehog":
-        x = _clamp(x, LARGEST)  # the other maps clamp the channels
-    return x
-
-
-@triton.jit
-def _sinh(x):
-    # near 0 the difference would be rounding alone
-    return tl.where(tl.abs(x) < 0.05, x + x * x * x * (1 / 6), (tl.exp(x) - tl.exp(-x)) * 0.5)
-
-
-@triton.jit
-def _phi(x):
-    x = tl.where(x > LARGEST, LARGEST, x)
-    return tl.where(x > 0, x + 1, tl.exp(x))  # NaN takes the second branch, and stays NaN
-
-
-@triton.jit
-def _phi_backward(grad, x, features, PROJECTED: tl.constexpr):
-    """phi' is 1 above zero and phi below; at zero both are 1.
-
-    Without a projection it stays 1 beyond LARGEST, as in `torch.py`: to look for such values would cost registers.
-    """
-    grad = tl.where(x > 0, grad, grad * features)
-    if PROJECTED:
-        grad = tl.where(x > LARGEST, 0.0, grad)
-    return grad
-
-
-@triton.jit
-def _softmax(x, CHANNELS: tl.constexpr):
-    """Half of hedgehog's features: softmax(x) over the first CHANNELS of x [n, BLOCK_M], zero beyond."""
-    if x.shape[1] != CHANNELS:
-        x = tl.where(tl.arange(0, x.shape[1])[None, :] < CHANNELS, x, float("-inf"))
-    x = tl.exp(x - tl.max(x, axis=1)[:, None])
-    return x * (1 / tl.sum(x, axis=1))[:, None]
-
-
-@triton.jit
-def _softmax_backward(grad, features):
-    return features * (grad - tl.sum(features * grad, axis=1)[:, None])
-
-
-@triton.jit
-def _pairs(f, CHANNELS: tl.constexpr):
-    """The two factors of the polynomial's features f, and their scales; see `features.product_pairs`.
-
-    Factor 0 is the constant 1, factor i > 0 channel i - 1. Those of one left factor i begin at i (2 CHANNELS + 3 - i) / 2.
-    """
-    size: tl.constexpr = 2 * CHANNELS + 3
-    # what is added makes up for rounding: a step of f changes the root's half by at least 2 / size
-    root = tl.sqrt(tl.maximum(size * size - 8 * f, 1).to(tl.float32))
-    left = ((size - root) * 0.5 + 0.4 / size).to(tl.int32)
-    right = f - left * (size - left) // 2 + left
-    return left, right, tl.where((left == right) & (left > 0), 0.5**0.5, 1.0)
-
-
-@triton.jit
-def _factor(x, index, SELECT: tl.constexpr):
-    """The factors of these indices, [n, F]: columns of (1, x), chosen by a product with ones and zeros."""
-    ones = (tl.arange(0, x.shape[1])[:, None] + 1 == index[None, :]).to(tl.float32)
-    return tl.dot(x, ones, input_precision=SELECT) + (index == 0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _factor_backward(grad, index, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the gradient of x, given that of `_factor`'s result, to total."""
-    ones = (tl.arange(0, total.shape[1])[None, :] + 1 == index[:, None]).to(DOT)
-    return tl.dot(grad.to(DOT), ones, total, input_precision=PRECISION)
-
-
-@triton.jit
-def _factors(x, f, CHANNELS: tl.constexpr, SELECT: tl.constexpr):
-    """Of each of the polynomial's features f: left, and right times its scale; x as from `_scaled`."""
-    left, right, scale = _pairs(f, CHANNELS)
-    return _factor(x, left, SELECT), _factor(x, right, SELECT) * scale[None, :]
-
-
-@triton.jit
-def _products_backward(grad, left, right, f, total, CHANNELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the gradient of x, given that of the polynomial's features f and `_factors`, to total."""
-    left_index, right_index, scale = _pairs(f, CHANNELS)
-    total = _factor_backward(grad * right, left_index, total, DOT, PRECISION)
-    return _factor_backward(grad * left * scale[None, :], right_index, total, DOT, PRECISION)
 
 
 @triton.jit
@@ -174,30 +56,10 @@ def _times_state(
     total = tl.zeros((rows.shape[0], f.shape[0]), dtype=tl.float32)
     for block in range((OUT_WIDTH + BLOCK_E - 1) // BLOCK_E):
         column = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        sums = whole if KEPT else _load_matrix(state, f[None, :], column[:, None], FEATURES, OUT_WIDTH).to(DOT)
+        sums = whole if KEPT else phi.load_matrix(state, f[None, :], column[:, None], FEATURES, OUT_WIDTH).to(DOT)
         x = _load(rows + column[None, :], valid, OUT_WIDTH % BLOCK_E != 0, column[None, :] < OUT_WIDTH)
         total = tl.dot(x.to(DOT), sums, total, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def _scaled(x, CHANNELS: tl.constexpr):
-    """The polynomial's channels, each bounded and over CHANNELS^(1/4)."""
-    return _clamp(x, LARGEST_FACTOR) * (CHANNELS**-0.25)
-
-
-@triton.jit
-def _scaled_backward(grad, x, CHANNELS: tl.constexpr):
-    return tl.where(tl.abs(x) > LARGEST_FACTOR, 0.0, grad * (CHANNELS**-0.25))
-
-
-@triton.jit
-def _rows_backward(grad, x, matrix, PROJECTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The gradient of the rows x, given that of `_channels`."""
-    if PROJECTED:
-        grad = tl.dot(grad.to(DOT), tl.trans(matrix), input_precision=PRECISION)
-        grad = tl.where(tl.abs(x.to(tl.float32)) > LARGEST, 0.0, grad)
-    return grad
 
 
 @triton.jit
@@ -257,7 +119,7 @@ def _sum_kernel(
     matrix = None
     if PROJECTED:
         projection += head * WIDTH * CHANNELS
-        matrix = _load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
+        matrix = phi.load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
     total = tl.zeros((BLOCK_F, BLOCK_E), dtype=tl.float32)
     weight = tl.zeros((BLOCK_F, 16), dtype=tl.float32)
     if halves == 2:
@@ -281,18 +143,14 @@ def _sum_kernel(
             OUT_WIDTH % BLOCK_E != 0,
             e[None, :] < OUT_WIDTH,
         )
-        channels = _channels(x_rows, matrix, MAP, PROJECTED, DOT, PRECISION)
-        if MAP == "polynomial":
-            left, right = _factors(_scaled(channels, CHANNELS), f, CHANNELS, SELECT)
-            features = left * right
-        elif MAP == "hedgehog":
-            features, features_2 = _softmax(channels, CHANNELS), _softmax(-channels, CHANNELS)
-        else:
-            features = _phi(channels)
+        channels = phi.channels(x_rows, matrix, MAP, PROJECTED, DOT, PRECISION)
+        features = phi.features(channels, f, 0, MAP, CHANNELS, SELECT)
+        if halves == 2:
+            features_2 = phi.features(channels, f, 1, MAP, CHANNELS, SELECT)
         if SCALED:
             scale = tl.load(row_scale + pair * length + start + n, mask=n < length - start, other=0.0)[:, None]
             weights = tl.load(row_weight + pair * length + start + n, mask=n < length - start, other=0.0)
-            weights = _columns(weights, DOT)
+            weights = phi.columns(weights, DOT)
             features *= scale
             if halves == 2:
                 features_2 *= scale
@@ -393,14 +251,14 @@ def _output_kernel(
     matrix = None
     if PROJECTED:
         projection += head * WIDTH * CHANNELS
-        matrix = _load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
+        matrix = phi.load_matrix(projection, d[:, None], tl.arange(0, BLOCK_M)[None, :], WIDTH, CHANNELS).to(DOT)
     # features beyond the last are zero in both sums, so phi's values there do not count
     if f_blocks == 1:
-        sums = _load_matrix(state, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
-        means = _columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
+        sums = phi.load_matrix(state, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+        means = phi.columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
     if halves == 2:
-        sums_2 = _load_matrix(state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
-        means_2 = _columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
+        sums_2 = phi.load_matrix(state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+        means_2 = phi.columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
     for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
@@ -412,26 +270,24 @@ def _output_kernel(
             WIDTH != BLOCK_D,
             d[None, :] < WIDTH,
         )
-        channels = _channels(q, matrix, MAP, PROJECTED, DOT, PRECISION)
+        channels = phi.channels(q, matrix, MAP, PROJECTED, DOT, PRECISION)
         if MAP == "polynomial":
-            channels = _scaled(channels, CHANNELS)
             total = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
             result = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
             for block in range(f_blocks):
                 row = block * BLOCK_F + f
                 if f_blocks > 1:
-                    sums = _load_matrix(state, row[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
-                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
-                left, right = _factors(channels, row, CHANNELS, SELECT)
-                features = (left * right).to(DOT)
+                    sums = phi.load_matrix(state, row[:, None], e[None, :], half, OUT_WIDTH).to(DOT)
+                    means = phi.columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                features = phi.features(channels, row, 0, MAP, CHANNELS, SELECT).to(DOT)
                 total = tl.dot(features, means, total, input_precision=PRECISION)
                 result = tl.dot(features, sums, result, input_precision=PRECISION)
         else:
-            features = (_softmax(channels, CHANNELS) if MAP == "hedgehog" else _phi(channels)).to(DOT)
+            features = phi.features(channels, f, 0, MAP, CHANNELS, SELECT).to(DOT)
             total = tl.dot(features, means, input_precision=PRECISION)
             result = tl.dot(features, sums, input_precision=PRECISION)
             if halves == 2:
-                features = _softmax(-channels, CHANNELS).to(DOT)
+                features = phi.features(channels, f, 1, MAP, CHANNELS, SELECT).to(DOT)
                 total = tl.dot(features, means_2, total, input_precision=PRECISION)
                 result = tl.dot(features, sums_2, result, input_precision=PRECISION)
         denominator = (tl.sum(total, axis=1) + eps)[:, None]
@@ -448,12 +304,10 @@ def _output_kernel(
             else:
                 opening = tl.load(opening + e[None, :] * gate_column, mask=valid & inside, other=0.0).to(tl.float32)
             if HAS_LSE:
-                opening = _sinh(_clamp(opening, LARGEST_GATE)) * 0.1
                 logarithm = tl.load(lse + start * lse_row + n * lse_row, mask=n < length - start, other=0.0)
-                opening *= tl.exp(tl.minimum(-logarithm, LARGEST_GATE))[:, None]
+                opening = phi.beside_softmax(opening, logarithm[:, None])
             if JOINT:
-                opening = _clamp(opening * count * denominator, LARGEST_SHARE)
-                opening = opening / (1 + tl.abs(opening))
+                opening = phi.joint_share(opening, denominator, count)
             result = beside + opening * (result - beside)
         tl.store(
             out + start * heads * OUT_WIDTH + n[:, None] * (heads * OUT_WIDTH) + e[None, :],
@@ -518,18 +372,18 @@ def _output_backward_kernel(
     if PROJECTED:
         projection += head * WIDTH * CHANNELS
         if not RELOAD_PROJECTION:
-            matrix = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+            matrix = phi.load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
         projection_total = tl.zeros((BLOCK_D, BLOCK_M), dtype=tl.float32)
     kept: tl.constexpr = f_blocks == 1 and e_blocks == 1
     whole = None
     if f_blocks == 1:
-        means = _columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
+        means = phi.columns(tl.load(mean + f, mask=f < half, other=0.0), DOT)
         if kept:
-            whole = _load_matrix(state, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
+            whole = phi.load_matrix(state, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
     if halves == 2:
-        means_2 = _columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
+        means_2 = phi.columns(tl.load(mean + half + f, mask=f < half, other=0.0), DOT)
         if e_blocks == 1:
-            sums_2 = _load_matrix(state + half * OUT_WIDTH, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
+            sums_2 = phi.load_matrix(state + half * OUT_WIDTH, f[None, :], e[:, None], half, OUT_WIDTH).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
     for step in range(tl.cdiv(tl.minimum(rows_per_split, length - first), BLOCK_N)):
@@ -543,13 +397,13 @@ def _output_backward_kernel(
         )
         g_rows = grad_out + start * g_row * UNIT + n[:, None] * (g_row * UNIT)
         if RELOAD_PROJECTION:
-            loaded = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+            loaded = phi.load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
         else:
             loaded = matrix
-        channels = _channels(q, loaded, MAP, PROJECTED, DOT, PRECISION)
+        channels = phi.channels(q, loaded, MAP, PROJECTED, DOT, PRECISION)
         # grad_out . out = phi(q) . (state grad_out) / denominator: the output itself is not needed
         if MAP == "polynomial":
-            scaled = _scaled(channels, CHANNELS)
+            scaled = phi.scaled(channels, CHANNELS)
             total = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
             along = tl.zeros((BLOCK_N,), dtype=tl.float32)
             grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
@@ -557,11 +411,11 @@ def _output_backward_kernel(
             for block in range(f_blocks):
                 row = block * BLOCK_F + f
                 if f_blocks > 1:
-                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                    means = phi.columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
                 grad_features = _times_state(
                     g_rows, valid, state, row, whole, kept, FEATURES, OUT_WIDTH, BLOCK_E, DOT, PRECISION
                 )
-                left, right = _factors(scaled, row, CHANNELS, SELECT)
+                left, right = phi.factors(scaled, row, CHANNELS, SELECT)
                 features = left * right
                 total = tl.dot(features.to(DOT), means, total, input_precision=PRECISION)
                 along += tl.sum(features * grad_features, axis=1)
@@ -572,34 +426,34 @@ def _output_backward_kernel(
             for block in range(f_blocks):
                 row = block * BLOCK_F + f
                 if f_blocks > 1:  # too much to keep
-                    means = _columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
+                    means = phi.columns(tl.load(mean + row, mask=row < half, other=0.0), DOT)
                     grad_features = _times_state(
                         g_rows, valid, state, row, whole, kept, FEATURES, OUT_WIDTH, BLOCK_E, DOT, PRECISION
                     )
-                    left, right = _factors(scaled, row, CHANNELS, SELECT)
+                    left, right = phi.factors(scaled, row, CHANNELS, SELECT)
                 grad_features = tl.dot(weights, tl.trans(means), grad_features, input_precision=PRECISION)
                 grad_features *= scale[:, None]
-                grad = _products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
-            grad = _scaled_backward(grad, channels, CHANNELS)
+                grad = phi.products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
+            grad = phi.scaled_backward(grad, channels, CHANNELS)
         else:
             grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
             if halves == 2:
                 grad_2 = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
             for block in range(e_blocks):
                 column = block * BLOCK_E + e
-                sums = whole if kept else _load_matrix(state, f[None, :], column[:, None], half, OUT_WIDTH).to(DOT)
+                sums = whole if kept else phi.load_matrix(state, f[None, :], column[:, None], half, OUT_WIDTH).to(DOT)
                 g = _load(g_rows + column[None, :], valid, OUT_WIDTH % BLOCK_E != 0, column[None, :] < OUT_WIDTH)
                 grad_features = tl.dot(g.to(DOT), sums, grad_features, input_precision=PRECISION)
                 if halves == 2:
                     if e_blocks > 1:
-                        sums_2 = _load_matrix(
+                        sums_2 = phi.load_matrix(
                             state + half * OUT_WIDTH, f[None, :], column[:, None], half, OUT_WIDTH
                         ).to(DOT)
                     grad_2 = tl.dot(g.to(DOT), sums_2, grad_2, input_precision=PRECISION)
             if MAP == "hedgehog":
-                features, features_2 = _softmax(channels, CHANNELS), _softmax(-channels, CHANNELS)
+                features, features_2 = phi.softmax(channels, CHANNELS), phi.softmax(-channels, CHANNELS)
             else:
-                features = _phi(channels)
+                features = phi.elu(channels)
             total = tl.dot(features.to(DOT), means, input_precision=PRECISION)
             along = tl.sum(features * grad_features, axis=1)
             if halves == 2:
@@ -611,13 +465,13 @@ def _output_backward_kernel(
             grad = tl.dot(weights, tl.trans(means), grad_features, input_precision=PRECISION) * scale[:, None]
             if halves == 2:
                 grad_2 = tl.dot(weights, tl.trans(means_2), grad_2, input_precision=PRECISION) * scale[:, None]
-                grad = _softmax_backward(grad, features) - _softmax_backward(grad_2, features_2)
+                grad = phi.softmax_backward(grad, features) - phi.softmax_backward(grad_2, features_2)
             else:
-                grad = _phi_backward(grad, channels, features, PROJECTED)
+                grad = phi.elu_backward(grad, channels, features, PROJECTED)
         if PROJECTED:  # rows beyond the last are zeros, and add nothing
-            rows = tl.trans(_clamp(q.to(tl.float32), LARGEST).to(DOT))
+            rows = tl.trans(phi.clamp(q.to(tl.float32), phi.LARGEST).to(DOT))
             projection_total = tl.dot(rows, grad.to(DOT), projection_total, input_precision=PRECISION)
-        grad = _rows_backward(grad, q, loaded, PROJECTED, DOT, PRECISION)
+        grad = phi.rows_backward(grad, q, loaded, PROJECTED, DOT, PRECISION)
         tl.store(
             grad_query + start * heads * WIDTH + n[:, None] * (heads * WIDTH) + d[None, :],
             grad.to(grad_query.dtype.element_ty),
@@ -695,16 +549,16 @@ def _state_backward_kernel(
     if PROJECTED:
         projection += head * WIDTH * CHANNELS
         if not RELOAD_PROJECTION:
-            matrix = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+            matrix = phi.load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
         projection_total = tl.zeros((BLOCK_D, BLOCK_M), dtype=tl.float32)
     if f_blocks == 1:
         means = tl.load(grad_mean + f, mask=f < half, other=0.0) * factor
         if e_blocks == 1:
-            sums = (_load_matrix(grad_state, f[:, None], e[None, :], half, OUT_WIDTH) * factor).to(DOT)
+            sums = (phi.load_matrix(grad_state, f[:, None], e[None, :], half, OUT_WIDTH) * factor).to(DOT)
     if halves == 2:
         means_2 = tl.load(grad_mean + half + f, mask=f < half, other=0.0) * factor
         if e_blocks == 1:
-            sums_2 = _load_matrix(grad_state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH)
+            sums_2 = phi.load_matrix(grad_state + half * OUT_WIDTH, f[:, None], e[None, :], half, OUT_WIDTH)
             sums_2 = (sums_2 * factor).to(DOT)
     n = tl.arange(0, BLOCK_N)  # 32 bits are enough within a block
     first = split * rows_per_split
@@ -722,20 +576,20 @@ def _state_backward_kernel(
         v_rows = value + start * v_row * UNIT + n[:, None] * (v_row * UNIT)
         out = grad_value + start * heads * OUT_WIDTH + n[:, None] * (heads * OUT_WIDTH)
         if RELOAD_PROJECTION:
-            loaded = _load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
+            loaded = phi.load_matrix(projection, d[:, None], m[None, :], WIDTH, CHANNELS).to(DOT)
         else:
             loaded = matrix
-        channels = _channels(k, loaded, MAP, PROJECTED, DOT, PRECISION)
+        channels = phi.channels(k, loaded, MAP, PROJECTED, DOT, PRECISION)
         if MAP == "polynomial":
-            scaled = _scaled(channels, CHANNELS)
+            scaled = phi.scaled(channels, CHANNELS)
             grad = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         else:
             grad = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32) + means[None, :]
             if MAP == "hedgehog":
-                features, features_2 = _softmax(channels, CHANNELS).to(DOT), _softmax(-channels, CHANNELS).to(DOT)
+                features, features_2 = phi.softmax(channels, CHANNELS).to(DOT), phi.softmax(-channels, CHANNELS).to(DOT)
                 grad_2 = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32) + means_2[None, :]
             else:
-                features = _phi(channels).to(DOT)
+                features = phi.elu(channels).to(DOT)
         for block in range(e_blocks):
             column = block * BLOCK_E + e[None, :]
             v = _load(v_rows + column, valid, OUT_WIDTH % BLOCK_E != 0, column < OUT_WIDTH)
@@ -746,21 +600,21 @@ def _state_backward_kernel(
                     if f_blocks > 1:
                         means = tl.load(grad_mean + row, mask=row < half, other=0.0) * factor
                     if f_blocks > 1 or e_blocks > 1:
-                        sums = (_load_matrix(grad_state, row[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
-                    left, right = _factors(scaled, row, CHANNELS, SELECT)
+                        sums = (phi.load_matrix(grad_state, row[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
+                    left, right = phi.factors(scaled, row, CHANNELS, SELECT)
                     result = tl.dot((left * right).to(DOT), sums, result, input_precision=PRECISION)
                     grad_features = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
                     grad_features += tl.where(block == 0, means, 0.0)[None, :]
                     grad_features = tl.dot(v.to(DOT), tl.trans(sums), grad_features, input_precision=PRECISION)
-                    grad = _products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
+                    grad = phi.products_backward(grad_features, left, right, row, grad, CHANNELS, DOT, PRECISION)
             else:
                 if e_blocks > 1:
-                    sums = (_load_matrix(grad_state, f[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
+                    sums = (phi.load_matrix(grad_state, f[:, None], column, half, OUT_WIDTH) * factor).to(DOT)
                 result = tl.dot(features, sums, input_precision=PRECISION)
                 grad = tl.dot(v.to(DOT), tl.trans(sums), grad, input_precision=PRECISION)
                 if halves == 2:
                     if e_blocks > 1:
-                        sums_2 = _load_matrix(grad_state + half * OUT_WIDTH, f[:, None], column, half, OUT_WIDTH)
+                        sums_2 = phi.load_matrix(grad_state + half * OUT_WIDTH, f[:, None], column, half, OUT_WIDTH)
                         sums_2 = (sums_2 * factor).to(DOT)
                     result = tl.dot(features_2, sums_2, result, input_precision=PRECISION)
                     grad_2 = tl.dot(v.to(DOT), tl.trans(sums_2), grad_2, input_precision=PRECISION)
@@ -768,18 +622,18 @@ def _state_backward_kernel(
                 result = tl.where(seen, result, 0.0)
             tl.store(out + column, result.to(grad_value.dtype.element_ty), mask=valid & (column < OUT_WIDTH))
         if MAP == "polynomial":
-            grad = _scaled_backward(grad, channels, CHANNELS)
+            grad = phi.scaled_backward(grad, channels, CHANNELS)
         elif MAP == "hedgehog":
-            grad = _softmax_backward(grad, features.to(tl.float32))
-            grad -= _softmax_backward(grad_2, features_2.to(tl.float32))
+            grad = phi.softmax_backward(grad, features.to(tl.float32))
+            grad -= phi.softmax_backward(grad_2, features_2.to(tl.float32))
         else:
-            grad = _phi_backward(grad, channels, features.to(tl.float32), PROJECTED)
+            grad = phi.elu_backward(grad, channels, features.to(tl.float32), PROJECTED)
         if MASKED:
             grad = tl.where(seen, grad, 0.0)
         if PROJECTED:  # rows beyond the last are zeros, and add nothing
-            rows = tl.trans(_clamp(k.to(tl.float32), LARGEST).to(DOT))
+            rows = tl.trans(phi.clamp(k.to(tl.float32), phi.LARGEST).to(DOT))
             projection_total = tl.dot(rows, grad.to(DOT), projection_total, input_precision=PRECISION)
-        grad = _rows_backward(grad, k, loaded, PROJECTED, DOT, PRECISION)
+        grad = phi.rows_backward(grad, k, loaded, PROJECTED, DOT, PRECISION)
         tl.store(
             grad_key + start * heads * WIDTH + n[:, None] * (heads * WIDTH) + d[None, :],
             grad.to(grad_key.dtype.element_ty),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
+from ..linear import KeySums, join_sums, linear_attention_formula, sum_keys
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled, triton
 from .case import WindowCase
@@ -64,9 +65,7 @@ def neighborhood_attention(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown window attention backend {backend!r}: use one of auto, {', '.join(BACKENDS)}")
-    window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
-    if stride[0] > window[0] or stride[1] > window[1]:
-        raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
+    window, stride, dilation = _pairs(window, stride, dilation)
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -74,34 +73,13 @@ def neighborhood_attention(
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
     text_mask = None if text_key is None else text_mask
-    inputs = (query, key, value) if text_key is None else (query, key, value, text_key, text_value)
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    take = _take
-    if torch.compiler.is_compiling():
-        from ..tracing import are_symbolic, constant
-
-        sizes = query.shape[1:3] if text_key is None else (*query.shape[1:3], text_key.shape[1])
-        kind = query.device, query.dtype, operator.index(query.shape[4])
-        if not gradients and are_symbolic(*sizes) and constant(_takes_any_size, backend, *kind):
-            out, lse = attention_of_any_size(
-                query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, backend
-            )
-            return (out, lse) if return_lse else out
-        take = partial(constant, _take)
-    # plain ints: torch.compile keeps one graph a size, whose backend is chosen for it
-    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
-    case = (
-        query.device,
-        query.dtype,
-        grid,
-        heads,
-        operator.index(query.shape[4]),
-        (min(window[0], grid[0]), min(window[1], grid[1])),
-        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
-        dilation,
-        0 if text_key is None else operator.index(text_key.shape[1]),
-        gradients,
-    )
+    if _serves_any_size(backend, query, key, value, text_key, text_value):
+        out, lse = attention_of_any_size(
+            query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, backend
+        )
+        return (out, lse) if return_lse else out
+    take = _traced(_take)
+    case = _case(query, key, value, text_key, text_value, window, stride, dilation)
     taken, has_lse = take(backend, return_lse, *case)
     hidden = text_mask is not None and not (BACKENDS[taken].masks_text and (has_lse or not return_lse))
     if hidden:
@@ -118,6 +96,121 @@ def neighborhood_attention(
         out, lse = out if return_lse else (out, None)
     out = out[..., :head_dim] if hidden else out
     return (out, lse) if return_lse else out
+
+
+def joined_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sums: KeySums,
+    gate: Tensor,
+    joint: bool,
+    *,
+    window: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    scale: float | None = None,
+    text_key: Tensor | None = None,
+    text_value: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`neighborhood_attention` joined with linear attention over the grid's tokens, where no gradient is wanted.
+
+    The result [B, H, W, heads, D] is that of `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also
+    lse=lse. It is computed by one kernel, which does not write near, if the backend has one for the case.
+
+    Args:
+        query to value, window to backend: as there.
+        sums: linear attention's over those tokens in their order, query [B, H * W, heads, D].
+        gate: broadcastable to [B, H * W, heads, D].
+
+    Raises ValueError as there, where gradients are on, and for sums of other tokens.
+    """
+    if torch.is_grad_enabled():
+        raise ValueError("joined_attention has no gradients: call it under torch.no_grad()")
+    window, stride, dilation = _pairs(window, stride, dilation)
+    query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
+    text_mask = None if text_key is None else text_mask
+    batch, height, width, heads, head_dim = query.shape
+    tokens = batch, height * width, heads, head_dim
+    if sums.query.shape != tokens or sums.state.shape[3] != head_dim:
+        raise ValueError(
+            f"linear attention must be over the grid's tokens, got {shapes(query, sums.query, sums.state)}"
+        )
+    check_dtype((query, sums.query))
+    check_device((query, sums.query, sums.state, gate))
+    scale = head_dim**-0.5 if scale is None else scale
+    settings = window, stride, dilation, scale
+    near = query, key, value, text_key, text_value
+    if _serves_any_size(backend, *near):
+        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *settings, backend)
+    taken = None
+    if gate.shape[-1] == 1 and query.numel():
+        channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
+        case = _case(*near, window, stride, dilation)
+        taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
+    if taken is None:
+        text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+        text |= {"window": window, "stride": stride, "dilation": dilation, "scale": scale}
+        out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text)
+        out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
+        return join_sums(sums, out.flatten(1, 2), gate, joint, lse).view(query.shape)
+    gate = gate.expand(*tokens[:3], 1)
+    return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
+
+
+def _serves_any_size(backend: str, *inputs: Tensor | None) -> bool:
+    """Whether torch.compile traces a graph for several sizes of these inputs, in which one operator is to serve them all.
+
+    inputs: query, key, value, text key and text value, or None in place of these two.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from ..tracing import are_symbolic, constant
+
+    query, text_key = inputs[0], inputs[3]
+    sizes = query.shape[1:3] if text_key is None else (*query.shape[1:3], text_key.shape[1])
+    kind = query.device, query.dtype, operator.index(query.shape[4])
+    return not _gradients(*inputs) and are_symbolic(*sizes) and constant(_takes_any_size, backend, *kind)
+
+
+def _gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def _pairs(window, stride, dilation):
+    window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
+    return window, stride, dilation
+
+
+def _traced(function: Callable) -> Callable:
+    """The function, of plain values; hidden from torch.compile while that traces."""
+    if not torch.compiler.is_compiling():
+        return function
+    from ..tracing import constant
+
+    return partial(constant, function)
+
+
+def _case(query, key, value, text_key, text_value, window, stride, dilation) -> tuple:
+    """The fields of a `WindowCase`."""
+    # plain ints: torch.compile keeps one graph a size, whose backend is chosen for it
+    grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
+    return (
+        query.device,
+        query.dtype,
+        grid,
+        heads,
+        operator.index(query.shape[4]),
+        (min(window[0], grid[0]), min(window[1], grid[1])),
+        (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
+        dilation,
+        0 if text_key is None else operator.index(text_key.shape[1]),
+        _gradients(query, key, value, text_key, text_value),
+    )
 
 
 def _takes_any_size(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -165,6 +258,53 @@ def _(query, *args):
     return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
 
 
+@torch.library.custom_op("hybriddit::joined_neighborhood_attention", mutates_args=())
+def joined_of_any_size(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    far_query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    feature_map: str,
+    triton: bool,
+    gate: Tensor,
+    joint: bool,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """`joined_attention`, contiguous; far_query to triton: of `KeySums`."""
+    return joined_attention(
+        query,
+        key,
+        value,
+        KeySums(far_query, state, mean, projection, eps, feature_map, triton),
+        gate,
+        joint,
+        window=tuple(window),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        scale=scale,
+        text_key=text_key,
+        text_value=text_value,
+        text_mask=text_mask,
+        backend=backend,
+    ).contiguous()
+
+
+@joined_of_any_size.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape)
+
+
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
     if (text_key is None) != (text_value is None):
         raise ValueError("text_key and text_value come together: pass both or neither")
@@ -209,7 +349,10 @@ class Backend(NamedTuple):
     slower: (case) -> why another backend is faster, or None.
     attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), on lse_devices (their types; None is any).
         lse_gradients: whether both have gradients.
-    masks_text: whether both take text_mask, bool [B, S]; else padded text is hidden by a wider head.
+    attend_joined: as attend, with (linear attention's sums, gate [B, N, heads, 1], joint) after them; see
+        `joined_attention`. joined_refusal: (case, feature map, channels of the projection or None) -> why it cannot, or
+        None.
+    masks_text: whether all take text_mask, bool [B, S]; else padded text is hidden by a wider head.
     tried: whether a small case is tried before the backend's first use on a GPU.
     any_size: whether it can run within another operator, so that a compiled graph serves all sizes.
     """
@@ -220,6 +363,8 @@ class Backend(NamedTuple):
     attend_with_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
     lse_devices: tuple[str, ...] | None = None
     lse_gradients: bool = False
+    attend_joined: Callable[..., Tensor] | None = None
+    joined_refusal: Callable[[WindowCase, str, int | None], str | None] | None = None
     masks_text: bool = False
     tried: bool = False
     any_size: bool = True
@@ -285,6 +430,61 @@ def _gives_lse(name: str, case: WindowCase) -> bool:
     return reason is None
 
 
+def _take_joined(backend: str, feature_map: str, channels: int | None, joint: bool, *case) -> str | None:
+    """The name of the backend to run if it joins such linear attention, else None."""
+    return _kept_take_joined(backend, feature_map, channels, joint, WindowCase(*case))
+
+
+@lru_cache(maxsize=512)
+def _kept_take_joined(
+    backend: str, feature_map: str, channels: int | None, joint: bool, case: WindowCase
+) -> str | None:
+    taken = _taken(backend, case)
+    row = BACKENDS[taken]
+    if row.attend_joined is None or row.joined_refusal(case, feature_map, channels):
+        return None
+    reason = None
+    if row.tried and case.on_gpu:
+        reason = _joined_failure(taken, case.device, case.dtype, case.head_dim, feature_map, channels, joint)
+    if reason:
+        warn_once(f"window attention is joined with linear attention in a pass of its own, not by {taken}: {reason}")
+    return None if reason else taken
+
+
+@lru_cache(maxsize=64)
+def _joined_failure(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    feature_map: str,
+    channels: int | None,
+    joint: bool,
+) -> str | None:
+    """Why a backend fails to join a small case, or differs there from plain formulas; None if it does neither."""
+    grid, settings = (20, 36), ((7, 9), (1, 1), (1, 1), head_dim**-0.5)
+    image, tokens = (1, *grid, 2, head_dim), (1, grid[0] * grid[1], 2, head_dim)
+    sizes = [image] * 3 + [(1, 5, 2, head_dim)] * 2 + [tokens] * 2 + [(*tokens[:3], 1)]
+    sizes += [(2, head_dim, channels)] * (0 if channels is None else 2)
+
+    def arguments(inputs):
+        near, (far_query, far_key, gate), projections = inputs[:5], inputs[5:8], inputs[8:] or (None, None)
+        phi = {"feature_map": feature_map, "query_projection": projections[0], "key_projection": projections[1]}
+        return near, (far_query, far_key, near[2].flatten(1, 2)), phi, gate
+
+    def run(*inputs):
+        near, far, phi, gate = arguments(inputs)
+        return BACKENDS[name].attend_joined(*near, *settings, sum_keys(*far, backend="torch", **phi), gate, joint)
+
+    def reference(*inputs):
+        near, far, phi, gate = arguments(inputs)
+        near, lse = (x.flatten(1, 2) for x in tiled.attend_with_lse(*near, *settings))
+        phi |= {"joint": True, "lse": lse} if joint else {}
+        return linear_attention_formula(*far, near=near, gate=gate, **phi).unflatten(1, grid)
+
+    return failure_reason(run, reference, sizes, device, dtype, False)
+
+
 @lru_cache(maxsize=64)
 def _trial_failure(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool, lse: bool = False
@@ -314,6 +514,8 @@ BACKENDS = {
         triton.slower,
         triton.attend_with_lse,
         lse_gradients=True,
+        attend_joined=triton.attend_joined,
+        joined_refusal=triton.joined_refusal,
         masks_text=True,
         tried=True,
     ),

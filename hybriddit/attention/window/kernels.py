@@ -1,5 +1,7 @@
 """Triton kernels of window attention, forward and backward; they read queries, keys and values where they lie.
 
+One more does the forward pass joined with linear attention over the whole image, given that one's sums over the keys.
+
 A program takes a tile of queries, some rows by some columns of the grid, and walks the keys that any of their windows
 holds, row by row, then the text. Keys that all of the tile see are walked without a mask. With dilation, each residue
 class of rows and columns is a grid of its own, whose rows and columns are further apart in memory.
@@ -23,6 +25,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
+from ..linear import phi
+from ..linear import triton as linear
 from ..tuned import tuned_options
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -316,6 +320,184 @@ def _attend(
 
 
 @triton.jit
+def _attend_to_all(
+    q,
+    windows,
+    walks,
+    keys,
+    values,
+    text,
+    scale,
+    place,
+    UNIT: tl.constexpr,
+    TEXT: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The softmax of a tile of queries over all that they see, in `_attend`'s sums.
+
+    text: (pointer to keys and their strides, the same of values, mask, number of tokens).
+    """
+    masked, free = walks
+    text_key, key_strides, text_value, value_strides, text_mask, text_length = text
+    total_2 = 0.0
+    if BLOCK_2:
+        total_2 = tl.zeros((BLOCK_M, BLOCK_2), dtype=tl.float32)
+    sums = (
+        tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32),
+        total_2,
+        tl.full((BLOCK_M,), LOWEST, dtype=tl.float32),
+        tl.zeros((BLOCK_M,), dtype=tl.float32),
+    )
+    scale = scale * LOG2_E
+    sums = _attend(
+        q, windows, free, keys, values, text_mask, scale, sums,
+        "free", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    sums = _attend(
+        q, windows, masked, keys, values, text_mask, scale, sums,
+        "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    if TEXT is not None:
+        keys = _text_base(text_key, place, key_strides, UNIT)
+        values = _text_base(text_value, place, value_strides, UNIT)
+        if HAS_TEXT_MASK:
+            text_mask += place[0] * text_length
+        sums = _attend(
+            q, windows, _text_walk(text_length, BLOCK_N), keys, values, text_mask, scale, sums,
+            TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _far_channels(
+    rows,
+    offset,
+    inside,
+    projection,
+    MAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The rows at these offsets times the projection [WIDTH, CHANNELS], as `phi.channels`: [tile, BLOCK_C] in float32."""
+    c = tl.arange(0, BLOCK_C)[None, :]
+    matrix = phi.load_matrix(projection, tl.arange(0, BLOCK_D)[:, None], c, WIDTH, CHANNELS).to(DOT)
+    x = phi.channels(_load(rows, offset, inside, WIDTH, 0, BLOCK_D), matrix, MAP, True, DOT, PRECISION)
+    if BLOCK_2:
+        d = BLOCK_D + tl.arange(0, BLOCK_2)[:, None]
+        matrix = phi.load_matrix(projection, d, c, WIDTH, CHANNELS).to(DOT)
+        x += phi.channels(_load(rows, offset, inside, WIDTH, BLOCK_D, BLOCK_2), matrix, MAP, True, DOT, PRECISION)
+    return x
+
+
+@triton.jit
+def _far_features(
+    channels,
+    rows,
+    offset,
+    inside,
+    f,
+    HALF: tl.constexpr,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """phi's features f, of the channels, or where there is no projection of the rows at these offsets."""
+    if not PROJECTED:  # elu's: each is of one channel
+        pointers = rows + offset[:, None] + f[None, :]
+        channels = tl.load(pointers, mask=inside[:, None] & (f < CHANNELS)[None, :], other=0.0).to(tl.float32)
+    return phi.features(channels, f, HALF, MAP, CHANNELS, SELECT)
+
+
+@triton.jit
+def _join(
+    sums,
+    rows,
+    offset,
+    inside,
+    projection,
+    state,
+    mean,
+    gate,
+    count,
+    eps,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """near + share (far - near), in two blocks of channels; near is what `_attend`'s sums come to.
+
+    far = phi(q') state / (phi(q') . mean + eps), with q' the rows at these offsets. The share is the gate, [tile], or
+    where JOINT that of the gate beside near. Features are formed twice: once for their sum of weights, which says by how
+    much they are multiplied as they are added to near's sums, so that one accumulator is enough.
+    """
+    total, total_2, highest, weight = sums
+    halves: tl.constexpr = 2 if MAP == "hedgehog" else 1
+    half: tl.constexpr = FEATURES // halves
+    f_blocks: tl.constexpr = (half + BLOCK_F - 1) // BLOCK_F
+    channels = None
+    if PROJECTED:
+        channels = _far_channels(
+            rows, offset, inside, projection, MAP, WIDTH, CHANNELS, BLOCK_D, BLOCK_2, BLOCK_C, DOT, PRECISION
+        )
+    denominator = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    for i in tl.static_range(halves):
+        for block in tl.range(f_blocks, num_stages=STAGES):
+            f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+            features = _far_features(channels, rows, offset, inside, f, i, MAP, PROJECTED, CHANNELS, SELECT)
+            # beyond the last feature means and states are zero, so phi's values there do not count
+            means = phi.columns(tl.load(mean + i * half + f, mask=f < half, other=0.0), DOT)
+            denominator = tl.dot(features.to(DOT), means, denominator, input_precision=PRECISION)
+    denominator = tl.sum(denominator, axis=1) + eps
+    share = gate
+    if JOINT:
+        share = phi.joint_share(phi.beside_softmax(gate, (highest + tl.log2(weight)) / LOG2_E), denominator, count)
+    near_factor, far_factor = ((1 - share) / weight)[:, None], (share / denominator)[:, None]
+    total *= near_factor
+    if BLOCK_2:
+        total_2 *= near_factor
+    for i in tl.static_range(halves):
+        for block in tl.range(f_blocks, num_stages=STAGES):
+            f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+            features = _far_features(channels, rows, offset, inside, f, i, MAP, PROJECTED, CHANNELS, SELECT)
+            features = (features * far_factor).to(DOT)
+            part = state + i * half * WIDTH
+            values = phi.load_matrix(part, f[:, None], tl.arange(0, BLOCK_D)[None, :], half, WIDTH).to(DOT)
+            total = tl.dot(features, values, total, input_precision=PRECISION)
+            if BLOCK_2:
+                d = BLOCK_D + tl.arange(0, BLOCK_2)
+                values = phi.load_matrix(part, f[:, None], d[None, :], half, WIDTH).to(DOT)
+                total_2 = tl.dot(features, values, total_2, input_precision=PRECISION)
+    return total, total_2
+
+
+@triton.jit
 def _query_gradient(
     q,
     grad,
@@ -496,35 +678,12 @@ def _forward_kernel(
     q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
     keys = _base(key, place, (k_batch, k_row, k_column, k_head), dilation, UNIT)
     values = _base(value, place, (v_batch, v_row, v_column, v_head), dilation, UNIT)
-    masked, free = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
-    total_2 = 0.0
-    if BLOCK_2:
-        total_2 = tl.zeros((BLOCK_M, BLOCK_2), dtype=tl.float32)
-    sums = (
-        tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32),
-        total_2,
-        tl.full((BLOCK_M,), LOWEST, dtype=tl.float32),
-        tl.zeros((BLOCK_M,), dtype=tl.float32),
-    )
-    scale = scale * LOG2_E
-    sums = _attend(
-        q, windows, free, keys, values, text_mask, scale, sums,
-        "free", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
+    text = text_key, (tk_batch, tk_row, tk_head), text_value, (tv_batch, tv_row, tv_head), text_mask, text_length
+    walks = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
+    sums = _attend_to_all(
+        q, windows, walks, keys, values, text, scale, place,
+        UNIT, TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_M, BLOCK_N, COLUMNS, DOT, PRECISION,
     )  # fmt: skip
-    sums = _attend(
-        q, windows, masked, keys, values, text_mask, scale, sums,
-        "window", HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, COLUMNS, DOT, PRECISION,
-    )  # fmt: skip
-    if TEXT is not None:
-        keys = _text_base(text_key, place, (tk_batch, tk_row, tk_head), UNIT)
-        values = _text_base(text_value, place, (tv_batch, tv_row, tv_head), UNIT)
-        if HAS_TEXT_MASK:
-            text_mask += batch * text_length
-        text = _text_walk(text_length, BLOCK_N)
-        sums = _attend(
-            q, windows, text, keys, values, text_mask, scale, sums,
-            TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_N, BLOCK_N, DOT, PRECISION,
-        )  # fmt: skip
     total, total_2, highest, weight = sums
     token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
     inverse = (1 / weight)[:, None]
@@ -534,6 +693,131 @@ def _forward_kernel(
     if BLOCK_2:
         _store(out, offset, inside, total_2 * inverse, WIDTH, BLOCK_D, BLOCK_2)
     tl.store(lse + (batch * heads + head) * height * width + token, (highest + tl.log2(weight)) / LOG2_E, mask=inside)
+
+
+@_kernel
+def _joined_kernel(
+    query,
+    key,
+    value,
+    text_key,
+    text_value,
+    text_mask,
+    far_query,
+    projection,
+    state,
+    mean,
+    gate,
+    out,
+    heads,
+    height,
+    width,
+    window_y,
+    window_x,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    text_length,
+    residues_y,
+    residues_x,
+    tiles_y,
+    tiles_x,
+    tile_height,
+    tile_width,
+    scale,
+    count,
+    eps,
+    q_batch,
+    q_row,
+    q_column,
+    q_head,
+    k_batch,
+    k_row,
+    k_column,
+    k_head,
+    v_batch,
+    v_row,
+    v_column,
+    v_head,
+    tk_batch,
+    tk_row,
+    tk_head,
+    tv_batch,
+    tv_row,
+    tv_head,
+    far_batch,
+    far_row,
+    far_column,
+    far_head,
+    gate_batch,
+    gate_row,
+    gate_column,
+    gate_head,
+    UNIT: tl.constexpr,
+    TEXT: tl.constexpr,
+    HAS_TEXT_MASK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MAP: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    JOINT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    FAR_DOT: tl.constexpr,
+    FAR_PRECISION: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """Window attention joined with linear attention over the whole image, see `_join`: out [B, H, W, heads, D], contiguous.
+
+    state, mean [B, heads, F, D or 1] and projection [heads, D, m]: contiguous. gate [B, H, W, heads]: its strides are in
+    elements.
+    """
+    dilation = dilation_y, dilation_x
+    place, axis_y, axis_x, start_y, start_x = _tile_of_program(
+        heads, (height, width), (window_y, window_x), (stride_y, stride_x), dilation,
+        (residues_y, residues_x), (tiles_y, tiles_x), (tile_height, tile_width),
+    )  # fmt: skip
+    batch, head, residue_y, residue_x = place
+    if start_y >= axis_y[0] or start_x >= axis_x[0]:
+        return
+    y, x, inside = _positions(axis_y, axis_x, start_y, start_x, tile_width, BLOCK_M)
+    windows = _windows(axis_y, axis_x, y, x, False)
+    queries = _base(query, place, (q_batch, q_row, q_column, q_head), dilation, UNIT)
+    q = _load_both(queries[0], y * queries[1] + x * queries[2], inside, WIDTH, BLOCK_D, BLOCK_2, DOT)
+    keys = _base(key, place, (k_batch, k_row, k_column, k_head), dilation, UNIT)
+    values = _base(value, place, (v_batch, v_row, v_column, v_head), dilation, UNIT)
+    text = text_key, (tk_batch, tk_row, tk_head), text_value, (tv_batch, tv_row, tv_head), text_mask, text_length
+    walks = _walks_of_tile(axis_y, axis_x, start_y, start_x, tile_height, tile_width, False, BLOCK_N, COLUMNS)
+    sums = _attend_to_all(
+        q, windows, walks, keys, values, text, scale, place,
+        UNIT, TEXT, HAS_TEXT_MASK, WIDTH, BLOCK_D, BLOCK_2, BLOCK_M, BLOCK_N, COLUMNS, DOT, PRECISION,
+    )  # fmt: skip
+    rows, far_row, far_column = _base(far_query, place, (far_batch, far_row, far_column, far_head), dilation, UNIT)
+    gates, gate_row, gate_column = _base(gate, place, (gate_batch, gate_row, gate_column, gate_head), dilation, 1)
+    pair = batch * heads + head
+    total, total_2 = _join(
+        sums, rows, y * far_row + x * far_column, inside,
+        projection + head * WIDTH * CHANNELS, state + pair * FEATURES * WIDTH, mean + pair * FEATURES,
+        tl.load(gates + y * gate_row + x * gate_column, mask=inside, other=0.0).to(tl.float32), count, eps,
+        MAP, PROJECTED, JOINT, WIDTH, CHANNELS, FEATURES, BLOCK_D, BLOCK_2, BLOCK_M, BLOCK_C, BLOCK_F, FAR_STAGES,
+        FAR_DOT, FAR_PRECISION, SELECT,
+    )  # fmt: skip
+    token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
+    offset = token.to(tl.int64) * heads * WIDTH
+    out += batch * height * width * heads * WIDTH + head * WIDTH
+    _store(out, offset, inside, total, WIDTH, 0, BLOCK_D)
+    if BLOCK_2:
+        _store(out, offset, inside, total_2, WIDTH, BLOCK_D, BLOCK_2)
 
 
 @_kernel
@@ -857,14 +1141,14 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     # Large blocks, as neighbours share most of what they see, but none that spills on a chip or for a kind of text
     # (tests/attention/window/test_window_compile.py). 90 and 100 read operands of products from shared memory, and 100
     # keeps sums out of registers too.
-    hopper, blackwell = target == 90, target in (100, 103)
+    forward, hopper, blackwell = kernel in ("forward", "joined"), target == 90, target in (100, 103)
     if precise:  # for tests and small models: that it runs is enough
-        queries, keys = (16, 16) if wide else (32, 32) if kernel in ("forward", "query_gradient") else (32, 16)
+        queries, keys = (16, 16) if wide else (32, 16) if kernel in ("key_gradient", "text_gradient") else (32, 32)
     elif wide:
-        queries, keys = (64, 16) if kernel == "forward" else (32, 32)
-    elif kernel == "forward" and (hopper or blackwell or target == "hip"):
+        queries, keys = (64, 16) if forward else (32, 32)
+    elif forward and (hopper or blackwell or target == "hip"):
         queries, keys = 128, 32 if target == "hip" else 64
-    elif kernel == "forward":  # 16 keys are too few to load 16 channels of them by more than one a thread
+    elif forward:  # 16 keys are too few to load 16 channels of them by more than one a thread
         queries, keys = (64, 32) if block_2 else (128, 32 if width <= 64 else 16)
     elif kernel == "query_gradient":
         queries, keys = 128 if hopper or blackwell else 64, 64 if hopper or target == "hip" else 32
@@ -880,12 +1164,33 @@ def launch_options(kernel: str, dtype: torch.dtype, width: int, target: int | st
     warps = 4 if target == "hip" else 8
     if precise or (wide and target == "hip"):
         stages = 1
-    elif kernel == "forward" and not wide and target != "hip":
+    elif forward and not wide and target != "hip":
         stages = 3  # registers and shared memory leave room to load one more block ahead
     else:
         stages = 2
     options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | tuned_options("window", kernel, dtype, width, target) | OVERRIDES.get(kernel, {})
+
+
+def far_options(dtype: torch.dtype, width: int, target: int | str, feature_map: str, channels: int | None) -> dict:
+    """What `_joined_kernel` is told of the far branch; channels: of the projection, if there is one.
+
+    Its products are as in linear attention's own kernel. Features are formed by blocks that leave room for near's sums.
+    """
+    output = linear.launch_options("output", dtype, width, width, target, feature_map, channels)
+    options = linear.constants(feature_map, width, width, channels)
+    block_c = max(16, power_of_2(options["CHANNELS"]))
+    if channels is not None and feature_map != "polynomial":
+        block_f = block_c
+    elif target in (90, 100, 103, "hip"):
+        block_f = 32
+    else:
+        block_f = 64 if channels is not None and dtype == torch.bfloat16 else 16
+    far = {"FAR_DOT": output["DOT"], "FAR_PRECISION": output["PRECISION"], "SELECT": output["SELECT"]}
+    known = {name: options[name] for name in ("MAP", "PROJECTED", "CHANNELS", "FEATURES")}
+    # without a projection each block reads the queries again, and had better read ahead; else that takes registers alone
+    stages = 3 if channels is None and target != "hip" else 1
+    return known | far | {"BLOCK_C": block_c, "BLOCK_F": block_f, "FAR_STAGES": stages}
 
 
 @lru_cache(maxsize=256)
@@ -944,7 +1249,7 @@ def _launch(
     options = launch_options(kernel, dtype, head_dim, target_of(device, INTERPRETED))
     tokens, walked = options["BLOCK_M"], options["BLOCK_N"]
     constants = {"WIDTH": head_dim, **options}
-    if kernel in ("forward", "query_gradient"):
+    if kernel in ("forward", "joined", "query_gradient"):
         free = not masks_text and text_length % walked == 0  # each block of text is seen whole
         constants |= {"TEXT": ("free" if free else "text") if text_length else None, "HAS_TEXT_MASK": masks_text}
     else:
@@ -1009,6 +1314,76 @@ def forward(
             **launch.constants,
         )
     return out, lse
+
+
+def joined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    far_query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    gate: Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+    feature_map: str,
+    eps: float,
+    joint: bool,
+) -> Tensor:
+    """Window attention joined with linear attention, [B, H, W, heads, D]; see `window.triton`'s operator."""
+    shape = query.shape
+    tensors, unit = with_unit(query, key, value, text_key, text_value, far_query)
+    query, key, value, text_key, text_value, far_query = tensors
+    text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
+    case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
+    launch = _launch("joined", *case, in_force(OVERRIDES, "joined"))
+    channels = None if projection is None else projection.shape[2]
+    far = _kept_far_options(query.device, query.dtype, shape[4], feature_map, channels)
+    out = query.new_empty(shape)
+    if text_key is None:
+        text_key, text_value = key, value
+    with on_device(query):
+        _joined_kernel[(launch.programs,)](
+            query,
+            key,
+            value,
+            text_key,
+            text_value,
+            text_mask.contiguous().view(torch.uint8) if masks_text else key,
+            far_query,
+            query if projection is None else projection.contiguous(),
+            state.contiguous(),
+            mean.contiguous(),
+            gate,
+            out,
+            *launch.numbers,
+            scale,
+            float(shape[1] * shape[2]),
+            eps,
+            *strides_of(query, unit),
+            *strides_of(key, unit),
+            *strides_of(value, unit),
+            *strides_of(text_key, unit)[-3:],
+            *strides_of(text_value, unit)[-3:],
+            *strides_of(far_query, unit),
+            *gate.stride(),
+            UNIT=unit,
+            JOINT=joint,
+            **launch.constants,
+            **far,
+        )
+    return out
+
+
+@lru_cache(maxsize=64)
+def _kept_far_options(device: torch.device, dtype: torch.dtype, width: int, feature_map: str, channels: int | None):
+    return far_options(dtype, width, target_of(device, INTERPRETED), feature_map, channels)
 
 
 def backward(

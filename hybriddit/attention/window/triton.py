@@ -1,4 +1,7 @@
-"""Window attention by the Triton kernels of `kernels.py`: any window, stride, dilation, text and mask, on a GPU."""
+"""Window attention by the Triton kernels of `kernels.py`: any window, stride, dilation, text and mask, on a GPU.
+
+Without gradients, linear attention over the whole image can be joined in the same pass.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from .rule import seen_pairs
 
 # The backend is chosen below this share of dense attention's query-key pairs (estimated from the pairs, unmeasured).
 BREAK_EVEN = 0.8
+# What fits beside near's sums in registers (tests/attention/window/test_window_compile.py).
+JOINED_MAX_WIDTH, JOINED_MAX_CHANNELS = 128, 32
 
 
 def attend(query, key, value, text_key, text_value, window, stride, dilation, scale, text_mask=None) -> Tensor:
@@ -29,6 +34,28 @@ def attend_with_lse(
         query, key, value, text_key, text_value, text_mask, list(window), list(stride), list(dilation), scale
     )
     return out, lse.movedim(1, 3)
+
+
+def attend_joined(
+    query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, text_mask=None
+) -> Tensor:
+    """The same, joined with linear attention; see `dispatch.Backend`."""
+    image, text, settings = (query, key, value), (text_key, text_value, text_mask), (window, stride, dilation)
+    sums = far.query.view_as(query), far.state, far.mean, far.projection, gate.view(query.shape[:4])
+    return joined_attention(*image, *text, *sums, *map(list, settings), scale, far.feature_map, far.eps, joint)
+
+
+def joined_refusal(case: WindowCase, feature_map: str, channels: int | None) -> str | None:
+    """Why `attend_joined` cannot join linear attention of this kind to a case of `attend`'s, or None.
+
+    channels: of the projection; None: there is none.
+    """
+    if case.head_dim > JOINED_MAX_WIDTH:
+        return f"its kernel joins at head widths up to {JOINED_MAX_WIDTH}, not {case.head_dim}"
+    fits = feature_map == "elu" if channels is None else channels <= JOINED_MAX_CHANNELS
+    if not fits:
+        return f"its kernel joins elu, or projections of up to {JOINED_MAX_CHANNELS} channels"
+    return None
 
 
 def refusal(case: WindowCase) -> str | None:
@@ -67,6 +94,38 @@ def window_attention(
     return _kernels().forward(query, key, value, text_key, text_value, text_mask, *settings)
 
 
+@torch.library.custom_op("hybriddit::joined_attention", mutates_args=())
+def joined_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_key: Tensor | None,
+    text_value: Tensor | None,
+    text_mask: Tensor | None,
+    far_query: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    projection: Tensor | None,
+    gate: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    feature_map: str,
+    eps: float,
+    joint: bool,
+) -> Tensor:
+    """near + share (far - near), [B, H, W, heads, D], with near window attention. It has no gradients.
+
+    far = phi(q') state / (phi(q') . mean + eps) with q' = far_query, [B, H, W, heads, D], times the projection, if there
+    is one; state and mean are the means over the grid's tokens, see `linear.dispatch`. gate: [B, H, W, heads], the share;
+    with joint, the share is `joint_share` of its `joint_gate` times the number of tokens.
+    """
+    settings = tuple(window), tuple(stride), tuple(dilation), scale, feature_map, eps, joint
+    near = query, key, value, text_key, text_value, text_mask
+    return _kernels().joined(*near, far_query, state, mean, projection, gate, *settings)
+
+
 @torch.library.custom_op("hybriddit::window_attention_backward", mutates_args=())
 def window_attention_backward(
     grad_out: Tensor,
@@ -97,6 +156,11 @@ def _(query, *args):
     return query.new_empty(query.shape), query.new_empty(batch, heads, height, width, dtype=torch.float32)
 
 
+@joined_attention.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape)
+
+
 @window_attention_backward.register_fake
 def _(grad_out, grad_lse, query, key, value, text_key, text_value, *args):
     texts = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (text_key, text_value))
@@ -122,6 +186,17 @@ window_attention.register_autograd(_autograd, setup_context=_setup_context)
 @register_flop_formula(torch.ops.hybriddit.window_attention)
 def _forward_flops(query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, **kwargs):
     return 2 * _product_flops(query, text_key, window, dilation)
+
+
+@register_flop_formula(torch.ops.hybriddit.joined_attention)
+def _joined_flops(
+    query, key, value, text_key, text_value, text_mask, far_query, state, mean, projection, *args, **kwargs
+):
+    _, window, _, dilation = args[:4]
+    batch, height, width, heads, head_dim = query
+    per_token = state[2] * (head_dim + 1) + (0 if projection is None else head_dim * projection[2])
+    far = 2 * batch * height * width * heads * per_token
+    return 2 * _product_flops(query, text_key, window, dilation) + far
 
 
 @register_flop_formula(torch.ops.hybriddit.window_attention_backward)

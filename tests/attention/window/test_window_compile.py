@@ -15,17 +15,26 @@ if kernels.INTERPRETED:
 
 from attention.compiled import POINTER, SHARED, compile_kernel, do_not_fit, load_sizes, target  # noqa: E402
 
+from hybriddit.attention.linear import FEATURE_MAPS  # noqa: E402
+from hybriddit.attention.window.triton import JOINED_MAX_CHANNELS, JOINED_MAX_WIDTH  # noqa: E402
+
 # each chip's instruction for matrix products
 PRODUCT = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 PRODUCT |= {103: "tcgen05.mma", 120: "mma.sync", "gfx942": "v_mfma"}
-FLOAT32 = ("lse", "delta", "grad_lse", "shares")
+FLOAT32 = ("lse", "delta", "grad_lse", "shares", "state", "mean", "gate")
 INPUTS = ("query", "key", "value", "text_key", "text_value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+INPUTS += ("far_query", "projection")
 NO_TEXT, WHOLE_TEXT = {"TEXT": None, "HAS_TEXT_MASK": False}, {"TEXT": "free", "HAS_TEXT_MASK": False}
 MASKED_TEXT = {"TEXT": "text", "HAS_TEXT_MASK": True}
 KERNELS = {
     "forward": ("forward", NO_TEXT),
     "forward, whole text": ("forward", WHOLE_TEXT),
     "forward, masked text": ("forward", MASKED_TEXT),
+    "joined": ("joined", NO_TEXT),
+    "joined, whole text": ("joined", WHOLE_TEXT),
+    "joined, masked text": ("joined", MASKED_TEXT),
+    "joined, elu": ("joined", MASKED_TEXT),
+    "joined, most channels": ("joined", MASKED_TEXT),
     "query_gradient": ("query_gradient", NO_TEXT),
     "query_gradient, whole text": ("query_gradient", WHOLE_TEXT),
     "query_gradient, masked text": ("query_gradient", MASKED_TEXT),
@@ -35,6 +44,7 @@ KERNELS = {
 }
 # of each kernel, the one that does most
 LARGEST = ["forward, masked text", "query_gradient, masked text", "key_gradient", "text_gradient, masked text"]
+LARGEST += ["joined, masked text"]
 # What models run in, on chips with instructions or memory of their own (89 is as 86, 103 as 100); kernels without text or
 # with whole blocks of it, and the rest, on two of them: compiling all takes too long.
 CHIPS = [chip for chip in SHARED if chip not in (89, 103)]
@@ -55,6 +65,7 @@ CASES += [
     )
     for chip in (86, 90)
     for name in LARGEST
+    if width <= JOINED_MAX_WIDTH or "joined" not in name
 ]
 # one chip of each instruction; the others together take minutes
 QUICK = [(name, torch.bfloat16, width, chip) for width, chip in ((128, 90), (72, 86)) for name in LARGEST]
@@ -62,13 +73,18 @@ QUICK += [("text_gradient, masked text", torch.bfloat16, 128, chip) for chip in 
 
 
 def compiled(name, dtype, width, chip, unit=8):
-    name, options = KERNELS[name]
-    launch = kernels.launch_options(name, dtype, width, target(chip))
-    walked = launch["BLOCK_N" if name in ("forward", "query_gradient") else "BLOCK_M"]
+    kernel, options = KERNELS[name]
+    launch = kernels.launch_options(kernel, dtype, width, target(chip))
+    walked = launch["BLOCK_N" if kernel in ("forward", "joined", "query_gradient") else "BLOCK_M"]
     constants = {"WIDTH": width, "UNIT": unit, "COLUMNS": min(16, walked), **options}
+    if kernel == "joined":
+        feature_map = "elu" if name.endswith("elu") else "hedgehog" if name.endswith("channels") else "polynomial"
+        channels = FEATURE_MAPS[feature_map].channels(width)
+        channels = None if feature_map == "elu" else min(channels, JOINED_MAX_CHANNELS)
+        constants |= kernels.far_options(dtype, width, target(chip), feature_map, channels) | {"JOINT": True}
     types = dict.fromkeys(INPUTS, POINTER[dtype]) | dict.fromkeys(FLOAT32, "*fp32")
-    types |= {"text_mask": "*u8", "scale": "fp32"}
-    return compile_kernel(getattr(kernels, f"_{name}_kernel"), chip, types, constants, launch)
+    types |= {"text_mask": "*u8", "scale": "fp32", "count": "fp32", "eps": "fp32"}
+    return compile_kernel(getattr(kernels, f"_{kernel}_kernel"), chip, types, constants, launch)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +106,16 @@ def test_fits_and_multiplies_on_tensor_cores(name, dtype, width, chip, tmp_path)
 
 @pytest.mark.parametrize("width", [72, 128])
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.slow if x != "text_gradient, masked text" else ()) for x in LARGEST]
+    "name",
+    [pytest.param(x, marks=() if x == "text_gradient, masked text" else pytest.mark.slow) for x in LARGEST],
 )
 def test_loads_are_wide(name, width):
     """16 bytes a thread, thanks to strides in units of 8: without these they are single elements."""
     others = {1}  # the text's mask
     if not name.startswith("forward"):
-        others |= {4}  # the log-sum-exp and delta
+        others |= {4}  # the log-sum-exp and delta, or the gate and means
+    if name.startswith("joined"):
+        others |= {2}  # the projection's rows are not of 8 channels
     if width == 72:
         others |= {4, 8}  # 8 channels beside 64: there are more threads than pieces of 16 bytes
     wide, narrow = (load_sizes(compiled(name, torch.bfloat16, width, 80, unit)) for unit in (8, 1))

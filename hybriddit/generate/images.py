@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .images import flatten, open_image, save_png
-from .machine import running_versions
+from ..images import flatten
+from ..machine import running_versions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -42,12 +39,22 @@ class NoEffectWarning(UserWarning):
     """A setting was given that has no effect with this pipeline or with the other settings."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """One image to be made: the pipeline's arguments, the seed, and its record but for the image's size."""
+
+    arguments: dict[str, Any]
+    seed: int
+    record: dict[str, Any]
+
+
 def generate(
     pipeline: DiffusionPipeline,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     *,
     class_labels: int | str | Sequence[int | str] | None = None,
     seed: int = 0,
+    seed_per_prompt: bool = False,
     num_images: int = 1,
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
@@ -57,10 +64,13 @@ def generate(
 
     Args:
         pipeline: a text-to-image pipeline of diffusers or hybriddit; with class_labels a SiTPipeline. With `image` its
-            components run in diffusers' image-to-image pipeline of the family, with `mask` too in the inpainting one.
-        prompt, class_labels: one of the two. Labels are indices or names.
+            components run in diffusers' image-to-image pipeline of the family, with `mask` too in the inpainting one. A
+            pipeline that takes an image, or an image and a mask, by itself runs as it is, and needs them.
+        prompt, class_labels: one of the two, one or several. Labels are indices or names.
         seed: seed of the first image; all seeds must be from 0 to 2**63 - 1.
-        num_images: number of images of the prompt, or of each class label, label by label.
+        seed_per_prompt: with several images of a prompt, count seeds by prompts: image j of prompt i of n has
+            `seed + i + j * n`, so that the first image of a prompt does not depend on `num_images`.
+        num_images: number of images of each prompt, or of each class label, one prompt or label after the other.
         image: the image to start from, white where it is transparent. Height and width default to its size, rounded
             down to what the model takes.
         mask: an image of the same size; white is painted anew, black and transparent are kept.
@@ -74,11 +84,41 @@ def generate(
     Warns (NoEffectWarning) of settings that change nothing. Raises ValueError, already at the call, for settings that
     cannot work, unknown class labels, sizes the model cannot take, and a pipeline that cannot do the task.
     """
+    pipeline, tasks = plan(
+        pipeline,
+        prompt,
+        class_labels=class_labels,
+        seed=seed,
+        seed_per_prompt=seed_per_prompt,
+        num_images=num_images,
+        image=image,
+        mask=mask,
+        **settings,
+    )
+    return (make(pipeline, task) for task in tasks)
+
+
+def plan(
+    pipeline: DiffusionPipeline,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    class_labels: int | str | Sequence[int | str] | None = None,
+    seed: int = 0,
+    seed_per_prompt: bool = False,
+    num_images: int = 1,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    **settings: Any,
+) -> tuple[DiffusionPipeline, list[Task]]:
+    """The pipeline that does the task, and what `generate` of these arguments makes, which raises what this raises."""
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
     )
     image, mask = image and flatten(image), mask and flatten(mask, "L", "black")
-    pipeline = _for_task(pipeline, image, mask)
+    if class_labels is None:
+        check_inputs(type(pipeline), image is not None, mask is not None)
+        _check_model(pipeline)
+    pipeline = for_task(pipeline, image is not None, mask is not None)
     settings = {name: settings.get(name) for name in ARGUMENTS}
     settings = _fit_size(pipeline, settings, image)
     arguments, used = _arguments(pipeline, settings, "prompt" if class_labels is None else "class_labels")
@@ -87,18 +127,41 @@ def generate(
     if mask is not None:
         arguments["mask_image"] = mask
     if class_labels is None:
-        subjects = [({"prompt": prompt}, {"prompt": prompt})]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        subjects = [({"prompt": prompt}, {"prompt": prompt}) for prompt in prompts]
     else:
         names = pipeline.class_names
         subjects = [
             ({"class_labels": label}, {"class_label": label, "class_name": names.get(label)})
             for label in pipeline.get_label_ids(class_labels)
         ]
-    return _images(pipeline, arguments, used, [subject for subject in subjects for _ in range(num_images)], seed)
+    model = getattr(pipeline, "transformer", None)
+    made_by = {
+        "pipeline": type(pipeline).__name__,
+        "weights": pipeline.config.get("weights"),
+        "hybrid_config": None if model is None else model.config.get("hybrid_config"),
+        "device": getattr(pipeline, "_execution_device", pipeline.device).type,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "versions": running_versions(),
+    }
+    tasks = []
+    for i, (subject, said) in enumerate(subjects):
+        for j in range(num_images):
+            own = seed + (i + j * len(subjects) if seed_per_prompt else i * num_images + j)
+            tasks.append(Task({**subject, **arguments}, own, {**said, **used, "seed": own, **made_by}))
+    return pipeline, tasks
+
+
+def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str, Any]]:
+    """Make one image. Returns it with its record."""
+    import torch
+
+    image = pipeline(**task.arguments, generator=torch.Generator("cpu").manual_seed(task.seed)).images[0]
+    return image, {**task.record, "width": image.width, "height": image.height}
 
 
 def check_settings(
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     *,
     class_labels: int | str | Sequence[int | str] | None = None,
     seed: int = 0,
@@ -124,8 +187,8 @@ def check_settings(
         if value is not None:
             raise ValueError(f"{name} has no meaning with a {'prompt' if class_labels is None else 'class label'}")
     if sampler is not None:
-        from .flow.path import check_name
-        from .pipelines.sit import SAMPLERS
+        from ..flow.path import check_name
+        from ..pipelines.sit import SAMPLERS
 
         check_name("sampler", sampler, SAMPLERS)
     counts = {"num_images": num_images, "height": height, "width": width, "steps": steps}
@@ -135,9 +198,9 @@ def check_settings(
     for name, value in {"guidance": guidance, "true_cfg": true_cfg}.items():
         if value is not None and not (0 <= value < math.inf):
             raise ValueError(f"{name} must be 0 or more, not {value}")
-    total = image_count(class_labels, num_images)
+    total = image_count(prompt if class_labels is None else class_labels, num_images)
     if not total:
-        raise ValueError("class_labels holds no label")
+        raise ValueError("there is no prompt" if class_labels is None else "class_labels holds no label")
     if not 0 <= seed <= seed + total - 1 <= MAX_SEED:
         raise ValueError(f"seeds go from 0 to 2**63 - 1: {total} from {seed} do not fit")
     if image is None and (mask is not None or strength is not None):
@@ -149,114 +212,74 @@ def check_settings(
         raise ValueError(f"the mask and the image must be of one size: they are {sizes}")
 
 
-def image_count(class_labels: int | str | Sequence[int | str] | None, num_images: int) -> int:
-    """The number of images that `generate` makes."""
-    labels = 1 if class_labels is None or isinstance(class_labels, int | str) else len(class_labels)
-    return labels * num_images
+def image_count(subjects: int | str | Sequence[int | str], num_images: int) -> int:
+    """The number of images that `generate` makes of prompts or class labels."""
+    return num_images * (1 if isinstance(subjects, int | str) else len(subjects))
 
 
-def run(
-    model: str,
-    out: Path,
-    *,
-    prompt: str | None = None,
-    adapter: str | None = None,
-    image: Path | None = None,
-    mask: Path | None = None,
-    dtype: str | None = None,
-    quiet: bool = False,
-    announce: bool = True,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+def check_inputs(kind: type, image: bool, mask: bool) -> None:
+    """Raise ValueError for a class of pipelines that does not make images of a prompt with what is given.
 
-    model, adapter, dtype: see `pipelines.loading.load_for_use`. image, mask: files. settings: those of `generate`.
-    quiet: no progress bars, and no notes on stderr about settings without effect. announce: print each file saved.
-
-    Returns {"files", "seeds", "seconds" of generating, "notes"}. Raises ValueError or OSError, in one line, for wrong
-    arguments, before the model is loaded if possible.
+    image, mask: whether there is an image to start from, and a mask.
     """
-    class_labels = settings.get("class_labels")
-    paths = output_paths(out, image_count(class_labels, settings.get("num_images", 1)))
-    source = {"model": model, "adapter": adapter, "image": image and str(image), "mask": mask and str(mask)}
-    settings["image"] = open_image(image) if image else None
-    settings["mask"] = open_image(mask, "L", "black") if mask else None
-    check_settings(prompt, **settings)
-    if class_labels and adapter:
-        raise ValueError("an adapter has no meaning with a class label: it is for text-to-image pipelines")
+    from ..models.family import families
 
-    from .pipelines.loading import load_for_use  # imports torch and diffusers, which takes seconds
-
-    pipeline = load_for_use(model, dtype=dtype, adapter=adapter, of_classes=bool(class_labels), quiet=quiet)
-    if adapter:
-        from .models import load_adapter
-
-        load_adapter(pipeline, adapter)
-    pipeline.set_progress_bar_config(disable=quiet)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NoEffectWarning)
-        images = generate(pipeline, prompt, **settings)
-    notes = [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
-    if not quiet:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    started, seeds = time.monotonic(), []
-    for path, (picture, record) in zip(paths, images, strict=True):
-        save_png(picture, path, {**source, **record})
-        seeds.append(record["seed"])
-        if announce:
-            print(f"{picture.width} x {picture.height} image saved to {path}")
-    seconds = round(time.monotonic() - started, 3)
-    return {"files": [str(path) for path in paths], "seeds": seeds, "seconds": seconds, "notes": notes}
+    name, parameters = kind.__name__, inspect.signature(kind.__call__).parameters
+    if "prompt" not in parameters or "num_inference_steps" not in parameters:
+        raise ValueError(f"a {name} takes no prompt to make images of: those are for text-to-image pipelines")
+    if any(kind in family.pipelines.values() for family in families()):
+        return  # `for_task` finds the family's pipeline for what is given
+    if "control_image" in parameters:
+        raise ValueError(f"a {name} needs a control image, for which there is no option: call it in Python")
+    if "mask_image" in parameters and not (image and mask):
+        raise ValueError(f"a {name} paints over a part of an image: give it an image and a mask")
+    if "image" in parameters and not image:
+        raise ValueError(f"a {name} needs an image: give it one")
+    if "image" in parameters and "mask_image" not in parameters and mask:
+        raise ValueError(f"a {name} takes no mask")
 
 
-def output_paths(out: Path, num_images: int) -> list[Path]:
-    """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
+def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionPipeline:
+    """The family's pipeline of these components that starts from what is given; other pipelines as they are.
 
-    Raises ValueError for a path that no PNG file can be written to.
+    image, mask: whether there is an image to start from, and a mask. Raises ValueError where diffusers has none.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} must end in .png: the image's record is kept in the file")
-    paths = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i:04d}") for i in range(1, num_images + 1)]
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: give a file")
-    for folder in out.parents:
-        if folder.exists():
-            if not folder.is_dir():
-                raise ValueError(f"{folder} is a file: {out} cannot be written into it")
-            if not os.access(folder, os.W_OK):
-                raise ValueError(f"{folder} is not yours to write to: give {out.name} another folder")
-            break
-    return paths
+    from ..models.family import family_of_class
 
-
-def _for_task(pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None) -> DiffusionPipeline:
-    """The pipeline itself if there is no image; else an image-to-image or inpainting pipeline of its components."""
-    if image is None:
-        return pipeline
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
-
-    from .models.family import family_of_class
-
-    task, auto = ("image-to-image", AutoPipelineForImage2Image)
-    if mask is not None:
-        task, auto = ("inpainting", AutoPipelineForInpainting)
+    task = "inpainting" if mask else "image-to-image" if image else "text-to-image"
     family = family_of_class(type(getattr(pipeline, "transformer", None)).__name__)
-    if family is not None and not isinstance(pipeline, family.pipelines["text-to-image"]):
-        family = None  # another pipeline of the family's models
-    bars = getattr(pipeline, "_progress_bar_config", {})
-    if family is None:  # diffusers finds its own pipelines by class name
+    if family is not None and isinstance(pipeline, tuple(family.pipelines.values())):
+        if task not in family.pipelines:
+            raise ValueError(f"diffusers has no {task} for a {family.pipeline_name}")
+        if isinstance(pipeline, family.pipelines[task]):
+            return pipeline
+        made = family.pipelines[task](**pipeline.components)
+    elif not image or "image" in inspect.signature(type(pipeline).__call__).parameters:
+        return pipeline
+    else:  # diffusers finds its own pipelines by class name
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
         try:
-            made = auto.from_pipe(pipeline)
+            made = (AutoPipelineForInpainting if mask else AutoPipelineForImage2Image).from_pipe(pipeline)
         except ValueError as error:
             raise ValueError(f"diffusers has no {task} for a {type(pipeline).__name__}") from error
-    elif task not in family.pipelines:
-        raise ValueError(f"diffusers has no {task} for a {family.pipeline_name}")
-    else:
-        made = family.pipelines[task](**pipeline.components)
-    made.set_progress_bar_config(**bars)
+    made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return made
+
+
+def _check_model(pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for a pipeline that cannot read prompts, or that its hybrid transformer does not work in."""
+    from ..config import HybridConfig
+    from ..models.family import family_of_class
+    from ..pipelines.loading import check_hybrid
+
+    model = getattr(pipeline, "transformer", None)
+    family = family_of_class(type(model).__name__)
+    if family is not None:
+        family.check_encoders(pipeline.components)
+        saved = model.config.get("hybrid_config")
+        if saved is not None:
+            check_hybrid(type(pipeline), type(model).__name__, HybridConfig.from_saved(saved))
 
 
 def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Image.Image | None) -> dict[str, Any]:
@@ -279,7 +302,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
 def _token_pixels(pipeline: DiffusionPipeline) -> int:
     """The number that image sides are multiples of: pixels per token, or per latent if there are no tokens."""
-    from .models.family import family_of_class
+    from ..models.family import family_of_class
 
     model, scale = getattr(pipeline, "transformer", None), getattr(pipeline, "vae_scale_factor", 1)
     family = family_of_class(type(model).__name__)
@@ -332,28 +355,6 @@ def _arguments(
             no_effect("steps", "dopri5 chooses its own")
     if "use_resolution_binning" in parameters:
         arguments["use_resolution_binning"] = False  # PixArt: the requested size, not the nearest of a list
+    if "max_area" in parameters:
+        arguments["max_area"] = used["height"] * used["width"]  # Kontext: it takes the sides' ratio alone
     return arguments, used
-
-
-def _images(
-    pipeline: DiffusionPipeline,
-    arguments: dict[str, Any],
-    used: dict[str, Any],
-    subjects: Sequence[tuple[dict[str, Any], dict[str, Any]]],
-    first_seed: int,
-) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
-    """Run the pipeline once per image. subjects: each image's (arguments of the pipeline, entries of the record)."""
-    import torch
-
-    model = getattr(pipeline, "transformer", None)
-    made_by = {
-        "pipeline": type(pipeline).__name__,
-        "weights": pipeline.config.get("weights"),
-        "hybrid_config": None if model is None else model.config.get("hybrid_config"),
-        "device": str(pipeline.device),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "versions": running_versions(),
-    }
-    for seed, (subject, said) in enumerate(subjects, first_seed):
-        image = pipeline(**subject, **arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
-        yield image, {**said, **used, "seed": seed, "width": image.width, "height": image.height, **made_by}

@@ -1,0 +1,231 @@
+"""What the command `generate` does: load a pipeline, and save each image with its record as soon as it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import checksum
+from ..images import open_image, read_record, save_png
+from ..machine import find_device
+from .images import NoEffectWarning, check_inputs, check_settings, for_task, image_count, make, plan
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..config import HybridConfig
+    from ..pipelines.loading import Base
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Read PATH or PATH:WEIGHT of a LoRA file: (path, weight), the weight 1 if it is left out.
+
+    Raises FileNotFoundError for a file that is not there, and ValueError for one that is no safetensors file and for a
+    weight that is no finite number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or "/" in weight or "\\" in weight or weight.endswith(".safetensors") or Path(text).is_file():
+        path, weight = text, "1"  # the colon, if there is one, is the path's, as in C:\lora.safetensors
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"the weight of the LoRA {path} must be a number, not {weight!r}")
+    if not path.endswith(".safetensors"):
+        raise ValueError(f"the LoRA {path} is no .safetensors file, and no other is loaded")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no LoRA file {path}")
+    return Path(path), value
+
+
+def run(
+    model: str,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    adapter: str | None = None,
+    lora: Sequence[str] = (),
+    image: Path | None = None,
+    mask: Path | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str | None = None,
+    vae_tiling: bool = False,
+    seed_per_prompt: bool = False,
+    quiet: bool = False,
+    announce: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+
+    model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
+    adapter: a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
+    `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
+    `pipelines.prepare.place`. vae_tiling: decode in tiles. seed_per_prompt, settings: those of `generate`. quiet: no
+    progress bars, and no notes on stderr. announce: print each file saved.
+
+    With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
+    make the files that one would. Images that are there, made with the same settings and weights, are kept.
+
+    Returns {"files", "seeds", "kept": how many were there, "seconds" of generating, "notes"} of this process. Raises
+    ValueError or OSError, in one line, for wrong arguments, before the model is loaded if possible.
+    """
+    class_labels, subjects = settings.get("class_labels"), prompt
+    if prompts is not None:
+        from ..data.prompts import read_prompts
+
+        subjects = read_prompts(prompts)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if prompts is None and processes > 1:
+        raise ValueError(
+            f"{processes} processes can share the work on prompts from a file (--prompts) alone: start one"
+        )
+    if prompts is None and seed_per_prompt:
+        raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
+    paths = output_paths(out, image_count(class_labels or subjects or (), settings.get("num_images", 1)))
+    loras = [parse_lora(text) for text in lora]
+    source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
+    source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
+    source |= {"image": image and str(image), "mask": mask and str(mask)}
+    settings["image"] = open_image(image) if image else None
+    settings["mask"] = open_image(mask, "L", "black") if mask else None
+    check_settings(subjects, **settings)
+    for name, given in {"an adapter": adapter, "a LoRA": lora, "a config": config}.items():
+        if class_labels and given:
+            raise ValueError(f"{name} has no meaning with a class label: it is for text-to-image pipelines")
+
+    import torch  # with diffusers, it takes seconds
+
+    from ..models import load_adapter, read_adapter_config
+    from ..pipelines.loading import find_base, load_base, load_sit_pipeline, silence_libraries
+    from ..pipelines.prepare import add_loras, place, tile_vae
+
+    if quiet:
+        silence_libraries()
+    where, notes = find_device(device), []
+    if offload and where.type == "cpu":
+        raise ValueError(
+            f"--offload {offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
+    kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    if class_labels:
+        pipeline = load_sit_pipeline(model, kind, variant=variant)
+    else:
+        hybrid = read_adapter_config(adapter) if adapter else None
+        base = find_base(model, variant=variant, config=config)
+        _check_base(base, hybrid, adapter, loras, image is not None, mask is not None)
+        notes += [base.note] if base.note else []
+        pipeline = load_base(base, kind)
+        if adapter:
+            load_adapter(pipeline, adapter)
+        add_loras(pipeline, loras)
+        pipeline = for_task(pipeline, image is not None, mask is not None)
+    if prompts is not None:
+        source["weights_sha256"] = _weights_checksum(pipeline)
+    if vae_tiling:
+        tile_vae(pipeline)
+    place(pipeline, where, offload)
+    pipeline.set_progress_bar_config(disable=quiet or processes > 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        pipeline, tasks = plan(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
+    notes += [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    if not quiet and rank == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+    share = list(zip(paths, tasks, strict=True))[rank::processes]
+    kept = {path for path, task in share if prompts is not None and _is_made(path, {**source, **task.record})}
+    if kept and announce:
+        print(f"{len(kept)} of {len(share)} images are there already, made with these settings: they are kept")
+    started = time.monotonic()
+    for path, task in share:
+        if path not in kept:
+            picture, record = make(pipeline, task)
+            save_png(picture, path, {**source, **record})
+            if announce:
+                print(f"{picture.width} x {picture.height} image saved to {path}")
+    seconds = round(time.monotonic() - started, 3)
+    files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
+    return {"files": files, "seeds": seeds, "kept": len(kept), "seconds": seconds, "notes": notes}
+
+
+def output_paths(out: Path, num_images: int) -> list[Path]:
+    """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
+
+    Raises ValueError for a path that no PNG file can be written to.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out} must end in .png: the image's record is kept in the file")
+    paths = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i:04d}") for i in range(1, num_images + 1)]
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give a file")
+    for folder in out.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"{folder} is a file: {out} cannot be written into it")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"{folder} is not yours to write to: give {out.name} another folder")
+            break
+    return paths
+
+
+def _check_base(
+    base: Base,
+    hybrid: tuple[HybridConfig, str | None] | None,
+    adapter: str | None,
+    loras: Sequence[tuple[Path, float]],
+    image: bool,
+    mask: bool,
+) -> None:
+    """Raise ValueError for what cannot work, before the weights, which may take minutes, are read.
+
+    hybrid: the config of the adapter, and the class that it is for.
+    """
+    from ..models.family import family_of_class
+    from ..pipelines.loading import check_convertible, check_hybrid
+    from ..pipelines.prepare import check_lora_loader
+    from ..stored import component_classes
+
+    check_inputs(base.pipeline_class, image, mask)
+    family = family_of_class(base.transformer_class)
+    if family is not None and base.file is None:
+        family.check_encoders(component_classes(base.index))
+    if hybrid:
+        check_convertible(base, *hybrid, adapter)
+    elif (config := base.hybrid_config()) is not None:
+        check_hybrid(base.pipeline_class, base.transformer_class, config)
+    if loras:
+        check_lora_loader(base.pipeline_class)
+
+
+def _weights_checksum(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 of the weights of all components, as they were loaded."""
+    parts = {name: part for name, part in pipeline.components.items() if hasattr(part, "state_dict")}
+    return checksum(
+        {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    )
+
+
+def _is_made(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the image is there, made as the record says. Raises ValueError for one that was made otherwise."""
+    if not path.exists():
+        return False
+    found = read_record(path) or {}
+    for name, value in json.loads(json.dumps(record)).items():
+        if name not in found or found[name] != value:
+            made = f"made with {name} {found.get(name)}, not {value}"
+            raise ValueError(f"{path} is there already, {made}: give another --out, or delete it")
+    return True

@@ -1,0 +1,149 @@
+"""What a saved pipeline holds, read from the names and headers of its files: components, variants, dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .files import read_json
+
+# model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and diffusers' older
+# model-00001-of-00002.fp16.safetensors
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.([^.]+?))?\.safetensors"
+)
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def component_classes(index: Mapping[str, Any]) -> dict[str, str | None]:
+    """The class of each component by its name, from a model_index.json; None for one that the pipeline does without."""
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: entry[1] for name, entry in pairs.items() if not name.startswith("_")}
+
+
+def model_folders(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
+    """The folders of a pipeline's components that have weights, by name. index: its model_index.json.
+
+    Raises ValueError where a component's folder is missing.
+    """
+    found = {}
+    for name in (name for name, kind in component_classes(index).items() if kind is not None):
+        if not (folder / name).is_dir():
+            raise ValueError(f"{folder} lacks the folder of its {name}")
+        if (folder / name / "config.json").is_file():  # a tokenizer or a scheduler has none
+            found[name] = folder / name
+    return found
+
+
+def variants_of(names: Iterable[str]) -> set[str | None]:
+    """The variants of weights, such as "fp16", among the names of one component's files; None: those without a name."""
+    matches = (WEIGHTS.fullmatch(name) for name in names)
+    return {match[1] or match[2] for match in matches if match}
+
+
+def choose_variant(
+    components: Mapping[str, Iterable[str]], wanted: str | None, where: str
+) -> tuple[str | None, str | None]:
+    """Choose the variant to load. Returns it (None: the files without a name), and a note if there are others.
+
+    components: the names of each component's files. A component without files of the chosen variant takes its files
+    without a name. wanted: the variant that was asked for; None: the files without a name where every component has
+    them, else the first variant, in the order of names, with which every component has weights.
+
+    Raises ValueError, in one line, where no choice gives every component its weights in safetensors.
+    """
+    have = {name: variants_of(files) for name, files in components.items()}
+    for name, variants in have.items():
+        if not variants:
+            pickled = sorted(file for file in components[name] if file.endswith(PICKLED))
+            hint = f": {pickled[0]} is pickled and is not loaded" if pickled else ""
+            raise ValueError(f"{where}: its {name} has no weights in safetensors{hint}")
+    named = sorted({variant for variants in have.values() for variant in variants if variant})
+    whole = [variant for variant in (None, *named) if all({variant, None} & variants for variants in have.values())]
+    if wanted is not None:
+        if wanted not in named:
+            there = f"it has {', '.join(named)}" if named else "it has none"
+            raise ValueError(f"{where} has no variant {wanted!r}: {there}")
+        if wanted not in whole:
+            lacks = next(name for name, variants in have.items() if not {wanted, None} & variants)
+            raise ValueError(
+                f"{where}: its {lacks} has neither weights of the variant {wanted!r} nor without a variant"
+            )
+        return wanted, None
+    if not whole:
+        raise ValueError(f"no variant gives every component of {where} its weights: there are {', '.join(named)}")
+    chosen = whole[0]
+    others = [variant for variant in named if variant != chosen]
+    if not others:
+        return chosen, None
+    taken = "the files without a variant's name were" if chosen is None else f"the variant {chosen} was"
+    return chosen, f"{where} also has the variant {' and '.join(others)}: {taken} chosen (see --variant)"
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that loading a component's folder would read.
+
+    variant: files without a name are taken where the folder has none of it. Raises ValueError where files are missing.
+    """
+    names = [path.name for path in folder.iterdir()]
+    chosen = variant if variant in variants_of(names) else None
+    for stem in ("diffusion_pytorch_model", "model"):
+        point = f".{chosen}" if chosen else ""
+        index = next(
+            (
+                folder / name
+                for name in (f"{stem}.safetensors.index{point}.json", f"{stem}.safetensors{point}.index.json")
+                if name in names
+            ),
+            None,
+        )
+        if index is not None:
+            parts = read_json(index).get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+                raise ValueError(f"{index} is damaged: it says of no weights which file holds them")
+            files = sorted({folder / name for name in parts.values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(f"{folder} lacks {len(missing)} of its {len(files)} weight files ({missing[0]}, …)")
+            return files
+        if f"{stem}{point}.safetensors" in names:
+            return [folder / f"{stem}{point}.safetensors"]
+    raise ValueError(f"{folder} has no weights in safetensors")
+
+
+def tensor_headers(path: Path) -> dict[str, tuple[str, int]]:
+    """(dtype, number of elements) of each tensor, from a safetensors file's header; dtypes as "F32", "BF16".
+
+    Raises ValueError if the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {key: (part.get_dtype(), prod(part.get_shape())) for key, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def stored_dtype(files: Iterable[Path]) -> str:
+    """The dtype of most weights in safetensors files, such as "bfloat16"; "float32" where there are none.
+
+    Raises ValueError for dtypes that models do not compute in, such as fp8.
+    """
+    elements = Counter()
+    for file in files:
+        for dtype, count in tensor_headers(file).values():
+            if dtype.startswith(("F", "BF")):
+                elements[dtype] += count
+    if not elements:
+        return "float32"
+    [(dtype, _)] = elements.most_common(1)
+    if dtype not in DTYPES:
+        raise ValueError(f"{file} is stored as {dtype}, which models do not compute in: choose a --dtype")
+    return DTYPES[dtype]
