@@ -63,8 +63,9 @@ def adm_metrics(
     """Inception score, FID, sFID, precision and recall, as the ADM suite computes them.
 
     samples, reference: paths of npz files with uint8 images [N, H, W, 3] as `arr_0`, such arrays, or `Images` (see
-    `hybriddit.metrics.images`). A reference file may hold the statistics `mu`, `sigma` (pooled) and `mu_s`, `sigma_s` (spatial) with images, as ADM's do, or without:
-    then FID and sFID compare with these, and the images are used for precision and recall only.
+    `hybriddit.metrics.images`). A reference file may hold the statistics `mu`, `sigma` (pooled) and `mu_s`, `sigma_s`
+    (spatial) with images, as ADM's do, or without: then FID and sFID compare with these, and the images are used for
+    precision and recall only.
     extractor: uint8 [B, 3, H, W], B up to batch_size, on the CPU -> {"pooled": [B, F], "spatial": [B, S], "logits":
     [B, C]}, on any device (`load_inception` makes the real one). Scores whose features the extractor or the reference
     lacks are left out.

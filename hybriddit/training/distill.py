@@ -33,6 +33,7 @@ from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
+from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, to_dict
 from .step_cost import step_cost
 
@@ -40,6 +41,7 @@ from .step_cost import step_cost
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     """Run a config from start to end: load the teacher, let it make its images, distill, save the adapter."""
     check_settings(config)
+    check_launcher(config)  # before a base is fetched
     base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
     config = with_hybrid_of(config, base.hybrid_config())
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)

@@ -6,7 +6,7 @@ import pytest
 from accelerate import DistributedType
 
 from hybriddit.cli import main
-from hybriddit.training import loop
+from hybriddit.training import distill, loop
 from hybriddit.training.processes import check_launcher
 
 SETTINGS = {
@@ -21,6 +21,14 @@ def arguments(request, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(SETTINGS[request.param].replace("FOLDER", str(tmp_path / "run")))
     return [request.param, str(path)]
+
+
+@pytest.fixture
+def base_is_there(monkeypatch):
+    """A distillation's base is found, but not loaded."""
+    monkeypatch.setattr(distill, "find_base", lambda *_, **__: None)
+    monkeypatch.setattr(distill, "text_to_image", lambda base: SimpleNamespace(hybrid_config=lambda: None))
+    monkeypatch.setattr(distill, "with_hybrid_of", lambda config, base: config)
 
 
 def refused(arguments, message, tmp_path, capsys):
@@ -65,7 +73,7 @@ def test_the_launcher_s_defaults_are_no_matter(arguments, monkeypatch, capsys):
     check_launcher(SimpleNamespace(train=SimpleNamespace(precision="bf16")))
 
 
-def test_a_tpu_is_refused(arguments, tmp_path, monkeypatch, capsys):
+def test_a_tpu_is_refused(arguments, base_is_there, tmp_path, monkeypatch, capsys):
     accelerator = SimpleNamespace(distributed_type=DistributedType.XLA, is_fsdp2=False)
     monkeypatch.setattr(loop, "make_accelerator", lambda config: accelerator)
     refused(arguments, f"{OTHERS}XLA", tmp_path, capsys)
@@ -79,7 +87,9 @@ def test_a_tpu_is_refused(arguments, tmp_path, monkeypatch, capsys):
         ("MEGATRON_LM", 0, False, "by DDP or by FSDP2, not by MEGATRON_LM"),
     ],
 )
-def test_other_ways_are_refused(kind, version, checkpointing, message, arguments, tmp_path, monkeypatch, capsys):
+def test_other_ways_are_refused(
+    kind, version, checkpointing, message, arguments, base_is_there, tmp_path, monkeypatch, capsys
+):
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(activation_checkpointing=checkpointing))
     accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=version == 2, state=state)
     monkeypatch.setattr(loop, "make_accelerator", lambda config: accelerator)
