@@ -146,7 +146,7 @@ def test_results_do_not_change_from_run_to_run():
         assert a.equal(b)
 
 
-split_columns = linear_triton._columns
+split_columns = linear_triton.phi.columns
 
 
 @triton.jit
@@ -573,7 +573,7 @@ def test_nothing_to_do_with_a_projection():
             assert grad.shape == x.shape and not grad.any()
 
 
-pairs_of_features = linear_triton._pairs
+pairs_of_features = linear_triton.phi.pairs
 
 
 @triton.jit
