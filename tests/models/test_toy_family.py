@@ -30,6 +30,7 @@ import hybriddit
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 from hybriddit.attention import TokenLayout
 from hybriddit.cli import main
+from hybriddit.data.shards import ALONE
 from hybriddit.data.sources import captioned_folder, teacher, trajectories
 from hybriddit.generate import generate
 from hybriddit.info import describe, description_text, environment
@@ -812,7 +813,7 @@ def test_it_distils_two_steps(pipeline, tmp_path):
     """From its own images: only what conversion added moves, and comes nearer to the teacher on the batches it saw."""
     config = distill_config()
     config.output.folder, config.output.sample_every, config.output.log_every = str(tmp_path), 2, 1
-    data = teacher(pipeline, config.data, progress=False)
+    data = teacher(pipeline, config.data, False, ALONE)
     rows = data.rows(range(4))
     assert rows["prompt_mask"].sum(1).tolist() == [8, 6, 8, 6] and rows["latents"].shape == (4, 4, 16, 12)
     before = {name: weights.clone() for name, weights in pipeline.transformer.state_dict().items()}
@@ -833,7 +834,7 @@ def test_it_distils_two_steps(pipeline, tmp_path):
 def test_trajectories_hold_what_the_transformer_saw(pipeline):
     config = distill_config().data
     config.states = 2
-    data = trajectories(pipeline, config, progress=False)
+    data = trajectories(pipeline, config, False, ALONE)
     rows = data.rows(range(4))
     assert rows["states"].shape == (4, 2, 4, 16, 12) and torch.allclose(rows["times"][:, 0], torch.ones(4))
     noise = torch.randn(1, 4, 16, 12, generator=torch.Generator().manual_seed(config.seed + 3))
@@ -846,7 +847,7 @@ def test_images_of_your_own_are_encoded_as_it_says(pipeline, tmp_path, monkeypat
     monkeypatch.setattr(Toy, "encode_images", lambda self, vae, pixels: pixels[:, [0, 0, 1, 1], ::2, ::2])
     config = distill_config().data
     config.folder = str(tmp_path)
-    latents = captioned_folder(pipeline, config, progress=False).rows([0])["latents"]
+    latents = captioned_folder(pipeline, config, False, ALONE).rows([0])["latents"]
     assert latents.shape == (1, 4, 16, 12) and latents.amax((0, 2, 3)).tolist() == [1, 1, -1, -1]
 
 
