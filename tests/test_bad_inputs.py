@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_pipeline
 
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, load_adapter, save_adapter
-from hybriddit.attention import TokenLayout, linear_attention, neighborhood_attention
+from hybriddit.attention import linear_attention, neighborhood_attention
 from hybriddit.cli import main
 from hybriddit.training.run_config import load_config
 
@@ -268,17 +268,6 @@ def a_plan_that_is_not_there(w):
 def a_plan_with_a_misspelt_field(w):
     (w.folder / "plan.yaml").write_text("windw: 3\n")
     return lambda: HybridConfig.from_plan(w.folder / "plan.yaml")
-
-
-@bad(r"several image grids")
-def reference_grids_in_a_window(w):
-    model = flux()
-    layout = TokenLayout(2, ((4, 4), (4, 4)), text_first=True)
-    x = torch.randn(1, 32, 16)
-    ids, text_ids = torch.zeros(32, 3), torch.zeros(2, 3)
-    call = {"timestep": torch.ones(1), "guidance": torch.ones(1), "pooled_projections": torch.randn(1, 8)}
-    call |= {"img_ids": ids, "txt_ids": text_ids, "encoder_hidden_states": torch.randn(1, 2, 16)}
-    return lambda: model(x, joint_attention_kwargs={"token_layout": layout}, **call)
 
 
 @bad(r"img_ids do not describe whole image grids")

@@ -13,7 +13,7 @@ from .layout import TokenLayout
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
-from .window import joined_attention, neighborhood_attention, seen_pairs
+from .window import attention_over_grids, joined_attention, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
@@ -23,7 +23,8 @@ GATE_WIDTH = 96  # the width of the layers with which gates per token, joined "j
 class HybridAttention(nn.Module):
     """One attention layer over text and image tokens; the caller projects queries, keys and values.
 
-    For an image token i with window W(i), text T and all image tokens X,
+    For an image token i with window W(i), text T and all image tokens X (of reference images too, if there are any,
+    with a window of each: see `window.grids`),
 
         near_i = softmax attention of q_i over W(i) and T
         far_i  = linear attention of q'_i over X, with keys k' and the same values
@@ -232,13 +233,15 @@ class HybridAttention(nn.Module):
                 seen = token_layout.join(text_mask, text_mask.new_ones(len(text_mask), token_layout.image_length))
             image = self.far(far_query, keys, value, key_mask=seen)
         else:
-            text = (text_key, text_value, text_mask) if token_layout.text_length else (None, None, None)
-            near = image_query, image_key, image_value, *text, token_layout, scale
+            images = image_query, image_key, image_value
+            settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
+            if token_layout.text_length:
+                settings |= {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
             if self.far is None:
-                images, settings = self._window_inputs(*near)
-                image = neighborhood_attention(*images, **settings).flatten(1, 2)
+                image = attention_over_grids(*images, grids, **settings)
             else:
-                image = self._joined(near, far_query, far_key, self.gate if gate is None else gate)
+                gate = self.gate if gate is None else gate
+                image = self._joined(images, grids, settings, far_query, far_key, gate)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -262,35 +265,23 @@ class HybridAttention(nn.Module):
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
-    def _joined(self, near, far_query, far_key, gate):
-        """Near and far, [B, N, heads, D], as `join` says; near: the arguments of `_window_inputs`."""
-        value, joint, lse = near[2], self.join == "joint", None
-        images, settings = self._window_inputs(*near)
+    def _joined(self, images, grids, settings, far_query, far_key, gate):
+        """Near and far, [B, N, heads, D], as `join` says; the first three are the arguments of `attention_over_grids`."""
+        value, joint, lse = images[2], self.join == "joint", None
         sums = None
-        if self.far_only is None and not torch.is_grad_enabled():
+        if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
             sums = self.far.summed(far_query, far_key, value)
         if sums is not None:
+            images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
-        near = neighborhood_attention(*images, return_lse=joint, **settings)
+        near = attention_over_grids(*images, grids, return_lse=joint, **settings)
         if joint:
-            near, lse = near[0], near[1].flatten(1, 2)
+            near, lse = near
         if self.far_only is not None:
             if joint:
                 gate, lse = joint_gate(gate, lse), None
             gate = torch.where(self.far_only.view(-1, 1, 1, 1), LARGEST_SHARE if joint else 1.0, gate)
-        return self.far(far_query, far_key, value, near=near.flatten(1, 2), gate=gate, joint=joint, lse=lse)
-
-    def _window_inputs(self, query, key, value, text_key, text_value, text_mask, token_layout, scale):
-        """Query, key and value as grids, [B, H, W, heads, D], and the other arguments of `neighborhood_attention`."""
-        if len(token_layout.grids) != 1:
-            raise NotImplementedError(
-                f"window attention over several image grids {token_layout.grids} is not supported yet: "
-                "pass one image (no reference images)"
-            )
-        settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
-        text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-        images = [tokens.unflatten(1, token_layout.grids[0]) for tokens in (query, key, value)]
-        return images, settings | text
+        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""
@@ -327,7 +318,7 @@ class HybridAttention(nn.Module):
 
     def _near_pairs(self, token_layout: TokenLayout) -> int:
         """Number of pairs of an image query and a key in its window or the text."""
-        windows = sum(seen_pairs(grid, self.window, self.dilation) for grid in token_layout.grids)
+        windows = seen_over_grids(token_layout.grids, self.window, self.dilation)
         return windows + token_layout.image_length * token_layout.text_length
 
     def work(self, token_layout: TokenLayout, element_size: int) -> dict[str, Work]:

@@ -195,7 +195,7 @@ def _check_base(
     hybrid: the config of the adapter, and the class that it is for.
     """
     from ..models.family import family_of_class
-    from ..pipelines.loading import check_convertible, check_hybrid
+    from ..pipelines.loading import check_convertible, check_takes_hybrid
     from ..pipelines.prepare import check_lora_loader
     from ..stored import component_classes
 
@@ -205,8 +205,8 @@ def _check_base(
         family.check_encoders(component_classes(base.index))
     if hybrid:
         check_convertible(base, *hybrid, adapter)
-    elif (config := base.hybrid_config()) is not None:
-        check_hybrid(base.pipeline_class, base.transformer_class, config)
+    elif base.is_hybrid:
+        check_takes_hybrid(base.pipeline_class)
     if loras:
         check_lora_loader(base.pipeline_class)
 

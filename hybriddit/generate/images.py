@@ -269,17 +269,15 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
 
 def _check_model(pipeline: DiffusionPipeline) -> None:
     """Raise ValueError for a pipeline that cannot read prompts, or that its hybrid transformer does not work in."""
-    from ..config import HybridConfig
     from ..models.family import family_of_class
-    from ..pipelines.loading import check_hybrid
+    from ..pipelines.loading import check_takes_hybrid
 
     model = getattr(pipeline, "transformer", None)
     family = family_of_class(type(model).__name__)
     if family is not None:
         family.check_encoders(pipeline.components)
-        saved = model.config.get("hybrid_config")
-        if saved is not None:
-            check_hybrid(type(pipeline), type(model).__name__, HybridConfig.from_saved(saved))
+        if model.config.get("hybrid_config") is not None:
+            check_takes_hybrid(type(pipeline))
 
 
 def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Image.Image | None) -> dict[str, Any]:

@@ -100,8 +100,6 @@ class Family(ABC):
     reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
         of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
-    reference_pipelines: diffusers' pipelines whose reference images are further grids of the sequence, which windows
-        do not reach.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
@@ -121,7 +119,6 @@ class Family(ABC):
     rotary: ClassVar[bool] = False
     reads_positions: ClassVar[bool] = False
     pipelines: ClassVar[Mapping[str, type]]
-    reference_pipelines: ClassVar[tuple[type, ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     scheduler: ClassVar[type]
     guided: ClassVar[bool] = True

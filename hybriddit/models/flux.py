@@ -11,8 +11,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
-    FluxKontextInpaintPipeline,
-    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -125,7 +123,6 @@ class Flux(Family):
         "image-to-image": FluxImg2ImgPipeline,
         "inpainting": FluxInpaintPipeline,
     }
-    reference_pipelines = (FluxKontextPipeline, FluxKontextInpaintPipeline)
     text_encoders = ("text_encoder", "text_encoder_2")
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = False  # the guidance scale is distilled into the model

@@ -186,7 +186,7 @@ def check_convertible(
     family = _family(base)
     if adapter is not None and base_class != family.dense_class.__name__:
         raise ValueError(f"the adapter in {adapter} is for {base_class}, the model is a {family.dense_class.__name__}")
-    check_hybrid(kind, base.transformer_class, config)
+    check_takes_hybrid(kind)
     own = base.hybrid_config()
     if own is not None and adapter is None:
         raise ValueError(f"{base.path} is hybrid already: give the dense pipeline that it was made from")
@@ -204,22 +204,12 @@ def _family(base: Base) -> Family:
     return family
 
 
-def check_hybrid(kind: type[DiffusionPipeline], transformer_class: str | None, config: HybridConfig) -> None:
-    """Raise ValueError for a pipeline in which a hybrid transformer of this config would fail, or silently do less.
-
-    kind: the pipeline's class. transformer_class: the name of its transformer's.
-    """
-    family = family_of_class(transformer_class)
+def check_takes_hybrid(kind: type[DiffusionPipeline]) -> None:
+    """Raise ValueError for a class of pipelines in which a hybrid transformer would be dense."""
     if issubclass(kind, PAGMixin):
         raise ValueError(
             f"a {kind.__name__} replaces attention processors, which takes hybrid attention out: use the pipeline "
             "without PAG"
-        )
-    windows = config.window is not None and {"hybrid", "window"} & {config.kind(""), *config.layers.values()}
-    if family is not None and issubclass(kind, family.reference_pipelines) and windows:
-        raise ValueError(
-            f"a {kind.__name__} adds reference images to the sequence, which windows do not reach: use window None "
-            "(linear attention alone)"
         )
 
 

@@ -120,13 +120,13 @@ def kontext(config):
 
 
 def test_kontext():
-    """A reference image is refused by windows, and read by linear attention alone."""
-    dense, same, linear = kontext(None), kontext(HybridConfig(window=16)), kontext(HybridConfig(window=None))
+    """A reference image is a second grid, of which windows see what is at the same relative position."""
+    dense, same = kontext(None), kontext(HybridConfig(window=16))
+    small, linear = kontext(HybridConfig(window=3)), kontext(HybridConfig(window=None))
     assert_same(same(), dense())
-    with pytest.raises(NotImplementedError, match=r"several image grids .* is not supported yet") as caught:
-        same(IMAGE)
-    assert "\n" not in str(caught.value)
-    assert differs(linear(IMAGE), linear(1 - IMAGE)) and differs(dense(IMAGE), dense(1 - IMAGE))
+    assert_same(same(IMAGE), dense(IMAGE))
+    assert differs(small(IMAGE), dense(IMAGE))
+    assert all(differs(model(IMAGE), model(1 - IMAGE)) for model in (small, linear, dense))
 
 
 @pytest.mark.parametrize("kind", EVERY)

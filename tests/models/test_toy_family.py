@@ -453,7 +453,7 @@ def test_an_open_layer_against_the_formulas(kind, gate):
 
 
 def test_a_reference_image_is_a_second_grid():
-    """Linear layers see it; windows do not know yet what to see of it, and say so."""
+    """Linear layers see it, windows what is at the same relative position."""
     model = perturb_hybrid(hybridize(make(), HybridConfig(window=None)))
     inputs, attn = make_inputs(model), model.blocks[0].attention
     layouts = []
@@ -465,9 +465,13 @@ def test_a_reference_image_is_a_second_grid():
     changed = run(model, {**inputs, "reference": reference}) - beside
     assert changed[0].abs().amax(0).min() > 0 and not changed[1].any() and (beside - alone).abs().max() > 1e-3
     restore_dense(model)
+    dense = run(model, {**inputs, "reference": reference})
+    hybridize(model, HybridConfig(window=99))
+    torch.testing.assert_close(run(model, {**inputs, "reference": reference}), dense)
+    restore_dense(model)
     hybridize(model, HybridConfig(window=3))
-    with pytest.raises(NotImplementedError, match="several image grids"):
-        run(model, {**inputs, "reference": reference})
+    with_window = run(model, {**inputs, "reference": reference})
+    assert (with_window - dense).abs().max() > 1e-3
 
 
 def test_layers_stay_dense_and_deltas_count():

@@ -116,11 +116,6 @@ def test_generate_runs_the_pipeline_that_fits_what_is_given(name, options, ran_b
         ("FluxKontextPipeline", (), "a FluxKontextPipeline needs an image"),
         ("FluxKontextPipeline", MASK, "a FluxKontextPipeline takes no mask"),
         ("FluxControlPipeline", IMAGE, "a FluxControlPipeline needs a control image, for which there is no option"),
-        (
-            "FluxKontextPipeline",
-            (*IMAGE, "--adapter", "flux_dev-window"),
-            "which windows do not reach: use window None",
-        ),
         ("StableDiffusion3PAGPipeline", ("--adapter", "sd3-window"), "replaces attention processors"),
         (
             "FluxPipeline",
@@ -135,12 +130,15 @@ def test_generate_refuses_the_others_before_it_loads_them(name, options, message
     assert not (tmp_path / "a.png").exists()
 
 
-def test_an_adapter_without_windows_runs_with_reference_images(command, tmp_path):
-    assert command("generate", "FluxKontextPipeline", *IMAGE, "--adapter", "flux_dev-linear")[:2] == (0, "")
-    assert read_record(tmp_path / "a.png")["hybrid_config"]["window"] is None
+@pytest.mark.parametrize(("adapter", "window"), [("linear", None), ("window", 3)])
+def test_adapters_run_with_reference_images(adapter, window, command, tmp_path):
+    assert command("generate", "FluxKontextPipeline", *IMAGE, "--adapter", f"flux_dev-{adapter}")[:2] == (0, "")
+    assert read_record(tmp_path / "a.png")["hybrid_config"]["window"] == window
 
 
-@pytest.mark.parametrize("name", ["FluxFillPipeline", "FluxControlPipeline", "FluxImg2ImgPipeline"])
+@pytest.mark.parametrize(
+    "name", ["FluxFillPipeline", "FluxControlPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"]
+)
 def test_convert_keeps_the_pipelines_class(name, command, tmp_path):
     assert command("convert", name, "--window", 3)[:2] == (0, "")
     found = describe(tmp_path / "hybrid")
@@ -148,14 +146,9 @@ def test_convert_keeps_the_pipelines_class(name, command, tmp_path):
 
 
 def test_convert_of_pipelines_that_hybrids_do_not_run_in(command, tmp_path):
-    for name, message in (
-        ("FluxKontextPipeline", "which windows do not reach: use window None"),
-        ("StableDiffusion3PAGPipeline", "replaces attention processors"),
-    ):
-        code, said, loaded = command("convert", name)
-        assert code == 1 and message in said and not loaded and not (tmp_path / "hybrid").exists()
-    (tmp_path / "plan.yaml").write_text("window: null")
-    assert command("convert", "FluxKontextPipeline", "--plan", tmp_path / "plan.yaml")[:2] == (0, "")
+    code, said, loaded = command("convert", "StableDiffusion3PAGPipeline")
+    assert code == 1 and "replaces attention processors" in said and not loaded
+    assert not (tmp_path / "hybrid").exists()
 
 
 def test_redux_makes_no_images_and_has_no_transformer(command, world):
@@ -204,15 +197,3 @@ def test_a_hybrid_base_is_told_before_it_is_loaded(world, command, tmp_path):
     assert command("distill", "hybrid")[:2] == (0, "")  # without the section: the base's
     assert describe(tmp_path / "run" / "adapter")["hybrid"]["config"]["window"] == 5
     assert command("distill", "hybrid", "hybrid.window=5", f"output.folder={tmp_path / 'same'}")[:2] == (0, "")
-
-
-def test_reference_windows_are_noticed_in_any_plan():
-    from hybriddit.pipelines.loading import check_hybrid
-
-    kind, model = diffusers.FluxKontextPipeline, "FluxTransformer2DModel"
-    for config in (HybridConfig(window=None), HybridConfig(layers={"*": "linear"})):
-        check_hybrid(kind, model, config)
-    for config in (HybridConfig(), HybridConfig(layers={"single_*": "linear"}), HybridConfig(linear=False)):
-        with pytest.raises(ValueError, match="reference images"):
-            check_hybrid(kind, model, config)
-    check_hybrid(diffusers.FluxPipeline, model, HybridConfig())

@@ -3,14 +3,17 @@
 from .case import WindowCase
 from .dispatch import BACKENDS, choose_backend, joined_attention, neighborhood_attention
 from .flex import aligned_window
+from .grids import attention_over_grids, seen_over_grids
 from .rule import seen_pairs
 
 __all__ = [
     "BACKENDS",
     "WindowCase",
     "aligned_window",
+    "attention_over_grids",
     "choose_backend",
     "joined_attention",
     "neighborhood_attention",
+    "seen_over_grids",
     "seen_pairs",
 ]
