@@ -25,6 +25,7 @@ import torch
 from hybriddit.attention import hybrid, mixers
 from hybriddit.attention.layout import TokenLayout
 from hybriddit.attention.linear import triton as linear_kernels
+from hybriddit.attention.window import grids
 from hybriddit.attention.window import kernels as window_kernels
 from hybriddit.machine import device_details
 
@@ -62,11 +63,11 @@ def main() -> None:
     far = {"far_query": far_query, "far_key": far_key}
     text_key, image = layout.split(key)
     near_inputs = [image.unflatten(1, grid)] * 3
-    attend = partial(hybrid.neighborhood_attention, backend="triton")
+    attend = partial(grids.neighborhood_attention, backend="triton")
     settings = {"window": (4, 4), "text_key": text_key, "text_value": text_key, "return_lse": True}
     parts = {
         "hybrid layer": lambda: layer(query, key, value, layout, gate=gate, **far),
-        "its linear branch's sums": lambda: layer.far.summed(far_query, far_key, near),
+        "its linear branch's sums": lambda: layer.far(far_query, far_key, near, only_sums=True),
         "in three passes": lambda: layer(query, key, value, layout, gate=channel_gate, **far),
         "its window branch": lambda: attend(*near_inputs, **settings),
         "its linear branch": lambda: layer.far(far_query, far_key, near, near=near, gate=gate, joint=True, lse=lse),
@@ -78,7 +79,7 @@ def main() -> None:
         if name.endswith("_kernel") and name != "_kernel"
     ]
     left_out += [
-        patch.object(hybrid, "neighborhood_attention", attend),
+        patch.object(grids, "neighborhood_attention", attend),
         patch.object(hybrid, "joined_attention", partial(hybrid.joined_attention, backend="triton")),
         patch.object(mixers, "sum_keys", partial(mixers.sum_keys, backend="triton")),
         patch.object(mixers, "linear_attention", partial(mixers.linear_attention, backend="triton")),

@@ -270,7 +270,7 @@ class HybridAttention(nn.Module):
         value, joint, lse = images[2], self.join == "joint", None
         sums = None
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
-            sums = self.far.summed(far_query, far_key, value)
+            sums = self.far(far_query, far_key, value, only_sums=True)
         if sums is not None:
             images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)

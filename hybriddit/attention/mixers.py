@@ -1,7 +1,7 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
 A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
-methods of LinearMixer: `forward`, `summed`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`.
+methods of LinearMixer: `forward`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`.
 """
 
 from __future__ import annotations
@@ -74,34 +74,28 @@ class LinearMixer(nn.Module):
         key_mask: torch.Tensor | None = None,
         joint: bool = False,
         lse: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        only_sums: bool = False,
+    ) -> torch.Tensor | KeySums | None:
         """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
         near, gate: the result is near + gate * (far - near), computed in one pass. joint: the gate is multiplied by the
         sum of the keys' weights, to x, and x / (1 + |x|) takes its place. lse: near's log-sum-exp [B, M, heads]; the gate
         is then sinh(gate) / 10 * exp(-lse). key_mask: bool [B, N], False for keys to leave out.
-        """
-        query, key, phi = self._prepared(query, key, key_mask)
-        return linear_attention(query, key, value, near=near, gate=gate, key_mask=key_mask, joint=joint, lse=lse, **phi)
 
-    def summed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> KeySums | None:
-        """The sums over all keys, and what each query needs besides: `joined_attention` takes them. Not for gradients.
-
-        None for a feature map that the backends of `linear_attention` lack.
+        only_sums: give the sums over all keys instead, and what each query needs besides, which `joined_attention`
+        takes; without gradients. None for a feature map that the backends of `linear_attention` lack. (It is not a
+        method of its own, because offloading loads weights for `forward` alone.)
         """
-        if not FEATURE_MAPS[self.feature_map].fused:
+        if only_sums and not FEATURE_MAPS[self.feature_map].fused:
             return None
-        query, key, phi = self._prepared(query, key, None)
-        return sum_keys(query, key, value, **phi)
-
-    def _prepared(self, query, key, key_mask):
-        """Query and key as phi takes them, and what it is: arguments of `linear_attention`."""
         if self.center_keys:
             key = key - _mean(key, key_mask)
         query, query_projection = _cooled(query, self.projection_q, self.log_temperature_q)
         key, key_projection = _cooled(key, self.projection_k, self.log_temperature_k)
-        projections = {"query_projection": query_projection, "key_projection": key_projection}
-        return query, key, {"feature_map": self.feature_map, **projections}
+        phi = {"feature_map": self.feature_map, "query_projection": query_projection, "key_projection": key_projection}
+        if only_sums:
+            return sum_keys(query, key, value, **phi)
+        return linear_attention(query, key, value, near=near, gate=gate, key_mask=key_mask, joint=joint, lse=lse, **phi)
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""

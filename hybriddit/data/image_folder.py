@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def image_folder(
     max_sequence_length: int | None = None,
     batch_size: int = 4,
     seed: int = 0,
+    max_images: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
     processes: Processes = ALONE,
@@ -43,6 +45,7 @@ def image_folder(
     height, width: in pixels. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
         value of a guidance embedding.
     seed: which of an image's captions is taken, where it has several.
+    max_images: take the first so many images with captions, by path, fewer if some of them cannot be read; None: all.
     cache: a folder to keep the set in; None keeps it in memory. The set is that of the folder as it is now: an image
         has its row by its content and caption, wherever it lies, and only rows that the cache does not have are made.
         With a finished cache no image is opened, and nothing is written.
@@ -53,7 +56,9 @@ def image_folder(
     """
     folder = Path(folder)
     found = read_captions(folder, seed)
-    captions = found.captions
+    captions = first_captioned(found.captions, max_images)
+    if len(captions) < len(found.captions) and processes.rank == 0:
+        say(f"{len(captions)} of the {len(found.captions)} images in {folder} are taken (max_images {max_images})")
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
     settings = {"height": height, "width": width, "max_sequence_length": max_sequence_length, "teacher_made": False}
     place = find_place(pipeline, cache, settings, ("vae",), says=processes.rank == 0)
@@ -108,6 +113,14 @@ def image_folder(
     if place.folder is not None and processes.rank == 0:
         _list_skipped(place.folder / "skipped.json", skipped)
     return data
+
+
+def first_captioned(captions: dict[Path, str | None], count: int | None) -> dict[Path, str | None]:
+    """The images up to the `count`-th that has a caption; None: all."""
+    if count is None:
+        return captions
+    ends = [number for number, caption in enumerate(captions.values(), 1) if caption][:count]
+    return dict(islice(captions.items(), ends[-1] if ends else 0)) if len(ends) == count else captions
 
 
 def _key(sha256: str, caption: str) -> str:

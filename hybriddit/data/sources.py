@@ -60,7 +60,8 @@ def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -
     """A folder of images with captions."""
     from .image_folder import image_folder
 
-    return image_folder(pipeline, settings.folder, seed=settings.seed, **_common(settings, progress, processes))
+    own = {"seed": settings.seed, "max_images": settings.max_images}
+    return image_folder(pipeline, settings.folder, **own, **_common(settings, progress, processes))
 
 
 def _common(settings, progress: bool, processes: Processes) -> dict[str, Any]:
@@ -110,8 +111,9 @@ def _count_prompted(settings) -> int:
 
 def _count_captioned(settings) -> int:
     from .captions import read_captions
+    from .image_folder import first_captioned
 
-    return len(read_captions(settings.folder).captions)
+    return len(first_captioned(read_captions(settings.folder).captions, settings.max_images))
 
 
 SOURCES = {

@@ -55,6 +55,7 @@ class DataConfig:
     max_sequence_length: text tokens; None is the pipeline's default.
     batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
         draws the caption of an image that has several.
+    max_images: for "folder", take the first so many images with captions, by path; None: all of them.
     """
 
     source: str = "teacher"
@@ -70,6 +71,7 @@ class DataConfig:
     max_sequence_length: int | None = None
     batch_size: int = 4
     seed: int = 0
+    max_images: int | None = None
 
 
 @dataclass
@@ -197,6 +199,11 @@ class DistillConfig:
             data.folder,
             'a folder of images with data.source "folder", and left out with another',
         )
+        if data.max_images is not None:
+            _require(
+                data.folder is not None, "data.max_images", data.max_images, 'left out but with data.source "folder"'
+            )
+            _require_positive(data, "data", "max_images")
         _require_positive(data, "data", "images states height width steps batch_size")
         if data.max_sequence_length is not None:
             _require_positive(data, "data", "max_sequence_length")

@@ -141,6 +141,18 @@ def test_images_are_cut_at_the_centre_and_turned_upright(tmp_path):
     assert np.array(read_image(tmp_path / "turned.png", 192, 64))[96, 32].tolist() == [255, 0, 0]
 
 
+def test_the_first_images_alone(pipelines, folder, tmp_path, capsys):
+    """By path; an image that cannot be read counts, one without a caption does not."""
+    assert sorted(path.name for path in folder.rglob("*.*g"))[:4] == ["0.png", "1.png", "2.png", "3.jpg"]
+    whole = encode(pipelines("sd3"), folder, cache=tmp_path / "cache")
+    capsys.readouterr()
+    for count, usable in ((1, 1), (4, 4), (5, 4), (8, 5), (9, 5)):
+        first = encode(pipelines("sd3"), folder, cache=tmp_path / "cache", max_images=count)
+        assert len(first) == usable
+        assert torch.equal(first.rows(range(usable))["latents"], whole.rows(range(usable))["latents"])
+        assert ("(max_images " in capsys.readouterr().out) == (count < 9)
+
+
 def test_a_folders_cache_lists_what_was_left_out_and_knows_its_files(pipelines, folder, tmp_path):
     cache = tmp_path / "cache"
     first = encode(pipelines("sd3"), folder, cache=cache)

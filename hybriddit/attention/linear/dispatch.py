@@ -153,7 +153,10 @@ def sum_keys(
     key_projection: Tensor | None = None,
     backend: str = "auto",
 ) -> KeySums:
-    """The first pass of `linear_attention`, which has the arguments. Like what follows, it is not for gradients."""
+    """The first pass of `linear_attention`, which has the arguments. Like what follows, it is not for gradients.
+
+    The projection is held as it is now: offloading gives its parameter other data, once the layer's weights may leave.
+    """
     _check(query, key, value, None, None, None, None, query_projection, key_projection)
     query, key, value = autocast((query, key, value))
     check_dtype((query, key, value))
@@ -161,6 +164,7 @@ def sum_keys(
         query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
     triton = _choose_triton(backend, query, value, query_projection, feature_map, False)
     state, mean = _linear_state(key, value, key_projection, None, feature_map, triton)
+    query_projection = None if query_projection is None else query_projection.detach()
     return KeySums(query, state, mean, query_projection, FEATURE_MAPS[feature_map].eps, feature_map, triton)
 
 
