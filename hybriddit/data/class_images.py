@@ -108,12 +108,13 @@ def read_pixels(path: Path, size: int, channels: int) -> torch.Tensor:
     return pil_to_tensor(adm_crop(open_image(path, MODES[channels]), size))
 
 
-def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bool = True) -> ClassData:
+def read_folder(
+    folder: str | Path, shape: tuple[int, int, int], *, progress: bool = True, says: bool = True
+) -> ClassData:
     """Read class folders into memory, with the images cropped to `shape` (C, H, W).
 
-    Images that cannot be read are left out, and their number is printed, as is what is passed over. Raises what
-    `find_classes` raises, and
-    ValueError for a `shape` that is not an image's and where no image can be read.
+    Images that cannot be read are left out. says: print their number, and what is passed over. Raises what
+    `find_classes` raises, and ValueError for a `shape` that is not an image's and where no image can be read.
     """
     found = find_classes(folder)
     paths = found.paths
@@ -123,10 +124,10 @@ def read_folder(folder: str | Path, shape: tuple[int, int, int], *, progress: bo
             f"images have 1 or 3 channels, and the model takes {channels}: set model.in_channels, or make a cache of "
             "latents with `hybriddit cache` and give that as data.path"
         )
-    if found.note and progress:
+    if found.note and says:
         say(found.note)
     images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
-    if skipped and progress:
+    if skipped and says:
         say(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")
     if not kept:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")

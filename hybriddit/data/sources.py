@@ -72,15 +72,16 @@ def _common(settings, progress: bool, processes: Processes) -> dict[str, Any]:
 def labelled_images(model, settings, progress: bool, processes: Processes) -> ClassData:
     """Images or latents with class labels, of the size that the SiT takes; every process opens all of them."""
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    return open_class_data(settings.path, shape, memory=settings.memory, progress=progress)
+    says = processes.rank == 0
+    return open_class_data(settings.path, shape, memory=settings.memory, progress=progress and says, says=says)
 
 
 def open_class_data(
-    path: str | Path, shape: tuple[int, int, int], *, memory: bool = False, progress: bool = True
+    path: str | Path, shape: tuple[int, int, int], *, memory: bool = False, progress: bool = True, says: bool = True
 ) -> ClassData:
     """Open the labelled images at `path`: a cache, class folders, or MNIST's files. shape: (C, H, W) of model inputs.
 
-    memory: read all of a cache now. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
+    memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
     where its images have another shape or cannot be used.
     """
     from . import class_cache, class_images, shards
@@ -93,7 +94,7 @@ def open_class_data(
     elif any(path.glob(f"{class_images.MNIST_IMAGES}*")):
         data = class_images.read_mnist(path)
     else:
-        data = class_images.read_folder(path, shape, progress=progress)
+        data = class_images.read_folder(path, shape, progress=progress, says=says)
     if data.info.shape != tuple(shape):
         what = "latents" if data.info.vae else "images"
         here, wanted = (" x ".join(map(str, sides)) for sides in (data.info.shape, shape))

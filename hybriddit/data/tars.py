@@ -56,6 +56,8 @@ def tar_members(path: Path) -> list[TarMember]:
     Raises ValueError where the tar is damaged.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no file")
         with tarfile.open(path, "r:") as tar:
             members = {
                 member.name: TarMember(path, member.name, member.offset_data, member.size)

@@ -14,6 +14,8 @@ SPACES = " \t\r\n"  # stripped from texts; other separators, such as U+2028, are
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, without its byte order mark. Raises ValueError, naming the file, where it is not UTF-8."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

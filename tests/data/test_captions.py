@@ -1,6 +1,7 @@
 """The captions of a folder of images: the places they are in, and what is left out or passed over."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -208,3 +209,14 @@ def test_what_is_passed_over_is_said(images):
         (folder / name).unlink()
     with pytest.raises(ValueError, match=r"no images in .*: .png, .* are read; passed over in .*: .heic \(2\), .txt"):
         captioned_images(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_not_waited_for(images):
+    folder = images("a.png")
+    os.mkfifo(folder / "a.txt")
+    found = read_captions(folder)
+    assert "a.txt is no file" in found.reasons[folder / "a.png"]
+    os.mkfifo(folder / "more.tar")
+    with pytest.raises(ValueError, match="more.tar is damaged or no tar: it is no file"):
+        read_captions(folder)

@@ -122,6 +122,9 @@ def test_a_folder_in_memory(folder, capsys):
     data = read_folder(folder, (3, 8, 8))
     assert len(data) == 9 and data.info.classes == ["apple", "pear"] and data.labels().tolist() == [0] * 4 + [1] * 5
     assert "2 of 11 images are left out" in capsys.readouterr().out
+    for says in (True, False):  # whether there is a bar or not
+        read_folder(folder, (3, 8, 8), progress=False, says=says)
+        assert ("2 of 11 images are left out" in capsys.readouterr().out) == says
     plain, labels = data.draw([0, 8], torch.tensor([False, False]), None)
     mirrored, _ = data.draw([0, 8], torch.tensor([False, True]), None)
     assert plain.shape == (2, 3, 8, 8) and plain.min() >= -1 and plain.max() <= 1 and labels.tolist() == [0, 1]
