@@ -19,7 +19,7 @@ from ..models.family import check_latents_scale
 from ..stored import choose_variant
 from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import find_classes, read_images
-from .image_files import say
+from .image_files import content_of, say
 from .shards import SETTINGS, ShardFile, check_settings, read_settings, save_shard, write_settings
 
 INDEX = "index.json"  # written last: a cache without it is not finished
@@ -161,7 +161,7 @@ def make_cache(
                 path.unlink(missing_ok=True)
         if changed or line is None or (line["images"] and not shard.exists()):
             todo.append((part, record, shard))
-    for part, record, shard in tqdm(todo, desc="caching", unit="shard", disable=not progress):
+    for part, record, shard in tqdm(todo, desc="caching", unit="shard", disable=not (progress and todo)):
         files = {name: _file_state(path) for name, path in zip(names[part], paths[part], strict=True)}
         images, kept, skipped = read_images(paths[part], labels[part], size, channels)
         line = {"images": len(kept), "skipped": {str(Path(p).relative_to(folder)): why for p, why in skipped.items()}}
@@ -183,12 +183,10 @@ def _shard_files(cache: Path, number: int) -> tuple[Path, Path]:
 
 
 def _file_state(path: Path) -> list:
-    """Size, time of the last change in nanoseconds, and SHA-256 of a file; [None] * 3 of one that cannot be read."""
+    """What `content_of` tells of a file; [None] * 3 of one that cannot be read."""
     try:
-        stat = path.stat()
-        with open(path, "rb") as file:
-            return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
-    except OSError:  # a link that leads nowhere, for example
+        return list(content_of(path))
+    except (OSError, ValueError):  # a link that leads nowhere, for example, or a pipe
         return [None, None, None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter, deque
@@ -75,6 +76,19 @@ def open_tars(found: FolderFiles) -> FolderFiles:
             else:
                 (opened.images if member.suffix.lower() in IMAGE_ENDINGS else opened.others).append(member)
     return opened
+
+
+def content_of(path: Path | TarMember) -> tuple[int, int, str]:
+    """Size in bytes, time of the last change in nanoseconds, and SHA-256 of a file.
+
+    Raises OSError where it cannot be opened, and ValueError for what is no file: to open a pipe would wait for what is
+    written into it.
+    """
+    stat = path.stat()
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        return stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Path) -> str | None:

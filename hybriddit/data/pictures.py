@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from ..files import make_folder, read_json, write_json
 from ..images import open_image
+from .image_files import content_of
 from .shards import ALONE, Processes
 from .tars import TarMember
 
@@ -87,20 +87,18 @@ def _is_same(path: Path | TarMember, picture: Picture) -> bool:
 def _look_at(path: Path | TarMember, contents: dict[str, str | None]) -> Picture:
     """contents: by digest, why pictures cannot be read that are known already."""
     try:
-        stat = path.stat()
-        if not path.is_file():  # to open a pipe would wait for what is written into it
-            return Picture(0, 0, "", "it is no file")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size, mtime_ns, digest = content_of(path)
     except OSError as error:
         return Picture(0, 0, "", f"it cannot be opened ({error.strerror})")
+    except ValueError as error:
+        return Picture(0, 0, "", str(error))
     error = contents.get(digest)
     if digest not in contents:
         try:
             open_image(path)
         except (OSError, ValueError) as reason:
             error = " ".join(str(reason).replace(str(path), "it").split())
-    return Picture(stat.st_size, stat.st_mtime_ns, digest, error)
+    return Picture(size, mtime_ns, digest, error)
 
 
 def _read(cache: Path | None) -> dict[str, Picture]:

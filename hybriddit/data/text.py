@@ -33,8 +33,9 @@ def lines_of(text: str) -> list[str]:
 def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a .jsonl, .json, .csv or .tsv file, and where each is, such as "captions.csv, line 3".
 
-    A row of a .csv or .tsv is {its column's name in lower case: text}, "" where it is too short. A row of a .jsonl, or an element of the list in
-    a .json, is any JSON value, the names in an object in lower case. Raises ValueError for a file that cannot be parsed.
+    A row of a .csv or .tsv is {its column's name in lower case: text}, "" where it is too short. A row of a .jsonl, or an
+    element of the list in a .json, is any JSON value, the names in an object in lower case. Raises ValueError for a file
+    that cannot be parsed.
     """
     ending = path.suffix.lower()
     rows = _json_rows(path, ending == ".jsonl") if ending in (".jsonl", ".json") else _csv_rows(path, ending == ".tsv")

@@ -169,6 +169,14 @@ def test_a_finished_cache_is_left_alone(folder, tmp_path, monkeypatch, capsys):
     assert "cache has shards of 4 images" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_not_waited_for(folder, tmp_path):
+    os.mkfifo(folder / "apple" / "pipe.png")
+    for _ in range(2):
+        make_cache(folder, tmp_path / "cache", size=8, progress=False)
+        assert "apple/pipe.png" in read_index(tmp_path / "cache")["skipped"]
+
+
 def test_copied_images_are_known_by_their_content(folder, tmp_path, monkeypatch):
     make_cache(folder, tmp_path / "cache", size=8, progress=False)
     before = files_of(tmp_path / "cache")

@@ -200,7 +200,7 @@ def test_a_finished_cache_is_opened_without_a_look_at_the_images(pipelines, fold
     work.clear()
     before = {path: path.stat().st_mtime_ns for path in [tmp_path / "cache", *(tmp_path / "cache").iterdir()]}
     monkeypatch.setattr("hybriddit.files.replacing", lambda path: pytest.fail(f"{path} is written"))
-    monkeypatch.setattr(pictures.hashlib, "file_digest", lambda *arguments: pytest.fail("an image's bytes are read"))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: pytest.fail("an image's bytes are read"))
     for changed in ({}, {"batch_size": 1}, {"steps": 9, "guidance_scale": 1.0}, {"processes": Processes()}):
         assert_same_rows(encode(pipelines("sd3"), folder, cache=tmp_path / "cache", **changed), first)
     folder.rename(tmp_path / "moved")
@@ -223,7 +223,7 @@ def test_copied_images_are_read_again_but_not_decoded(pipelines, folder, tmp_pat
         assert_same_rows(encode(pipelines("sd3"), folder, cache=tmp_path / "cache"), first)
     assert not work.opened and not work.encoded
     encode(pipelines("sd3"), folder, cache=tmp_path / "cache")
-    monkeypatch.setattr(pictures.hashlib, "file_digest", lambda *arguments: pytest.fail("the new times are kept"))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *arguments: pytest.fail("the new times are kept"))
     encode(pipelines("sd3"), folder, cache=tmp_path / "cache")
 
 
