@@ -10,9 +10,11 @@ from torch import nn
 
 from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
 from .layout import TokenLayout
+from .linear import join_sums
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
+from .strips import WholeImage
 from .window import attention_over_grids, joined_attention, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
 
@@ -63,7 +65,8 @@ class HybridAttention(nn.Module):
         gate_init: the gate's value at the start: 0 is near alone, 1 (with "joint" inf) is far alone.
 
     A training loop may set `far_only`, bool [B]: the images to which a hybrid layer gives the far branch alone, so that
-    it learns to carry them. It is None at the start, and outside of training.
+    it learns to carry them. It is None at the start, and outside of training. `whole_image` is None, too, but while
+    `models.strips.in_strips` shows the layer strips of an image's rows.
 
     Raises ValueError for an unknown name or an impossible combination.
     """
@@ -120,6 +123,7 @@ class HybridAttention(nn.Module):
         self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
         self.maps, self.rotary, self.join = maps, rotary, join
         self.far_only: torch.Tensor | None = None
+        self.whole_image: WholeImage | None = None
         self.far = self.map_q = self.map_k = self.value_conv = None
         if not has_far:
             return
@@ -224,8 +228,17 @@ class HybridAttention(nn.Module):
             far_query = image_query if far_query is None else far_query
             far_key = image_key if far_key is None else far_key
             if self.rotary == "axial":
-                far_query, far_key = (rotate_by_position(x, grids) for x in (far_query, far_key))
-        if self.kind == "linear":
+                first_row = 0 if self.whole_image is None else self.whole_image.first_row
+                far_query, far_key = (rotate_by_position(x, grids, first_row) for x in (far_query, far_key))
+        if self.whole_image is not None and self.whole_image.gathering:
+            image, text = (far_query, far_key, image_key, image_value), (text_query, text_key, text_value)
+            self._gather(image, text, scale, text_mask)
+            return query.new_zeros(()).expand(query.shape)
+        if self.kind == "linear" and self.whole_image is not None:
+            sums = self.far(far_query, far_key, image_value, only_sums=True)
+            sums = self.whole_image.seen_from(sums, far_key.shape[1])
+            image = join_sums(sums, near=None, gate=None, joint=False, lse=None)
+        elif self.kind == "linear":
             # text keys are the layer's own projections: the maps are for image tokens only
             keys = key if far_key is image_key else token_layout.join(text_key, far_key)
             seen = None
@@ -246,8 +259,32 @@ class HybridAttention(nn.Module):
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
             return image
-        text = self._softmax(text_query, key, value, token_layout, scale, text_mask)
+        if self.whole_image is not None:
+            text = self.whole_image.text.to(image.dtype)
+        else:
+            text = self._softmax(text_query, key, value, token_layout, scale, text_mask)
         return token_layout.join(text, image)
+
+    def _gather(self, image, text, scale, text_mask):
+        """Take what depends on all rows of the image from a strip of them; see `strips`.
+
+        image: the strip's far_query, far_key, key and value. text: query, key and value; the first strip's keys are the
+        text's too.
+        """
+        whole, (far_query, far_key, key, value), (text_query, text_key, text_value) = self.whole_image, image, text
+        text_length, first = text_query.shape[1], whole.first_row == 0
+        if self.far is not None:
+            keys, values = far_key, value
+            if self.kind == "linear" and first:
+                keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, value), 1)
+            whole.add_keys(self.far(far_query, keys, values, only_sums=True), keys.shape[1])
+        if text_length and first:
+            seen = None if text_mask is None else F.pad(text_mask, (0, key.shape[1]), value=True)
+            keys, values = torch.cat((text_key, key), 1), torch.cat((text_value, value), 1)
+            whole.add_text(text_query, keys, values, scale, seen)
+        elif text_length:
+            whole.add_text(text_query, key, value, scale)
+        whole.gathered()
 
     def _for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Repeat key or value heads for the query heads that share them: [B, S, kv_heads, D] -> [B, S, heads, D]."""
@@ -271,6 +308,8 @@ class HybridAttention(nn.Module):
         sums = None
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
             sums = self.far(far_query, far_key, value, only_sums=True)
+        if self.whole_image is not None:
+            sums = self.whole_image.seen_from(sums, value.shape[1])
         if sums is not None:
             images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
@@ -379,18 +418,21 @@ class ValueConv(nn.Conv2d):
         return torch.cat([x.flatten(2) for x in images], dim=2).transpose(1, 2).view_as(value)
 
 
-def rotate_by_position(x: torch.Tensor, grids: tuple[tuple[int, int], ...], theta: float = 10000.0) -> torch.Tensor:
+def rotate_by_position(
+    x: torch.Tensor, grids: tuple[tuple[int, int], ...], first_row: int = 0, theta: float = 10000.0
+) -> torch.Tensor:
     """Rotate the first half of the channels by each token's row, the second half by its column: [B, N, heads, D].
 
     Neighbouring channels are pairs, as in FLUX; pair i of d / 2 turns by theta ** (-2 i / d) a token, where d is half
-    of D.
+    of D. first_row: the place of each grid's first row.
     """
     width, rotated = x.shape[-1] // 2, []
     rates = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
     for image, (rows, columns) in zip(x.split([rows * columns for rows, columns in grids], dim=1), grids, strict=True):
         image, parts = image.unflatten(1, (rows, columns)), []
-        for part, count, shape in zip(image.chunk(2, -1), (rows, columns), ((-1, 1, 1), (1, -1, 1)), strict=True):
-            angles = (torch.arange(count, device=x.device)[:, None] * rates).unflatten(0, shape)  # [rows, 1, 1, d / 2]
+        axes = ((first_row, rows, (-1, 1, 1)), (0, columns, (1, -1, 1)))
+        for part, (first, count, shape) in zip(image.chunk(2, -1), axes, strict=True):
+            angles = (torch.arange(first, first + count, device=x.device)[:, None] * rates).unflatten(0, shape)  # [rows, 1, 1, d / 2]
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             a, b = part.unflatten(-1, (-1, 2)).unbind(-1)
             parts.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))

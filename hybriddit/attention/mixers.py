@@ -1,7 +1,9 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens.
 
 A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
-methods of LinearMixer: `forward`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`.
+methods of LinearMixer: `forward`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`. One whose
+sums over parts of the keys add up to those over all of them says so by `sums_add_up`: its layers can be shown an image in
+strips.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class LinearMixer(nn.Module):
             raise ValueError(f"feature map {feature_map!r} does not take {what}: use a projection of at most {most}")
         self.heads, self.head_dim, self.feature_map, self.center_keys = heads, head_dim, feature_map, center_keys
         self.channels, self.features = channels, phi.features(channels)
+        self.sums_add_up = FEATURE_MAPS[feature_map].fused and not center_keys
         self.projection_q = self.projection_k = self.log_temperature_q = self.log_temperature_k = None
         if projection:
             self.projection_q, self.projection_k = (nn.Parameter(torch.empty(heads, head_dim, channels)) for _ in "qk")

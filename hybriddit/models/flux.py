@@ -157,6 +157,17 @@ class Flux(Family):
                 self._grids_of[img_ids] = img_ids._version, tokens, grids
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
+    def strip(
+        self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]
+    ) -> dict[str, Any]:
+        found, columns = super().strip(arguments, token_layout, rows), token_layout.grids[0][1]
+        if arguments.get("image_rotary_emb") is None:
+            return found
+        text = token_layout.text_length
+        place = slice(text + rows[0] * columns, text + rows[1] * columns)
+        tables = tuple(torch.cat((table[:text], table[place])) for table in arguments["image_rotary_emb"])
+        return {**found, "image_rotary_emb": tables}
+
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
         return 2  # the pipeline packs 2 x 2 latents; the transformer's patch is one packed latent
 

@@ -1,0 +1,153 @@
+"""Run a hybrid transformer's blocks over strips of an image's rows, so that few tensors of the whole image exist."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention import HybridAttention, TokenLayout
+from ..attention.strips import Gathered, WholeImage
+from ..attention.window import part_around
+from .family import Family, family_of, is_hybrid
+from .wrapping import unwrapped
+
+
+@contextlib.contextmanager
+def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
+    """Within the block, run each transformer block over `rows` rows of image tokens at a time. For inference.
+
+    The result is that of the whole image, up to rounding. Of the whole image only a block's input and output are held;
+    everything else (norms, projections, attention, MLP) is of one strip and the rows around it that its windows reach.
+    A block runs twice over each strip: once up to its attention, for the far branch's sums and the text's attention.
+
+    Blocks with a layer that stayed dense see the whole image at once, as do images of at most `rows` rows and those
+    with reference images.
+
+    Raises ValueError for a model that is not hybrid, for one that is compiled, and where a far branch's sums over strips
+    do not add up to those over the image: with centred keys, and with feature maps that the backends lack; and, when the
+    model runs, with gradients on.
+    """
+    if rows < 1:
+        raise ValueError(f"strips have 1 row of tokens or more, not {rows}")
+    given, model = model, unwrapped(model)
+    if not is_hybrid(model):
+        raise ValueError(f"{type(model).__name__} is dense: strips are for models with hybrid attention")
+    family, names = family_of(model), {module: name for name, module in model.named_modules()}
+    replaced: list[nn.Module] = []
+    try:
+        for block in _blocks(model):
+            attentions = [m for m in block.modules() if m in names and family.converts(names[m])]
+            layers = [attn.hybrid for attn in attentions if hasattr(attn, "hybrid")]
+            if not layers or len(layers) < len(attentions):
+                continue
+            _check(block, layers, names)
+            block.forward = _InStrips(model, family, block, layers, rows)
+            replaced.append(block)
+        yield given
+    finally:
+        for block in replaced:
+            block.forward.restore()
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
+
+
+def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Module, str]) -> None:
+    if block._compiled_call_impl is not None:
+        raise ValueError(f"{names[block]} is compiled: strips are for models that are not")
+    for layer in layers:
+        if layer.far is not None and not getattr(layer.far, "sums_add_up", False):
+            raise ValueError(
+                f"{names[layer]}: the sums of its far branch over strips do not add up to those over the image "
+                "(centred keys, or a feature map without kernels): run it without strips"
+            )
+
+
+class _InStrips:
+    """The forward of one block, in strips."""
+
+    def __init__(self, model: nn.Module, family: Family, block: nn.Module, layers: list[HybridAttention], rows: int):
+        self.model, self.family, self.block, self.layers, self.rows = model, family, block, layers, rows
+        self.own = vars(block).get("forward")  # a hook's, that was put on the block before
+        self.forward = block.forward
+        self.signature = inspect.signature(type(block).forward)
+
+    def restore(self) -> None:
+        del self.block.forward
+        if self.own is not None:
+            self.block.forward = self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self.signature.bind(self.block, *args, **kwargs).arguments)
+        arguments.pop("self")
+        layout = self._layout(arguments)
+        height, width = layout.grids[0]
+        if len(layout.grids) > 1 or self.rows >= height or self.model._dense_mode:
+            return self.forward(**arguments)
+        if torch.is_grad_enabled():
+            raise ValueError("a model runs in strips without gradients: call it under torch.no_grad()")
+        count = -(-height // self.rows)
+        strips = [(height * i // count, height * (i + 1) // count) for i in range(count)]
+        waiting: set[WholeImage] = set()
+        images = [WholeImage(waiting) for _ in self.layers]
+        try:
+            for layer, image in zip(self.layers, images, strict=True):
+                layer.whole_image = image
+            for rows in strips if layout.text_length or any(layer.far is not None for layer in self.layers) else ():
+                waiting.update(images)
+                with contextlib.suppress(Gathered):
+                    self._run(arguments, layout, rows)
+            for image in images:
+                image.gathering = False
+            return self._attend(arguments, layout, strips)
+        finally:
+            for layer in self.layers:
+                layer.whole_image = None
+            self._set_layout(arguments, layout)
+
+    def _attend(self, arguments, layout, strips):
+        """The block's result for the whole image, from its results for strips with the rows around them."""
+        height, width = layout.grids[0]
+        whole = None
+        for first, last in strips:
+            start, end = self._around(height, first, last)
+            result = self._run(arguments, layout, (start, end))
+            *others, strip = result if isinstance(result, tuple) else (result,)
+            if whole is None:
+                whole = strip.new_empty(len(strip), height * width, *strip.shape[2:])
+            whole[:, first * width : last * width] = strip[:, (first - start) * width : (last - start) * width]
+        return (*others, whole) if isinstance(result, tuple) else whole
+
+    def _around(self, height: int, first: int, last: int) -> tuple[int, int]:
+        """The rows that the layers reach from those from first to before last."""
+        convolutions = [layer.value_conv for layer in self.layers if layer.value_conv is not None]
+        reach = max((conv.kernel_size[0] // 2 for conv in convolutions), default=0)
+        rows = max(0, first - reach), min(height, last + reach)
+        settings = {(x.window[0], x.stride[0], x.dilation[0]) for x in self.layers if x.window is not None}
+        parts = [part_around(height, *rows, *setting) for setting in settings] or [rows]  # all layers have one window
+        return min(start for start, _ in parts), max(end for _, end in parts)
+
+    def _run(self, arguments, layout, rows):
+        """The block's result for the rows from rows[0] to before rows[1], as an image of their own."""
+        for layer in self.layers:
+            layer.whole_image.first_row = rows[0]
+        part = self.family.strip(arguments, layout, rows)
+        grid = rows[1] - rows[0], layout.grids[0][1]
+        return self.forward(**self._set_layout(part, layout._replace(grids=(grid,))))
+
+    def _layout(self, arguments: dict[str, Any]) -> TokenLayout:
+        name = self.family.attention_kwargs
+        return self.model._layout_holder.token_layout if name is None else arguments[name]["token_layout"]
+
+    def _set_layout(self, arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
+        name = self.family.attention_kwargs
+        if name is None:
+            self.model._layout_holder.token_layout = layout
+            return arguments
+        return {**arguments, name: {**arguments[name], "token_layout": layout}}
