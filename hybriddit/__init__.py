@@ -10,6 +10,7 @@ _HOMES = {
     "hybridize": ".models",
     "restore_dense": ".models",
     "dense_mode": ".models",
+    "in_strips": ".models",
     "save_adapter": ".models",
     "load_adapter": ".models",
     "push_adapter": ".push",

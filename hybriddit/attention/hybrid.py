@@ -432,7 +432,9 @@ def rotate_by_position(
         image, parts = image.unflatten(1, (rows, columns)), []
         axes = ((first_row, rows, (-1, 1, 1)), (0, columns, (1, -1, 1)))
         for part, (first, count, shape) in zip(image.chunk(2, -1), axes, strict=True):
-            angles = (torch.arange(first, first + count, device=x.device)[:, None] * rates).unflatten(0, shape)  # [rows, 1, 1, d / 2]
+            angles = (torch.arange(first, first + count, device=x.device)[:, None] * rates).unflatten(
+                0, shape
+            )  # [rows, 1, 1, d / 2]
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             a, b = part.unflatten(-1, (-1, 2)).unbind(-1)
             parts.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))

@@ -66,13 +66,13 @@ class WholeImage:
         )  # fmt: skip
 
 
-def _softmax(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax attention [B, T, heads, D] and its log-sum-exp [B, T, heads] in at least float32, a head at a time."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     outs, sums = [], []
-    for q, k, v in zip(*(x.to(dtype).unbind(2) if x is query else x.unbind(2) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(
+        *(x.to(dtype).unbind(2) if x is query else x.unbind(2) for x in (query, key, value)), strict=True
+    ):
         scores = (q * scale) @ k.to(dtype).transpose(1, 2)
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask.unsqueeze(1), -torch.inf)

@@ -4,6 +4,7 @@ from .families import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
+from .strips import in_strips
 from .surgery import dense_mode, hybridize, load_adapter, read_adapter_config, restore_dense, save_adapter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "families",
     "family_of",
     "hybridize",
+    "in_strips",
     "is_hybrid",
     "load_adapter",
     "read_adapter_config",

@@ -164,19 +164,21 @@ class Family(ABC):
         text_length = inputs["encoder_hidden_states"].shape[1] if self.joint else 0
         return TokenLayout(text_length, (grid,), self.text_first)
 
-    def strip(
-        self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]
-    ) -> dict[str, Any]:
+    def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         """The arguments of a transformer block for a part of the image's rows, from rows[0] to before rows[1].
 
-        arguments: for the whole image. This one cuts `hidden_states` [B, N, width], as a block's result is cut, or the
-        last part of it. The layout is seen to by `strips`.
+        arguments: for the whole image. This one cuts `hidden_states` [B, N, width], and the block's result, or the last
+        part of it, has to be the same tokens. The layout in the attention kwargs is seen to by `strips`.
         """
-        hidden_states = arguments["hidden_states"]
-        if hidden_states.shape[1] != token_layout.image_length:
+        hidden_states = arguments.get("hidden_states")
+        if hidden_states is None or hidden_states.shape[1] != token_layout.image_length:
             raise ValueError(f"the blocks of {self.name} cannot run in strips: it has no `strip` for them")
         columns = token_layout.grids[0][1]
         return {**arguments, "hidden_states": hidden_states[:, rows[0] * columns : rows[1] * columns]}
+
+    def strip_forwards(self, model: nn.Module, rows: int) -> dict[nn.Module, Callable[..., Any]]:
+        """What else of the model is run over strips of `rows` rows of tokens: for a module, what replaces its forward."""
+        return {}
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
         """How many latents one token covers, along each axis. config: the transformer's config."""

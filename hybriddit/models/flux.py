@@ -157,9 +157,7 @@ class Flux(Family):
                 self._grids_of[img_ids] = img_ids._version, tokens, grids
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
-    def strip(
-        self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]
-    ) -> dict[str, Any]:
+    def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         found, columns = super().strip(arguments, token_layout, rows), token_layout.grids[0][1]
         if arguments.get("image_rotary_emb") is None:
             return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed_from_grid
 
 from ..attention import TokenLayout
 from .family import Family, Processors, Published, check_latents_scale
@@ -52,6 +54,32 @@ class DenseAttnProcessor(AttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
+def embed_in_strips(embed: PatchEmbed, rows: int, latents: torch.Tensor) -> torch.Tensor:
+    """diffusers' PatchEmbed over `rows` rows of tokens at a time: [B, C, h, w] -> [B, N, width].
+
+    The table of an image's positions is in float64, several times as large as the tokens in bfloat16.
+    """
+    height, width = (side // embed.patch_size for side in latents.shape[2:])
+    tokens = []
+    for start in range(0, height, rows):
+        end = min(start + rows, height)
+        strip = embed.proj(latents[:, :, start * embed.patch_size : end * embed.patch_size])
+        strip = strip.flatten(2).transpose(1, 2)
+        if (embed.height, embed.width) == (height, width):
+            positions = embed.pos_embed[:, start * width : end * width]
+        else:
+            row, column = (
+                torch.arange(first, last, device=latents.device, dtype=torch.float32)
+                / (length / embed.base_size)
+                / embed.interpolation_scale
+                for first, last, length in ((start, end, height), (0, width, width))
+            )
+            grid = torch.stack(torch.meshgrid(column, row, indexing="xy"))  # columns go first, as in diffusers
+            positions = get_2d_sincos_pos_embed_from_grid(embed.pos_embed.shape[-1], grid).float()
+        tokens.append((strip + positions).to(strip.dtype))
+    return torch.cat(tokens, 1)
+
+
 HybridPixArtTransformer2DModel = hybrid_class(PixArtTransformer2DModel, _repeated_blocks=["BasicTransformerBlock"])
 
 XL = {
@@ -86,6 +114,9 @@ class PixArtSigma(Family):
             {**XL, "sample_size": 128, "interpolation_scale": 2}, shape="pixart-sigma"
         ),
     }
+
+    def strip_forwards(self, model: torch.nn.Module, rows: int) -> dict[torch.nn.Module, Callable[..., Any]]:
+        return {model.pos_embed: partial(embed_in_strips, model.pos_embed, rows)}
 
     def encode_images(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         check_latents_scale(vae.config)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
@@ -24,6 +25,7 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     The result is that of the whole image, up to rounding. Of the whole image only a block's input and output are held;
     everything else (norms, projections, attention, MLP) is of one strip and the rows around it that its windows reach.
     A block runs twice over each strip: once up to its attention, for the far branch's sums and the text's attention.
+    The images of a batch, such as the two of guidance, go through the model one after another.
 
     Blocks with a layer that stayed dense see the whole image at once, as do images of at most `rows` rows and those
     with reference images.
@@ -38,20 +40,29 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     if not is_hybrid(model):
         raise ValueError(f"{type(model).__name__} is dense: strips are for models with hybrid attention")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}
-    replaced: list[nn.Module] = []
-    try:
+    forwards: dict[nn.Module, Any] = {}
+    with contextlib.ExitStack() as undo:
         for block in _blocks(model):
             attentions = [m for m in block.modules() if m in names and family.converts(names[m])]
             layers = [attn.hybrid for attn in attentions if hasattr(attn, "hybrid")]
             if not layers or len(layers) < len(attentions):
                 continue
             _check(block, layers, names)
-            block.forward = _InStrips(model, family, block, layers, rows)
-            replaced.append(block)
+            forwards[block] = _InStrips(model, family, block, layers, rows)
+        if not forwards:
+            raise ValueError("no block of the model can run in strips: each has a layer that stayed dense")
+        forwards |= {model: _OneByOne(model), **family.strip_forwards(model, rows)}
+        for module, forward in forwards.items():
+            before = vars(module).get("forward")  # a hook's
+            module.forward = forward
+            undo.callback(_restore, module, before)
         yield given
-    finally:
-        for block in replaced:
-            block.forward.restore()
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
+    del module.forward
+    if forward is not None:
+        module.forward = forward
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -69,26 +80,52 @@ def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Modul
             )
 
 
+class _OneByOne:
+    """The forward of a model, for one image of the batch at a time."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.forward, self.signature = model, model.forward, inspect.signature(type(model).forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
+        arguments.pop("self")
+        batch = len(arguments["hidden_states"])
+        if batch == 1:
+            return self.forward(**arguments)
+        return_dict = arguments.pop("return_dict", True)
+        found = []
+        for i in range(batch):
+            own = {name: _row(value, i, batch) for name, value in arguments.items()}
+            found.append(self.forward(**own, return_dict=False)[0])
+        sample = torch.cat(found)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _row(value: Any, i: int, batch: int) -> Any:
+    """One image's part of an argument: of tensors with a row for each image; other values are for all of them."""
+    if isinstance(value, dict):
+        return {name: _row(one, i, batch) for name, one in value.items()}
+    if isinstance(value, list):  # a ControlNet's residuals
+        return [_row(one, i, batch) for one in value]
+    return value[i : i + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
+
+
 class _InStrips:
     """The forward of one block, in strips."""
 
     def __init__(self, model: nn.Module, family: Family, block: nn.Module, layers: list[HybridAttention], rows: int):
         self.model, self.family, self.block, self.layers, self.rows = model, family, block, layers, rows
-        self.own = vars(block).get("forward")  # a hook's, that was put on the block before
         self.forward = block.forward
         self.signature = inspect.signature(type(block).forward)
-
-    def restore(self) -> None:
-        del self.block.forward
-        if self.own is not None:
-            self.block.forward = self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self.signature.bind(self.block, *args, **kwargs).arguments)
         arguments.pop("self")
+        if self.model._dense_mode:
+            return self.forward(**arguments)
         layout = self._layout(arguments)
-        height, width = layout.grids[0]
-        if len(layout.grids) > 1 or self.rows >= height or self.model._dense_mode:
+        height = layout.grids[0][0]
+        if len(layout.grids) > 1 or self.rows >= height:
             return self.forward(**arguments)
         if torch.is_grad_enabled():
             raise ValueError("a model runs in strips without gradients: call it under torch.no_grad()")

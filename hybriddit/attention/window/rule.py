@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +51,7 @@ def part_around(length: int, first: int, last: int, window: int, stride: int, di
 
     Taken for an axis of its own, it gives them the windows that they have in the whole.
     """
-    position = torch.arange(first, last, device="cpu")
+    position = np.arange(first, last)
     residue, index = position % dilation, position // dilation
     seen, count = class_windows(index, residue, length, window, stride, dilation)
     group = stride * dilation
@@ -58,7 +59,7 @@ def part_around(length: int, first: int, last: int, window: int, stride: int, di
     end = int(((seen + count - 1) * dilation + residue).max()) + 1
     while True:
         windows = class_windows(index - start // dilation, residue, end - start, window, stride, dilation)
-        if torch.equal(windows[0] + start // dilation, seen) and torch.equal(windows[1], count):
+        if np.array_equal(windows[0] + start // dilation, seen) and np.array_equal(windows[1], count):
             return start, end
         start, end = max(0, start - group), min(length, end + group)
 
