@@ -34,9 +34,16 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     do not add up to those over the image: with centred keys, and with feature maps that the backends lack; and, when the
     model runs, with gradients on.
     """
+    with shown_strips(model, rows):
+        yield model
+
+
+@contextlib.contextmanager
+def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterator[None]:
+    """`in_strips`; where `most` is given, for a pass whose result is not wanted: show each block no more strips than that."""
     if rows < 1:
         raise ValueError(f"strips have 1 row of tokens or more, not {rows}")
-    given, model = model, unwrapped(model)
+    model = unwrapped(model)
     if not is_hybrid(model):
         raise ValueError(f"{type(model).__name__} is dense: strips are for models with hybrid attention")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}
@@ -48,7 +55,7 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
             if not layers or len(layers) < len(attentions):
                 continue
             _check(block, layers, names)
-            forwards[block] = _InStrips(model, family, block, layers, rows)
+            forwards[block] = _InStrips(model, family, block, layers, rows, most)
         if not forwards:
             raise ValueError("no block of the model can run in strips: each has a layer that stayed dense")
         forwards |= {model: _OneByOne(model), **family.strip_forwards(model, rows)}
@@ -56,7 +63,7 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
             before = vars(module).get("forward")  # a hook's
             module.forward = forward
             undo.callback(_restore, module, before)
-        yield given
+        yield
 
 
 def _restore(module: nn.Module, forward: Any) -> None:
@@ -113,8 +120,18 @@ def _row(value: Any, i: int, batch: int) -> Any:
 class _InStrips:
     """The forward of one block, in strips."""
 
-    def __init__(self, model: nn.Module, family: Family, block: nn.Module, layers: list[HybridAttention], rows: int):
-        self.model, self.family, self.block, self.layers, self.rows = model, family, block, layers, rows
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        block: nn.Module,
+        layers: list[HybridAttention],
+        rows: int,
+        most: int | None,
+    ):
+        self.model, self.family, self.block, self.layers, self.rows, self.most = (
+            model, family, block, layers, rows, most,
+        )  # fmt: skip
         self.forward = block.forward
         self.signature = inspect.signature(type(block).forward)
 
@@ -130,7 +147,7 @@ class _InStrips:
         if torch.is_grad_enabled():
             raise ValueError("a model runs in strips without gradients: call it under torch.no_grad()")
         count = -(-height // self.rows)
-        strips = [(height * i // count, height * (i + 1) // count) for i in range(count)]
+        strips = [(height * i // count, height * (i + 1) // count) for i in range(count)][: self.most]
         waiting: set[WholeImage] = set()
         images = [WholeImage(waiting) for _ in self.layers]
         try:

@@ -1,0 +1,66 @@
+"""The peak of a forward pass, counted on tensors without data, is what torch's allocator gives out in a real one."""
+
+import contextlib
+
+import pytest
+import torch
+from tiny_models import make, make_inputs, perturb_hybrid
+from torch.profiler import ProfilerActivity, profile
+
+from hybriddit import HybridConfig, hybridize, in_strips
+from hybriddit.models import family_of
+from hybriddit.models.peak import forward_peak
+
+# a strip of fewer tokens has a mask, which is kept after the first pass: some megabytes that are counted again
+GRIDS = [(48, 96), (64, 112), (96, 96), (80, 160)]
+
+
+def allocated(call):
+    """The most bytes that the call holds, from the allocator's own events. It is called before, for what is kept."""
+    with torch.no_grad():
+        call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
+        call()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("pixart", None), ("pixart", 16), ("sd35-medium", 16), ("flux-dev", 16)])
+def test_the_peak_that_is_counted_is_the_allocators(kind, rows):
+    model, text = make(kind, dtype=torch.float32), 24
+    hybridize(model, HybridConfig(window=6))
+    perturb_hybrid(model)
+    example = family_of(model).example_text(model.config, 1, text, torch.zeros)
+    for grid in GRIDS:
+        counted = forward_peak(model, grid, example, device=torch.device("cpu"), dtype=torch.float32, rows=rows)
+        inputs = make_inputs(model, grid, text=text)
+        given = sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
+        with in_strips(model, rows) if rows else contextlib.nullcontext():
+            assert counted == pytest.approx(given + allocated(lambda inputs=inputs: model(**inputs)), rel=0.1), grid
+
+
+def test_blocks_of_every_kind_count():
+    """The few blocks that are run are those of each structure: here one with a dense layer, which sees the whole."""
+    found = []
+    for layers in ({}, {"transformer_blocks.2.*": "dense"}):
+        model = make("pixart", dtype=torch.float32, layers=4)
+        hybridize(model, HybridConfig(window=6, feature_map="elu", projection=0, layers=layers))
+        example = family_of(model).example_text(model.config, 1, 24, torch.zeros)
+        settings = {"device": torch.device("cpu"), "dtype": torch.float32, "rows": 8}
+        found.append(forward_peak(model, (96, 96), example, **settings))
+    assert found[0] < 0.7 * found[1]
+
+
+def test_strips_and_fewer_bytes_an_element_lower_the_peak():
+    model, grid = hybridize(make("flux-dev", dtype=torch.float32), HybridConfig(window=6)), (96, 96)
+    example = family_of(model).example_text(model.config, 1, 24, torch.zeros)
+    peaks = {
+        (dtype, rows): forward_peak(model, grid, example, device=torch.device("cpu"), dtype=dtype, rows=rows)
+        for dtype, rows in [(torch.float32, None), (torch.float32, 8), (torch.bfloat16, 8)]
+    }
+    assert peaks[torch.float32, 8] < 0.5 * peaks[torch.float32, None]
+    assert peaks[torch.bfloat16, 8] < 0.8 * peaks[torch.float32, 8]
