@@ -361,6 +361,13 @@ def add_generate(commands) -> None:
         "sequential is the same by accelerate, slower)",
     )
     sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
+    sub.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GIB",
+        help="memory that an image of a hybrid may take on the device besides the weights; blocks run over strips of the "
+        "image, and the VAE decodes in tiles, where it has to (default: what is free, from 2048 x 2048 pixels on)",
+    )
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 from ..files import checksum
 from ..images import open_image, read_record, save_png
 from ..machine import find_device
-from .images import NoEffectWarning, check_inputs, check_settings, for_task, image_count, make, plan
+from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from ..config import HybridConfig
     from ..pipelines.loading import Base
+    from ..pipelines.memory import MemoryPlan
+
+LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -62,6 +66,7 @@ def run(
     dtype: str | None = None,
     offload: str | None = None,
     vae_tiling: bool = False,
+    max_memory: float | None = None,
     seed_per_prompt: bool = False,
     quiet: bool = False,
     announce: bool = True,
@@ -72,7 +77,8 @@ def run(
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
     adapter: a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
-    `pipelines.prepare.place`. vae_tiling: decode in tiles. seed_per_prompt, settings: those of `generate`. quiet: no
+    `pipelines.prepare.place`. vae_tiling: decode in tiles. max_memory: GiB that an image may take on the device besides
+    the weights; None is what is free there, for large images of a hybrid. seed_per_prompt, settings: those of `generate`. quiet: no
     progress bars, and no notes on stderr. announce: print each file saved.
 
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
@@ -95,6 +101,8 @@ def run(
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
     paths = output_paths(out, image_count(class_labels or subjects or (), settings.get("num_images", 1)))
     loras = [parse_lora(text) for text in lora]
+    if max_memory is not None and not 0 < max_memory < math.inf:
+        raise ValueError(f"--max-memory must be a number of GiB above 0, not {max_memory}")
     source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
     source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
     source |= {"image": image and str(image), "mask": mask and str(mask)}
@@ -141,9 +149,12 @@ def run(
         warnings.simplefilter("always", NoEffectWarning)
         pipeline, tasks = plan(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    memory = _plan_memory(pipeline, tasks[0], where, max_memory)
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+        if memory is not None:
+            print(memory, file=sys.stderr)
 
     share = list(zip(paths, tasks, strict=True))[rank::processes]
     kept = {path for path, task in share if prompts is not None and _is_made(path, {**source, **task.record})}
@@ -152,13 +163,36 @@ def run(
     started = time.monotonic()
     for path, task in share:
         if path not in kept:
-            picture, record = make(pipeline, task)
+            picture, record = make(pipeline, task, memory)
             save_png(picture, path, {**source, **record})
             if announce:
                 print(f"{picture.width} x {picture.height} image saved to {path}")
     seconds = round(time.monotonic() - started, 3)
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
     return {"files": files, "seeds": seeds, "kept": len(kept), "seconds": seconds, "notes": notes}
+
+
+def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None) -> MemoryPlan | None:
+    """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
+
+    Raises ValueError, where a limit is given, for a pipeline that does not keep one.
+    """
+    from ..models.family import families, family_of
+    from ..pipelines.memory import free_memory, plan_memory
+
+    model = getattr(pipeline, "transformer", None)
+    from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
+    if model is None or model.config.get("hybrid_config") is None or not from_text:
+        if gib is not None:
+            raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")
+        return None
+    side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
+    width, height = (task.record.get(name) or side for name in ("width", "height"))
+    if gib is None and width * height < LARGE:
+        return None
+    guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
+    available = free_memory(device) if gib is None else int(gib * 2**30)
+    return plan_memory(pipeline, width, height, images=1 + guided, available=available)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:

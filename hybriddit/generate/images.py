@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from ..pipelines.memory import MemoryPlan
+
 MAX_SEED = 2**63 - 1
 
 # generate's argument -> the pipeline's argument
@@ -152,11 +154,19 @@ def plan(
     return pipeline, tasks
 
 
-def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str, Any]]:
-    """Make one image. Returns it with its record."""
+def make(
+    pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan | None = None
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Make one image, within the memory of a plan if there is one. Returns it with its record."""
     import torch
 
-    image = pipeline(**task.arguments, generator=torch.Generator("cpu").manual_seed(task.seed)).images[0]
+    arguments = {**task.arguments, "generator": torch.Generator("cpu").manual_seed(task.seed)}
+    if memory is None:
+        image = pipeline(**arguments).images[0]
+    else:
+        from ..pipelines.memory import make_within
+
+        image = make_within(pipeline, memory, **arguments)
     return image, {**task.record, "width": image.width, "height": image.height}
 
 

@@ -216,6 +216,18 @@ class Family(ABC):
         """Rearrange the VAE's latents, [B, C, h, w], to what the transformer takes."""
         return latents
 
+    def unpack(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The inverse of `pack`, for a grid of tokens (rows, columns)."""
+        return latents
+
+    def vae_latents(self, vae: nn.Module, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the VAE decodes, [B, C, h, w], of latents as the transformer takes them: the inverse of `encode_images`.
+
+        Raises ValueError as that does.
+        """
+        check_latents_scale(vae.config)
+        return self.unpack(latents, grid) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
     # Prompts
 
     @abstractmethod

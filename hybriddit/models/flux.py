@@ -175,6 +175,10 @@ class Flux(Family):
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         return FluxPipeline._pack_latents(latents, *latents.shape)
 
+    def unpack(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        latents = latents.unflatten(2, (-1, 2, 2)).unflatten(1, grid)  # [B, h / 2, w / 2, C, 2, 2]
+        return latents.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, **length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

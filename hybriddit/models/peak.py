@@ -38,6 +38,24 @@ def forward_peak(
     with torch.device("meta"):
         small = type(model).from_config(model.config).eval()
     _one_block_of_each_kind(small)
+    latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
+    guidance = 1.0 if family.takes_guidance(model.config) else None
+    inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
+    layout = family.token_layout(small, inputs)  # some read it from the values of tensors
+    if is_hybrid(small) and family.attention_kwargs is not None:
+        inputs[family.attention_kwargs] = {"token_layout": layout}
+    with contextlib.nullcontext() if rows is None else shown_strips(small, rows, most=2):
+        return _peak(small, {**inputs, "return_dict": False}, device, dtype)
+
+
+def decoder_peak(vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> int:
+    """The same of a VAE's decoder, for one image of so many (rows, columns) of latents."""
+    return _peak(
+        vae.decoder, {"sample": torch.zeros(()).expand(1, vae.config.latent_channels, *latents)}, device, dtype
+    )
+
+
+def _peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
     # fake weights without an active mode, so that side computations, such as the windows' tiles, stay real; but of a
     # device that is not here nothing can be real
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -52,22 +70,14 @@ def forward_peak(
 
     weights = {
         name: empty(tensor, torch.float32 if _is_gate(name) else dtype)
-        for name, tensor in [*small.named_parameters(), *small.named_buffers()]
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
-    latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
-    guidance = 1.0 if family.takes_guidance(model.config) else None
-    inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
-    layout = family.token_layout(small, inputs)  # some read it from the values of tensors
-    inputs = {name: empty(value) for name, value in inputs.items()}
-    if is_hybrid(small) and family.attention_kwargs is not None:
-        inputs[family.attention_kwargs] = {"token_layout": layout}
-    strips = contextlib.nullcontext() if rows is None else shown_strips(small, rows, most=2)
-    arguments = small, weights, (), {**inputs, "return_dict": False}
-    with torch.no_grad(), strips, fake if absent else contextlib.nullcontext():
-        functional_call(*arguments)  # what is made once and kept, such as the windows' tiles, is no part of a pass
+    arguments = {name: empty(value) for name, value in arguments.items()}
+    with torch.no_grad(), fake if absent else contextlib.nullcontext():
+        functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
         with _Held(besides=weights.values()) as held:
-            held.note(inputs.values())
-            functional_call(*arguments)
+            held.note(arguments.values())
+            functional_call(module, weights, (), arguments)
     return held.peak
 
 

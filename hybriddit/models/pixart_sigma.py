@@ -122,6 +122,10 @@ class PixArtSigma(Family):
         check_latents_scale(vae.config)
         return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor  # its pipeline adds no shift either
 
+    def vae_latents(self, vae: torch.nn.Module, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        check_latents_scale(vae.config)
+        return latents / vae.config.scaling_factor
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **length)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
