@@ -82,11 +82,11 @@ def run(
     ValueError or OSError, in one line, for wrong arguments, before the model is loaded if possible.
     """
     class_labels, subjects = settings.get("class_labels"), prompt
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if prompts is not None:
         from ..data.prompts import read_prompts
 
-        subjects = read_prompts(prompts)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        subjects = read_prompts(prompts, says=announce and rank == 0)
     if prompts is None and processes > 1:
         raise ValueError(
             f"{processes} processes can share the work on prompts from a file (--prompts) alone: start one"
