@@ -69,7 +69,7 @@ def open_tars(found: FolderFiles) -> FolderFiles:
         if path.suffix.lower() != ".tar":
             opened.others.append(path)
             continue
-        for member in tar_members(path):
+        for member in tar_members(path, opened.passed):
             parts = PurePosixPath(member.name).parts
             if not parts or any(part.startswith(".") for part in parts):
                 opened.passed["hidden"] += 1
@@ -107,4 +107,5 @@ def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Pat
 def say(line: str) -> None:
     """Print a line that may hold names of files, in whatever encoding they and the screen are."""
     encoding = sys.stdout.encoding or "utf-8"
+    line = line.replace("\n", "\\n").replace("\r", "\\r")
     print(line.encode(encoding, "backslashreplace").decode(encoding))
