@@ -6,11 +6,16 @@ import hashlib
 import os
 import sys
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from ..images import IMAGE_ENDINGS
 from .tars import TarMember, tar_members
+
+
+NAMED = 10  # files that a line names
 
 
 @dataclass
@@ -102,6 +107,13 @@ def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Pat
         return None
     often = sorted(counts, key=lambda what: (-counts[what], what))
     return f"passed over in {folder}: {', '.join(f'{what} ({counts[what]})' for what in often)}"
+
+
+def reasons_named(skipped: Mapping[str, str]) -> str:
+    """The first files that are left out, each with its reason, and how many more there are."""
+    named = [f"{path} ({reason.removeprefix(f'{path} ')})" for path, reason in islice(skipped.items(), NAMED)]
+    more = len(skipped) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more else "")
 
 
 def say(line: str) -> None:
