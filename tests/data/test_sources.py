@@ -94,7 +94,7 @@ def test_what_a_row_says_of_its_images_is_so(folder):
         data = make_data(pipeline, settings, progress=False)
         assert data.info.teacher_made == row.teacher_made
         assert ("states" in data.rows([0])) == (data.info.states > 0) == row.trajectories
-        assert row.count(settings) == {"folder": 9}.get(name, 3), "told without a model: nothing is opened yet"
+        assert row.count(settings) == {"folder": 8}.get(name, 3), "told without a model: nothing is opened yet"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
