@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 SPACES = " \t\r\n"  # stripped from texts; other separators, such as U+2028, are part of a text
-NOTHING = ("None", "null", "NULL", "nan", "NaN", "NA", "<NA>", "N/A", "n/a")  # cells of a .csv that pandas takes for none
+NOTHING = (
+    "None",
+    "null",
+    "NULL",
+    "nan",
+    "NaN",
+    "NA",
+    "<NA>",
+    "N/A",
+    "n/a",
+)  # cells of a .csv that pandas takes for none
 
 
 def read_text(path: Path) -> str:

@@ -92,7 +92,9 @@ def test_files_that_are_left_out_are_named():
     """Up to ten of them, each on the same line."""
     skipped = {f"{number}.png": f"{number}.png is no image" for number in range(12)}
     line = reasons_named(skipped)
-    assert line.startswith("0.png (is no image); 1.png (is no image); ") and line.endswith("9.png (is no image); and 2 more")
+    assert line.startswith("0.png (is no image); 1.png (is no image); ") and line.endswith(
+        "9.png (is no image); and 2 more"
+    )
     assert reasons_named({"a.png": "it has no caption"}) == "a.png (it has no caption)"
 
 

@@ -74,7 +74,10 @@ def test_a_hard_link_is_its_file(tmp_path):
         tar.add(tmp_path / "files", ".")
     passed = Counter()
     members = {member.name: member for member in tar_members(tmp_path / "0.tar", passed)}
-    assert {name: member.read_bytes() for name, member in members.items()} == {"./a.txt": b"a shoe", "./b.txt": b"a shoe"}
+    assert {name: member.read_bytes() for name, member in members.items()} == {
+        "./a.txt": b"a shoe",
+        "./b.txt": b"a shoe",
+    }
     assert not passed
 
 
