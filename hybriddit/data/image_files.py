@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from ..images import IMAGE_ENDINGS
 from .tars import TarMember, tar_members
 
-
 NAMED = 10  # files that a line names
 
 

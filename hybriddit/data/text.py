@@ -12,17 +12,8 @@ from pathlib import Path
 from typing import Any
 
 SPACES = " \t\r\n"  # stripped from texts; other separators, such as U+2028, are part of a text
-NOTHING = (
-    "None",
-    "null",
-    "NULL",
-    "nan",
-    "NaN",
-    "NA",
-    "<NA>",
-    "N/A",
-    "n/a",
-)  # cells of a .csv that pandas takes for none
+# cells of a .csv that pandas takes for null
+NOTHING = ("None", "null", "NULL", "nan", "NaN", "NA", "<NA>", "N/A", "n/a")
 
 
 def read_text(path: Path) -> str:

@@ -158,9 +158,8 @@ def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str
     import torch
 
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", "invalid value encountered in cast", RuntimeWarning
-        )  # diffusers saves it black
+        # diffusers would give a black image
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         try:
             image = pipeline(**task.arguments, generator=torch.Generator("cpu").manual_seed(task.seed)).images[0]
         except RuntimeWarning:
