@@ -38,7 +38,7 @@ def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -
     oversized metadata (EXIF, colour profile, XMP, text) is ignored.
 
     Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged, not an image, or of
-    levels whose range is unknown (floating-point numbers, integers beyond 16 bits).
+    levels whose range is unknown (floating-point numbers, integers of 32 bits).
     """
     return _decode(path, lambda image: _upright(flatten(image, mode, background), image))
 
@@ -65,8 +65,9 @@ def flatten(image: Image.Image, mode: str = "RGB", background: str = "white") ->
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey, which PIL would clip to 8 bits, as "L"; as "LA" where one of its levels stands for transparent."""
     levels = np.asarray(image)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("its levels are integers beyond 16 bits, of no known range: save it with 8 or 16 bits")
+    # of what PIL reads as 32 bits, PPM alone is of a known range, to which PIL scales it
+    if levels.min() < 0 or levels.max() > 65535 or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("its levels are integers of 32 bits, of no known range: save it with 8 or 16 bits")
     grey = Image.fromarray((levels // 256).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..images import IMAGE_ENDINGS, open_image
 from .class_data import ClassData, ClassInfo
-from .image_files import files_under, passed_over, say
+from .image_files import files_under, passed_over, reasons_named, say
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 MODES = {1: "L", 3: "RGB"}  # PIL's modes by the number of channels
@@ -128,7 +128,7 @@ def read_folder(
         say(found.note)
     images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
     if skipped and says:
-        say(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")
+        say(f"{len(skipped)} of {len(paths)} images are left out: {reasons_named(skipped)}")
     if not kept:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")
     tables = {"images": torch.stack(images), "labels": torch.tensor(kept)}

@@ -15,7 +15,7 @@ from ..files import read_json, write_json
 from ..images import open_image
 from ..models import family_of
 from .captions import read_captions
-from .image_files import say
+from .image_files import reasons_named, say
 from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
 from .pictures import examine
 from .shards import ALONE, Processes
@@ -86,8 +86,7 @@ def image_folder(
     for note in found.notes if processes.rank == 0 else ():
         say(note)
     if skipped and processes.rank == 0:
-        path, reason = next(iter(skipped.items()))
-        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {path} ({reason}), ...")
+        say(f"{len(skipped)} of {len(captions)} images in {folder} are left out: {reasons_named(skipped)}")
     if not good:
         raise ValueError(f"none of the {len(captions)} images in {folder} can be used: {next(iter(skipped.items()))}")
     paths = dict(zip(wanted, good, strict=True))

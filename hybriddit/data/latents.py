@@ -107,11 +107,13 @@ def find_place(
     encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
     teacher = describe_components(pipeline, [*components, *encoders])
     settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
-    if cache is None:
+    if not cache:
         return Place(None, {}, settings, teacher)
     folder = Path(cache)
     record = read_settings(folder)
     if record is None:
+        if any(folder.glob("latents-*.safetensors")):
+            raise ValueError(f"{folder} has latents but no data.json, which says what they are of: delete it")
         return Place(folder, {}, settings, teacher)
     check_settings(folder, record, settings)
     if "teacher" not in record:  # version 0.1 knew a teacher by its place alone

@@ -81,8 +81,8 @@ def open_class_data(
 ) -> ClassData:
     """Open the labelled images at `path`: a cache, class folders, or MNIST's files. shape: (C, H, W) of model inputs.
 
-    memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
-    where its images have another shape or cannot be used.
+    memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is
+    no folder, and ValueError, in one line, where its images have another shape or cannot be used.
     """
     from . import class_cache, class_images, shards
 
@@ -114,7 +114,11 @@ def _count_captioned(settings) -> int:
     from .captions import read_captions
     from .image_folder import first_captioned
 
-    return len(first_captioned(read_captions(settings.folder).captions, settings.max_images))
+    captions = first_captioned(read_captions(settings.folder).captions, settings.max_images)
+    count = sum(map(bool, captions.values()))
+    if not count:
+        raise ValueError(f"none of the {len(captions)} images in {settings.folder} has a caption")
+    return count
 
 
 SOURCES = {

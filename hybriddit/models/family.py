@@ -312,6 +312,10 @@ class Family(ABC):
         for name in self.text_encoders:
             if components.get(name) is None:
                 raise ValueError(f"this pipeline has no {name}, without which a {self.pipeline_name} reads no prompts")
+        for name, component in components.items():
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
+                raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
 
     def attention_shape(self, published: Published) -> AttentionShape:
         """The attention layer of a published model, which is built without weights."""

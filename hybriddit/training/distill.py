@@ -23,10 +23,11 @@ from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
-from ..models.family import unsharded_class
+from ..models.family import family_of_class, unsharded_class
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
-from ..pipelines.loading import find_base, load_base, quiet, text_to_image
+from ..pipelines.loading import check_parts, find_base, load_base, quiet, text_to_image
+from ..stored import component_classes
 from .batches import epoch_order, step_generator
 from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
@@ -43,6 +44,11 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     check_settings(config)
     check_launcher(config)  # before a base is fetched
     base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
+    if base.file is None:  # of a single file's parts, some are in the file
+        components = component_classes(base.index)
+        family_of_class(base.transformer_class).check_encoders(components)
+        reads_images = not SOURCES[config.data.source].teacher_made
+        check_parts(base.pipeline_class, components, ("scheduler", "vae") if reads_images else ("scheduler",))
     config = with_hybrid_of(config, base.hybrid_config())
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
