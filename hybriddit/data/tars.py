@@ -8,6 +8,9 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
+# the first bytes of gzip, bzip2, xz and Zstandard: their files cannot be read from the middle
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+
 
 @dataclass(frozen=True, order=True)
 class TarMember:
@@ -58,6 +61,9 @@ def tar_members(path: Path) -> list[TarMember]:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
+        with path.open("rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise tarfile.ReadError("it is compressed: unpack it to a plain .tar")
         with tarfile.open(path, "r:") as tar:
             members = {
                 member.name: TarMember(path, member.name, member.offset_data, member.size)

@@ -230,6 +230,7 @@ class ClassDataConfig:
     """The labelled images that a SiT is trained on.
 
     path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or a folder of
+        tars with images and their labels (`.cls`); or a folder of
         MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
         are cropped to the model's sample_size as ADM does, and kept in memory; for larger sets make a cache.
     flip: mirror each image with probability one half.

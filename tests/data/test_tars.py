@@ -75,7 +75,9 @@ def test_captions_are_beside_in_the_tar(tmp_path):
         "0.tar/c.png": None,
         "0.tar/d.png": "a bag",
     }
-    assert found.notes == [f"passed over in {tmp_path}: hidden (2), .cls (1), .gz (1), .txt (1)"]
+    assert found.notes == [
+        f"passed over in {tmp_path}: hidden (2), .cls (1), .txt (1), compressed tars, which unpacked to .tar are read (1)"
+    ]
 
 
 def test_a_tar_gives_what_its_files_give(tmp_path, capsys):
