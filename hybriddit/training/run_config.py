@@ -164,7 +164,8 @@ class MetricsConfig:
         classes in turn, and sampled like the images of the sample grid.
     features: "inception" (FID, if `samples` is 50,000), or "package.module:function", a function of your own from
         uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
-    reference: an npz file in ADM's layout. None: for a distillation, the teacher's images of the same prompts and
+    reference: an npz file in ADM's layout; or a folder of images, cropped to the model's size as ADM does, which must be
+        square. None: for a distillation, the teacher's images of the same prompts and
         noise; for training from scratch, the training set, if it holds images.
     batch_size: images at a time in each process.
     """
