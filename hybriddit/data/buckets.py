@@ -33,8 +33,8 @@ def bucket_sizes(buckets: str | Sequence[Sequence[int]] | None, height: int, wid
 def aspect_sizes(height: int, width: int, side: int) -> list[Size]:
     """Sizes from 1:4 to 4:1 of as many pixels as height x width or slightly fewer, and height x width itself.
 
-    Their sides are multiples of a step, of a sixteenth of that area's root in whole tokens: 64 pixels for 1024 x 1024,
-    where they are the sizes that SDXL and PixArt-Sigma were trained on.
+    Their sides are multiples of a step, about a sixteenth of that area's root in whole tokens: 64 pixels for 1024 x 1024,
+    as in the lists of sizes that SDXL and PixArt-Sigma were trained on.
     """
     area, root = height * width, math.sqrt(height * width)
     step = side * max(1, round(root / 16 / side))

@@ -145,7 +145,11 @@ def _read_label(path: TarMember) -> int | None:
 def _check_no_labels(files: Sequence[Path], kind: str) -> None:
     """Raise ValueError where one of these files is a tar with labels."""
     for path in files:
-        if path.suffix.lower() == ".tar" and any(member.suffix.lower() == ".cls" for member in tar_members(path)):
+        try:
+            members = tar_members(path) if path.suffix.lower() == ".tar" else []
+        except ValueError:  # of no use, and counted
+            continue
+        if any(member.suffix.lower() == ".cls" for member in members):
             raise ValueError(f"{path} has labels of its own (.cls) and lies beside {kind}: keep one layout in a folder")
 
 

@@ -23,8 +23,8 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 class FrechetDistance:
     """Measures the distance to the reference images of `config`, whose moments are computed once.
 
-    images: the reference if the config names no file or folder. blank: two images, uint8 [2, H, W, 3], of the size of the model's
-    images. processes: how many share the work; each of them must construct and call this.
+    images: the reference if the config names no file or folder. blank: two images, uint8 [2, H, W, 3], of the size of
+    the model's images. processes: how many share the work; each of them must construct and call this.
 
     The constructor finds all errors, before any training. Raises ValueError, FileNotFoundError or ModuleNotFoundError.
     """
@@ -105,7 +105,10 @@ class FrechetDistance:
 
 
 def _open_folder(folder: Path, height: int, width: int, says: bool) -> FolderImages:
-    """The images under a folder, cropped as ADM does. says: print what is passed over. Raises ValueError for a size that is no square."""
+    """The images under a folder, cropped as ADM does. says: print what is passed over.
+
+    Raises ValueError for a size that is no square.
+    """
     if height != width:
         raise ValueError(
             f"metrics.reference: images of a folder are cropped to squares, and the model's are {height} x {width}: give "

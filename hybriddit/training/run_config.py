@@ -165,8 +165,8 @@ class MetricsConfig:
     features: "inception" (FID, if `samples` is 50,000), or "package.module:function", a function of your own from
         uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
     reference: an npz file in ADM's layout; or a folder of images, cropped to the model's size as ADM does, which must be
-        square. None: for a distillation, the teacher's images of the same prompts and
-        noise; for training from scratch, the training set, if it holds images.
+        square. None: for a distillation, the teacher's images of the same prompts and noise; for training from scratch,
+        the training set, if it holds images.
     batch_size: images at a time in each process.
     """
 
@@ -231,9 +231,9 @@ class ClassDataConfig:
     """The labelled images that a SiT is trained on.
 
     path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or a folder of
-        tars with images and their labels (`.cls`); or a folder of
-        MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
-        are cropped to the model's sample_size as ADM does, and kept in memory; for larger sets make a cache.
+        tars with images and their labels (`.cls`); or a folder of MNIST's files (train-images-idx3-ubyte.gz and so on,
+        as torchvision and Debian have them). Images of a folder or tars are cropped to the model's sample_size as ADM
+        does, and kept in memory; for larger sets make a cache.
     flip: mirror each image with probability one half.
     memory: read a cache into memory at the start; else its rows are read when they are needed.
     vae: folder or repository of the AutoencoderKL that made a cache of latents; it decodes the sample grids and is

@@ -96,7 +96,8 @@ def mean_step_cost(
     """The cost of a step on the largest of several grids, and the mean over all images of what `step_cost` gives.
 
     images: how many there are of each grid. In the mean, costs of grids between the smallest and the largest are
-    interpolated by their number of tokens, which is slightly too much: they are convex. Other arguments: see `step_cost`.
+    interpolated by their number of tokens, which is slightly too much: they are convex. Other arguments: see
+    `step_cost`.
     """
     tokens = {grid: grid[0] * grid[1] for grid in images}
     ends = [find(tokens, key=tokens.__getitem__) for find in (min, max)]

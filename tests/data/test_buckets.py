@@ -43,7 +43,7 @@ def test_aspect_sizes_are_whole_tokens_of_about_the_same_area(height, width, sid
     assert max(high / low for low, high in zip(ratios, ratios[1:], strict=False)) < 1.4
 
 
-def test_aspect_sizes_are_those_that_models_were_trained_on():
+def test_aspect_sizes_have_those_that_models_were_trained_on():
     assert {(512, 2048), (768, 1344), (832, 1216), (896, 1152), (1024, 1024)} <= set(aspect_sizes(1024, 1024, 16))
     assert {(256, 1024), (416, 608), (512, 512)} <= set(aspect_sizes(512, 512, 16))
 

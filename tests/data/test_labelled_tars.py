@@ -101,6 +101,8 @@ def test_two_layouts_in_one_folder_are_refused(beside, folder, tmp_path):
         find_classes(folder)
     write_tar(folder / "0.tar", {"a.txt": b"an archive without labels"})
     assert find_classes(folder).note == f"passed over in {folder}: .tar (1)"
+    (folder / "0.tar").write_text("no tar")
+    assert find_classes(folder).note == f"passed over in {folder}: .tar (1)"
 
 
 @pytest.mark.parametrize(
