@@ -45,8 +45,8 @@ def image_folder(
     Captions: see `read_captions`. Images that cannot be read and images without a caption are left out: their number is
     printed, and `skipped.json` in the cache lists them with the reasons. What else is passed over is printed too.
 
-    height, width: in pixels; all images are of this size, unless there are buckets. steps, guidance_scale: for the samples drawn while training; guidance_scale is also the
-        value of a guidance embedding.
+    height, width: in pixels; all images are of this size, unless there are buckets. steps, guidance_scale: for the
+        samples drawn while training; guidance_scale is also the value of a guidance embedding.
     seed: which of an image's captions is taken, where it has several.
     max_images: take the first so many images with captions, by path, fewer if some of them cannot be read; None: all.
     buckets: the sizes (height, width) of images, of which each has the one that fits it best, see `choose_bucket`. An

@@ -63,8 +63,9 @@ class LatentData(ShardedDataset):
         pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
         [N, states].
     empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
-    order: see `ShardedDataset`. sizes: of every row's image; None: all are of the info's size. content: a digest of all that the rows were made from, in their order, by which a run
-        that is resumed knows its set; None if it is not known.
+    order: see `ShardedDataset`. sizes: of every row's image; None: all are of the info's size. content: a digest of
+        all that the rows were made from, in their order, by which a run that is resumed knows its set; None if it is
+        not known.
     """
 
     def __init__(

@@ -39,9 +39,9 @@ def dry_run(config: DistillConfig) -> dict:
     lists, without weights or network. One training step of `train.batch_size / train.accumulation` images then runs on
     fake tensors, which have shapes and no data: torch counts its FLOPs, and its activations are what autograd keeps.
 
-    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. With buckets, of which the images'
-    headers tell the numbers, "tokens" and bytes are the largest's, and FLOPs those of the mean image. Raises what a real run would
-    raise before it loads weights, and ValueError for a repository that no family lists.
+    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. With buckets, of which the
+    images' headers tell the numbers, "tokens" and bytes are the largest's, and FLOPs those of the mean image. Raises
+    what a real run would raise before it loads weights, and ValueError for a repository that no family lists.
     """
     check_settings(config)
     model, vae_scale_factor, tokenizer_length = plan_model(config.model.config or config.model.path)
