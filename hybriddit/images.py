@@ -29,6 +29,7 @@ UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+LYING = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # those that make the width the height
 
 
 def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -> Image.Image:
@@ -76,11 +77,32 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
     """Turn an image by the EXIF orientation of the one that it was made from."""
-    try:  # ImageOps.exif_transpose also fails where other EXIF entries are broken
-        method = UPRIGHT.get(original.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        method = None
+    method = _turn(original)
     return image if method is None else image.transpose(method)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright, by its EXIF orientation; None if nothing does."""
+    try:  # ImageOps.exif_transpose also fails where other EXIF entries are broken
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image as `open_image` gives it, in pixels; from its header where that can be read.
+
+    Raises as `open_image` does.
+    """
+    path = Path(path) if isinstance(path, str) else path  # or a member of a tar
+    if path.is_file():  # a pipe would be waited for
+        try:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file, Image.open(file) as image:
+                lies = _turn(image) in LYING
+                return image.size[::-1] if lies else image.size
+        except Exception:  # PIL's readers raise whatever they stumble over: it may still be read without its metadata
+            pass
+    return open_image(path).size
 
 
 def load_image(path: str | Path) -> Image.Image:

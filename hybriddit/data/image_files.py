@@ -15,6 +15,7 @@ from ..images import IMAGE_ENDINGS
 from .tars import TarMember, tar_members
 
 NAMED = 10  # files that a line names
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 @dataclass
@@ -100,7 +101,9 @@ def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Pat
     counts = Counter()
     for path in files:
         broken = isinstance(path, Path) and path.is_symlink() and not path.exists()
-        counts["broken links" if broken else path.suffix.lower() or "without an ending"] += 1
+        packed = str(path).lower().endswith(PACKED_TARS)
+        what = "broken links" if broken else "compressed tars, which unpacked to .tar are read" if packed else None
+        counts[what or path.suffix.lower() or "without an ending"] += 1
     counts += passed
     if not counts:
         return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .buckets import bucket_sizes
 from .prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -58,9 +59,14 @@ def trajectories(pipeline, settings, progress: bool, processes: Processes) -> La
 
 def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -> LatentData:
     """A folder of images with captions."""
+    from ..models import family_of
     from .image_folder import image_folder
 
     own = {"seed": settings.seed, "max_images": settings.max_images}
+    if settings.buckets is not None:
+        family, config = family_of(pipeline.transformer), pipeline.transformer.config
+        side = family.token_pixels(config, pipeline.vae_scale_factor)
+        own["buckets"] = bucket_sizes(settings.buckets, settings.height, settings.width, side)
     return image_folder(pipeline, settings.folder, **own, **_common(settings, progress, processes))
 
 

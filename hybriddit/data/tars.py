@@ -10,6 +10,9 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
+# the first bytes of gzip, bzip2, xz and Zstandard: their files cannot be read from the middle
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+
 
 @dataclass(frozen=True, order=True)
 class TarMember:
@@ -64,6 +67,9 @@ def tar_members(path: Path, passed: Counter[str] | None = None) -> list[TarMembe
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
+        with path.open("rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise tarfile.ReadError("it is compressed: unpack it to a plain .tar")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.islnk() and member.linkname in members:

@@ -202,6 +202,9 @@ class Family(ABC):
         """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
 
+    def check_grid(self, config: Mapping[str, Any], grid: tuple[int, int]) -> None:  # noqa: B027
+        """Raise ValueError for a grid (rows, columns) that is larger than the transformer's table of positions."""
+
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Latents as the transformer takes them, of images [B, 3, height, width] in [-1, 1].
 

@@ -468,7 +468,7 @@ def test_distilling_on_trajectories(family):
     config.optim.warmup_steps, config.optim.gate_lr_factor, config.optim.ema_decay = 3, 5.0, 0.8
     data = make_data(pipeline, config.data, progress=False)
     recipe = recipe_of(pipeline)
-    (batch,) = draw_batches(data, recipe, config, 0, 0.0, (8, 8), pipeline.scheduler)
+    (batch,) = draw_batches(data, recipe, config, 0, 0.0, {(64, 64): (8, 8)}, pipeline.scheduler)
     rows = data.rows(range(8))
     for state, time in zip(batch[0], batch[2], strict=True):
         match = (rows["states"] == state).flatten(2).all(2) & (rows["times"] == time)
@@ -483,7 +483,7 @@ def test_distilling_on_trajectories(family):
 
 
 def distance(family, student, batch, teacher):
-    states, _, times, text, _ = batch
+    states, _, times, text, *_ = batch
     with torch.no_grad():
         one, other = (call(family, model, states, times, text, 3.5) for model in (student, teacher))
     return (one - other).square().mean().item()

@@ -110,7 +110,8 @@ def test_captions_are_beside_in_the_tar(tmp_path):
         "0.tar/d.png": "a bag",
     }
     assert found.notes == [
-        f"passed over in {tmp_path}: hidden (2), .cls (1), .gz (1), .txt (1), links, devices and sparse files in tars (1)"
+        f"passed over in {tmp_path}: hidden (2), .cls (1), .txt (1), compressed tars, which unpacked to .tar are read (1), "
+        "links, devices and sparse files in tars (1)"
     ]
 
 
