@@ -182,6 +182,24 @@ def test_an_empty_prompt(command, tmp_path):
     assert read_record(tmp_path / "a.png")["prompt"] == ""
 
 
+def test_a_limit_of_memory(command, tmp_path, monkeypatch):
+    tall = {"height": 256, "adapter": "adapter"}
+    plans = []
+    monkeypatch.setattr(
+        "hybriddit.generate.files.print", lambda *words, **where: plans.append(str(words[0])), raising=False
+    )
+    for limit in (1, 0.0017):
+        assert command(**tall, max_memory=limit, out=f"{limit}.png")[0] == 0
+    assert "transformer" in plans[0] and "the whole image at once" in plans[0] and "in strips of" in plans[2]
+    assert abs(pixels(tmp_path / "1.png") - pixels(tmp_path / "0.0017.png")).max() <= 1
+    code, _, said = command(**tall, max_memory=0.0001)
+    assert code == 1 and "64 x 256 pixels need" in said and "should fit" in said
+    code, _, said = command(max_memory=1)
+    assert code == 1 and "--max-memory is for images that a hybrid text-to-image pipeline makes" in said
+    code, _, said = command(max_memory=0)
+    assert code == 1 and "--max-memory must be a number of GiB above 0, not 0.0" in said
+
+
 def test_offload_needs_an_accelerator(command):
     for kind in ("model", "group", "sequential"):
         code, _, said = command("--offload", kind)

@@ -61,6 +61,7 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     family, device = family_of(model), torch.device(pipeline._execution_device)
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
+    family.check_grid(model.config, grid)
     text = family.example_text(model.config, images, family.text_length(), lambda *shape: torch.zeros(()).expand(shape))
     peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
     moved = _moved(model)
@@ -162,4 +163,4 @@ def decode_in_strips(vae: nn.Module, latents: torch.Tensor) -> Iterator[np.ndarr
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
+    return f"{size / 2**30:.3g}"

@@ -1,0 +1,122 @@
+"""Large images within a limit of memory: the plan, the decoder in strips, and what the pipeline then gives."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+
+from hybriddit import HybridConfig, hybridize
+from hybriddit.models import family_of
+from hybriddit.models.peak import decoder_peak, forward_peak
+from hybriddit.pipelines.memory import MemoryPlan, decode_in_strips, make_within, plan_memory
+from hybriddit.pipelines.prepare import place
+
+CPU = torch.device("cpu")
+
+
+def hybrid_pipeline(kind):
+    pipeline = tiny_pipeline(kind)
+    hybridize(pipeline.transformer, HybridConfig(window=3))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if ".hybrid." in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def peak_of(pipeline, width, height, rows, images=1):
+    family, model = family_of(pipeline.transformer), pipeline.transformer
+    side = family.token_pixels(model.config, pipeline.vae_scale_factor)
+    text = family.example_text(model.config, images, family.text_length(), torch.zeros)
+    grid = height // side, width // side
+    return forward_peak(model, grid, text, device=CPU, dtype=model.dtype, rows=rows)
+
+
+@pytest.mark.parametrize("kind", ["pixart_sigma", "flux_dev"])
+def test_the_largest_strips_that_fit_are_taken(kind):
+    pipeline = hybrid_pipeline(kind)
+    side = family_of(pipeline.transformer).token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    width, height = 24 * side, 64 * side
+    whole, half, quarter = (peak_of(pipeline, width, height, rows) for rows in (None, 32, 16))
+    assert whole > half > quarter
+    free = plan_memory(pipeline, width, height, available=2**40)
+    assert (free.rows, free.tiles) == (None, False) and free.transformer == pytest.approx(1.1 * whole, rel=1e-3)
+    tight = plan_memory(pipeline, width, height, available=int(1.1 * whole) - 1)
+    assert tight.rows == 32 and tight.transformer == pytest.approx(1.1 * half, rel=1e-3)
+    assert plan_memory(pipeline, width, height, available=int(1.1 * half) - 1).rows == 16
+    with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* should fit"):
+        plan_memory(pipeline, width, height, available=10_000)
+
+
+def test_two_images_of_guidance_count_where_they_go_together():
+    pipeline = hybrid_pipeline("sd3")
+    one, two = (plan_memory(pipeline, 128, 128, images=images, available=2**40) for images in (1, 2))
+    assert two.transformer > 1.2 * one.transformer
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (40, 24), (33, 41), (16, 8)])
+def test_strips_of_the_decoder_are_diffusers_tiles(height, width):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    latents = torch.randn(1, 4, height, width)
+    with torch.no_grad():
+        expected = vae.tiled_decode(latents).sample
+    expected = (expected / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    strips = list(decode_in_strips(vae, latents))
+    assert np.array_equal(np.concatenate(strips), (expected * 255).round().astype(np.uint8))
+    assert max(len(strip) for strip in strips) <= vae.tile_sample_min_size
+
+
+@pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux_dev"])
+def test_an_image_in_strips_is_the_pipelines(kind):
+    pipeline = hybrid_pipeline(kind)
+    side = family_of(pipeline.transformer).token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    width, height = 6 * side, 16 * side
+    call = {
+        "max_sequence_length": TEXT_LENGTH,
+        "width": width,
+        "height": height,
+        "num_inference_steps": 2,
+        "prompt": "a red shoe",
+    }
+    if kind == "pixart_sigma":
+        call["use_resolution_binning"] = False
+
+    def made(rows, tiles):
+        pipeline.vae.disable_tiling()
+        plan = MemoryPlan(width, height, rows, tiles, transformer=0, decoder=0, available=0)
+        image = make_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+        assert image.size == (width, height)
+        return np.asarray(image).astype(int)
+
+    whole = made(None, False)
+    assert whole.std() > 1
+    assert abs(made(5, False) - whole).max() <= 1
+    pipeline.vae.enable_tiling()
+    tiled = np.asarray(pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0]).astype(int)
+    assert abs(made(None, True) - tiled).max() <= 1
+    assert abs(made(5, True) - tiled).max() <= 1
+
+
+def test_the_decoders_peak_grows_with_the_image():
+    vae = tiny_pipeline("sd3").vae
+    small, large = (decoder_peak(vae, (side, side), device=CPU, dtype=torch.float32) for side in (16, 64))
+    assert 8 < large / small < 20
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_strips_of_an_offloaded_model(offload):
+    """With the CPU for the accelerator."""
+    images = []
+    for kind in (None, offload):
+        pipeline = hybrid_pipeline("flux_dev")
+        place(pipeline, CPU, kind)
+        plan = MemoryPlan(48, 128, 5, False, transformer=0, decoder=0, available=0)
+        call = {"width": 48, "height": 128, "num_inference_steps": 1, "prompt": "a red shoe", "max_sequence_length": 6}
+        images.append(np.asarray(make_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))))
+    assert np.array_equal(*images)
