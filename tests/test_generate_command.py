@@ -183,17 +183,17 @@ def test_an_empty_prompt(command, tmp_path):
 
 
 def test_a_limit_of_memory(command, tmp_path, monkeypatch):
-    tall = {"height": 256, "adapter": "adapter"}
+    tall = {"height": 768, "adapter": "adapter"}
     plans = []
     monkeypatch.setattr(
         "hybriddit.generate.files.print", lambda *words, **where: plans.append(str(words[0])), raising=False
     )
-    for limit in (1, 0.0017):
+    for limit in (1, 0.005):
         assert command(**tall, max_memory=limit, out=f"{limit}.png")[0] == 0
     assert "transformer" in plans[0] and "the whole image at once" in plans[0] and "in strips of" in plans[2]
-    assert abs(pixels(tmp_path / "1.png") - pixels(tmp_path / "0.0017.png")).max() <= 1
+    assert abs(pixels(tmp_path / "1.png") - pixels(tmp_path / "0.005.png")).max() <= 1
     code, _, said = command(**tall, max_memory=0.0001)
-    assert code == 1 and "64 x 256 pixels need" in said and "should fit" in said
+    assert code == 1 and "64 x 768 pixels need" in said and "should fit" in said
     code, _, said = command(max_memory=1)
     assert code == 1 and "--max-memory is for images that a hybrid text-to-image pipeline makes" in said
     code, _, said = command(max_memory=0)
