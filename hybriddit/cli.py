@@ -23,6 +23,9 @@ from .benchmark.shapes import PARTS, VARIANTS
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("model", "group", "sequential")
+ADAPTER_HELP = (
+    "folder or repository of a distilled adapter; or the folder of a distillation, or of one of its checkpoints"
+)
 EPILOG = """exit codes:
   0    done
   1    something is wrong that you can put right: one line on stderr says what
@@ -131,6 +134,14 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on a GP
     parser.add_argument("--dtype", choices=DTYPES, help=f"(default: {default})")
 
 
+def _add_any_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="take an adapter that was distilled from other weights: --model is a finetune of them, say",
+    )
+
+
 def _add_files(parser: argparse.ArgumentParser) -> None:
     """The options that say which of a pipeline's files are read."""
     parser.add_argument(
@@ -176,7 +187,8 @@ def add_convert(commands) -> None:
         "--model", required=True, help="repository id or folder of a dense diffusers pipeline, or a single file"
     )
     sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline, new or empty")
-    sub.add_argument("--adapter", help="folder or repository of a distilled adapter; without one the hybrid is fresh")
+    sub.add_argument("--adapter", help=f"{ADAPTER_HELP}; without one the hybrid is fresh")
+    _add_any_base(sub)
     sub.add_argument("--window", type=int, help="window of a fresh hybrid, in tokens (default 16)")
     sub.add_argument("--plan", type=Path, help="YAML or JSON file of HybridConfig's fields, for a fresh hybrid")
     _add_files(sub)
@@ -222,7 +234,7 @@ def distill(options: argparse.Namespace) -> None:
         return
     from .training.distill import run  # imports torch and diffusers: only once the config is known to be right
 
-    _run_training(run, config, options.resume)
+    _run_training(run, config, options.resume, "adapter")
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
 
 
@@ -266,18 +278,24 @@ def train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, "train")
     from .training.train_sit import run
 
-    _run_training(run, config, options.resume)
+    _run_training(run, config, options.resume, "model")
     print(f"pipeline saved to {Path(config.output.folder) / 'pipeline'}")
 
 
-def _run_training(run, config, resume: bool) -> None:
-    """Call `run`; if Ctrl-C stops it and it has left a checkpoint, say how to resume."""
+def _run_training(run, config, resume: bool, option: str) -> None:
+    """Call `run`; if Ctrl-C stops it and it has left a checkpoint, say how to resume or use it.
+
+    option: of `hybriddit generate`, which takes the run's folder.
+    """
     try:
         run(config, resume=resume)
     except KeyboardInterrupt:
         if any(Path(config.output.folder, "checkpoints").glob("step-*")):
+            folder = config.output.folder
             print(
-                f"stopped: add --resume to go on from the newest checkpoint in {config.output.folder}", file=sys.stderr
+                f"stopped: add --resume to go on from the newest checkpoint in {folder}; `hybriddit generate --{option} "
+                f"{folder}` uses it as it is",
+                file=sys.stderr,
             )
         raise
 
@@ -297,7 +315,8 @@ def add_generate(commands) -> None:
         "or a single .safetensors file, with --config",
     )
     _add_files(sub)
-    sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
+    sub.add_argument("--adapter", help=ADAPTER_HELP)
+    _add_any_base(sub)
     sub.add_argument(
         "--lora",
         action="append",

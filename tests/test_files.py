@@ -9,7 +9,7 @@ import torch
 
 from hybriddit import files
 from hybriddit.files import filling, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
-from hybriddit.training.checkpoint import checkpoints, save_checkpoint
+from hybriddit.training.checkpoint import checkpoints, saving_checkpoint
 
 
 def tree(folder):
@@ -118,7 +118,10 @@ def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
     assert len(windows.flushed) == 2, "files are flushed there too"
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
-    save_checkpoint(tmp_path / "checkpoints", 1, {"w": parameter}, [torch.zeros(2)], optimizer, {}, 2)
+    with saving_checkpoint(
+        tmp_path / "checkpoints", 1, {"w": parameter}, [torch.zeros(2)], optimizer, {}, 2
+    ) as partial:
+        (partial / "d.txt").write_text("d")
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 

@@ -53,6 +53,7 @@ def run(
     prompt: str | None = None,
     prompts: Path | None = None,
     adapter: str | None = None,
+    any_base: bool = False,
     lora: Sequence[str] = (),
     image: Path | None = None,
     mask: Path | None = None,
@@ -70,7 +71,7 @@ def run(
     """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
-    adapter: a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
+    adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
     `pipelines.prepare.place`. vae_tiling: decode in tiles. seed_per_prompt, settings: those of `generate`. quiet: no
     progress bars, and no notes on stderr. announce: print each file saved.
@@ -93,6 +94,8 @@ def run(
         )
     if prompts is None and seed_per_prompt:
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
+    if any_base and adapter is None:
+        raise ValueError("--any-base is for an adapter: give --adapter too")
     paths = output_paths(out, image_count(class_labels or subjects or (), settings.get("num_images", 1)))
     loras = [parse_lora(text) for text in lora]
     source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
@@ -128,7 +131,7 @@ def run(
         notes += [base.note] if base.note else []
         pipeline = load_base(base, kind)
         if adapter:
-            load_adapter(pipeline, adapter)
+            load_adapter(pipeline, adapter, check_base=not any_base)
         add_loras(pipeline, loras)
         pipeline = for_task(pipeline, image is not None, mask is not None)
     if prompts is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ CONTENT = {
 PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
 
 
-def save_checkpoint(
+@contextmanager
+def saving_checkpoint(
     folder: Path,
     step: int,
     parameters: dict[str, torch.nn.Parameter],
@@ -38,20 +40,22 @@ def save_checkpoint(
     keep: int,
     *,
     write: bool = True,
-) -> Path:
+) -> Iterator[Path]:
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
-    The folder gets its name only when complete; then all checkpoints but the newest `keep` are removed. Random numbers
-    and the order of the data depend on the step alone, so no other state is needed.
+    Yields its temporary folder, for the files of the block; it gets its name when that is done, and then all checkpoints
+    but the newest `keep` are removed. Random numbers and the order of the data depend on the step alone, so no other
+    state is needed.
 
     If the weights are sharded, every process must call this, and the one with `write` writes; the files do not depend
     on the number of processes.
     """
     tensors = gather(_state(parameters, average, optimizer), keep=write)
-    if not write:
-        return folder / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"step-{step:08d}", folder / ".partial"
+    if not write:
+        yield partial
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -59,7 +63,8 @@ def save_checkpoint(
         (partial / "state.json").write_text(
             json.dumps({"step": step, "settings": settings}, indent=1), encoding="utf-8"
         )
-        for path in (*partial.iterdir(), partial):
+        yield partial
+        for path in (*partial.rglob("*"), partial):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -73,7 +78,6 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         old.rename(partial)  # so that a half-removed checkpoint does not look complete
         shutil.rmtree(partial)
-    return final
 
 
 def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]:

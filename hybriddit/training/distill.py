@@ -16,14 +16,15 @@ from torch import nn
 
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
-from ..data.identity import weights_digest
 from ..data.latents import LatentData
 from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
+from ..models.adapters import describe_base
 from ..models.family import unsharded_class
+from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import find_base, load_base, quiet, text_to_image
@@ -176,6 +177,8 @@ class Distillation(Job):
         content = {"model.weights": weights_digest(self.model), "data.content": data.content}
         self.settings = {**resume_settings(config), **content}
         self.family, self.dtype = family_of(self.model), self.model.dtype
+        name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
+        self.base = {**describe_base(self.model, name), "height": data.info.height, "width": data.info.width}
         self.layers = converted_layers(self.model)
         guided = self.family.takes_guidance(self.model.config)
         self.guidance = data.info.guidance_scale if guided else None
@@ -250,8 +253,15 @@ class Distillation(Job):
         return cost["teacher"] + cost["student"] + cost["backward"]
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
-        if folder is None:
-            return self.model
+        if folder is not None:
+            self._save_adapter(folder / "adapter", step)
+        return self.model
+
+    def add_to_checkpoint(self, folder: Path, step: int) -> None:
+        self._save_adapter(folder / "adapter", step)
+
+    def _save_adapter(self, folder: Path, step: int) -> None:
+        """Save the adapter after `step` steps. Every process calls this if the model is sharded."""
         model = self.model
         if self.accelerator.is_fsdp2:  # the adapter's weights, in a copy
             added = gather((name, tensor) for name, tensor in model.state_dict().items() if ".hybrid." in name)
@@ -259,8 +269,7 @@ class Distillation(Job):
                 model = unsharded_class(model).from_config(model.config)
             model.load_state_dict(added, strict=False, assign=True)
         if self.accelerator.is_main_process:
-            save_adapter(model, folder / "adapter")
-        return self.model
+            save_adapter(model, folder, base={**self.base, "steps": step})
 
     def _frechet(self) -> FrechetDistance:
         """The distance to the config's reference, or else to the teacher's images of the same prompts and noise."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..files import replacing
 from ..images import open_image, save_grid
 from .batches import batches
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint
 from .optimizer import make_optimizer, set_learning_rates
 from .processes import check_distribution, check_processes, claim_folder, make_accelerator
 from .run_config import to_dict
@@ -80,6 +80,12 @@ class Job(ABC):
     def finish(self, folder: Path | None, step: int) -> nn.Module:
         """Write the result of the run, if there is a folder, and return the model. Every process calls this."""
 
+    def add_to_checkpoint(self, folder: Path, step: int) -> None:  # noqa: B027
+        """Write other files into a checkpoint before it gets its name, while the model has the averaged weights.
+
+        The main process calls this; if the model is sharded, every process.
+        """
+
     def checkpointed(self, folder: Path, step: int) -> None:  # noqa: B027
         """Write other files with a checkpoint, while the model has the averaged weights.
 
@@ -108,7 +114,7 @@ def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerat
     check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     if config.output.folder:
-        claim_folder(Path(config.output.folder), result, settings, resume)
+        claim_folder(Path(config.output.folder), result, settings, config.train.steps, resume)
     return accelerator
 
 
@@ -182,7 +188,11 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 log(folder, {"step": done, **values})
             if gathers and due["checkpoint"]:
                 state = (trained, average.shadow_params, optimizer, job.settings)
-                save_checkpoint(folder / "checkpoints", done, *state, config.output.keep, write=writes)
+                with (
+                    saving_checkpoint(folder / "checkpoints", done, *state, config.output.keep, write=writes) as files,
+                    averaged(job.model, average, parameters),
+                ):
+                    job.add_to_checkpoint(files, done)
                 with averaged(job.model, average, parameters):
                     job.checkpointed(folder, done)
             if writes and stopped:

@@ -86,13 +86,22 @@ def check_processes(config, processes: int) -> None:
         )
 
 
-def claim_folder(folder: Path, result: str, settings: dict, resume: bool) -> None:
-    """Make the run's folder. Raises ValueError if a new run would overwrite another, or if there is none to resume."""
+def claim_folder(folder: Path, result: str, settings: dict, steps: int, resume: bool) -> None:
+    """Make the run's folder.
+
+    steps: that the run is to have at its end. Raises ValueError if a new run would overwrite another, if there is none
+    to resume, or if that has more steps already.
+    """
     found = checkpoints(folder / "checkpoints")
     if resume and not found:
         raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
     if resume:
-        read_state(found[-1], settings)
+        done = read_state(found[-1], settings)["step"]
+        if done > steps:
+            raise ValueError(
+                f"train.steps is {steps}, and {found[-1]} has {done} already: give it {done} or more, or start anew in "
+                "another output.folder"
+            )
     if found and not resume:
         raise ValueError(
             f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"
