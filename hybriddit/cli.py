@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, push, train, generate, cache, sample, evaluate, benchmark, info.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, compare, cache, sample, evaluate, benchmark, info.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_push,
         add_train,
         add_generate,
+        add_compare,
         add_cache,
         add_sample,
         add_evaluate,
@@ -390,6 +391,53 @@ def generate(options: argparse.Namespace) -> None:
     made = run(**_given(options), announce=not (options.quiet or options.json))
     if options.json:
         print(json.dumps(made))
+
+
+def add_compare(commands) -> None:
+    sub = _add_command(
+        commands,
+        "compare",
+        compare,
+        "make images by a hybrid and by its dense teacher, and say how near they are: PSNR, SSIM, seconds",
+        "--model base/ --adapter run/adapter --prompts prompts.txt --out outputs/compare",
+    )
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="repository id or folder of a diffusers pipeline, or a single .safetensors file, with --config",
+    )
+    _add_files(sub)
+    sub.add_argument("--adapter", help=f"{ADAPTER_HELP}; left out where --model is hybrid")
+    _add_any_base(sub)
+    sub.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
+    sub.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
+    for side in ("height", "width"):
+        sub.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
+    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
+    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    sub.add_argument(
+        "--features",
+        metavar="NAME",
+        help="also the Fréchet distance of the two sets by these features: inception, or package.module:function of "
+        "your own, uint8 [B, 3, H, W] to [B, F]",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder, new or empty, for the images and figures")
+    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from .generate.compare import report_text, run
+
+    report = run(**{**_given(options), "quiet": options.quiet or options.json})
+    if options.json:
+        print(json.dumps(report))
+    elif not options.quiet:
+        print(report_text(report, options.out))
 
 
 def add_cache(commands) -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..files import checksum
 from ..images import open_image, read_record, save_png
 from ..machine import find_device
-from .images import NoEffectWarning, check_inputs, check_settings, for_task, image_count, make, plan
+from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
     from ..config import HybridConfig
@@ -110,9 +111,8 @@ def run(
 
     import torch  # with diffusers, it takes seconds
 
-    from ..models import load_adapter, read_adapter_config
-    from ..pipelines.loading import find_base, load_base, load_sit_pipeline, silence_libraries
-    from ..pipelines.prepare import add_loras, place, tile_vae
+    from ..pipelines.loading import load_sit_pipeline, silence_libraries
+    from ..pipelines.prepare import place, tile_vae
 
     if quiet:
         silence_libraries()
@@ -125,25 +125,17 @@ def run(
     if class_labels:
         pipeline = load_sit_pipeline(model, kind, variant=variant)
     else:
-        hybrid = read_adapter_config(adapter) if adapter else None
-        base = find_base(model, variant=variant, config=config)
-        _check_base(base, hybrid, adapter, loras, image is not None, mask is not None)
-        notes += [base.note] if base.note else []
-        pipeline = load_base(base, kind)
-        if adapter:
-            load_adapter(pipeline, adapter, check_base=not any_base)
-        add_loras(pipeline, loras)
-        pipeline = for_task(pipeline, image is not None, mask is not None)
+        files = {"variant": variant, "config": config}
+        given = {"image": image is not None, "mask": mask is not None}
+        pipeline, notes = open_pipeline(model, kind, adapter, any_base, loras, **files, **given)
     if prompts is not None:
         source["weights_sha256"] = _weights_checksum(pipeline)
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
     pipeline.set_progress_bar_config(disable=quiet or processes > 1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NoEffectWarning)
-        pipeline, tasks = plan(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
-    notes += [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
+    notes += more
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -162,6 +154,46 @@ def run(
     seconds = round(time.monotonic() - started, 3)
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
     return {"files": files, "seeds": seeds, "kept": len(kept), "seconds": seconds, "notes": notes}
+
+
+def open_pipeline(
+    model: str,
+    dtype: torch.dtype,
+    adapter: str | None = None,
+    any_base: bool = False,
+    loras: Sequence[tuple[Path, float]] = (),
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    image: bool = False,
+    mask: bool = False,
+) -> tuple[DiffusionPipeline, list[str]]:
+    """Load the text-to-image pipeline that `run` names, with its adapter and LoRAs; what cannot work is refused before.
+
+    image, mask: whether there are such. Returns it, as the pipeline of the task, with notes for the user.
+    """
+    from ..models import load_adapter, read_adapter_config
+    from ..pipelines.loading import find_base, load_base
+    from ..pipelines.prepare import add_loras
+
+    hybrid = read_adapter_config(adapter) if adapter else None
+    base = find_base(model, variant=variant, config=config)
+    _check_base(base, hybrid, adapter, loras, image, mask)
+    pipeline = load_base(base, dtype)
+    if adapter:
+        load_adapter(pipeline, adapter, check_base=not any_base)
+    add_loras(pipeline, loras)
+    return for_task(pipeline, image, mask), [base.note] if base.note else []
+
+
+def plan_with_notes(
+    pipeline: DiffusionPipeline, subjects: str | Sequence[str] | None, **settings: Any
+) -> tuple[DiffusionPipeline, list[Task], list[str]]:
+    """`plan`, with its warnings of settings without effect as notes for the user."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        pipeline, tasks = plan(pipeline, subjects, **settings)
+    return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:

@@ -9,7 +9,8 @@ from PIL import Image
 
 from hybriddit.attention import HybridAttention
 from hybriddit.demo.canvas import SCENES
-from hybriddit.demo.run import SEEDS, SHOWN, compare, contact_sheet, set_gates
+from hybriddit.demo.run import SEEDS, SHOWN, compare, set_gates
+from hybriddit.images import contact_sheet
 from hybriddit.training.run_config import load_config
 
 

@@ -17,7 +17,7 @@ from hybriddit import HybridConfig
 from hybriddit.data.class_cache import make_cache
 from hybriddit.data.sources import open_class_data
 from hybriddit.data.teacher_images import sample
-from hybriddit.metrics import to_uint8
+from hybriddit.metrics import features, to_uint8
 from hybriddit.training import frechet
 from hybriddit.training.distill import distill
 from hybriddit.training.run_config import DistillConfig, MetricsConfig, load_config
@@ -121,7 +121,7 @@ def inception(images):
 
 
 def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(frechet, "load_inception", lambda device: inception)
+    monkeypatch.setattr(features, "load_inception", lambda device: inception)
     data = open_class_data(images, (1, 8, 8), progress=False)
     samples = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     others = samples.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
