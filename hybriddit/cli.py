@@ -523,7 +523,14 @@ def add_evaluate(commands) -> None:
     sub.add_argument("samples", type=Path, help="npz file: arr_0, uint8 [N, H, W, 3]; or a folder of images")
     sub.add_argument("reference", type=Path, help="the same; of an npz file mu, sigma, mu_s, sigma_s are used")
     sub.add_argument("--size", type=int, help="scale and crop the images of folders to SIZE x SIZE, as ADM does")
-    sub.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
+    extractor = sub.add_mutually_exclusive_group()
+    extractor.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
+    extractor.add_argument(
+        "--features",
+        metavar="NAME",
+        help="package.module:function of your own, uint8 [B, 3, H, W] to [B, F], in place of Inception: the scores are "
+        "the Fréchet distance, precision and recall by these",
+    )
     sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     sub.add_argument(
         "--shuffle", type=int, metavar="SEED", help="assign the samples to the inception score's splits at random"

@@ -166,6 +166,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     }
     contact_sheet(rows, prompts, out / "compare.png")
     print(summary(metrics, out))
+    for warning in warnings_of(metrics):
+        print(f"warning: {warning}", file=sys.stderr)
     return metrics
 
 
@@ -207,6 +209,18 @@ def summary(metrics: dict, out: Path) -> str:
             "  metrics.json  every figure above, and what made the images",
         ]
     )
+
+
+def warnings_of(metrics: dict) -> list[str]:
+    """What in the demo's figures says that the distillation did harm."""
+    before, after = metrics["undistilled"], metrics["distilled"]
+    worse = [
+        f"{name} fell from {before[key]:g} to {after[key]:g}"
+        for key, name in (("psnr", "PSNR"), ("ssim", "SSIM"), ("prompt_agreement", "garments right"))
+        if after[key] < before[key]
+    ]
+    advice = "these settings do not teach: see hybrid.delta_rank, optim and train.steps"
+    return [f"distilling made the hybrid worse ({', '.join(worse)}): {advice}"] if worse else []
 
 
 def _in_new_process() -> None:
