@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -115,8 +117,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def read_state(path: Path, settings: dict) -> dict:
+def read_state(path: Path, settings: dict, usual: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings.
+
+    usual: what settings were that it holds as None, as older versions did where a recipe had their values.
 
     Models and data may have moved, if the checkpoint tells their content.
     """
@@ -127,6 +131,7 @@ def read_state(path: Path, settings: dict) -> dict:
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     found = {**ADDED_SETTINGS, **state["settings"]}
+    found |= {key: value for key, value in usual.items() if found.get(key) is None}
     told = {key for key in CONTENT if found.get(key) is not None}
     passed = {place for place, content in PLACES.items() if content in told} | CONTENT.keys() - told
     other = [key for key in settings if key not in passed and found.get(key) != settings[key]]
@@ -149,16 +154,18 @@ def load_checkpoint(
     average: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     settings: dict,
+    usual: Mapping[str, Any] = MappingProxyType({}),
     *,
     rename: Callable[[dict], dict] = dict,
 ) -> int:
     """Load weights, their average and the optimizer's state in place. Returns the step to continue from.
 
-    rename: gives the tensors of an older version's checkpoint ("weight/NAME", …) today's names.
+    settings, usual: see `read_state`. rename: gives the tensors of an older version's checkpoint ("weight/NAME", …)
+    today's names.
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """
-    state = read_state(path, settings)
+    state = read_state(path, settings, usual)
     try:
         tensors = rename(read_tensors(path / "state.safetensors"))
     except (OSError, ValueError) as error:

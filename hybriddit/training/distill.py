@@ -35,8 +35,11 @@ from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
 from .processes import check_launcher
-from .run_config import HYBRID, DistillConfig, to_dict
+from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
 from .step_cost import step_cost
+
+# settings that a config may leave to the teacher's recipe
+OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
@@ -45,7 +48,9 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     check_launcher(config)  # before a base is fetched
     base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
     config = with_hybrid_of(config, base.hybrid_config())
-    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
+    settings = resume_settings(config)
+    known = {name: value for name, value in settings.items() if name not in OF_RECIPE}  # those are known with the model
+    accelerator = start_run(config, "adapter", known, resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
     if config.metrics.every:
@@ -56,12 +61,14 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     pipeline = load_base(base, dtype).to(accelerator.device)
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
-    loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
+    images = (source.teacher_made, source.trajectories)
+    complete = with_recipe(config, transformer, *images)
     planned_grid(config, transformer, pipeline.vae_scale_factor)
     make_student(transformer, config)
     if resume:
         folder = Path(config.output.folder) / "checkpoints"
-        read_state(checkpoints(folder)[-1], {**resume_settings(config), "model.weights": weights_digest(transformer)})
+        settings = {**resume_settings(complete), "model.weights": weights_digest(transformer)}
+        read_state(checkpoints(folder)[-1], settings, recipe_settings(config, transformer, *images))
     data = make_data(
         pipeline,
         config.data,
@@ -124,9 +131,11 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
-    weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
+    images = (data.info.teacher_made, bool(data.info.states))
+    weights, dropout = loss_settings(recipe, config, *images)
+    usual, config = recipe_settings(config, base, *images), with_recipe(config, base, *images)
     grid = token_grid(pipeline, data)
-    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
+    accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -139,7 +148,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
-    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid)
+    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid, usual)
     try:
         fit(job, config, accelerator, resume=resume)
     finally:  # a run that is stopped leaves the model as it is to be used
@@ -170,12 +179,13 @@ class Distillation(Job):
         weights: torch.Tensor,
         dropout: float,
         grid: tuple[int, int],
+        usual: dict[str, Any],
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grid = recipe, weights, dropout, grid
         self.model = pipeline.transformer
         content = {"model.weights": weights_digest(self.model), "data.content": data.content}
-        self.settings = {**resume_settings(config), **content}
+        self.settings, self.usual = {**resume_settings(config), **content}, usual
         self.family, self.dtype = family_of(self.model), self.model.dtype
         name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
         self.base = {**describe_base(self.model, name), "height": data.info.height, "width": data.info.width}
@@ -357,6 +367,17 @@ def loss_settings(
 ) -> tuple[torch.Tensor, float]:
     """The weights of (task, output, layer) and the prompt dropout: the config's, or else the recipe's.
 
+    Takes and raises what `loss_in_force` does.
+    """
+    loss = loss_in_force(recipe, config, teacher_made, trajectories)
+    return torch.tensor([loss.task, loss.output, loss.layer]), loss.prompt_dropout
+
+
+def loss_in_force(
+    recipe: Recipe, config: DistillConfig, teacher_made: bool = True, trajectories: bool = False
+) -> LossConfig:
+    """The losses' weights and the prompt dropout, the recipe's where the config leaves them out.
+
     teacher_made: whether the images are the teacher's own; trajectories: whether they are states of its sampling, for
     which there is no task target. Raises ValueError if all weights are 0, or for a task weight that cannot work.
     """
@@ -375,7 +396,21 @@ def loss_settings(
     dropout = recipe.prompt_dropout if chosen.prompt_dropout is None else chosen.prompt_dropout
     if max(task, output, layer) == 0:
         raise ValueError("the weights loss.task, loss.output and loss.layer may not all be 0")
-    return torch.tensor([task, output, layer]), dropout
+    return replace(chosen, task=task, output=output, layer=layer, prompt_dropout=dropout)
+
+
+def with_recipe(config: DistillConfig, transformer: nn.Module, *images: bool) -> DistillConfig:
+    """The config with the recipe's name and what the recipe says of the losses. images: as in `loss_in_force`."""
+    name = config.model.recipe or family_of(transformer).default_recipe(transformer.config)
+    loss = loss_in_force(recipe_for(transformer, config), config, *images)
+    return replace(config, model=replace(config.model, recipe=name), loss=loss)
+
+
+def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool) -> dict[str, Any]:
+    """The settings OF_RECIPE as they are where the config leaves them out. images: as above."""
+    settings = resume_settings(with_recipe(replace(config, loss=LossConfig()), transformer, *images))
+    usual = family_of(transformer).default_recipe(transformer.config)
+    return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
 
 
 def planned_grid(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> tuple[int, int]:

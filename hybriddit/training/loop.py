@@ -6,9 +6,10 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class Job(ABC):
     are trained.
 
     model: its parameters with requires_grad are trained, in place. settings: the settings that must not change when a
-    run is resumed.
+    run is resumed; usual: see `read_state`.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class Job(ABC):
     fused: ClassVar[bool]
     model: nn.Module
     settings: dict[str, Any]
+    usual: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def make_batch(self, step: int) -> list:
@@ -101,12 +103,12 @@ class Job(ABC):
         return tensors
 
 
-def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerator:
+def start_run(config, result: str, settings: dict, usual: dict | None = None, *, resume: bool) -> Accelerator:
     """Set up the processes and claim `config.output.folder`, if one is given, before anything is loaded.
 
     result: the name of the run's result in the folder, "adapter" or "pipeline". settings: the settings that must not
-    change when a run is resumed. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one line, for
-    settings, launchers and folders that cannot work.
+    change when a run is resumed; usual: see `read_state`. Raises ValueError, NotImplementedError or
+    ModuleNotFoundError, in one line, for settings, launchers and folders that cannot work.
     """
     if config.output.folder and config.output.tracker == "wandb" and not is_wandb_available():
         raise ModuleNotFoundError("output.tracker is wandb, which is not installed: pip install wandb")
@@ -114,7 +116,7 @@ def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerat
     check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     if config.output.folder:
-        claim_folder(Path(config.output.folder), result, settings, config.train.steps, resume)
+        claim_folder(Path(config.output.folder), result, settings, usual or {}, config.train.steps, resume)
     return accelerator
 
 
@@ -138,7 +140,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     if resume:
         newest = checkpoints(folder / "checkpoints")[-1]
         shadow = average.shadow_params
-        first = load_checkpoint(newest, trained, shadow, optimizer, job.settings, rename=job.renamed)
+        first = load_checkpoint(newest, trained, shadow, optimizer, job.settings, job.usual, rename=job.renamed)
         average.optimization_step = first
     if writes:
         start_folder(folder, first, job, config, accelerator)

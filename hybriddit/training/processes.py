@@ -86,17 +86,17 @@ def check_processes(config, processes: int) -> None:
         )
 
 
-def claim_folder(folder: Path, result: str, settings: dict, steps: int, resume: bool) -> None:
+def claim_folder(folder: Path, result: str, settings: dict, usual: dict, steps: int, resume: bool) -> None:
     """Make the run's folder.
 
-    steps: that the run is to have at its end. Raises ValueError if a new run would overwrite another, if there is none
-    to resume, or if that has more steps already.
+    settings, usual: see `read_state`. steps: that the run is to have at its end. Raises ValueError if a new run would
+    overwrite another, if there is none to resume, or if that has more steps already.
     """
     found = checkpoints(folder / "checkpoints")
     if resume and not found:
         raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
     if resume:
-        done = read_state(found[-1], settings)["step"]
+        done = read_state(found[-1], settings, usual)["step"]
         if done > steps:
             raise ValueError(
                 f"train.steps is {steps}, and {found[-1]} has {done} already: give it {done} or more, or start anew in "

@@ -389,6 +389,36 @@ def test_a_stopped_run_leaves_an_adapter(prepared, tmp_path, monkeypatch, capsys
     assert find_adapter(tmp_path).parent.name == "step-00000004"
 
 
+def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
+    """Losses and recipe are written as they are in force. A run of version 0.1, which left them out, is resumed."""
+    pipeline, data = prepared("flux_schnell")
+    distill(pipeline, data, tiny_config(tmp_path, train__steps=1, output__checkpoint_every=1, loss__output=0.25))
+    written, [begun] = load_config(tmp_path / "config.yaml"), json.loads((tmp_path / "run.json").read_text())
+    in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "prompt_dropout": 0.0, "window_dropout": 0.0}
+    assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
+    assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
+
+    def resumed(steps, **loss):
+        pipeline, data = prepared("flux_schnell")
+        given = {f"loss__{name}": value for name, value in loss.items()}
+        distill(
+            pipeline, data, tiny_config(tmp_path, train__steps=steps, output__checkpoint_every=1, **given), resume=True
+        )
+
+    resumed(2, output=0.25, layer=0.5)
+    with pytest.raises(ValueError, match="other values of loss.layer: resume with"):
+        resumed(3, output=0.25, layer=0.75)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    old = json.loads(state.read_text())
+    old["settings"] |= {f"loss.{name}": None for name in ("task", "output", "layer", "prompt_dropout")}
+    old["settings"]["model.recipe"] = None
+    state.write_text(json.dumps(old))
+    for changed in ({"output": 0.25}, {"task": 0.5}):
+        with pytest.raises(ValueError, match=f"other values of loss.{next(iter(changed))}: resume with"):
+            resumed(3, **changed)
+    resumed(3)
+
+
 def test_what_cannot_be_resumed_is_said(prepared, tmp_path):
     pipeline, data = prepared("flux_dev")
     with pytest.raises(ValueError, match="nothing to resume"):
