@@ -114,7 +114,13 @@ def _count_captioned(settings) -> int:
     from .captions import read_captions
     from .image_folder import first_captioned
 
-    return len(first_captioned(read_captions(settings.folder).captions, settings.max_images))
+    found = first_captioned(read_captions(settings.folder).captions, settings.max_images)
+    count = sum(bool(caption) for caption in found.values())
+    if not count:
+        raise ValueError(
+            f"none of the {len(found)} images in {settings.folder} has a caption: see docs/distill.md for where it may be"
+        )
+    return count
 
 
 SOURCES = {

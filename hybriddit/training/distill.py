@@ -17,6 +17,7 @@ from torch import nn
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..data.latents import LatentData
+from ..data.prompts import few_prompts, read_prompts
 from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
@@ -56,8 +57,12 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    if base.note and accelerator.is_main_process:
-        print(f"note: {base.note}", file=sys.stderr)
+    few = SOURCES[config.data.source].reads == "prompts" and few_prompts(
+        len(read_prompts(config.data.prompts)), config.data.images
+    )
+    for note in (base.note, few):
+        if note and accelerator.is_main_process:
+            print(f"note: {note}", file=sys.stderr)
     pipeline = load_base(base, dtype).to(accelerator.device)
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
