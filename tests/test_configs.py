@@ -130,6 +130,12 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(file):
     assert config.train == DistillConfig().train
 
 
+def test_a_precision_of_no_needs_no_quotes(file):
+    """YAML reads a bare no as false."""
+    assert load_config(file("train: {precision: no}\n")).train.precision == "no"
+    assert load_config(file("train: {precision: bf16}\n"), ["train.precision=no"]).train.precision == "no"
+
+
 def test_a_config_survives_writing(file, tmp_path):
     config = load_config(file("hybrid: {window: [4, 6]}\nmodel: {path: somewhere}\n"))
     OmegaConf.save(OmegaConf.create(to_dict(config)), tmp_path / "again.yaml")

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybriddit import files
 from hybriddit.files import filling, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
@@ -26,6 +27,22 @@ def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert tree(tmp_path) == {"a.txt": "new"}
+
+
+def test_tensors_may_be_read_by_those_who_may_read_other_files(tmp_path):
+    """safetensors makes files of mode 0600, which a group's other members or a server cannot read."""
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+        for writing, folder in ((replacing_folder, tmp_path / "b"), (filling, tmp_path / "c")):
+            with writing(folder) as partial:
+                (partial / "part").mkdir()
+                save_file({"a": torch.zeros(1)}, partial / "part" / "a.safetensors")
+    finally:
+        os.umask(before)
+    for path in ("a.safetensors", "b/part/a.safetensors", "c/part/a.safetensors"):
+        assert (tmp_path / path).stat().st_mode & 0o777 == 0o640, path
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_replaced_folder_is_the_new_one_or_the_old_one(tmp_path):

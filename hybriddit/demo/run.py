@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..attention import HybridAttention, TokenLayout
 from ..data.sources import make_data
-from ..files import write_json
+from ..files import replacing_folder, write_json
 from ..images import contact_sheet
 from ..metrics.nearness import nearness
 from ..models import family_of
@@ -138,7 +138,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         4,
         f"the whole pipeline is saved to {out / 'pipeline'}, loaded by diffusers in a new process, and makes its images",
     )
-    pipeline.save_pretrained(out / "pipeline")
+    with replacing_folder(out / "pipeline") as folder:
+        pipeline.save_pretrained(folder)
     distilled = generate_in_new_process(out / "pipeline", prompts, seeds, sampling)
 
     metrics = {

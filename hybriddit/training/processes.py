@@ -10,6 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, str_to_bool
 
 from ..files import make_folder
+from ..machine import device_of_this_machine
 from .checkpoint import checkpoints, read_state
 
 
@@ -49,6 +50,12 @@ def check_launcher(config) -> None:
         raise NotImplementedError("take train.compile=true in place of accelerate's dynamo_backend")
     if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
         raise NotImplementedError("take train.accumulation in place of accelerate's gradient_accumulation_steps")
+    joined = device_of_this_machine().type != "cpu" or str_to_bool(os.environ.get("ACCELERATE_USE_CPU") or "false")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not joined:  # accelerate has to be told, and torchrun does not
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and without a GPU accelerate makes each of them a run of "
+            "its own: set ACCELERATE_USE_CPU=true, or start one"
+        )
     precision = given("ACCELERATE_MIXED_PRECISION", "no", config.train.precision)
     if precision:
         raise ValueError(
