@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, push, train, generate, compare, cache, sample, evaluate, benchmark, info.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, compare, cache, sample and others.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.

@@ -25,8 +25,8 @@ def run(
     """Save the pipeline `model` with hybrid attention to the new or empty folder `out`, whole or not at all.
 
     adapter: provides config and weights; without it the hybrid's weights are fresh. any_base: take an adapter that was
-    distilled from other weights. window (in tokens), or plan (a YAML
-    or JSON file of HybridConfig's fields): the config of a fresh hybrid. model, variant, config: see
+    distilled from other weights. window (in tokens), or plan (a YAML or JSON file of HybridConfig's fields): the config
+    of a fresh hybrid. model, variant, config: see
     `pipelines.loading.find_base`. dtype: such as "bfloat16"; None keeps each component's, as it is stored. quiet: hide
     progress bars, notes, and messages of the libraries except errors.
 

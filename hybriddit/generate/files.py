@@ -72,7 +72,8 @@ def run(
     """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
-    adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
+    adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA
+    file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
     `pipelines.prepare.place`. vae_tiling: decode in tiles. seed_per_prompt, settings: those of `generate`. quiet: no
     progress bars, and no notes on stderr. announce: print each file saved.
