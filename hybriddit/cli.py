@@ -294,8 +294,8 @@ def _run_training(run, config, resume: bool, option: str) -> None:
         if any(Path(config.output.folder, "checkpoints").glob("step-*")):
             folder = config.output.folder
             print(
-                f"stopped: add --resume to go on from the newest checkpoint in {folder}; `hybriddit generate --{option} "
-                f"{folder}` uses it as it is",
+                f"stopped: add --resume to go on from the newest checkpoint in {folder}; "
+                f"`hybriddit generate --{option} {folder}` uses it as it is",
                 file=sys.stderr,
             )
         raise

@@ -76,8 +76,8 @@ def push_adapter(
 def make_card(folder: Path, repo_id: str, base: str | None = None, license: str = "unknown") -> ModelCard:
     """Make an adapter's card: base, settings, and the figures of its run where the folder is in one.
 
-    base: repository of what it was distilled from; None: what the run's config or the adapter says. Of a folder only the
-        name is told.
+    base: repository of what it was distilled from; None: what the run's config or the adapter says. Of a folder only
+        the name is told.
     license: of the base, whose licence the adapter's use falls under.
     """
     from huggingface_hub import ModelCard, ModelCardData

@@ -1,4 +1,4 @@
-"""What a saved pipeline holds, by the names and headers of its files: components, variants, dtypes. Where adapters are."""
+"""What a saved pipeline holds, by the names and headers of its files: components, variants, dtypes; adapters."""
 
 from __future__ import annotations
 
@@ -175,6 +175,6 @@ def _steps(adapter: Path) -> int:
 
 
 def public_name(path: str) -> str:
-    """The name of a model by where it was loaded from: "owner/name" of the hub, of a folder or file its last part alone."""
+    """The name of a model by where it was loaded from: "owner/name" of the hub; of a path its last part alone."""
     of_hub = path.count("/") == 1 and not path.startswith(("/", ".")) and not Path(path).exists()
     return path if of_hub else Path(path).name

@@ -37,8 +37,8 @@ def few_prompts(prompts: int, images: int) -> str | None:
     if images <= OFTEN * prompts:
         return None
     return (
-        f"data.prompts holds {prompts:,} prompts for {images:,} images, {images / prompts:.0f} images of each: with more "
-        "prompts the student learns of more than these"
+        f"data.prompts holds {prompts:,} prompts for {images:,} images, {images / prompts:.0f} images of each: with "
+        "more prompts the student learns of more than these"
     )
 
 

@@ -118,7 +118,8 @@ def _count_captioned(settings) -> int:
     count = sum(bool(caption) for caption in found.values())
     if not count:
         raise ValueError(
-            f"none of the {len(found)} images in {settings.folder} has a caption: see docs/distill.md for where it may be"
+            f"none of the {len(found)} images in {settings.folder} has a caption: see docs/distill.md for where it may "
+            "be"
         )
     return count
 

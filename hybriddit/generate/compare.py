@@ -140,7 +140,8 @@ def report_text(report: dict[str, Any], out: Path) -> str:
         f"{report['images']} images, each by the hybrid and by its dense teacher",
         f"PSNR to the teacher   {psnr['mean']:.2f} dB, from {psnr['lowest']:.2f} to {psnr['highest']:.2f}",
         f"SSIM to the teacher   {ssim['mean']:.3f}, from {ssim['lowest']:.3f} to {ssim['highest']:.3f}",
-        f"seconds per image     {seconds['hybrid']:g} hybrid, {seconds['teacher']:g} teacher (median, {report['device']})",
+        f"seconds per image     {seconds['hybrid']:g} hybrid, {seconds['teacher']:g} teacher "
+        f"(median, {report['device']})",
     ]
     if report["features"]:
         lines.append(

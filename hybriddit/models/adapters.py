@@ -74,7 +74,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
     family = family_of(model)
     source = str(folder_or_repo_id)
-    config, base_class = read_adapter_config(source)
+    config, base_class, base = _read_config(source)
     if base_class != family.dense_class.__name__:
         raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
     weights_path = _adapter_file(source, WEIGHTS_NAME)
@@ -92,7 +92,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
         own = _hybrid_state(model)
         _check_fit(weights, own, source)
         if check_base:
-            _check_base(model, source)
+            _check_base(model, base, source)
     except ValueError:
         if not was_hybrid:
             restore_dense(model)
@@ -103,16 +103,15 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     return model_or_pipeline
 
 
-def _check_base(model: nn.Module, source: str) -> None:
-    """Raise ValueError for a model of other weights than the adapter was made from, if it tells them."""
-    base = read_adapter_base(source)
+def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError for a model of other weights than those that the adapter was made from, if it tells them."""
     if base.get("weights") is None:
         return
     found, name = base_digest(model), base.get("name") or "a model without a name"
     if found is None:
         warnings.warn(
-            f"whether the model is {name}, which the adapter in {source} was made from, cannot be told: its weights are "
-            "neither float32 nor bfloat16",
+            f"whether the model is {name}, which the adapter in {source} was made from, cannot be told: its weights "
+            "are neither float32 nor bfloat16",
             stacklevel=3,
         )
     elif found != base["weights"]:
@@ -157,31 +156,23 @@ def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridConfig, str | None]:
     """Read an adapter's config and the name of the class it is for, but no weights. Raises as load_adapter does."""
-    path, values = _read_config(folder_or_repo_id)
-    try:
-        config = HybridConfig.from_saved(values)
-        check_mixer(config.mixer, **config.mixer_settings)
-        return config, values.get("_base_class")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no adapter config: {error}") from error
+    config, base_class, _ = _read_config(folder_or_repo_id)
+    return config, base_class
 
 
-def read_adapter_base(folder_or_repo_id: str | os.PathLike) -> dict[str, Any]:
-    """What an adapter tells of its base (see `save_adapter`), {} for one of version 0.1. Raises as load_adapter does."""
-    path, values = _read_config(folder_or_repo_id)
-    base = values.get("_base", {})
-    if not isinstance(base, dict):
-        raise ValueError(f"{path} is no adapter config: its _base is {base!r}")
-    return base
-
-
-def _read_config(source: str | os.PathLike) -> tuple[str, dict[str, Any]]:
+def _read_config(source: str | os.PathLike) -> tuple[HybridConfig, str | None, dict[str, Any]]:
+    """An adapter's config, the class it is for, and what it tells of its base: {} for one of version 0.1."""
     path = _adapter_file(str(source), CONFIG_NAME)
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # json's and unicode's decoding errors are ValueErrors too
+        config = HybridConfig.from_saved(values)
+        check_mixer(config.mixer, **config.mixer_settings)
+        base = values.get("_base", {})
+        if not isinstance(base, dict):
+            raise ValueError(f"its _base is {base!r}")
+        return config, values.get("_base_class"), base
+    except (TypeError, ValueError) as error:  # json's and unicode's decoding errors are ValueErrors too
         raise ValueError(f"{path} is no adapter config: {error}") from error
-    return path, values
 
 
 def _adapter_file(source: str, name: str) -> str:

@@ -30,7 +30,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def base_digest(model: nn.Module) -> str | None:
-    """`weights_digest` by which an adapter knows its base: without LoRAs, and rounded to bfloat16 as a base may be loaded.
+    """`weights_digest` by which an adapter knows its base: without LoRAs, rounded to bfloat16 as it may be loaded.
 
     None where the weights are of other types than float32 and bfloat16 (float16, quantised) or not there, so that it
     cannot be told.

@@ -152,8 +152,8 @@ def report(figures: dict) -> str:
         ("", "gradients in flight, the kernels' workspaces, what the allocator wastes"),
         (
             "disk",
-            f"{_si(figures['disk_bytes']['cache'], 'B')} in data.cache, {_si(figures['disk_bytes']['checkpoints'], 'B')} of "
-            "checkpoints",
+            f"{_si(figures['disk_bytes']['cache'], 'B')} in data.cache, "
+            f"{_si(figures['disk_bytes']['checkpoints'], 'B')} of checkpoints",
         ),
         ("time", f"{_duration(hours['data'])} of the transformer for {figures['images']:,} images"),
         ("", f"{_duration(hours['training'])} for {figures['steps']:,} steps"),

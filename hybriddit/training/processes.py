@@ -53,8 +53,8 @@ def check_launcher(config) -> None:
     joined = device_of_this_machine().type != "cpu" or str_to_bool(os.environ.get("ACCELERATE_USE_CPU") or "false")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not joined:  # accelerate has to be told, and torchrun does not
         raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and without a GPU accelerate makes each of them a run of "
-            "its own: set ACCELERATE_USE_CPU=true, or start one"
+            f"{os.environ['WORLD_SIZE']} processes were launched, and without a GPU accelerate makes each of them a run "
+            "of its own: set ACCELERATE_USE_CPU=true, or start one"
         )
     precision = given("ACCELERATE_MIXED_PRECISION", "no", config.train.precision)
     if precision:

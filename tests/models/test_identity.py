@@ -94,7 +94,7 @@ def test_a_converted_transformer_is_its_teacher():
 
 
 def test_a_base_is_known_however_it_is_loaded():
-    """In float32 or bfloat16, converted, with a LoRA; not one whose weights are others, or of a type that tells less."""
+    """In float32 or bfloat16, converted, with a LoRA; not of other weights, or of a type that tells less."""
     from tiny_pipelines import tiny_pipeline
 
     transformer = tiny_pipeline("flux_dev").transformer.to(torch.bfloat16)
