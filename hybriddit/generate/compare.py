@@ -58,7 +58,7 @@ def run(
         raise ValueError("hybriddit compare works in one process: start one, whose times nothing else disturbs")
     if any_base and adapter is None:
         raise ValueError("--any-base is for an adapter: give --adapter too")
-    subjects = read_prompts(prompts)
+    subjects = read_prompts(prompts, says=not quiet)
     check_settings(subjects, seed=seed, num_images=num_images, **settings)
     where = find_device(device)
     if features and len(subjects) * num_images < 2:
