@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, push, train, generate, cache, sample, evaluate, benchmark, info.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, compare, cache, sample and others.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.
@@ -23,6 +23,9 @@ from .benchmark.shapes import PARTS, VARIANTS
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("model", "group", "sequential")
+ADAPTER_HELP = (
+    "folder or repository of a distilled adapter; or the folder of a distillation, or of one of its checkpoints"
+)
 EPILOG = """exit codes:
   0    done
   1    something is wrong that you can put right: one line on stderr says what
@@ -80,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_push,
         add_train,
         add_generate,
+        add_compare,
         add_cache,
         add_sample,
         add_evaluate,
@@ -131,6 +135,14 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str = "bfloat16 on a GP
     parser.add_argument("--dtype", choices=DTYPES, help=f"(default: {default})")
 
 
+def _add_any_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="take an adapter that was distilled from other weights: --model is a finetune of them, say",
+    )
+
+
 def _add_files(parser: argparse.ArgumentParser) -> None:
     """The options that say which of a pipeline's files are read."""
     parser.add_argument(
@@ -176,7 +188,8 @@ def add_convert(commands) -> None:
         "--model", required=True, help="repository id or folder of a dense diffusers pipeline, or a single file"
     )
     sub.add_argument("--out", required=True, type=Path, help="folder for the hybrid pipeline, new or empty")
-    sub.add_argument("--adapter", help="folder or repository of a distilled adapter; without one the hybrid is fresh")
+    sub.add_argument("--adapter", help=f"{ADAPTER_HELP}; without one the hybrid is fresh")
+    _add_any_base(sub)
     sub.add_argument("--window", type=int, help="window of a fresh hybrid, in tokens (default 16)")
     sub.add_argument("--plan", type=Path, help="YAML or JSON file of HybridConfig's fields, for a fresh hybrid")
     _add_files(sub)
@@ -222,7 +235,7 @@ def distill(options: argparse.Namespace) -> None:
         return
     from .training.distill import run  # imports torch and diffusers: only once the config is known to be right
 
-    _run_training(run, config, options.resume)
+    _run_training(run, config, options.resume, "adapter")
     print(f"adapter saved to {Path(config.output.folder) / 'adapter'}")
 
 
@@ -266,18 +279,24 @@ def train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides, "train")
     from .training.train_sit import run
 
-    _run_training(run, config, options.resume)
+    _run_training(run, config, options.resume, "model")
     print(f"pipeline saved to {Path(config.output.folder) / 'pipeline'}")
 
 
-def _run_training(run, config, resume: bool) -> None:
-    """Call `run`; if Ctrl-C stops it and it has left a checkpoint, say how to resume."""
+def _run_training(run, config, resume: bool, option: str) -> None:
+    """Call `run`; if Ctrl-C stops it and it has left a checkpoint, say how to resume or use it.
+
+    option: of `hybriddit generate`, which takes the run's folder.
+    """
     try:
         run(config, resume=resume)
     except KeyboardInterrupt:
         if any(Path(config.output.folder, "checkpoints").glob("step-*")):
+            folder = config.output.folder
             print(
-                f"stopped: add --resume to go on from the newest checkpoint in {config.output.folder}", file=sys.stderr
+                f"stopped: add --resume to go on from the newest checkpoint in {folder}; "
+                f"`hybriddit generate --{option} {folder}` uses it as it is",
+                file=sys.stderr,
             )
         raise
 
@@ -297,7 +316,8 @@ def add_generate(commands) -> None:
         "or a single .safetensors file, with --config",
     )
     _add_files(sub)
-    sub.add_argument("--adapter", help="folder or repository of a distilled adapter")
+    sub.add_argument("--adapter", help=ADAPTER_HELP)
+    _add_any_base(sub)
     sub.add_argument(
         "--lora",
         action="append",
@@ -378,6 +398,53 @@ def generate(options: argparse.Namespace) -> None:
     made = run(**_given(options), announce=not (options.quiet or options.json))
     if options.json:
         print(json.dumps(made))
+
+
+def add_compare(commands) -> None:
+    sub = _add_command(
+        commands,
+        "compare",
+        compare,
+        "make images by a hybrid and by its dense teacher, and say how near they are: PSNR, SSIM, seconds",
+        "--model base/ --adapter run/adapter --prompts prompts.txt --out outputs/compare",
+    )
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="repository id or folder of a diffusers pipeline, or a single .safetensors file, with --config",
+    )
+    _add_files(sub)
+    sub.add_argument("--adapter", help=f"{ADAPTER_HELP}; left out where --model is hybrid")
+    _add_any_base(sub)
+    sub.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
+    sub.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
+    for side in ("height", "width"):
+        sub.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
+    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
+    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    sub.add_argument(
+        "--features",
+        metavar="NAME",
+        help="also the Fréchet distance of the two sets by these features: inception, or package.module:function of "
+        "your own, uint8 [B, 3, H, W] to [B, F]",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="folder, new or empty, for the images and figures")
+    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from .generate.compare import report_text, run
+
+    report = run(**{**_given(options), "quiet": options.quiet or options.json})
+    if options.json:
+        print(json.dumps(report))
+    elif not options.quiet:
+        print(report_text(report, options.out))
 
 
 def add_cache(commands) -> None:
@@ -463,7 +530,14 @@ def add_evaluate(commands) -> None:
     sub.add_argument("samples", type=Path, help="npz file: arr_0, uint8 [N, H, W, 3]; or a folder of images")
     sub.add_argument("reference", type=Path, help="the same; of an npz file mu, sigma, mu_s, sigma_s are used")
     sub.add_argument("--size", type=int, help="scale and crop the images of folders to SIZE x SIZE, as ADM does")
-    sub.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
+    extractor = sub.add_mutually_exclusive_group()
+    extractor.add_argument("--inception", type=Path, help="the weights' file (default: from torch.hub's cache)")
+    extractor.add_argument(
+        "--features",
+        metavar="NAME",
+        help="package.module:function of your own, uint8 [B, 3, H, W] to [B, F], in place of Inception: the scores are "
+        "the Fréchet distance, precision and recall by these",
+    )
     sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     sub.add_argument(
         "--shuffle", type=int, metavar="SEED", help="assign the samples to the inception score's splits at random"

@@ -14,6 +14,7 @@ def run(
     out: Path,
     *,
     adapter: str | None = None,
+    any_base: bool = False,
     window: int | None = None,
     plan: Path | None = None,
     variant: str | None = None,
@@ -23,8 +24,9 @@ def run(
 ) -> None:
     """Save the pipeline `model` with hybrid attention to the new or empty folder `out`, whole or not at all.
 
-    adapter: provides config and weights; without it the hybrid's weights are fresh. window (in tokens), or plan (a YAML
-    or JSON file of HybridConfig's fields): the config of a fresh hybrid. model, variant, config: see
+    adapter: provides config and weights; without it the hybrid's weights are fresh. any_base: take an adapter that was
+    distilled from other weights. window (in tokens), or plan (a YAML or JSON file of HybridConfig's fields): the config
+    of a fresh hybrid. model, variant, config: see
     `pipelines.loading.find_base`. dtype: such as "bfloat16"; None keeps each component's, as it is stored. quiet: hide
     progress bars, notes, and messages of the libraries except errors.
 
@@ -32,6 +34,8 @@ def run(
     """
     if sum(option is not None for option in (adapter, window, plan)) > 1:
         raise ValueError("give one of --window and --plan, for a fresh hybrid, or --adapter, which brings its own")
+    if any_base and adapter is None:
+        raise ValueError("--any-base is for an adapter: give --adapter too")
     fields = {} if window is None else {"window": window}
     chosen = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
     from .attention.mixers import check_mixer
@@ -54,7 +58,7 @@ def run(
             print(f"note: {base.note}", file=sys.stderr)
         pipeline = load_base(base, None if dtype is None else getattr(torch, dtype))
         if adapter:
-            load_adapter(pipeline, adapter)
+            load_adapter(pipeline, adapter, check_base=not any_base)
         else:
             hybridize(pipeline.transformer, chosen)
         pipeline.save_pretrained(folder)

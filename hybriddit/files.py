@@ -58,6 +58,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _with_usual_mode(partial)
         for path in (*partial.rglob("*"), partial):
             flush(path)
         if folder.exists():
@@ -87,12 +88,23 @@ def filling(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _with_usual_mode(partial)
         for path in sorted(partial.iterdir(), key=Path.is_file):  # files last: they say what the folders are
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not was_there and next(folder.iterdir(), None) is None:
             folder.rmdir()
+
+
+def _with_usual_mode(folder: Path) -> None:
+    """Let those read the tensors in a folder who may read other new files: safetensors lets their owner alone."""
+    probe = folder / f".{os.getpid()}.mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def flush(path: Path) -> None:
@@ -139,8 +151,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode & 0o777
     try:
         save_file(tensors, path, metadata={CHECKSUM: checksum(tensors)})  # one key: the order of several varies
+        path.chmod(mode)  # safetensors lets the owner alone read it
     except SafetensorError as error:  # raised for a full disk too
         raise OSError(f"could not write {path}: {error}") from error
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .files import replacing
@@ -206,3 +206,40 @@ def save_grid(path: Path, columns: Sequence[Sequence[Image.Image]]) -> None:
         for y, image in enumerate(column):
             grid.paste(image, (x * width, y * height))
     save_png(grid, path)
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], path: Path, width: int = 128
+) -> None:
+    """Write a PNG: one labelled row of images per entry, one captioned column per image.
+
+    rows: images of one size, uint8 [H, W, 3], by the row's name. width: of an image on the sheet, in pixels.
+    """
+    first = next(iter(rows.values()))[0]
+    height = round(width * first.shape[0] / first.shape[1])
+    filter = Image.Resampling.NEAREST if width >= first.shape[1] else Image.Resampling.LANCZOS
+    margin, gap, spacing = 118, 6, 2
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    wrapped = [_wrapped(caption, width, draw) for caption in captions]
+    header = max(34, 8 + max(draw.multiline_textbbox((0, 0), text, spacing=spacing)[3] for text in wrapped))
+    sheet = Image.new("RGB", (margin + len(captions) * (width + gap), header + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(wrapped):
+        draw.multiline_text((margin + column * (width + gap), 3), text, fill="black", spacing=spacing)
+    for row, (name, images) in enumerate(rows.items()):
+        y = header + row * (height + gap)
+        draw.multiline_text((6, y + height // 2 - 12), name, fill="black")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((width, height), filter)
+            sheet.paste(tile, (margin + column * (width + gap), y))
+    save_png(sheet, path)
+
+
+def _wrapped(text: str, width: int, draw: ImageDraw.ImageDraw, lines: int = 6) -> str:
+    """A text in lines of at most so many pixels, at most `lines` of them: what is left is cut off with an ellipsis."""
+    text = text.encode("latin-1", "replace").decode("latin-1")  # what PIL's own font draws
+    wrapped = [""]
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}".strip()
+        wrapped = [*wrapped[:-1], longer] if draw.textlength(longer) < width or not wrapped[-1] else [*wrapped, word]
+    return "\n".join(wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], f"{wrapped[lines - 1]} ..."])

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from .config import HybridConfig
 from .files import read_json, read_tensors, replacing
+from .stored import ADAPTER_FILES, find_adapter, public_name
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-FILES = ("hybrid_config.json", "hybrid_adapter.safetensors")
 # what a card tells of a run's config, by section; no prompts and no paths, which may be private
 SHOWN = {
     "data": "source images height width steps guidance_scale",
@@ -64,7 +64,7 @@ def push_adapter(
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[*FILES, "README.md"],
+            allow_patterns=[*ADAPTER_FILES, "README.md"],
             commit_message="Upload the adapter",
         )
     except Exception as error:  # the hub's client and the HTTP library below it have no common class of errors
@@ -73,34 +73,25 @@ def push_adapter(
     return f"https://huggingface.co/{repo_id}"
 
 
-def find_adapter(folder: Path) -> Path:
-    """The folder of an adapter: `folder`, or `folder`/adapter as in a run's. Raises as `push_adapter` does."""
-    for found in (folder, folder / "adapter"):
-        if (found / FILES[0]).is_file():
-            if not (found / FILES[1]).is_file():
-                raise ValueError(f"{found} has no {FILES[1]}")
-            return found
-    raise FileNotFoundError(f"no adapter in {folder}: neither it nor adapter/ in it has a {FILES[0]}")
-
-
 def make_card(folder: Path, repo_id: str, base: str | None = None, license: str = "unknown") -> ModelCard:
     """Make an adapter's card: base, settings, and the figures of its run where the folder is in one.
 
-    base: repository of what it was distilled from; None: what the run's config says. Of a folder only the name is told.
+    base: repository of what it was distilled from; None: what the run's config or the adapter says. Of a folder only
+        the name is told.
     license: of the base, whose licence the adapter's use falls under.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    values = read_json(folder / FILES[0])
+    values = read_json(folder / ADAPTER_FILES[0])
     try:
         hybrid = HybridConfig.from_saved(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / FILES[0]} is no adapter config: {error}") from error
-    added = sum(tensor.numel() for tensor in read_tensors(folder / FILES[1]).values())
+        raise ValueError(f"{folder / ADAPTER_FILES[0]} is no adapter config: {error}") from error
+    added = sum(tensor.numel() for tensor in read_tensors(folder / ADAPTER_FILES[1]).values())
     config, figures = read_run(folder.parent)
-    path = base or config.get("model", {}).get("path") or ""
-    repository = path if path.count("/") == 1 and not Path(path).exists() and not path.startswith(("/", ".")) else None
-    name = repository or (Path(path).name if path else "an unknown checkpoint")
+    path = base or config.get("model", {}).get("path") or (values.get("_base") or {}).get("name") or ""
+    name = public_name(path) or "an unknown checkpoint"
+    repository = name if "/" in name else None
     facts = {"distilled_from": name, "base_class": values.get("_base_class"), "parameters": added, **figures}
     data = ModelCardData(
         base_model=repository,

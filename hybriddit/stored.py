@@ -1,4 +1,4 @@
-"""What a saved pipeline holds, read from the names and headers of its files: components, variants, dtypes."""
+"""What a saved pipeline holds, by the names and headers of its files: components, variants, dtypes; adapters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.([^.]+?))?\.safetensors"
 )
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+ADAPTER_FILES = ("hybrid_config.json", "hybrid_adapter.safetensors")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -147,3 +148,33 @@ def stored_dtype(files: Iterable[Path]) -> str:
     if dtype not in DTYPES:
         raise ValueError(f"{file} is stored as {dtype}, which models do not compute in: choose a --dtype")
     return DTYPES[dtype]
+
+
+def find_adapter(folder: Path) -> Path:
+    """The folder of an adapter: `folder` itself, or in the folder of a distillation or of one of its checkpoints.
+
+    Of a distillation's result and its checkpoints' adapters that of most steps is taken. Raises FileNotFoundError where
+    there is none, or where it is not whole.
+    """
+    config, weights = ADAPTER_FILES
+    places = [folder, folder / "adapter", *sorted(folder.glob("checkpoints/step-*/adapter"))]
+    found = [place for place in places if (place / config).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no adapter in {folder}: it has no {config}, nor has adapter/ or a checkpoint in it")
+    chosen = folder if folder in found else max(found, key=_steps)
+    if not (chosen / weights).is_file():
+        raise FileNotFoundError(f"{chosen} has no {weights}: its adapter is not whole")
+    return chosen
+
+
+def _steps(adapter: Path) -> int:
+    """The steps that an adapter was distilled for; 0 where it does not tell them."""
+    base = read_json(adapter / ADAPTER_FILES[0]).get("_base")
+    steps = base.get("steps") if isinstance(base, dict) else None
+    return steps if isinstance(steps, int) else 0
+
+
+def public_name(path: str) -> str:
+    """The name of a model by where it was loaded from: "owner/name" of the hub; of a path its last part alone."""
+    of_hub = path.count("/") == 1 and not path.startswith(("/", ".")) and not Path(path).exists()
+    return path if of_hub else Path(path).name

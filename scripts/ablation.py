@@ -38,8 +38,9 @@ from torch import nn
 from hybriddit.benchmark.measure import Case, Limits, measure
 from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
-from hybriddit.demo.run import SHOWN, compare, contact_sheet, generate, judged, layout_of, sampling_of, set_gates
+from hybriddit.demo.run import SHOWN, compare, generate, judged, layout_of, sampling_of, set_gates
 from hybriddit.files import read_json, replacing, write_json
+from hybriddit.images import contact_sheet
 from hybriddit.machine import git_state
 from hybriddit.models import family_of, hybridize
 from hybriddit.models.flops import attention_flops

@@ -36,9 +36,9 @@ from torch import nn
 from hybriddit.benchmark.measure import Case, Limits, measure
 from hybriddit.data.class_data import ClassData
 from hybriddit.data.sources import open_class_data
-from hybriddit.demo.run import contact_sheet
 from hybriddit.files import replacing
 from hybriddit.flow import draw_times, flow_loss, guided, interpolate, sample_ode
+from hybriddit.images import contact_sheet
 from hybriddit.machine import git_state
 from hybriddit.metrics import frechet_distance, moments, to_uint8
 from hybriddit.models.sit import SIT_FAR_BRANCH, SiTTransformer2DModel

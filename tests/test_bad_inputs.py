@@ -658,6 +658,20 @@ def an_image_folder_that_is_not_there(w):
     return w.distill("data.source=folder", f"data.folder={w.folder / 'none'}")
 
 
+@bad(r"none of the 1 images in images has a caption")
+def a_folder_without_captions(w):
+    (w.folder / "images" / "a.txt").unlink()
+    return lambda: cli(
+        "distill", "run.yaml", *folders(), "data.source=folder", "data.folder=images", "output.folder=new"
+    )
+
+
+@bad(r"none of the 1 images in images has a caption")
+def a_folder_without_captions_in_a_dry_run(w):
+    (w.folder / "images" / "a.txt").unlink()
+    return lambda: cli("distill", "run.yaml", *folders(), "data.source=folder", "data.folder=images", "--dry-run")
+
+
 @bad(r"no images in")
 def an_image_folder_without_images(w):
     (w.folder / "images" / "a.png").unlink()

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
     """.split()
     config = load_config(path, sizes)
     student = run(config)
-    assert load_config(tmp_path / "run" / "config.yaml") == config
+    written = load_config(tmp_path / "run" / "config.yaml")
+    assert None not in (written.loss.task, written.loss.output, written.loss.layer, written.loss.prompt_dropout)
+    assert replace(written, loss=config.loss) == config
     assert type(student).__name__ == f"Hybrid{type(pipeline.transformer).__name__}"
     state, dtype = student.state_dict(), torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     for name, weight in pipeline.transformer.state_dict().items():
@@ -125,6 +128,12 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(file):
     assert config.hybrid == hybriddit.HybridConfig(window=(4, 6), layers={"*.0.attn": "dense"}, delta_rank=8)
     assert config.data.prompts == ["a", "b"] and config.output.folder is None
     assert config.train == DistillConfig().train
+
+
+def test_a_precision_of_no_needs_no_quotes(file):
+    """YAML reads a bare no as false."""
+    assert load_config(file("train: {precision: no}\n")).train.precision == "no"
+    assert load_config(file("train: {precision: bf16}\n"), ["train.precision=no"]).train.precision == "no"
 
 
 def test_a_config_survives_writing(file, tmp_path):

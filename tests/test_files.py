@@ -6,10 +6,11 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybriddit import files
 from hybriddit.files import filling, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
-from hybriddit.training.checkpoint import checkpoints, save_checkpoint
+from hybriddit.training.checkpoint import checkpoints, saving_checkpoint
 
 
 def tree(folder):
@@ -26,6 +27,22 @@ def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert tree(tmp_path) == {"a.txt": "new"}
+
+
+def test_tensors_may_be_read_by_those_who_may_read_other_files(tmp_path):
+    """safetensors makes files of mode 0600, which a group's other members or a server cannot read."""
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+        for writing, folder in ((replacing_folder, tmp_path / "b"), (filling, tmp_path / "c")):
+            with writing(folder) as partial:
+                (partial / "part").mkdir()
+                save_file({"a": torch.zeros(1)}, partial / "part" / "a.safetensors")
+    finally:
+        os.umask(before)
+    for path in ("a.safetensors", "b/part/a.safetensors", "c/part/a.safetensors"):
+        assert (tmp_path / path).stat().st_mode & 0o777 == 0o640, path
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_replaced_folder_is_the_new_one_or_the_old_one(tmp_path):
@@ -118,7 +135,10 @@ def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
     assert len(windows.flushed) == 2, "files are flushed there too"
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
-    save_checkpoint(tmp_path / "checkpoints", 1, {"w": parameter}, [torch.zeros(2)], optimizer, {}, 2)
+    with saving_checkpoint(
+        tmp_path / "checkpoints", 1, {"w": parameter}, [torch.zeros(2)], optimizer, {}, 2
+    ) as partial:
+        (partial / "d.txt").write_text("d")
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,25 @@ def test_other_weights_under_the_same_name_are_noticed(saved, command, tmp_path)
     save_adapter(pipeline.transformer, tmp_path / "adapter")
     code, _, said = command("--prompts", "prompts.txt", "--adapter", tmp_path / "adapter")
     assert code == 1 and "made with weights_sha256" in said
+
+
+def test_the_adapter_of_a_run_and_of_another_base(saved, command, tmp_path):
+    run = tmp_path / "run" / "checkpoints" / "step-00000003"
+    shutil.copytree(saved / "adapter", run / "adapter")
+    images = []
+    for adapter in (saved / "adapter", tmp_path / "run", run):
+        assert command("--adapter", adapter, out="one.png")[0] == 0
+        images.append(np.array(Image.open(tmp_path / "one.png")))
+    assert all(np.array_equal(image, images[0]) for image in images)
+    finetune = tiny_pipeline("flux_dev", seed=1)
+    finetune.save_pretrained(tmp_path / "finetune")
+    here = ["--adapter", saved / "adapter"]
+    code, _, said = command(*here, out="two.png", model=tmp_path / "finetune")
+    assert code == 1 and "was made from other weights, a model without a name" in said and "--any-base" in said
+    assert not (tmp_path / "two.png").exists()
+    assert command(*here, "--any-base", out="two.png", model=tmp_path / "finetune")[0] == 0
+    code, _, said = command("--any-base", out="three.png")
+    assert code == 1 and "--any-base is for an adapter" in said
 
 
 def test_several_processes_make_the_files_of_one(command, tmp_path, monkeypatch):

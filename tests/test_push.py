@@ -123,9 +123,7 @@ def test_what_cannot_be_uploaded(run, hub, tmp_path, capsys, monkeypatch):
         [line] = capsys.readouterr().err.splitlines()
         return line
 
-    assert f"no adapter in {tmp_path}: neither it nor adapter/ in it has a hybrid_config.json" in said(
-        tmp_path, "me/one"
-    )
+    assert f"no adapter in {tmp_path}: it has no hybrid_config.json, nor has" in said(tmp_path, "me/one")
     assert "Repo id must" in said(run, "me/one/two")
     hub.error = OSError("You are not\nwelcome")
     assert f"the hub did not take {run / 'adapter'} as me/one: You are not welcome" in said(run, "me/one")

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets.mnist import read_image_file, read_label_file
@@ -24,6 +25,7 @@ from .tars import TarMember, tar_members
 from .text import parse_json, read_text
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+LOOKED_AT = 16  # images, for whether a set is in colour
 LABELS = (".cls", ".json")  # endings of the files beside an image in a tar that hold its label
 MOST_CLASSES = 100_000
 MODES = {1: "L", 3: "RGB"}  # PIL's modes by the number of channels
@@ -196,6 +198,9 @@ def read_folder(
         )
     if found.note and says:
         say(found.note)
+    colourful = next((path for path in paths[:LOOKED_AT] if channels == 1 and _in_colour(path)), None)
+    if colourful is not None:
+        raise ValueError(f"{colourful} is in colour, and the model takes grey images: set model.in_channels to 3")
     images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
     if skipped and says:
         say(f"{len(skipped)} of {len(paths)} images are left out: {reasons_named(skipped)}")
@@ -203,6 +208,15 @@ def read_folder(
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")
     tables = {"images": torch.stack(images), "labels": torch.tensor(kept)}
     return ClassData([tables], ClassInfo((channels, size, size), found.classes))
+
+
+def _in_colour(path: Path) -> bool:
+    """Whether an image has colours that would be lost as grey; not for one that cannot be read."""
+    try:
+        pixels = np.asarray(open_image(path)).astype(int)
+    except (ValueError, OSError):
+        return False
+    return bool((pixels.max(2) - pixels.min(2) > 16).any())
 
 
 def read_images(

@@ -9,6 +9,7 @@ from .image_files import say
 from .text import SPACES, check_text, first_of, is_blank, lines_of, read_text, table_rows
 
 COLUMNS = ("prompt", "text", "caption")  # that hold the prompts of a table
+OFTEN = 10  # images of a prompt, from which on more prompts would teach more
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 
 
@@ -33,6 +34,16 @@ def read_prompts(prompts: str | Path | Sequence[str], *, says: bool = False) -> 
     if not prompts:
         raise ValueError(f"{name} holds no prompt")
     return prompts
+
+
+def few_prompts(prompts: int, images: int) -> str | None:
+    """What to tell a user who has so many prompts for so many images; None where they are enough."""
+    if images <= OFTEN * prompts:
+        return None
+    return (
+        f"data.prompts holds {prompts:,} prompts for {images:,} images, {images / prompts:.0f} images of each: with "
+        "more prompts the student learns of more than these"
+    )
 
 
 def _read_file(path: Path, says: bool) -> list[str]:

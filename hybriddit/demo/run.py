@@ -11,15 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from tqdm import tqdm
 
 from ..attention import HybridAttention, TokenLayout
 from ..data.sources import make_data
-from ..files import write_json
-from ..images import save_png
+from ..files import replacing_folder, write_json
+from ..images import contact_sheet
+from ..metrics.nearness import nearness
 from ..models import family_of
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
@@ -59,10 +58,7 @@ def generate(pipeline, prompts: list[str], seeds: list[int], sampling: dict, des
 
 def compare(images: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
     """Mean PSNR in dB and mean SSIM of images to the teacher's, uint8 [N, H, W, 3] both."""
-    pairs = list(zip(teacher, images, strict=True))
-    # identical images have an infinite PSNR: count it as 100 dB
-    psnr = [100.0 if np.array_equal(a, b) else peak_signal_noise_ratio(a, b) for a, b in pairs]
-    ssim = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
+    psnr, ssim = zip(*(nearness(image, own) for image, own in zip(images, teacher, strict=True)), strict=True)
     return {"psnr": round(float(np.mean(psnr)), 3), "ssim": round(float(np.mean(ssim)), 4)}
 
 
@@ -75,27 +71,6 @@ def judged(images: np.ndarray, scenes: list[Scene], judge: Judge) -> dict[str, f
         "match_score_same": round(score[same].mean().item(), 4),
         "match_score_different": round(score[~same].mean().item(), 4),
     }
-
-
-def contact_sheet(rows: dict[str, np.ndarray], captions: list[str], path: Path, scale: int = 2) -> None:
-    """Write a PNG: one labelled row of square images per entry, one captioned column per image."""
-    size, margin, header, gap = next(iter(rows.values())).shape[1] * scale, 118, 34, 6
-    count = len(captions)
-    sheet = Image.new("RGB", (margin + count * (size + gap), header + len(rows) * (size + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        words, lines = caption.split(), [""]
-        for word in words:
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if draw.textlength(longer) < size else [*lines, word]
-        draw.multiline_text((margin + column * (size + gap), 3), "\n".join(lines), fill="black", spacing=2)
-    for row, (name, images) in enumerate(rows.items()):
-        y = header + row * (size + gap)
-        draw.multiline_text((6, y + size // 2 - 12), name, fill="black")
-        for column, image in enumerate(images):
-            tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + column * (size + gap), y))
-    save_png(sheet, path)
 
 
 def sampling_of(config: DistillConfig) -> dict:
@@ -163,7 +138,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         4,
         f"the whole pipeline is saved to {out / 'pipeline'}, loaded by diffusers in a new process, and makes its images",
     )
-    pipeline.save_pretrained(out / "pipeline")
+    with replacing_folder(out / "pipeline") as folder:
+        pipeline.save_pretrained(folder)
     distilled = generate_in_new_process(out / "pipeline", prompts, seeds, sampling)
 
     metrics = {
@@ -191,6 +167,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     }
     contact_sheet(rows, prompts, out / "compare.png")
     print(summary(metrics, out))
+    for warning in warnings_of(metrics):
+        print(f"warning: {warning}", file=sys.stderr)
     return metrics
 
 
@@ -232,6 +210,18 @@ def summary(metrics: dict, out: Path) -> str:
             "  metrics.json  every figure above, and what made the images",
         ]
     )
+
+
+def warnings_of(metrics: dict) -> list[str]:
+    """What in the demo's figures says that the distillation did harm."""
+    before, after = metrics["undistilled"], metrics["distilled"]
+    worse = [
+        f"{name} fell from {before[key]:g} to {after[key]:g}"
+        for key, name in (("psnr", "PSNR"), ("ssim", "SSIM"), ("prompt_agreement", "garments right"))
+        if after[key] < before[key]
+    ]
+    advice = "these settings do not teach: see hybrid.delta_rank, optim and train.steps"
+    return [f"distilling made the hybrid worse ({', '.join(worse)}): {advice}"] if worse else []
 
 
 def _in_new_process() -> None:

@@ -57,6 +57,7 @@ def run(
     prompt: str | None = None,
     prompts: Path | None = None,
     adapter: str | None = None,
+    any_base: bool = False,
     lora: Sequence[str] = (),
     image: Path | None = None,
     mask: Path | None = None,
@@ -75,11 +76,12 @@ def run(
     """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
-    adapter: a folder or repository. lora: of each LoRA file PATH or PATH:WEIGHT. image, mask: files. device: see
+    adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA
+    file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
     `pipelines.prepare.place`. vae_tiling: decode in tiles. max_memory: GiB that an image may take on the device besides
-    the weights; None is what is free there, for large images of a hybrid. seed_per_prompt, settings: those of `generate`. quiet: no
-    progress bars, and no notes on stderr. announce: print each file saved.
+    the weights; None is what is free there, for large images of a hybrid. seed_per_prompt, settings: those of `generate`.
+    quiet: no progress bars, and no notes on stderr. announce: print each file saved.
 
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
     make the files that one would. Images that are there, made with the same settings and weights, are kept.
@@ -99,6 +101,8 @@ def run(
         )
     if prompts is None and seed_per_prompt:
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
+    if any_base and adapter is None:
+        raise ValueError("--any-base is for an adapter: give --adapter too")
     named = subjects if class_labels is None else class_labels
     paths = output_paths(out, image_count(() if named is None else named, settings.get("num_images", 1)))
     loras = [parse_lora(text) for text in lora]
@@ -116,9 +120,8 @@ def run(
 
     import torch  # with diffusers, it takes seconds
 
-    from ..models import load_adapter, read_adapter_config
-    from ..pipelines.loading import find_base, load_base, load_sit_pipeline, silence_libraries
-    from ..pipelines.prepare import add_loras, place, tile_vae
+    from ..pipelines.loading import load_sit_pipeline, silence_libraries
+    from ..pipelines.prepare import place, tile_vae
 
     if quiet:
         silence_libraries()
@@ -131,25 +134,17 @@ def run(
     if class_labels:
         pipeline = load_sit_pipeline(model, kind, variant=variant)
     else:
-        hybrid = read_adapter_config(adapter) if adapter else None
-        base = find_base(model, variant=variant, config=config)
-        _check_base(base, hybrid, adapter, loras, image is not None, mask is not None)
-        notes += [base.note] if base.note else []
-        pipeline = load_base(base, kind)
-        if adapter:
-            load_adapter(pipeline, adapter)
-        add_loras(pipeline, loras)
-        pipeline = for_task(pipeline, image is not None, mask is not None)
+        files = {"variant": variant, "config": config}
+        given = {"image": image is not None, "mask": mask is not None}
+        pipeline, notes = open_pipeline(model, kind, adapter, any_base, loras, **files, **given)
     if prompts is not None:
         source["weights_sha256"] = _weights_checksum(pipeline)
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
     pipeline.set_progress_bar_config(disable=quiet or processes > 1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NoEffectWarning)
-        pipeline, tasks = plan(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
-    notes += [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
+    pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
+    notes += more
     memory = _plan_memory(pipeline, tasks[0], where, max_memory)
     if not quiet and rank == 0:
         for note in notes:
@@ -171,6 +166,46 @@ def run(
     seconds = round(time.monotonic() - started, 3)
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
     return {"files": files, "seeds": seeds, "kept": len(kept), "seconds": seconds, "notes": notes}
+
+
+def open_pipeline(
+    model: str,
+    dtype: torch.dtype,
+    adapter: str | None = None,
+    any_base: bool = False,
+    loras: Sequence[tuple[Path, float]] = (),
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    image: bool = False,
+    mask: bool = False,
+) -> tuple[DiffusionPipeline, list[str]]:
+    """Load the text-to-image pipeline that `run` names, with its adapter and LoRAs; what cannot work is refused before.
+
+    image, mask: whether there are such. Returns it, as the pipeline of the task, with notes for the user.
+    """
+    from ..models import load_adapter, read_adapter_config
+    from ..pipelines.loading import find_base, load_base
+    from ..pipelines.prepare import add_loras
+
+    hybrid = read_adapter_config(adapter) if adapter else None
+    base = find_base(model, variant=variant, config=config)
+    _check_base(base, hybrid, adapter, loras, image, mask)
+    pipeline = load_base(base, dtype)
+    if adapter:
+        load_adapter(pipeline, adapter, check_base=not any_base)
+    add_loras(pipeline, loras)
+    return for_task(pipeline, image, mask), [base.note] if base.note else []
+
+
+def plan_with_notes(
+    pipeline: DiffusionPipeline, subjects: str | Sequence[str] | None, **settings: Any
+) -> tuple[DiffusionPipeline, list[Task], list[str]]:
+    """`plan`, with its warnings of settings without effect as notes for the user."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoEffectWarning)
+        pipeline, tasks = plan(pipeline, subjects, **settings)
+    return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
 def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None) -> MemoryPlan | None:

@@ -13,7 +13,14 @@ from typing import Any
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import load_image, read_record
-from ..stored import choose_variant, component_classes, model_folders, tensor_headers, weight_files
+from ..stored import (
+    choose_variant,
+    component_classes,
+    find_adapter,
+    model_folders,
+    tensor_headers,
+    weight_files,
+)
 
 SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
@@ -21,9 +28,10 @@ SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
 
-    A SiT's training run is described by the pipeline in its folder `pipeline`. All bytes of an adapter are read and
-    checked, but only the headers and lengths of a model's weight files. variant: which of the files of a pipeline's or
-    a model's weights to describe, such as "fp16"; None: those that the commands would load.
+    A SiT's training run is described by the pipeline in its folder `pipeline`; a distillation, or one of its
+    checkpoints, by its newest adapter, whose `folder` is told. All bytes of an adapter are read and checked, but only
+    the headers and lengths of a model's weight files. variant: which of the files of a pipeline's or a model's weights
+    to describe, such as "fp16"; None: those that the commands would load.
 
     Raises FileNotFoundError where there is nothing, and ValueError for something damaged or of another kind.
     """
@@ -44,9 +52,11 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     ):
         if (path / name).is_file():
             return {"kind": kind, **read(path)}
-    raise ValueError(
-        f"{path} has no model_index.json, config.json or hybrid_config.json: no pipeline, model or adapter"
-    )
+    try:
+        found = find_adapter(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} has no model_index.json or config.json: no pipeline or model; {error}") from None
+    return {"kind": "adapter", "folder": str(found), **_adapter(found)}
 
 
 def _image(path: Path) -> dict[str, Any]:
@@ -139,6 +149,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     base = values.get("_base_class")
     return {
         "base_class": base,
+        "base": values.get("_base"),
         "family": _family_name(base),
         "bytes": weights.stat().st_size,
         "hybrid": _hybrid(config, sizes, layers),
@@ -206,6 +217,9 @@ def description_text(found: dict[str, Any]) -> str:
         return "\n".join(lines + [f"  {key:20} {_value(value)}" for key, value in found["record"].items()])
     if found["kind"] == "adapter":
         lines = [f"adapter for {found['base_class']} ({found['family']}), {_megabytes(found['bytes'])}"]
+        lines += [f"  folder  {found['folder']}"] if "folder" in found else []
+        told = ", ".join(f"{name} {_value(value)}" for name, value in (found["base"] or {}).items())
+        lines += [f"  base    {told}"] if told else []
         card = ", ".join(f"{name} {_value(value)}" for name, value in found.get("card", {}).items())
         return "\n".join([*lines, *_hybrid_lines(found["hybrid"]), *([f"  card    {card}"] if card else [])])
     if found["kind"] == "model":

@@ -57,6 +57,7 @@ def adm_metrics(
     split_size: int = 5000,
     neighbours: int = 3,
     shuffle: int | None = None,
+    precomputed: bool = True,
     distributed: bool = False,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -72,6 +73,7 @@ def adm_metrics(
 
     shuffle: a seed to draw the inception score's splits at random. None: they follow the order of the samples, which
     must then not be sorted by class.
+    precomputed: use a reference's statistics, which are Inception's; False: its images alone, for another extractor.
     distributed: every process of torch.distributed calls this with the same arguments, takes a share of the images and
     gets the result for the whole set, which equals a single process's up to rounding.
 
@@ -81,7 +83,7 @@ def adm_metrics(
     if split_size < 1:
         raise ValueError(f"split size must be at least 1, not {split_size}")
     samples = read_images(samples)
-    reference = read_reference(reference)
+    reference = read_reference(reference) if precomputed else Reference(read_images(reference), {})
     options = {"batch_size": batch_size, "distributed": distributed, "progress": progress}
     of_samples = collect_statistics(samples, extractor, "samples", split_size=split_size, shuffle=shuffle, **options)
     needed = {"pooled", *of_samples.moments} if of_samples.pooled is not None else set(of_samples.moments)
@@ -149,6 +151,7 @@ def evaluate(
     split_size: int = 5000,
     neighbours: int = 3,
     shuffle: int | None = None,
+    precomputed: bool = True,
     distributed: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def evaluate(
     started = time.monotonic()
     rules = {"split_size": split_size, "neighbours": neighbours, "shuffle": shuffle}
     options = {"batch_size": batch_size, "distributed": distributed, "progress": progress}
-    scores = adm_metrics(samples, reference, extractor, **rules, **options)
+    scores = adm_metrics(samples, reference, extractor, precomputed=precomputed, **rules, **options)
     described = getattr(extractor, "description", None)
     name = getattr(extractor, "__qualname__", None) or type(extractor).__qualname__
     packages = ("hybriddit", "torch", "numpy", "torch-fidelity")
@@ -174,7 +177,7 @@ def evaluate(
             **rules,
             "covariance": "unbiased, float64",
             "distances": "squared, float64",
-            "precomputed_reference": sorted(read_reference(reference, check=False).precomputed),
+            "precomputed_reference": sorted(read_reference(reference, check=False).precomputed) if precomputed else [],
         },
         "batch_size": batch_size,
         "processes": rank_and_size(distributed)[1],

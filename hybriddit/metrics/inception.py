@@ -85,7 +85,7 @@ def load_inception(
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Inception needs torch-fidelity: pip install 'hybriddit[eval]'") from error
+        raise ModuleNotFoundError("Inception needs torch-fidelity: pip install torch-fidelity") from error
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if check and not digest.startswith(SHA256):

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import make_folder, write_json
 from ..machine import gpu_name
 from .adm import evaluate, read_reference
+from .features import load_features
 from .images import Images, read_images
 from .inception import find_inception, load_inception
 from .processes import process_group
@@ -22,17 +25,20 @@ def run(
     *,
     open_folder: Callable[[Path], Images] | None = None,
     inception: Path | None = None,
+    features: str | None = None,
     batch_size: int = 64,
     shuffle: int | None = None,
     settings: Path | None = None,
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """Evaluate with Inception's features and write the report to `out`, if given.
+    """Evaluate with Inception's features, or others, and write the report to `out`, if given.
 
     Returns the report, or None in all processes but the first.
 
     samples, reference: npz files, or folders of images, which `open_folder` makes `Images` of.
+    features: a function "package.module:function", uint8 [B, 3, H, W] -> [B, F], in place of Inception: the scores are
+    then the Fréchet distance, precision and recall by these features.
     settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz or the folder
     samples, if it exists. All files are checked before the first image goes through the network.
     """
@@ -41,7 +47,10 @@ def run(
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder: give a file for the scores")
         make_folder(out.parent)
-    inception = find_inception(inception)
+    if features is None:
+        inception = find_inception(inception)
+    else:
+        load_features(features, torch.device("cpu"), "--features")
     sources = [open_folder(path) if open_folder and path.is_dir() else path for path in (samples, reference)]
     read_images(sources[0], check=False)
     read_reference(sources[1], check=False)
@@ -50,11 +59,14 @@ def run(
             if isinstance(source, Images):
                 source.check(progress)
     with process_group() as (rank, distributed, device):
-        extractor = load_inception(inception, device)
+        extractor = load_inception(inception, device) if features is None else OwnFeatures(features, device)
         options = {"batch_size": batch_size, "shuffle": shuffle, "distributed": distributed, "progress": progress}
+        options["precomputed"] = features is None
         report = evaluate(*sources, extractor, settings=made, **options)
     if rank:
         return None
+    if features is not None:  # FID is a name for Inception's
+        report["metrics"] = {"frechet_distance": report["metrics"].pop("fid"), **report["metrics"]}
     report["device"] = gpu_name(device) or device.type
     if out is not None:
         try:
@@ -62,6 +74,18 @@ def run(
         except OSError as error:  # a full disk must not lose a result that took minutes
             raise OSError(f"could not write {out} ({error}); the scores are {json.dumps(report['metrics'])}") from error
     return report
+
+
+class OwnFeatures:
+    """An extractor for `evaluate` by a feature function of the user's own."""
+
+    def __init__(self, name: str, device: torch.device):
+        self.features = load_features(name, device, "--features")
+        self.description = {"name": name}
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"pooled": self.features(batch)}
 
 
 def scores_text(report: dict[str, Any], out: Path | None) -> str:

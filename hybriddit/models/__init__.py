@@ -1,11 +1,12 @@
-"""Conversion of diffusers transformers (a file for each family, and surgery.py, which all share); and SiT."""
+"""Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
+from .adapters import load_adapter, read_adapter_config, save_adapter
 from .families import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
 from .strips import in_strips
-from .surgery import dense_mode, hybridize, load_adapter, read_adapter_config, restore_dense, save_adapter
+from .surgery import dense_mode, hybridize, restore_dense
 
 __all__ = [
     "FLUX",

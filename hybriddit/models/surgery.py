@@ -1,4 +1,4 @@
-"""Convert a model from dense to hybrid and back, in place; run it as its teacher; save and load adapters."""
+"""Convert a model from dense to hybrid and back, in place; run it as its teacher."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import contextlib
 import functools
 import gc
 import inspect
-import json
-import os
-import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +16,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention
-from ..attention.mixers import check_mixer
 from ..config import HybridConfig
-from ..files import read_tensors, replacing, write_json, write_tensors
 from .family import Family, family_of, is_hybrid
 from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
-from .wrapping import plain_state, unwrapped
-
-CONFIG_NAME = "hybrid_config.json"
-WEIGHTS_NAME = "hybrid_adapter.safetensors"
+from .wrapping import unwrapped
 
 
 def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
@@ -61,7 +52,7 @@ def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
 def restore_dense(model: nn.Module) -> nn.Module:
     """Undo `hybridize`, in place: class, config, processors, weights and outputs are as before. Returns the model."""
     given, model = model, unwrapped(model)
-    family = _hybrid_family(model)
+    family = hybrid_family(model)
     for name, processor in model._dense_processors.items():
         attn = model.get_submodule(name)
         attn.set_processor(processor)
@@ -91,7 +82,7 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
     model that is not hybrid.
     """
     given, model = model, unwrapped(model)
-    family = _hybrid_family(model)
+    family = hybrid_family(model)
     processors = {name: attn.processor for name, attn in family.attentions(model).items()}
     was_dense, model._dense_mode = model._dense_mode, True
     try:
@@ -288,130 +279,12 @@ def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(model_class.forward)
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Save the adapter of a hybrid model: what conversion and training added, its config and its `*.hybrid.*` weights.
-
-    LoRAs are left out, and names are those of the model without them or torch.compile. Each file is replaced whole, so
-    that an interrupted save leaves the old one. Raises ValueError, and then writes nothing, for a model that is not
-    hybrid, and where the added weights themselves are fused with a LoRA, quantised, sharded or offloaded.
-    """
-    model = unwrapped(model)
-    family = _hybrid_family(model)
-    weights = _hybrid_state(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_NAME) as path:
-        write_tensors(path, weights)
-    values = {"_base_class": family.dense_class.__name__, **model.config.hybrid_config}
-    write_json(folder / CONFIG_NAME, values)
-
-
-def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike) -> Any:
-    """Load an adapter that `save_adapter` wrote, into a transformer or a pipeline's transformer, and return that.
-
-    A dense model is converted first; a hybrid one must have the adapter's config. From a hub repository only the two
-    files are fetched. Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits
-    another model; the model is then as it was.
-    """
-    model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
-    family = family_of(model)
-    source = str(folder_or_repo_id)
-    config, base_class = read_adapter_config(source)
-    if base_class != family.dense_class.__name__:
-        raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
-    weights_path = _adapter_file(source, WEIGHTS_NAME)
-    try:
-        weights = read_tensors(weights_path)
-    except ValueError as error:
-        raise ValueError(f"{error}: save or fetch it anew") from error
-
-    was_hybrid = is_hybrid(model)
-    if not was_hybrid:
-        hybridize(model, config)
-    elif HybridConfig.from_saved(model.config.hybrid_config) != config:
-        raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
-    try:
-        own = _hybrid_state(model)
-        _check_fit(weights, own, source)
-    except ValueError:
-        if not was_hybrid:
-            restore_dense(model)
-        raise
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
-    return model_or_pipeline
-
-
-def _hybrid_family(model: nn.Module) -> Family:
+def hybrid_family(model: nn.Module) -> Family:
+    """The family of a hybrid model. Raises ValueError for one that is not."""
     family = family_of(model)
     if not is_hybrid(model):
         raise ValueError(f"the {type(model).__name__} is not hybrid: hybridize it first")
     return family
-
-
-def _hybrid_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The added weights by their plain names, which share their memory with the model.
-
-    Raises ValueError where a weight is not an ordinary tensor by then.
-    """
-    state = plain_state(model, ".hybrid.")
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.is_meta:
-            raise ValueError("the model is offloaded: save or load the adapter before enabling offload")
-        if type(value) not in (torch.Tensor, nn.Parameter) or not value.is_floating_point() or "parametriz" in name:
-            what = "a" if isinstance(value, torch.Tensor) else "no tensor but a"
-            raise ValueError(
-                f"{name} is {what} {type(value).__name__}, changed by another library (quantised, parametrized): save or "
-                "load the adapter before that"
-            )
-    return state
-
-
-def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        what = f"lacks {len(missing)} of its weights ({missing[0]}, …)" if missing else ""
-        what += " and " if missing and unknown else ""
-        what += f"has {len(unknown)} that it has no place for ({unknown[0]}, …)" if unknown else ""
-        raise ValueError(f"the adapter in {source} does not fit this model: it {what}")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"the adapter in {source} does not fit this model: {name} is {tuple(tensor.shape)}, "
-                f"the model's is {tuple(expected[name].shape)}"
-            )
-
-
-def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridConfig, str | None]:
-    """Read an adapter's config and the name of the class it is for, but no weights. Raises as load_adapter does."""
-    path = _adapter_file(str(folder_or_repo_id), CONFIG_NAME)
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        config = HybridConfig.from_saved(values)
-        check_mixer(config.mixer, **config.mixer_settings)
-        return config, values.get("_base_class")
-    except (TypeError, ValueError) as error:  # json's and unicode's decoding errors are ValueErrors too
-        raise ValueError(f"{path} is no adapter config: {error}") from error
-
-
-def _adapter_file(source: str, name: str) -> str:
-    """The path of one of an adapter's files, fetched if `source` is not a folder but may be a hub repository."""
-    if os.path.isdir(source):
-        path = os.path.join(source, name)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{source} has no {name}: it is no adapter folder")
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"no adapter folder {source}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    try:
-        return hf_hub_download(source, name)
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise FileNotFoundError(f"no folder {source}, and the hub gave no {name} for it: {reason}") from error
 
 
 def _relabel_in_pipelines(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def plain_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
     """
     state = {}
     for key, value in model.state_dict().items():
-        name, fused = _plain_name(model, key)
+        name, fused = plain_name(model, key)
         if name is None or part not in name:
             continue
         if fused:
@@ -65,7 +65,7 @@ def check_unwrapped(model: nn.Module) -> None:
         )
 
 
-def _plain_name(model: nn.Module, key: str) -> tuple[str | None, bool]:
+def plain_name(model: nn.Module, key: str) -> tuple[str | None, bool]:
     """The name without wrappers of an entry of the state dict, or None for one of a LoRA's; and whether it is fused."""
     module, plain, fused = model, [], False
     for part in key.split("."):

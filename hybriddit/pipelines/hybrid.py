@@ -20,13 +20,21 @@ class _AdapterPipelineMixin:
     """
 
     @classmethod
-    def from_pretrained(cls, base: str | os.PathLike, adapter: str | os.PathLike | None = None, **kwargs):
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike,
+        adapter: str | os.PathLike | None = None,
+        *,
+        check_base: bool = True,
+        **kwargs,
+    ):
         """Load the base as diffusers does, from safetensors only; then `load_adapter(pipeline, adapter)` if given.
 
-        base, adapter: folders or hub repositories; kwargs are diffusers'. Raises what load_adapter raises.
+        base, adapter: folders or hub repositories; check_base is load_adapter's, kwargs are diffusers'. Raises what
+        load_adapter raises.
         """
         pipeline = super().from_pretrained(base, **{"use_safetensors": True, **kwargs})
-        return pipeline if adapter is None else load_adapter(pipeline, adapter)
+        return pipeline if adapter is None else load_adapter(pipeline, adapter, check_base=check_base)
 
     def to_json_string(self) -> str:
         # save_pretrained writes this; DiffusionPipeline and AutoPipeline look for the class in diffusers

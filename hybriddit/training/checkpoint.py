@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,7 +31,8 @@ CONTENT = {
 PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
 
 
-def save_checkpoint(
+@contextmanager
+def saving_checkpoint(
     folder: Path,
     step: int,
     parameters: dict[str, torch.nn.Parameter],
@@ -38,20 +42,22 @@ def save_checkpoint(
     keep: int,
     *,
     write: bool = True,
-) -> Path:
+) -> Iterator[Path]:
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
-    The folder gets its name only when complete; then all checkpoints but the newest `keep` are removed. Random numbers
-    and the order of the data depend on the step alone, so no other state is needed.
+    Yields its temporary folder, for the files of the block; it gets its name when that is done, and then all
+    checkpoints but the newest `keep` are removed. Random numbers and the order of the data depend on the step alone, so no other
+    state is needed.
 
     If the weights are sharded, every process must call this, and the one with `write` writes; the files do not depend
     on the number of processes.
     """
     tensors = gather(_state(parameters, average, optimizer), keep=write)
-    if not write:
-        return folder / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
     final, partial = folder / f"step-{step:08d}", folder / ".partial"
+    if not write:
+        yield partial
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -59,7 +65,8 @@ def save_checkpoint(
         (partial / "state.json").write_text(
             json.dumps({"step": step, "settings": settings}, indent=1), encoding="utf-8"
         )
-        for path in (*partial.iterdir(), partial):
+        yield partial
+        for path in (*partial.rglob("*"), partial):
             flush(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -73,7 +80,6 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-keep]:
         old.rename(partial)  # so that a half-removed checkpoint does not look complete
         shutil.rmtree(partial)
-    return final
 
 
 def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]:
@@ -111,8 +117,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def read_state(path: Path, settings: dict) -> dict:
+def read_state(path: Path, settings: dict, usual: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """Read a checkpoint's step and settings. Raises ValueError if it is damaged or was made with other settings.
+
+    usual: what settings were that it holds as None, as older versions did where a recipe had their values.
 
     Models and data may have moved, if the checkpoint tells their content.
     """
@@ -123,6 +131,7 @@ def read_state(path: Path, settings: dict) -> dict:
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     found = {**ADDED_SETTINGS, **state["settings"]}
+    found |= {key: value for key, value in usual.items() if found.get(key) is None}
     told = {key for key in CONTENT if found.get(key) is not None}
     passed = {place for place, content in PLACES.items() if content in told} | CONTENT.keys() - told
     other = [key for key in settings if key not in passed and found.get(key) != settings[key]]
@@ -145,16 +154,18 @@ def load_checkpoint(
     average: list[torch.Tensor],
     optimizer: torch.optim.Optimizer,
     settings: dict,
+    usual: Mapping[str, Any] = MappingProxyType({}),
     *,
     rename: Callable[[dict], dict] = dict,
 ) -> int:
     """Load weights, their average and the optimizer's state in place. Returns the step to continue from.
 
-    rename: gives the tensors of an older version's checkpoint ("weight/NAME", …) today's names.
+    settings, usual: see `read_state`. rename: gives the tensors of an older version's checkpoint ("weight/NAME", …)
+    today's names.
 
     Raises ValueError where the checkpoint is damaged, or was made with other settings.
     """
-    state = read_state(path, settings)
+    state = read_state(path, settings, usual)
     try:
         tensors = rename(read_tensors(path / "state.safetensors"))
     except (OSError, ValueError) as error:

@@ -18,15 +18,17 @@ from torch import nn
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..data.buckets import Size, bucket_sizes
-from ..data.identity import weights_digest
 from ..data.image_files import say
 from ..data.latents import LatentData
+from ..data.prompts import few_prompts, read_prompts
 from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
+from ..models.adapters import describe_base
 from ..models.family import family_of_class, unsharded_class
+from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import check_parts, find_base, load_base, quiet, text_to_image
@@ -38,10 +40,13 @@ from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
 from .processes import check_launcher
-from .run_config import HYBRID, DistillConfig, to_dict
+from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
 from .step_cost import mean_step_cost
 
 Grid = tuple[int, int]  # (rows, columns) in tokens
+
+# settings that a config may leave to the teacher's recipe
+OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
@@ -55,23 +60,31 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         reads_images = not SOURCES[config.data.source].teacher_made
         check_parts(base.pipeline_class, components, ("scheduler", "vae") if reads_images else ("scheduler",))
     config = with_hybrid_of(config, base.hybrid_config())
-    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
+    settings = resume_settings(config)
+    known = {name: value for name, value in settings.items() if name not in OF_RECIPE}  # those are known with the model
+    accelerator = start_run(config, "adapter", known, resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    if base.note and accelerator.is_main_process:
-        print(f"note: {base.note}", file=sys.stderr)
+    few = SOURCES[config.data.source].reads == "prompts" and few_prompts(
+        len(read_prompts(config.data.prompts)), config.data.images
+    )
+    for note in (base.note, few):
+        if note and accelerator.is_main_process:
+            print(f"note: {note}", file=sys.stderr)
     pipeline = load_base(base, dtype).to(accelerator.device)
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
-    loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
+    images = (source.teacher_made, source.trajectories)
+    complete = with_recipe(config, transformer, *images)
     planned_grids(config, transformer, pipeline.vae_scale_factor)
     make_student(transformer, config)
     if resume:
         folder = Path(config.output.folder) / "checkpoints"
-        read_state(checkpoints(folder)[-1], {**resume_settings(config), "model.weights": weights_digest(transformer)})
+        settings = {**resume_settings(complete), "model.weights": weights_digest(transformer)}
+        read_state(checkpoints(folder)[-1], settings, recipe_settings(config, transformer, *images))
     data = make_data(
         pipeline,
         config.data,
@@ -134,9 +147,11 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
-    weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
+    images = (data.info.teacher_made, bool(data.info.states))
+    weights, dropout = loss_settings(recipe, config, *images)
+    usual, config = recipe_settings(config, base, *images), with_recipe(config, base, *images)
     grids = token_grids(pipeline, data)
-    accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
+    accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -149,7 +164,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
-    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grids)
+    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grids, usual)
     if accelerator.is_main_process:
         for note in bucket_notes([len(rows) for rows in data.buckets.values()], config):
             say(note)
@@ -185,13 +200,16 @@ class Distillation(Job):
         weights: torch.Tensor,
         dropout: float,
         grids: dict[Size, Grid],
+        usual: dict[str, Any],
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grids = recipe, weights, dropout, grids
         self.model = pipeline.transformer
         content = {"model.weights": weights_digest(self.model), "data.content": data.content}
-        self.settings = {**resume_settings(config), **content}
+        self.settings, self.usual = {**resume_settings(config), **content}, usual
         self.family, self.dtype = family_of(self.model), self.model.dtype
+        name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
+        self.base = {**describe_base(self.model, name), "height": data.info.height, "width": data.info.width}
         self.layers = converted_layers(self.model)
         guided = self.family.takes_guidance(self.model.config)
         self.guidance = data.info.guidance_scale if guided else None
@@ -264,8 +282,15 @@ class Distillation(Job):
         return cost["teacher"] + cost["student"] + cost["backward"]
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
-        if folder is None:
-            return self.model
+        if folder is not None:
+            self._save_adapter(folder / "adapter", step)
+        return self.model
+
+    def add_to_checkpoint(self, folder: Path, step: int) -> None:
+        self._save_adapter(folder / "adapter", step)
+
+    def _save_adapter(self, folder: Path, step: int) -> None:
+        """Save the adapter after `step` steps. Every process calls this if the model is sharded."""
         model = self.model
         if self.accelerator.is_fsdp2:  # the adapter's weights, in a copy
             added = gather((name, tensor) for name, tensor in model.state_dict().items() if ".hybrid." in name)
@@ -273,8 +298,7 @@ class Distillation(Job):
                 model = unsharded_class(model).from_config(model.config)
             model.load_state_dict(added, strict=False, assign=True)
         if self.accelerator.is_main_process:
-            save_adapter(model, folder / "adapter")
-        return self.model
+            save_adapter(model, folder, base={**self.base, "steps": step})
 
     def _frechet(self) -> FrechetDistance:
         """The distance to the config's reference, or else to the teacher's images of the same prompts and noise."""
@@ -362,6 +386,17 @@ def loss_settings(
 ) -> tuple[torch.Tensor, float]:
     """The weights of (task, output, layer) and the prompt dropout: the config's, or else the recipe's.
 
+    Takes and raises what `loss_in_force` does.
+    """
+    loss = loss_in_force(recipe, config, teacher_made, trajectories)
+    return torch.tensor([loss.task, loss.output, loss.layer]), loss.prompt_dropout
+
+
+def loss_in_force(
+    recipe: Recipe, config: DistillConfig, teacher_made: bool = True, trajectories: bool = False
+) -> LossConfig:
+    """The losses' weights and the prompt dropout, the recipe's where the config leaves them out.
+
     teacher_made: whether the images are the teacher's own; trajectories: whether they are states of its sampling, for
     which there is no task target. Raises ValueError if all weights are 0, or for a task weight that cannot work.
     """
@@ -380,7 +415,21 @@ def loss_settings(
     dropout = recipe.prompt_dropout if chosen.prompt_dropout is None else chosen.prompt_dropout
     if max(task, output, layer) == 0:
         raise ValueError("the weights loss.task, loss.output and loss.layer may not all be 0")
-    return torch.tensor([task, output, layer]), dropout
+    return replace(chosen, task=task, output=output, layer=layer, prompt_dropout=dropout)
+
+
+def with_recipe(config: DistillConfig, transformer: nn.Module, *images: bool) -> DistillConfig:
+    """The config with the recipe's name and what the recipe says of the losses. images: as in `loss_in_force`."""
+    name = config.model.recipe or family_of(transformer).default_recipe(transformer.config)
+    loss = loss_in_force(recipe_for(transformer, config), config, *images)
+    return replace(config, model=replace(config.model, recipe=name), loss=loss)
+
+
+def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool) -> dict[str, Any]:
+    """The settings OF_RECIPE as they are where the config leaves them out. images: as above."""
+    settings = resume_settings(with_recipe(replace(config, loss=LossConfig()), transformer, *images))
+    usual = family_of(transformer).default_recipe(transformer.config)
+    return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
 
 
 def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Grid]:

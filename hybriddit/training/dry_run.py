@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from ..config import HybridConfig
 from ..data.buckets import describe_buckets
 from ..data.image_folder import count_buckets
+from ..data.prompts import few_prompts, read_prompts
 from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
@@ -18,7 +20,7 @@ from ..pipelines.loading import Base, refuse_sit, text_to_image
 from .distill import (
     bucket_notes,
     check_settings,
-    loss_settings,
+    loss_in_force,
     make_student,
     planned_grids,
     recipe_for,
@@ -48,7 +50,7 @@ def dry_run(config: DistillConfig) -> dict:
     config = with_hybrid_of(config, HybridConfig.from_saved(model.config.hybrid_config) if is_hybrid(model) else None)
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
-    loss_settings(recipe, config, source.teacher_made, source.trajectories)
+    loss = loss_in_force(recipe, config, source.teacher_made, source.trajectories)
     grids = planned_grids(config, model, vae_scale_factor)
     with torch.device("meta"):
         trained = make_student(model, config)
@@ -85,6 +87,18 @@ def dry_run(config: DistillConfig) -> dict:
         "trained": added * 4 * 5,  # fp32: the weights, their gradients, Adam's two moments and the average
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
+    of_text = sum(tensor[0].numel() * tensor.element_size() for tensor in text.values())
+    times = 1 + (data.states if source.trajectories else 0)
+
+    def row(grid: tuple[int, int]) -> int:
+        return of_text + prod(family.latents_shape(model.config, grid)) * element * times
+
+    disk = {
+        "cache": sum(number * row(grid) for grid, number in by_grid.items()) if data.cache else 0,
+        # the weights, their average and Adam's moments, the adapter; one more while it is written
+        "checkpoints": (config.output.keep + 1) * added * 4 * 5 if config.output.checkpoint_every else 0,
+    }
+    prompts = len(read_prompts(data.prompts)) if source.reads == "prompts" else None
     throughput = H100_PEAK * ASSUMED_SHARE
     return {
         "estimate": True,
@@ -106,6 +120,10 @@ def dry_run(config: DistillConfig) -> dict:
         "precision": train.precision,
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "activation_bytes": activations,
+        "disk_bytes": disk,
+        "prompts": prompts,
+        "epochs": train.steps * train.batch_size / images,
+        "loss": {"task": loss.task, "output": loss.output, "layer": loss.layer, "prompt_dropout": loss.prompt_dropout},
         "assumed_flops_per_second": throughput,
         "hours": {
             "data": image_flops / throughput / 3600,
@@ -128,6 +146,10 @@ def report(figures: dict) -> str:
     else:
         how, other = "without gradient checkpointing", f"with it {_si(activations['with_checkpointing'], 'B')}"
         again = ""
+    dearer = forward["student"] > forward["teacher"]
+    loss = ", ".join(f"{name} {value:g}" for name, value in figures["loss"].items())
+    of_prompts = "" if figures["prompts"] is None else f" of {figures['prompts']:,} prompts"
+    few = figures["prompts"] and few_prompts(figures["prompts"], figures["images"])
     rows = [
         ("", "Estimates, from shapes alone: no weights were read, nothing was measured."),
         ("model", f"{figures['model']}: {figures['class']}, {figures['parameters']:,} parameters"),
@@ -141,6 +163,10 @@ def report(figures: dict) -> str:
             f"{_si(forward['teacher'], 'FLOP')} teacher, {_si(forward['student'], 'FLOP')} student, of one image",
         ),
         ("", "as PyTorch counts it, windows as tiles compute them"),
+        *([("", "MORE than the teacher's: at this size a smaller hybrid.window would pay")] if dearer else []),
+        ("images", f"{figures['images']:,}{of_prompts}; the steps see each {figures['epochs']:.3g} times"),
+        *([("", few)] if few else []),
+        ("losses", loss),
         ("step", f"{_si(figures['step_flops'], 'FLOP')} for {figures['batch_size']} images"),
         ("", f"teacher's forward, student's forward and backward{again}"),
         ("memory", f"{_si(memory['total'], 'B')} on one GPU that does the whole batch:"),
@@ -150,6 +176,11 @@ def report(figures: dict) -> str:
         ("", f"{figures['images_per_pass']} images at a time, {how} ({other})"),
         ("", "not in it: VAE, text encoders (while images are made), layer norms that a GPU's autocast keeps in fp32,"),
         ("", "gradients in flight, the kernels' workspaces, what the allocator wastes"),
+        (
+            "disk",
+            f"{_si(figures['disk_bytes']['cache'], 'B')} in data.cache, "
+            f"{_si(figures['disk_bytes']['checkpoints'], 'B')} of checkpoints",
+        ),
         ("time", f"{_duration(hours['data'])} of the transformer for {figures['images']:,} images"),
         ("", f"{_duration(hours['training'])} for {figures['steps']:,} steps"),
         (

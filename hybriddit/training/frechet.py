@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import torch
 
 from ..data.image_files import say
 from ..data.image_set import FolderImages
-from ..metrics import frechet_distance, load_inception, read_images
+from ..metrics import frechet_distance, read_images
 from ..metrics.adm import collect_statistics, read_reference
+from ..metrics.features import load_features
 from ..metrics.images import Images
 from ..metrics.processes import rank_and_size
 from .run_config import MetricsConfig
-
-Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 class FrechetDistance:
@@ -79,7 +77,7 @@ class FrechetDistance:
         """Mean and covariance of the features."""
         seen = collect_statistics(
             images,
-            lambda batch: {"pooled": self._pooled(batch)},
+            lambda batch: {"pooled": self.features(batch)},
             name,
             batch_size=self.config.batch_size,
             distributed=shared and self.processes > 1,
@@ -87,21 +85,6 @@ class FrechetDistance:
             keep=False,
         )
         return seen.moments["pooled"].mean, seen.moments["pooled"].covariance
-
-    def _pooled(self, batch: torch.Tensor) -> torch.Tensor:
-        """[B, features]. Raises ValueError where a function of the user's own fails or gives something else."""
-        name = self.config.features
-        if name == "inception":
-            return self.features(batch)
-        try:
-            found = self.features(batch)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"metrics.features: {name} fails on uint8 {list(batch.shape)} ({reason})") from error
-        if not isinstance(found, torch.Tensor) or found.shape[:1] != batch.shape[:1] or found.ndim != 2:
-            what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            raise ValueError(f"metrics.features: {name} gives {what} for {len(batch)} images, and not [B, F]")
-        return found
 
 
 def _open_folder(folder: Path, height: int, width: int, says: bool) -> FolderImages:
@@ -129,20 +112,3 @@ def check_samples(config: MetricsConfig, processes: int) -> None:
 def as_rgb(images) -> np.ndarray:
     """Convert PIL images of one size to uint8 [B, H, W, 3]; grey ones get three equal channels."""
     return np.stack([np.asarray(image.convert("RGB")) for image in images])
-
-
-def load_features(name: str, device: torch.device) -> Features:
-    """Load a feature function, uint8 [B, 3, H, W] -> [B, F]: "inception" (pooled), or "package.module:function"."""
-    if name == "inception":
-        inception = load_inception(device=device)
-        return lambda images: inception(images)["pooled"]
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"metrics.features: {error}; PYTHONPATH says where modules are") from error
-    except AttributeError:
-        raise ValueError(f"metrics.features: {module} has no {function}") from None
-    if not callable(found):
-        raise ValueError(f"metrics.features: {name} is no function")
-    return found

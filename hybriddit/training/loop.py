@@ -6,9 +6,10 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ..files import replacing
 from ..images import open_image, save_grid
 from .batches import batches
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint
 from .optimizer import make_optimizer, set_learning_rates
 from .processes import check_distribution, check_processes, claim_folder, make_accelerator
 from .run_config import to_dict
@@ -43,7 +44,7 @@ class Job(ABC):
     are trained.
 
     model: its parameters with requires_grad are trained, in place. settings: the settings that must not change when a
-    run is resumed.
+    run is resumed; usual: see `read_state`.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class Job(ABC):
     fused: ClassVar[bool]
     model: nn.Module
     settings: dict[str, Any]
+    usual: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def make_batch(self, step: int) -> list:
@@ -80,6 +82,12 @@ class Job(ABC):
     def finish(self, folder: Path | None, step: int) -> nn.Module:
         """Write the result of the run, if there is a folder, and return the model. Every process calls this."""
 
+    def add_to_checkpoint(self, folder: Path, step: int) -> None:  # noqa: B027
+        """Write other files into a checkpoint before it gets its name, while the model has the averaged weights.
+
+        The main process calls this; if the model is sharded, every process.
+        """
+
     def checkpointed(self, folder: Path, step: int) -> None:  # noqa: B027
         """Write other files with a checkpoint, while the model has the averaged weights.
 
@@ -95,12 +103,12 @@ class Job(ABC):
         return tensors
 
 
-def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerator:
+def start_run(config, result: str, settings: dict, usual: dict | None = None, *, resume: bool) -> Accelerator:
     """Set up the processes and claim `config.output.folder`, if one is given, before anything is loaded.
 
     result: the name of the run's result in the folder, "adapter" or "pipeline". settings: the settings that must not
-    change when a run is resumed. Raises ValueError, NotImplementedError or ModuleNotFoundError, in one line, for
-    settings, launchers and folders that cannot work.
+    change when a run is resumed; usual: see `read_state`. Raises ValueError, NotImplementedError or
+    ModuleNotFoundError, in one line, for settings, launchers and folders that cannot work.
     """
     if config.output.folder and config.output.tracker == "wandb" and not is_wandb_available():
         raise ModuleNotFoundError("output.tracker is wandb, which is not installed: pip install wandb")
@@ -108,7 +116,7 @@ def start_run(config, result: str, settings: dict, *, resume: bool) -> Accelerat
     check_distribution(accelerator)
     check_processes(config, accelerator.num_processes)
     if config.output.folder:
-        claim_folder(Path(config.output.folder), result, settings, resume)
+        claim_folder(Path(config.output.folder), result, settings, usual or {}, config.train.steps, resume)
     return accelerator
 
 
@@ -132,7 +140,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     if resume:
         newest = checkpoints(folder / "checkpoints")[-1]
         shadow = average.shadow_params
-        first = load_checkpoint(newest, trained, shadow, optimizer, job.settings, rename=job.renamed)
+        first = load_checkpoint(newest, trained, shadow, optimizer, job.settings, job.usual, rename=job.renamed)
         average.optimization_step = first
     if writes:
         start_folder(folder, first, job, config, accelerator)
@@ -182,7 +190,11 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 log(folder, {"step": done, **values})
             if gathers and due["checkpoint"]:
                 state = (trained, average.shadow_params, optimizer, job.settings)
-                save_checkpoint(folder / "checkpoints", done, *state, config.output.keep, write=writes)
+                with (
+                    saving_checkpoint(folder / "checkpoints", done, *state, config.output.keep, write=writes) as files,
+                    averaged(job.model, average, parameters),
+                ):
+                    job.add_to_checkpoint(files, done)
                 with averaged(job.model, average, parameters):
                     job.checkpointed(folder, done)
             if writes and stopped:

@@ -10,6 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, str_to_bool
 
 from ..files import make_folder
+from ..machine import device_of_this_machine
 from .checkpoint import checkpoints, read_state
 
 
@@ -49,6 +50,12 @@ def check_launcher(config) -> None:
         raise NotImplementedError("take train.compile=true in place of accelerate's dynamo_backend")
     if given("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"):
         raise NotImplementedError("take train.accumulation in place of accelerate's gradient_accumulation_steps")
+    joined = device_of_this_machine().type != "cpu" or str_to_bool(os.environ.get("ACCELERATE_USE_CPU") or "false")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not joined:  # accelerate has to be told, and torchrun does not
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and without a GPU accelerate makes each of them a run "
+            "of its own: set ACCELERATE_USE_CPU=true, or start one"
+        )
     precision = given("ACCELERATE_MIXED_PRECISION", "no", config.train.precision)
     if precision:
         raise ValueError(
@@ -86,13 +93,22 @@ def check_processes(config, processes: int) -> None:
         )
 
 
-def claim_folder(folder: Path, result: str, settings: dict, resume: bool) -> None:
-    """Make the run's folder. Raises ValueError if a new run would overwrite another, or if there is none to resume."""
+def claim_folder(folder: Path, result: str, settings: dict, usual: dict, steps: int, resume: bool) -> None:
+    """Make the run's folder.
+
+    settings, usual: see `read_state`. steps: that the run is to have at its end. Raises ValueError if a new run would
+    overwrite another, if there is none to resume, or if that has more steps already.
+    """
     found = checkpoints(folder / "checkpoints")
     if resume and not found:
         raise ValueError(f"nothing to resume: no checkpoint in {folder / 'checkpoints'}")
     if resume:
-        read_state(found[-1], settings)
+        done = read_state(found[-1], settings, usual)["step"]
+        if done > steps:
+            raise ValueError(
+                f"train.steps is {steps}, and {found[-1]} has {done} already: give it {done} or more, or start anew in "
+                "another output.folder"
+            )
     if found and not resume:
         raise ValueError(
             f"{folder} holds a run already (up to {found[-1].name}): pass --resume, or another output.folder"

@@ -442,6 +442,8 @@ def _build(cls: type, values, prefix: str, root: type | None = None):
     for key, value in values.items():
         if key not in names:
             raise ValueError(f"unknown key {prefix}{key}: {_nearest(prefix + str(key), names, root or cls)}")
+        if (key, value) == ("precision", False):
+            value = "no"  # a bare no is false to YAML
         built[key] = _convert(value, hints[key], prefix + key, root or cls)
     return cls(**built)
 

@@ -215,13 +215,18 @@ def whole_model(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
 
 
 def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
-    """Raise ValueError if the set has labels that the model does not have."""
-    labels, classes = data.labels(), model.config.num_classes
+    """Raise ValueError if the set has labels that the model does not have, or the model classes that it has not."""
+    labels, classes, named = data.labels(), model.config.num_classes, len(data.info.classes)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise ValueError(
             f"the set has labels from {low} to {high}, and the model's {classes} classes are 0 to {classes - 1}: "
             "set model.num_classes"
+        )
+    if named and classes > named:
+        raise ValueError(
+            f"the set has {named} classes, and the model {classes}: it would learn nothing of the others, set "
+            f"model.num_classes={named}"
         )
 
 

@@ -215,3 +215,16 @@ def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path):
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
     Image.fromarray(levels).save(tmp_path / "deep.png")
     assert np.array_equal(read_pixels(tmp_path / "deep.png", 8, 1)[0], levels // 256)
+
+
+def test_colour_is_not_lost_without_a_word(tmp_path):
+    """By a model of grey images: refused, unless the colours are all greys."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), (90, 90, 95)).save(tmp_path / "a" / "1.png")
+    assert read_folder(tmp_path, (1, 8, 8), progress=False).info.shape == (1, 8, 8)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a" / "2.png")
+    with pytest.raises(
+        ValueError, match="2.png is in colour, and the model takes grey images: set model.in_channels to 3"
+    ):
+        read_folder(tmp_path, (1, 8, 8), progress=False)
+    assert read_folder(tmp_path, (3, 8, 8), progress=False).info.shape == (3, 8, 8)

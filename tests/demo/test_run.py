@@ -9,7 +9,8 @@ from PIL import Image
 
 from hybriddit.attention import HybridAttention
 from hybriddit.demo.canvas import SCENES
-from hybriddit.demo.run import SEEDS, SHOWN, compare, contact_sheet, set_gates
+from hybriddit.demo.run import SEEDS, SHOWN, compare, set_gates, warnings_of
+from hybriddit.images import contact_sheet
 from hybriddit.training.run_config import load_config
 
 
@@ -22,6 +23,14 @@ def test_compare_against_formulas():
     assert measured["psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=1e-3)
     assert measured["ssim"] < 0.1
     assert compare(teacher, teacher) == {"psnr": 100.0, "ssim": 1.0}
+
+
+def test_the_demo_warns_where_distilling_made_it_worse():
+    before = {"psnr": 18.3, "ssim": 0.71, "prompt_agreement": 0.04}
+    after = {"psnr": 33.8, "ssim": 0.97, "prompt_agreement": 0.94}
+    assert warnings_of({"undistilled": before, "distilled": after}) == []
+    [warning] = warnings_of({"undistilled": before, "distilled": {**after, "psnr": 16.1, "ssim": 0.7}})
+    assert "worse (PSNR fell from 18.3 to 16.1, SSIM fell from 0.71 to 0.7): " in warning
 
 
 def test_contact_sheet_shows_every_image(tmp_path):

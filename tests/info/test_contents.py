@@ -193,7 +193,9 @@ def test_a_hybrid_without_its_weights_and_a_lost_shard(tmp_path):
         describe(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("name, message", [("nowhere", "no file or folder"), (".", "no pipeline, model or adapter")])
+@pytest.mark.parametrize(
+    "name, message", [("nowhere", "no file or folder"), (".", "no pipeline or model; no adapter in")]
+)
 def test_what_is_none_of_these(name, message, tmp_path, capsys):
     assert main(["info", str(tmp_path / name)]) == 1
     assert message in capsys.readouterr().err

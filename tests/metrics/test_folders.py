@@ -10,6 +10,7 @@ from standins import extractor, images
 
 from hybriddit.cli import main
 from hybriddit.data.image_set import FolderImages
+from hybriddit.metrics import frechet_distance_of
 
 SAMPLES, REFERENCE = images(40), images(25, seed=1)
 
@@ -69,6 +70,28 @@ def test_the_scores_are_those_of_npz_files_with_the_same_pixels(evaluate, sets, 
     digest = hashlib.sha256(in_order(SAMPLES).tobytes()).hexdigest()
     assert again.sha256 == described["sha256"] == digest, "of the pixels, whatever the files are"
     assert np.array_equal(again[5:9], in_order(SAMPLES)[5:9])
+
+
+def means(batch):
+    """Features of one's own."""
+    return batch.float().mean((2, 3)).double()
+
+
+def test_features_of_one_s_own(sets, tmp_path, capsys):
+    """In place of Inception's; the statistics in a reference file are Inception's, and are not used."""
+    wrong = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "statistics.npz", in_order(REFERENCE), **wrong)
+    expected = frechet_distance_of(in_order(SAMPLES), in_order(REFERENCE), means, progress=False)
+    for reference in (sets[1], tmp_path / "statistics.npz"):
+        command = ["evaluate", str(sets[0]), str(reference), "--features", "test_folders:means"]
+        assert main([*command, "--json", "--quiet"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["metrics"].keys() == {"frechet_distance", "precision", "recall"}
+        assert report["metrics"]["frechet_distance"] == pytest.approx(expected, rel=1e-6) and expected > 0
+        assert report["extractor"] == {"name": "test_folders:means"}
+    for name, message in (("nowhere:means", "--features: No module"), ("test_folders:no", "test_folders has no no")):
+        assert main([*command[:3], "--features", name]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_settings_lie_beside_the_folder(evaluate, sets, tmp_path):

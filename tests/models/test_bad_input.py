@@ -1,5 +1,6 @@
 """One clear line for what cannot work, and the model as it was."""
 
+import copy
 import json
 import re
 
@@ -12,8 +13,10 @@ from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
 
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 from hybriddit.attention import TokenLayout
+from hybriddit.models.identity import base_digest
 
 GRID = (4, 5)
+GATE = "transformer_blocks.0.attn.hybrid.gate.bias"
 
 
 @pytest.fixture
@@ -208,11 +211,33 @@ def test_adapter_of_another_model(adapter):
     refused_adapter(ValueError, r"lacks \d+ of its weights \(transformer_blocks\.0\.attn2", adapter, medium)
 
     weights = load_file(adapter / "hybrid_adapter.safetensors")
-    gate = "transformer_blocks.0.attn.hybrid.gate.bias"
-    save_file({**weights, gate: torch.zeros(3)}, adapter / "hybrid_adapter.safetensors")
-    refused_adapter(ValueError, rf"{gate} is \(3,\), the model's is \(2,\)", adapter, make("sd3"))
+    save_file({**weights, GATE: torch.zeros(3)}, adapter / "hybrid_adapter.safetensors")
+    refused_adapter(ValueError, rf"{GATE} is \(3,\), the model's is \(2,\)", adapter, make("sd3"))
     save_file({**weights, "x_embedder.weight": torch.zeros(1)}, adapter / "hybrid_adapter.safetensors")
     refused_adapter(ValueError, "no place for .x_embedder.weight", adapter, make("sd3"))
+
+
+def test_adapter_of_other_weights(tmp_path):
+    """Of the same class and size: refused, unless that is what is wanted."""
+    model, source = perturb_hybrid(hybridize(make("sd3", dtype=torch.float32), HybridConfig(window=3))), tmp_path / "a"
+    save_adapter(model, source)
+    other = make("sd3", dtype=torch.float32)
+    with torch.no_grad():
+        other.proj_out.weight[0, 0] += 0.1
+    message = "was made from other weights, a model without a name: .* check_base=False"
+    refused_adapter(ValueError, message, source, copy.deepcopy(other))
+    assert load_adapter(other, source, check_base=False) is other
+    assert torch.equal(other.state_dict()[GATE], model.state_dict()[GATE])
+    with pytest.warns(UserWarning, match="cannot be told: its weights are neither float32 nor bfloat16"):
+        load_adapter(make("sd3", dtype=torch.float16), source)
+    # one of version 0.1 does not tell its base
+    values = json.loads((source / "hybrid_config.json").read_text())
+    assert values.pop("_base") == {"name": None, "weights": base_digest(model)}
+    (source / "hybrid_config.json").write_text(json.dumps(values))
+    restore_dense(other)
+    load_adapter(other, source)
+    (source / "hybrid_config.json").write_text(json.dumps({**values, "_base": "flux"}))
+    refused(ValueError, "no adapter config: its _base is 'flux'", load_adapter, other, source)
 
 
 def test_adapter_of_another_config(adapter):

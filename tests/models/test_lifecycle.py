@@ -170,7 +170,7 @@ def test_window_only_adapter_is_empty_but_whole(tmp_path):
 
 
 def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
-    import hybriddit.models.surgery as surgery
+    import hybriddit.models.adapters as adapters
 
     model = converted("sd3")
     save_adapter(model, tmp_path)
@@ -180,7 +180,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(surgery, "write_tensors", fail)
+    monkeypatch.setattr(adapters, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(perturb_hybrid(model), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

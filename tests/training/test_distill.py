@@ -21,9 +21,12 @@ from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data,
 
 from hybriddit import HybridConfig, hybridize, load_adapter
 from hybriddit.attention import HybridAttention
+from hybriddit.cli import main
 from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
 from hybriddit.demo.run import set_gates
+from hybriddit.models.identity import base_digest
+from hybriddit.stored import find_adapter
 from hybriddit.training import checkpoint as checkpoint_module
 from hybriddit.training import distill as distill_module
 from hybriddit.training.batches import epoch_order
@@ -345,6 +348,79 @@ def test_resume_gives_what_an_unbroken_run_gives(prepared, tmp_path, monkeypatch
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
 
 
+def test_a_stopped_run_leaves_an_adapter(prepared, tmp_path, monkeypatch, capsys):
+    """In every checkpoint: the averaged weights of its step. Commands take the run's folder, and find the newest."""
+
+    def settings(steps):
+        return tiny_config(tmp_path, train__steps=steps, output__checkpoint_every=1)
+
+    def interrupted(draw=distill_module.draw_batches, **arguments):
+        if arguments["step"] == 2:
+            raise KeyboardInterrupt
+        return draw(**arguments)
+
+    pipeline, data = prepared("flux_dev")
+    dense = copy.deepcopy(pipeline.transformer)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill_module, "draw_batches", interrupted)
+        distill(pipeline, data, settings(4))
+    checkpoints = [tmp_path / "checkpoints" / f"step-{step:08d}" for step in (1, 2)]
+    for step, checkpoint in enumerate(checkpoints, 1):
+        averages = load_file(checkpoint / "state.safetensors")
+        adapter = load_file(checkpoint / "adapter" / "hybrid_adapter.safetensors")
+        for name, value in adapter.items():
+            assert torch.equal(value, averages[f"average/{name}"]), name
+        base = {"name": None, "weights": base_digest(dense), "height": 64, "width": 64, "steps": step}
+        assert json.loads((checkpoint / "adapter" / "hybrid_config.json").read_text())["_base"] == base
+    assert find_adapter(tmp_path) == checkpoints[1] / "adapter"
+    assert find_adapter(checkpoints[0]) == checkpoints[0] / "adapter"
+    loaded = load_adapter(copy.deepcopy(dense), tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in adapter.items())
+    assert main(["info", str(tmp_path)]) == 0
+    assert f"folder  {checkpoints[1] / 'adapter'}\n" in (said := capsys.readouterr().out) and "steps 2" in said
+
+    pipeline, data = prepared("flux_dev")
+    with pytest.raises(ValueError, match="train.steps is 1, and .*step-00000002 has 2 already: give it 2 or more"):
+        distill(pipeline, data, settings(1), resume=True)
+    assert not (tmp_path / "adapter").exists()
+    distill(pipeline, data, settings(3), resume=True)
+    assert find_adapter(tmp_path) == tmp_path / "adapter", "the result, of a finished run"
+    pipeline, data = prepared("flux_dev")
+    distill(pipeline, data, settings(4), resume=True)
+    (tmp_path / "adapter" / "hybrid_config.json").unlink()
+    assert find_adapter(tmp_path).parent.name == "step-00000004"
+
+
+def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
+    """Losses and recipe are written as they are in force. A run of version 0.1, which left them out, is resumed."""
+    pipeline, data = prepared("flux_schnell")
+    distill(pipeline, data, tiny_config(tmp_path, train__steps=1, output__checkpoint_every=1, loss__output=0.25))
+    written, [begun] = load_config(tmp_path / "config.yaml"), json.loads((tmp_path / "run.json").read_text())
+    in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "prompt_dropout": 0.0, "window_dropout": 0.0}
+    assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
+    assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
+
+    def resumed(steps, **loss):
+        pipeline, data = prepared("flux_schnell")
+        given = {f"loss__{name}": value for name, value in loss.items()}
+        distill(
+            pipeline, data, tiny_config(tmp_path, train__steps=steps, output__checkpoint_every=1, **given), resume=True
+        )
+
+    resumed(2, output=0.25, layer=0.5)
+    with pytest.raises(ValueError, match="other values of loss.layer: resume with"):
+        resumed(3, output=0.25, layer=0.75)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    old = json.loads(state.read_text())
+    old["settings"] |= {f"loss.{name}": None for name in ("task", "output", "layer", "prompt_dropout")}
+    old["settings"]["model.recipe"] = None
+    state.write_text(json.dumps(old))
+    for changed in ({"output": 0.25}, {"task": 0.5}):
+        with pytest.raises(ValueError, match=f"other values of loss.{next(iter(changed))}: resume with"):
+            resumed(3, **changed)
+    resumed(3)
+
+
 def test_what_cannot_be_resumed_is_said(prepared, tmp_path):
     pipeline, data = prepared("flux_dev")
     with pytest.raises(ValueError, match="nothing to resume"):
@@ -438,7 +514,10 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch
     optimizer = torch.optim.AdamW(parameters.values())
 
     def save(step):
-        return checkpoint_module.save_checkpoint(tmp_path, step, parameters, average, optimizer, {"a": 1}, keep=2)
+        state = (parameters, average, optimizer, {"a": 1})
+        with checkpoint_module.saving_checkpoint(tmp_path, step, *state, keep=2) as partial:
+            (partial / "adapter").mkdir()
+            (partial / "adapter" / "b.txt").write_text("b")
 
     save(1)
     kept = parameters["attn.hybrid.gate"].detach().clone()

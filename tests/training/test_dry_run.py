@@ -49,8 +49,10 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     path, pipeline = config_of(family)
     for weights in path.parent.rglob("*.safetensors"):
         weights.unlink()
-    config = load_config(path, [f"train.gradient_checkpointing={checkpointing}"])
+    more = [f"data.cache={path.parent / 'cache'}", "output.checkpoint_every=1", "output.keep=4"]
+    config = load_config(path, [f"train.gradient_checkpointing={checkpointing}", *more])
     figures = dry_run(config)
+    config.output.checkpoint_every = 0
 
     data = tiny_data(pipeline, images=4)
     parameters = sum(p.numel() for p in pipeline.transformer.parameters())
@@ -68,11 +70,30 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     assert figures["tokens"] == {"grid": [8, 8], "image": 64, "text": text or TEXT_LENGTH}
     guided = 1 if "flux" in family else 2
     assert figures["data_flops"] == 3 * 5 * guided * figures["forward_flops"]["teacher"]
+    rows = data.rows(range(3))
+    kept = sum(tensor.nbytes for name, tensor in rows.items() if name in data.empty or name == "latents")
+    # a prompt's mask is of integers
+    assert figures["disk_bytes"] == {"cache": pytest.approx(kept, rel=0.01), "checkpoints": 5 * 20 * added}
+    assert (figures["prompts"], figures["epochs"]) == (1, 4 / 3)
+    assert figures["loss"]["task"] == (0 if family == "flux_schnell" else 1) and figures["loss"]["layer"] == 0.5
     memory = figures["memory_bytes"]
     assert (memory["frozen"], memory["trained"]) == (4 * weights, 20 * added)
     assert memory["total"] == memory["frozen"] + memory["trained"] + memory["activations"]
     kept = figures["activation_bytes"]
     assert memory["activations"] == kept["with_checkpointing" if checkpointing else "without_checkpointing"]
+
+
+def test_what_a_run_would_regret_is_told(config_of):
+    """Few prompts, a hybrid that costs more than its teacher."""
+    path, _ = config_of("flux_dev")
+    figures = dry_run(load_config(path, ["data.images=10"]))
+    told = report({**figures, "forward_flops": {"teacher": 3, "student": 2}})
+    assert "MORE" not in told and "with more prompts" not in told and "images     10 of 1 prompts" in told
+    assert "losses     task 1, output 0.5, layer 0.5, prompt_dropout 0" in told
+    figures = dry_run(load_config(path, ["hybrid.window=8", "data.images=11"]))
+    assert figures["forward_flops"]["student"] > figures["forward_flops"]["teacher"]
+    assert "MORE than the teacher's" in report(figures)
+    assert "data.prompts holds 1 prompts for 11 images, 11 images of each: with more prompts" in report(figures)
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "flux_dev"])

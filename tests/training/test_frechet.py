@@ -122,7 +122,7 @@ def inception(images):
 
 
 def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(frechet, "load_inception", lambda device: inception)
+    monkeypatch.setattr("hybriddit.metrics.features.load_inception", lambda device: inception)
     data = open_class_data(images, (1, 8, 8), progress=False)
     samples = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     others = samples.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
@@ -148,7 +148,7 @@ def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypa
 
 
 def test_a_reference_folder_is_the_file_of_its_cropped_images(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frechet, "load_inception", lambda device: inception)
+    monkeypatch.setattr("hybriddit.metrics.features.load_inception", lambda device: inception)
     folder, random, crops = tmp_path / "photos", np.random.default_rng(1), []
     folder.mkdir()
     for number in range(6):

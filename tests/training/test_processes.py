@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import DistributedType
 
 from hybriddit.cli import main
@@ -94,3 +95,12 @@ def test_other_ways_are_refused(
     accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=version == 2, state=state)
     monkeypatch.setattr(loop, "make_accelerator", lambda config: accelerator)
     refused(arguments, message, tmp_path, capsys)
+
+
+def test_processes_that_accelerate_does_not_join_do_not_do_one_run_each(
+    arguments, base_is_there, tmp_path, monkeypatch, capsys
+):
+    """As of torchrun without a GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("hybriddit.training.processes.device_of_this_machine", lambda: torch.device("cpu"))
+    refused(arguments, "2 processes were launched, and without a GPU accelerate makes each", tmp_path, capsys)

@@ -43,7 +43,10 @@ from hybriddit.training.train_sit import draw_batches, make_model, run, train
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("configs/sit/*.yaml"))
-SMALL = [ROOT / f"configs/sit/{name}.yaml" for name in ("fashion_mnist_cpu", "ladder_cifar10", "ladder_tiny_imagenet")]
+SMALL = [
+    ROOT / f"configs/sit/{name}.yaml"
+    for name in ("fashion_mnist_cpu", "images_64", "ladder_cifar10", "ladder_tiny_imagenet")
+]
 STEPS = 12
 WEIGHTS = "pipeline/transformer/diffusion_pytorch_model.safetensors"
 TIMINGS = ("images_per_second", "mfu")
@@ -413,6 +416,7 @@ def test_the_pipeline_undoes_the_scale_of_the_set(latents, tmp_path):
         vae.save_pretrained(tmp_path / name / "vae")
         folder = tmp_path / name / "run"
         overrides = [f"data.path={cache}", f"data.vae={tmp_path / name / 'vae'}", "train.batch_size=1", "train.steps=1"]
+        overrides.append("model.num_classes=1")
         run(load_config(latents, [*overrides, f"output.folder={folder}"]))
 
         pipeline = load_sit_pipeline(folder)
@@ -484,9 +488,11 @@ def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatc
         "sample_ode",
         lambda labels, noise, *rest, **k: labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 2 - 0.5,
     )
+    three = shutil.copytree(images, tmp_path / "three")
+    shutil.copytree(next(three.iterdir()), three / "another")
     changes = {"model": {**TINY, "num_classes": 3}, "train": {"steps": 1, "batch_size": 2, "progress": False}}
     output = {"folder": str(tmp_path / "run"), "sample_every": 1, "samples": 6}
-    run(load_config(write_config(images, tmp_path, **changes, output=output)))
+    run(load_config(write_config(three, tmp_path, **changes, output=output)))
     with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
         shades = np.array(grid)[4::8, 4::8]
     np.testing.assert_array_equal(shades, [[64, 128, 191]] * 2)
@@ -513,6 +519,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_
     [
         (["data.path=/nowhere"], "no folder at '/nowhere' (data.path)"),
         (["model.num_classes=1"], "labels from 0 to 1, and the model's 1 classes are 0 to 0: set model.num_classes"),
+        (["model.num_classes=3"], "the set has 2 classes, and the model 3: it would learn nothing of the others"),
         (["model.attention=dense"], "model: unknown attention 'dense'"),
         (["model.windw=3"], "unknown key model.windw: did you mean model.window?"),
         (["model.num_layers=two"], "model: num_layers must be a positive integer, not 'two'"),

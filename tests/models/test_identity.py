@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import LoraConfig
 from torch import nn
 
 from hybriddit import HybridConfig, hybridize
-from hybriddit.data import identity
-from hybriddit.data.identity import weights_digest
+from hybriddit.models import identity
+from hybriddit.models.identity import base_digest, weights_digest
 
 
 def model(*shapes, dtype=torch.float32):
@@ -90,3 +91,21 @@ def test_a_converted_transformer_is_its_teacher():
     with torch.no_grad():
         next(p for name, p in transformer.named_parameters() if ".hybrid." not in name).flatten()[0].add_(1)
     assert weights_digest(transformer) != expected
+
+
+def test_a_base_is_known_however_it_is_loaded():
+    """In float32 or bfloat16, converted, with a LoRA; not of other weights, or of a type that tells less."""
+    from tiny_pipelines import tiny_pipeline
+
+    transformer = tiny_pipeline("flux_dev").transformer.to(torch.bfloat16)
+    expected = base_digest(transformer)
+    assert base_digest(transformer.float()) == expected
+    hybridize(transformer, HybridConfig(window=3, map_rank=4))
+    assert base_digest(transformer) == expected
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert base_digest(transformer) == expected != weights_digest(transformer)
+    transformer.fuse_lora()
+    assert base_digest(transformer) != expected
+    assert base_digest(tiny_pipeline("flux_dev", seed=1).transformer) not in (expected, None)
+    half, absent = (tiny_pipeline("flux_dev").transformer.to(dtype=torch.float16), model((3,)).to("meta"))
+    assert base_digest(half) is None and base_digest(absent) is None
