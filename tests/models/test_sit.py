@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import SiTTransformer2DModel
+from hybriddit.attention import TokenLayout
 from hybriddit.models.flops import sit_flops
 from hybriddit.models.sit import SIT_SIZES, rotary_positions
 from hybriddit.models.sit_convert import from_original, load_original, read_original, to_original
@@ -664,9 +665,8 @@ def test_a_fresh_model_gives_zero_and_its_blocks_nothing(fields):
     tokens = torch.randn(2, 36, WIDTH, dtype=torch.float64)
     conditioning = torch.randn(2, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(
-            SiTTransformer2DModel(**TINY).double().transformer_blocks[0](tokens, conditioning, (6, 6), None), tokens
-        )
+        block = SiTTransformer2DModel(**TINY).double().transformer_blocks[0]
+        assert torch.equal(block(tokens, conditioning, TokenLayout(0, ((6, 6),), False), None), tokens)
 
 
 def test_initial_weights():
