@@ -361,6 +361,11 @@ def add_generate(commands) -> None:
         "sequential is the same by accelerate, slower)",
     )
     sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
+    sub.add_argument(
+        "--parallel",
+        action="store_true",
+        help="all processes of torchrun make each image together, each some of its rows (hybrids and SiTs)",
+    )
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
@@ -369,7 +374,7 @@ def generate(options: argparse.Namespace) -> None:
     from .generate import run
 
     made = run(**_given(options), announce=not (options.quiet or options.json))
-    if options.json:
+    if options.json and made is not None:  # of processes that make images together, the first has the report
         print(json.dumps(made))
 
 

@@ -50,6 +50,25 @@ def finish_sharded(*arguments, output=None, timeout=300):
     return [process.exitcode for process in processes]
 
 
+def finish_together(count, *arguments, output, timeout=300):
+    """As `finish`, in processes as torchrun starts them; the exit codes of all."""
+    port = free_port()
+    processes = [
+        start(*arguments, output=f"{output}.{rank}", before=functools.partial(_launched, rank, count, port))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _launched(rank, count, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
+    torch.set_num_threads(1)
+
+
 def in_two_processes(function, *arguments, output, timeout=120):
     """`in_processes` of two."""
     return in_processes(2, function, *arguments, output=output, timeout=timeout)

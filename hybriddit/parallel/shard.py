@@ -54,7 +54,7 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
     if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):
         raise ValueError("the model's weights are sharded (FSDP): give a model whose weights are whole")
     device, backend = next(transformer.parameters()).device.type, dist.get_backend(group)
-    if (device == "cuda") != (backend == "nccl") and device != "meta":
+    if {"cuda": "nccl", "cpu": "gloo"}.get(device) != backend:
         raise ValueError(f"the model is on {device}, and the processes talk by {backend}: GPUs need nccl, CPUs gloo")
     check_equal_models(transformer, group)
     spread = Spread(group)

@@ -60,11 +60,10 @@ def try_everything(rank):
     layout = {"token_layout": TokenLayout(5, (GRID, GRID), True)}
     refused("reference images is not spread", run, reference, kontext, joint_attention_kwargs=layout)
     processor = flux.HybridFluxAttnProcessor.__call__
-    forgetful = (
-        lambda self, *args, token_layout, **kwargs: processor(  # noqa: E731
-            self, *args, token_layout=TokenLayout(*token_layout[:3]), **kwargs
-        )
-    )
+
+    def forgetful(self, *args, token_layout, **kwargs):
+        return processor(self, *args, token_layout=TokenLayout(*token_layout[:3]), **kwargs)
+
     flux.HybridFluxAttnProcessor.__call__ = forgetful
     refused("has dropped its layout's rows", run, reference, make_inputs(reference, GRID))
     flux.HybridFluxAttnProcessor.__call__ = processor
@@ -118,4 +117,6 @@ def test_a_lost_process_ends_the_others(how, tmp_path):
     codes = in_processes(3, lose_one, how, tmp_path, output=tmp_path / "said", limit=4)
     assert codes == [0, 7 if how == "ends" else 0, 0], (tmp_path / "said.0").read_text()
     told = {path.name: float(path.read_text()) for path in tmp_path.glob("told.*")}
-    assert told["told.0"] < 12 and told["told.2"] < 12  # each waits for at most 4 seconds, of which other work takes some
+    assert (
+        told["told.0"] < 12 and told["told.2"] < 12
+    )  # each waits for at most 4 seconds, of which other work takes some
