@@ -27,8 +27,7 @@ class Rows(RowShard):
             raise ValueError(
                 f"{self.size} processes cannot share an image of {height} rows of tokens: start at most {height}"
             )
-        ends = [height * rank // self.size for rank in range(self.size + 1)]
-        self.shares = [(first, end - first) for first, end in zip(ends[:-1], ends[1:], strict=True)]
+        self.shares = shares_of(height, self.size)
         self.first, self.count = self.shares[self.rank]
         self.leads = self.rank == 0
 
@@ -167,6 +166,12 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return None, grad[:, ctx.rows.first : ctx.rows.first + ctx.rows.count]
+
+
+def shares_of(height: int, size: int) -> list[tuple[int, int]]:
+    """The (first, count) of the rows of each of `size` processes."""
+    ends = [height * rank // size for rank in range(size + 1)]
+    return [(first, end - first) for first, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
 def _wanted(rows: Rows, reach: Reach, origin: int) -> list[tuple[int, slice]]:
