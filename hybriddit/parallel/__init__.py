@@ -3,5 +3,6 @@
 from .launch import together
 from .rows import gathered_numbers
 from .shard import shard
+from .tiles import spread_tiles
 
-__all__ = ["gathered_numbers", "shard", "together"]
+__all__ = ["gathered_numbers", "shard", "spread_tiles", "together"]

@@ -9,16 +9,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from .shard import shard
+from .tiles import spread_tiles
 
 LIMIT = timedelta(minutes=10)  # a process that has not answered by then, while it loads weights too, hangs
 
 
 @contextmanager
 def together(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[dist.ProcessGroup]:
-    """Join torchrun's other processes, and spread the images of the pipeline's transformer over them, within the block.
+    """Join torchrun's other processes, and spread the pipeline's images over them, within the block: rows and VAE tiles.
 
     device: where the pipeline is, a CPU or a GPU of this process's own. Yields the group of all processes. Raises as
     `shard`, and ValueError for fewer GPUs than processes and for other devices.
@@ -40,6 +41,9 @@ def together(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[dist
         raise ConnectionError(f"the other processes did not come: {str(error).splitlines()[0]}") from error
     try:
         shard(transformer, dist.group.WORLD)
+        vae = getattr(pipeline, "vae", None)
+        if isinstance(vae, AutoencoderKL):
+            spread_tiles(vae, dist.group.WORLD)
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()

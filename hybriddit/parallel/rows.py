@@ -44,7 +44,7 @@ class Rows(RowShard):
 
     def largest(self, x: Tensor) -> Tensor:
         x = x.detach().clone(memory_format=torch.contiguous_format)
-        with _talking():
+        with talking():
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
@@ -75,7 +75,7 @@ def shared(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the processes, without a gradient."""
     x = x.detach().clone(memory_format=torch.contiguous_format)
-    with _talking():
+    with talking():
         dist.all_reduce(x, group=group)
     return x
 
@@ -85,7 +85,7 @@ def gathered_numbers(numbers: Sequence[int], group: dist.ProcessGroup) -> list[l
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    with _talking():
+    with talking():
         dist.all_gather(found, own, group=group)
         return [x.tolist() for x in found]
 
@@ -108,7 +108,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, works, x):
         ctx.group, out = group, x.clone()
-        with _talking():
+        with talking():
             works.append(dist.all_reduce(out, group=group, async_op=True))
         return out
 
@@ -198,20 +198,20 @@ def _exchange(rows: Rows, gives: list[tuple[int, Tensor]], takes: list[tuple[int
     ranks = dist.get_process_group_ranks(rows.group)
     operations = [dist.P2POp(dist.isend, x, ranks[peer], rows.group) for peer, x in sent]
     operations += [dist.P2POp(dist.irecv, x, ranks[peer], rows.group) for peer, x, _ in arrivals]
-    with _talking():
+    with talking():
         works = dist.batch_isend_irecv(operations) if operations else []
     return _Exchange(works, [x for _, x in sent], [(arrived, place) for _, arrived, place in arrivals])
 
 
 def _wait(works: list[dist.Work]) -> None:
-    with _talking():
+    with talking():
         for work in works:
             work.wait()
     works.clear()
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     """Raises ConnectionError, in one line, where other processes do not answer."""
     try:
         yield
