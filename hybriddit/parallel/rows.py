@@ -31,6 +31,7 @@ class Rows(RowShard):
         self.first, self.count = self.shares[self.rank]
         self.leads = self.rank == 0
 
+    @torch.compiler.disable
     def total(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
         works: list[dist.Work] = []
         flat = _Total.apply(self.group, works, torch.cat([x.flatten() for x in tensors]))
@@ -42,12 +43,14 @@ class Rows(RowShard):
 
         return finish
 
+    @torch.compiler.disable
     def largest(self, x: Tensor) -> Tensor:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         with talking():
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    @torch.compiler.disable
     def extended(self, images: Sequence[Tensor], reach: Reach) -> Callable[[], tuple[Tensor, ...]]:
         begun: list[_Exchange] = []
         outs = _Extended.apply(self, reach, begun, *images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, MutableMapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -101,9 +101,9 @@ class Spread:
     def enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the model: give it the layout of this process's rows, and its part of the inputs."""
         self.layout = None
+        inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
+        inputs.pop("self")
         if isinstance(model, SiTTransformer2DModel):
-            inputs = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-            inputs.pop("self")
             grid = model.patch_embed.dynamic_feat_size(inputs["hidden_states"].shape[2:])
             layout, cut = TokenLayout(0, (grid,), text_first=False), ()
         elif not is_hybrid(model):
@@ -111,7 +111,7 @@ class Spread:
         elif model._dense_mode:
             return None  # each process runs the teacher on the whole image
         else:
-            family, inputs = family_of(model), kwargs  # `inject_token_layout` has named all arguments
+            family = family_of(model)
             layout, cut = _given_layout(model, inputs), family.image_arguments
         check_equal_inputs(inputs, self.group)
         if len(layout.grids) != 1:
@@ -167,6 +167,11 @@ class Spread:
             if parameter.requires_grad and parameter not in self._added_up:
                 parameter.register_hook(partial(add_up, group=self.group))
                 self._added_up[parameter] = True
+
+
+@cache
+def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(model_class.forward)
 
 
 def _given_layout(model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:

@@ -9,6 +9,7 @@ rows' and its columns'.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ def class_windows(index, residue, length: int, window: int, stride: int, dilatio
     return first.clip(min=0).clip(max=size - window), window
 
 
+@lru_cache(maxsize=1024)
 def key_rows(
     first: int, count: int, *, height: int, window: int, stride: int = 1, dilation: int = 1
 ) -> tuple[int, int]:
