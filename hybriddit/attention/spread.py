@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .inputs import autocast
 from .layout import TokenLayout
 from .linear import join_sums
 from .rows import RowShard
@@ -137,7 +138,9 @@ def softmax_over_processes(
     text too; what travels are results for the queries.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _SoftmaxOverProcesses.apply(rows, scale, text_mask, query, text_key, text_value, key, value)
+    tensors = autocast((query, text_key, text_value, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        return _SoftmaxOverProcesses.apply(rows, scale, text_mask, *tensors)
 
 
 class _SoftmaxOverProcesses(torch.autograd.Function):

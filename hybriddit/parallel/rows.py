@@ -83,9 +83,14 @@ def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x
 
 
+def backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """The library by which tensors travel, such as "gloo", by the type of device that they are on."""
+    return dict(pair.split(":") for pair in str(dist.get_backend_config(group)).split(","))
+
+
 def gathered_numbers(numbers: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
     """The numbers of every process, of 64 bits; each gives equally many."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device = "cpu" if "cpu" in backends(group) else "cuda"
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     with talking():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -16,10 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import HybridAttention, TokenLayout
 from ..models import SiTTransformer2DModel, family_of, is_hybrid
-from ..models.surgery import convert_dense_layers
+from ..models.surgery import convert_dense_layers, inject_token_layout, read_token_layout
 from ..models.wrapping import check_unwrapped
 from .equal import check_equal_inputs, check_equal_models
-from .rows import Rows, add_up, shared
+from .rows import Rows, add_up, backends, shared
 
 
 def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Module:
@@ -53,9 +54,9 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
         raise ValueError("the images of this model are spread over processes already")
     if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):
         raise ValueError("the model's weights are sharded (FSDP): give a model whose weights are whole")
-    device, backend = next(transformer.parameters()).device.type, dist.get_backend(group)
-    if {"cuda": "nccl", "cpu": "gloo"}.get(device) != backend:
-        raise ValueError(f"the model is on {device}, and the processes talk by {backend}: GPUs need nccl, CPUs gloo")
+    device, found = next(transformer.parameters()).device.type, backends(group)
+    if (device, found.get(device)) not in (("cuda", "nccl"), ("cpu", "gloo")):
+        raise ValueError(f"the model is on {device}, and the processes talk by {found}: GPUs need nccl, CPUs gloo")
     check_equal_models(transformer, group)
     spread = Spread(group)
     entrance, exit = None, "proj_out"
@@ -106,17 +107,23 @@ class Spread:
         if isinstance(model, SiTTransformer2DModel):
             grid = model.patch_embed.dynamic_feat_size(inputs["hidden_states"].shape[2:])
             layout, cut = TokenLayout(0, (grid,), text_first=False), ()
-        elif not is_hybrid(model):
-            raise ValueError(f"the {type(model).__name__} was spread over processes as a hybrid: hybridize it again")
-        elif model._dense_mode:
-            return None  # each process runs the teacher on the whole image
+        elif not is_hybrid(model) or self._converted_anew(model):
+            raise ValueError("the model was converted since its images were spread over processes: load it anew")
+        elif model._dense_mode:  # each process runs the teacher on the whole image
+            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+                raise ValueError("the teacher of a model that is spread over processes has no gradients: no_grad()")
+            return None
         else:
             family = family_of(model)
             layout, cut = _given_layout(model, inputs), family.image_arguments
+        if isinstance(getattr(model, "_cache_config", None), FirstBlockCacheConfig):
+            raise ValueError(
+                "the first-block cache would skip blocks by what each process's rows look like: disable_cache() first"
+            )
         check_equal_inputs(inputs, self.group)
         if len(layout.grids) != 1:
             raise ValueError("an image with reference images is not spread over processes: call the model in one")
-        (height, width), rows = layout.grids[0], None
+        height, width = layout.grids[0]
         rows = Rows(self.group, height)
         self.layout = layout._replace(grids=((rows.count, width),), rows=rows)
         inputs = {name: self._own(value) if name in cut else self._shared(value) for name, value in inputs.items()}
@@ -145,6 +152,11 @@ class Spread:
         if self.layout is None:
             return tokens
         return self.layout.rows.gathered(tokens.unflatten(1, self.layout.grids[0])).flatten(1, 2)
+
+    def _converted_anew(self, model: nn.Module) -> bool:
+        """Whether a later conversion's hook comes after this one, with layers that know nothing of their rows."""
+        hooks = list(model._forward_pre_hooks.values())
+        return any(hook in (inject_token_layout, read_token_layout) for hook in hooks[hooks.index(self.enter) :])
 
     def _own(self, value: Any) -> Any:
         return self._each(value, lambda x: self.layout.own(self._shared(x)))

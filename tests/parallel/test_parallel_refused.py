@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import FirstBlockCacheConfig
 from runs import in_processes
 from tiny_models import make, make_inputs, run
 from torch.distributed.device_mesh import init_device_mesh
 
-from hybriddit import HybridConfig, hybridize, restore_dense
+from hybriddit import HybridConfig, dense_mode, hybridize, restore_dense
 from hybriddit.attention import TokenLayout
 from hybriddit.models import FLUX, flux
 from hybriddit.parallel import equal, shard
@@ -55,6 +56,10 @@ def try_everything(rank):
     refused(f'rank 1 has other versions than rank 0: here {{"torch": "2.{rank}"}}', shard, hybrid(), world)
     equal.running_versions = versions
 
+    cached = shard(hybrid("flux-dev"), world)
+    cached.enable_cache(FirstBlockCacheConfig())
+    refused("first-block cache would skip blocks", run, cached, make_inputs(cached, GRID))
+
     reference = shard(hybrid("flux-dev"), world)
     kontext = make_inputs(reference, (2 * GRID[0], GRID[1]))
     layout = {"token_layout": TokenLayout(5, (GRID, GRID), True)}
@@ -70,8 +75,12 @@ def try_everything(rank):
     type(FLUX).image_exit = None
     refused("FLUX does not say where its image tokens leave the model", shard, hybrid("flux-dev"), world)
 
+    with dense_mode(spread):
+        refused("has no gradients: no_grad()", spread, **inputs)
     restore_dense(spread)
-    refused("was spread over processes as a hybrid: hybridize it again", run, spread, inputs)
+    refused("was converted since its images were spread over processes", run, spread, inputs)
+    hybridize(spread, HybridConfig(window=2, layers={"*.0.*": "dense"}))
+    refused("was converted since its images were spread over processes", run, spread, inputs)
 
 
 def test_one_line_on_every_process(tmp_path):

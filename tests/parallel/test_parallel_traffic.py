@@ -1,5 +1,8 @@
 """The bytes of the formula against those that are given to torch.distributed."""
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from runs import in_processes
@@ -8,6 +11,7 @@ from hybriddit.attention import HybridAttention, TokenLayout
 from hybriddit.parallel.rows import Rows
 from hybriddit.parallel.traffic import hybrid_bytes, ring_bytes, ulysses_bytes
 
+ROOT = Path(__file__).parents[2]
 HEADS, HEAD_DIM, COLUMNS = 4, 16, 6
 
 
@@ -62,3 +66,16 @@ def test_it_grows_with_the_width_and_the_others_with_the_tokens():
     assert ulysses_bytes(1600, 10, 4, 2) == 16 * ulysses_bytes(100, 10, 4, 2) == 4 * 1600 * 10 * 2 * 3 // 16
     # of its quarter of keys and values a process sends three on, its own and two of others
     assert ring_bytes(1600, 10, 4, 2) == 3 * 2 * 400 * 10 * 2
+
+
+def test_the_table_of_the_page_is_the_script_s(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import communication
+
+    monkeypatch.setattr(sys, "argv", ["communication.py"])
+    communication.main()
+    printed, page = capsys.readouterr().out, (ROOT / "docs" / "parallel.md").read_text()
+    for line in printed.splitlines():
+        if not line.startswith("| sd3.5"):  # -medium's are sd3's, -large is not on the page
+            assert line.replace("| sd3 |", "| sd3, sd3.5-medium |") in page
+    assert printed.count("\n") == 2 + 5 * 5
