@@ -387,11 +387,11 @@ def add_cache(commands) -> None:
         "imagenet/train --vae stabilityai/sd-vae-ft-ema --size 256 --out outputs/cache/imagenet256",
     )
     sub.description += (
-        ". The subfolders are the classes. Every image is cropped as ADM crops it; one that cannot be read is left "
-        "out, counted, and listed in index.json. A run that was stopped or killed goes on when it is started again; "
-        "several processes of torchrun share the work."
+        ". The subfolders are the classes; or tars hold images with their labels (.cls). Every image is cropped as"
+        " ADM crops it; one that cannot be read is left out, counted, and listed in index.json. A run that was "
+        "stopped or killed goes on when it is started again; several processes of torchrun share the work."
     )
-    sub.add_argument("folder", type=Path, help="folder of images; its subfolders are the classes")
+    sub.add_argument("folder", type=Path, help="folder of images, whose subfolders are the classes, or of tars")
     sub.add_argument("--out", type=Path, required=True, help="folder of the cache")
     sub.add_argument("--vae", help="folder or repository of an AutoencoderKL; without one, pixels are kept")
     sub.add_argument("--size", type=int, default=256, help="side of the images, in pixels (default: %(default)s)")

@@ -29,6 +29,7 @@ UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+LYING = (UPRIGHT[5], UPRIGHT[6], UPRIGHT[7], UPRIGHT[8])  # those that make the width the height
 
 
 def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -> Image.Image:
@@ -38,7 +39,7 @@ def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -
     oversized metadata (EXIF, colour profile, XMP, text) is ignored.
 
     Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged, not an image, or of
-    levels whose range is unknown (floating-point numbers, integers beyond 16 bits).
+    levels whose range is unknown (floating-point numbers, integers of 32 bits).
     """
     return _decode(path, lambda image: _upright(flatten(image, mode, background), image))
 
@@ -65,8 +66,9 @@ def flatten(image: Image.Image, mode: str = "RGB", background: str = "white") ->
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey, which PIL would clip to 8 bits, as "L"; as "LA" where one of its levels stands for transparent."""
     levels = np.asarray(image)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("its levels are integers beyond 16 bits, of no known range: save it with 8 or 16 bits")
+    # of what PIL reads as 32 bits, PPM alone is of a known range, to which PIL scales it
+    if levels.min() < 0 or levels.max() > 65535 or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("its levels are integers of 32 bits, of no known range: save it with 8 or 16 bits")
     grey = Image.fromarray((levels // 256).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8)))
@@ -75,11 +77,32 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
     """Turn an image by the EXIF orientation of the one that it was made from."""
-    try:  # ImageOps.exif_transpose also fails where other EXIF entries are broken
-        method = UPRIGHT.get(original.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        method = None
+    method = _turn(original)
     return image if method is None else image.transpose(method)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright, by its EXIF orientation; None if nothing does."""
+    try:  # ImageOps.exif_transpose also fails where other EXIF entries are broken
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        return None
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image as `open_image` gives it, in pixels; from its header where that can be read.
+
+    Raises as `open_image` does.
+    """
+    path = Path(path) if isinstance(path, str) else path  # or a member of a tar
+    if path.is_file():  # a pipe would be waited for
+        try:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file, Image.open(file) as image:
+                lies = _turn(image) in LYING
+                return image.size[::-1] if lies else image.size
+        except Exception:  # PIL's readers raise whatever they stumble over: it may still be read without its metadata
+            pass
+    return open_image(path).size
 
 
 def load_image(path: str | Path) -> Image.Image:

@@ -3,7 +3,7 @@
 import torch
 
 
-def call(family, transformer, noisy, times, text, guidance):
+def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
     """The transformer as the family's own pipeline calls it; the output's predicting part."""
     embeds = text["prompt_embeds"]
     if family == "pixart_sigma":
@@ -19,8 +19,9 @@ def call(family, transformer, noisy, times, text, guidance):
         return transformer(
             noisy, encoder_hidden_states=embeds, pooled_projections=text["pooled_prompt_embeds"], timestep=times * 1000
         ).sample
-    ids = torch.zeros(64, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+    rows, columns = grid
+    ids = torch.zeros(rows * columns, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
     return transformer(
         noisy,
         encoder_hidden_states=embeds,

@@ -231,6 +231,8 @@ def test_tasks_that_diffusers_lacks_and_sizes_that_do_not_fit():
     "arguments, message",
     [
         ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"prompt": "a\udcff"}, "the prompt: 'a\\udcff' holds half of a character"),
+        ({"negative-prompt": "\udcff"}, "holds half of a character"),
         ({"num_images": 0}, "num_images must be 1 or more, not 0"),
         ({"height": -8}, "height must be 1 or more, not -8"),
         ({"guidance": -1}, "guidance must be 0 or more, not -1.0"),
@@ -257,7 +259,7 @@ def test_what_is_wrong_by_itself_is_told_before_a_model_is_loaded(arguments, mes
     (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:200])
     (tmp_path / "text").write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    assert main(["generate", *flags(model="/nowhere", prompt="a", **arguments)]) == 1
+    assert main(["generate", *flags(**{"model": "/nowhere", "prompt": "a", **arguments})]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
 

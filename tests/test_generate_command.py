@@ -62,7 +62,7 @@ def command(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(saved)
 
     def run(*more, model="flux", out="a.png", **settings):
-        subject = [] if {"--prompts", "--class-label"} & set(more) else ["--prompt", "a red shoe"]
+        subject = [] if {"--prompt", "--prompts", "--class-label"} & set(more) else ["--prompt", "a red shoe"]
         given = flags(**{"model": model, "out": tmp_path / out, **({} if "sit" in str(model) else SIZE), **settings})
         code = main(["generate", *given, *subject, *(str(word) for word in more)])
         printed = capsys.readouterr()
@@ -156,6 +156,7 @@ def test_loras_of_other_models_are_refused(saved, command, tmp_path):
         ("part", {**tensors, **extra}),
         ("wide", {key: torch.cat((value, value), 1) for key, value in tensors.items()}),
         ("none", {"a": torch.zeros(2)}),
+        ("half", dict(list(tensors.items())[1:])),
     ):
         save_file(changed, tmp_path / f"{name}.safetensors")
         code, _, said = command("--lora", tmp_path / f"{name}.safetensors")
@@ -167,6 +168,19 @@ def test_loras_of_other_models_are_refused(saved, command, tmp_path):
     assert code == 1 and "layers are not in this model (transformer.single_transformer_blocks.0" in said
     code, _, said = command("--lora", "lora1.safetensors", model="pixart_sigma")
     assert code == 1 and "diffusers loads no LoRA into the transformer of a PixArtSigmaPipeline" in said
+
+
+def test_an_image_that_is_not_finite_is_not_saved(saved, command, tmp_path):
+    tensors = {key: value.fill_(torch.nan) for key, value in load_file(saved / "lora1.safetensors").items()}
+    save_file(tensors, tmp_path / "nan.safetensors")
+    code, _, said = command("--lora", tmp_path / "nan.safetensors", seed=3)
+    assert code == 1 and "the image of seed 3 is not finite" in said
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_an_empty_prompt(command, tmp_path):
+    assert command("--prompt", "")[0] == 0
+    assert read_record(tmp_path / "a.png")["prompt"] == ""
 
 
 def test_offload_needs_an_accelerator(command):

@@ -107,7 +107,16 @@ def test_an_animation_is_its_first_frame_and_print_colours_are_converted(tmp_pat
     assert np.abs(np.array(open_image(tmp_path / "a.jpg"), int)[4, 4] - (255, 0, 0)).max() < 5
 
 
-@pytest.mark.parametrize("levels", [np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70000, np.int32)])
+def test_levels_of_a_grey_map_are_scaled_to_its_range(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 1023\n" + struct.pack(">2H", 1023, 512))
+    assert open_image(tmp_path / "a.pgm", "L").getdata()[0] == 255
+    assert open_image(tmp_path / "a.pgm", "L").getdata()[1] in (127, 128)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [np.full((2, 2), 0.5, np.float32), *(np.full((2, 2), level, np.int32) for level in (70000, 200, -1))],
+)
 def test_levels_of_no_known_range_are_refused(levels, tmp_path):
     Image.fromarray(levels).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="a.tif is damaged or no image: its levels are .* of no known range"):

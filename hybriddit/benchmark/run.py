@@ -140,6 +140,8 @@ def _check(chosen: Settings, device: torch.device) -> None:
     for name in ("window", "radius", "repeats", "max_seconds"):
         if not 0 < getattr(chosen, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(chosen, name)}")
+    if chosen.layers is not None and chosen.layers < 1:
+        raise ValueError(f"--layers must be above 0, not {chosen.layers}")
     here = {*device_variants(device), "dense"}
     for variant in chosen.variants:
         if variant not in here:

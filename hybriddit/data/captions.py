@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
+from unicodedata import normalize
 
 from ..images import IMAGE_ENDINGS
 from .image_files import files_under, open_tars, passed_over
@@ -38,7 +39,8 @@ def read_captions(folder: str | Path, seed: int = 0) -> CaptionedFolder:
     An image's caption is in the first of these places that has one:
 
     - a `metadata.jsonl`, or then a `metadata.csv`, in the image's folder, or then in those above it up to `folder`:
-      the "text", "caption" or "prompt" of the row whose "file_name" is the image, relative to the table's folder;
+      the "text", "caption" or "prompt", the first that is not null or blank, of the row whose "file_name" is the image,
+      relative to the table's folder;
     - `<image>.txt`, or then `<image>.caption`, beside it: the whole file is one caption;
     - `<image>.json` beside it: the "text", "caption" or "prompt" of its object.
 
@@ -57,8 +59,8 @@ def read_captions(folder: str | Path, seed: int = 0) -> CaptionedFolder:
         note = passed_over(files.others, files.passed, folder)
         raise ValueError(f"no images in {folder}: {', '.join(IMAGE_ENDINGS)} are read" + (f"; {note}" if note else ""))
     result = CaptionedFolder(dict.fromkeys(files.images))
-    tables = [path for path in files.others if isinstance(path, Path) and path.name in TABLES]
-    tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name), path))
+    tables = [path for path in files.others if isinstance(path, Path) and path.name.lower() in TABLES]
+    tables.sort(key=lambda path: (-len(path.parts), TABLES.index(path.name.lower()), path))
     listed = [_read_table(table, folder, result) for table in tables]
     beside = {path.with_suffix(path.suffix.lower()): path for path in files.others}
     used, differing = set(tables), []
@@ -98,15 +100,21 @@ def _read_table(table: Path, folder: Path, result: CaptionedFolder) -> dict[Path
             raise ValueError(f'{place}: not of the form {{"file_name": ..., "text": ...}}')
         name = check_text(first_of(row, ("file_name",), place), "a file_name", place)
         captions = _captions(first_of(row, COLUMNS, place), place)
-        paths = [_place(spelled, table.parent, folder) for spelled in (name, name.replace("\\", "/"))]  # of Windows
+        paths = [_place(spelled, table.parent, folder) for spelled in _spellings(name)]
         path = next((path for path in paths if path in result.captions), None)
         if path is not None:
             listed.setdefault(path, []).extend(captions)
         else:
-            (outside if paths[-1] is None else missing).append(name)
+            (outside if paths[1] is None else missing).append(name)
     _note(result.notes, f"listed in {table}, but not there or not read as an image", missing)
     _note(result.notes, f"listed in {table}, but outside of {folder}", outside)
     return listed
+
+
+def _spellings(name: str) -> list[str]:
+    """How a file may be spelled that a table names: as there, on Windows, and with accents as macOS writes them or not."""
+    posix = name.replace("\\", "/")
+    return [name, posix, normalize("NFC", posix), normalize("NFD", posix)]
 
 
 def _place(name: str, parent: Path, folder: Path) -> Path | None:

@@ -21,6 +21,7 @@ from .class_data import ClassData, ClassInfo, to_model_range
 from .class_images import find_classes, read_images
 from .image_files import content_of, say
 from .shards import SETTINGS, ShardFile, check_settings, read_settings, save_shard, write_settings
+from .tars import TarMember
 
 INDEX = "index.json"  # written last: a cache without it is not finished
 
@@ -120,7 +121,8 @@ def make_cache(
     paths, labels, classes = found.paths, found.labels, found.classes
     if found.note and progress:
         say(found.note)
-    if classes != [""] and cache.resolve().parent == folder.resolve():
+    in_tars = isinstance(paths[0], TarMember)
+    if not in_tars and classes != [""] and cache.resolve().parent == folder.resolve():
         raise ValueError(f"--out {cache} would be a class, as every subfolder of {folder} is: give another folder")
     shape = (channels, size, size)
     info = ClassInfo(shape, classes)
@@ -133,7 +135,9 @@ def make_cache(
         info = ClassInfo(shape, classes, vae_name, digest, scaling, shift)
     names = [path.relative_to(folder).as_posix() for path in paths]
     settings = {**asdict(info), "size": size, "images": len(paths), "shard_size": shard_size}
-    settings["files"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    # a path in class folders tells the class; in tars it does not
+    told = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)] if in_tars else names
+    settings["files"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     before = read_settings(cache, "--out")
     if before is None:
         write_settings(cache, settings)
@@ -182,7 +186,7 @@ def _shard_files(cache: Path, number: int) -> tuple[Path, Path]:
     return cache / f"shard-{number:05d}.json", cache / f"shard-{number:05d}.safetensors"
 
 
-def _file_state(path: Path) -> list:
+def _file_state(path: Path | TarMember) -> list:
     """What `content_of` tells of a file; [None] * 3 of one that cannot be read."""
     try:
         return list(content_of(path))
@@ -199,7 +203,7 @@ def _changed(files: dict[str, list] | None, names: Sequence[str], paths: Sequenc
         return []
     changed = []
     for name, path in zip(names, paths, strict=True):
-        stat = path.stat() if path.exists() else None
+        stat = path.stat() if path.is_file() else None
         now = [None, None] if stat is None else [stat.st_size, stat.st_mtime_ns]
         if files[name][:2] != now and files[name][2] != _file_state(path)[2]:
             changed.append(name)
@@ -212,7 +216,7 @@ def _check_files(cache: Path, found: dict, paths: Sequence[Path], names: Sequenc
     Version 0.1 also recorded their sizes.
     """
     # a broken link has no size; it is left out as an image that cannot be read
-    sizes = [(name, path.stat().st_size if path.exists() else None) for name, path in zip(names, paths, strict=True)]
+    sizes = [(name, path.stat().st_size if path.is_file() else None) for name, path in zip(names, paths, strict=True)]
     if found["files"] == hashlib.sha256(json.dumps(sizes).encode()).hexdigest():
         return
     records = [read_json(record) for record in sorted(cache.glob("shard-*.json"))]

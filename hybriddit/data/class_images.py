@@ -1,4 +1,4 @@
-"""Read class folders and MNIST's files into memory."""
+"""Read class folders, tars with labels and MNIST's files into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,9 +19,13 @@ from tqdm import tqdm
 
 from ..images import IMAGE_ENDINGS, open_image
 from .class_data import ClassData, ClassInfo
-from .image_files import files_under, passed_over, say
+from .image_files import files_under, open_tars, passed_over, reasons_named, say
+from .tars import TarMember, tar_members
+from .text import parse_json, read_text
 
 MNIST_IMAGES, MNIST_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+LABELS = (".cls", ".json")  # endings of the files beside an image in a tar that hold its label
+MOST_CLASSES = 100_000
 MODES = {1: "L", 3: "RGB"}  # PIL's modes by the number of channels
 
 
@@ -31,25 +36,27 @@ class ClassFolder:
     note: a line about the files that are passed over; None if there are none.
     """
 
-    paths: list[Path]
+    paths: list[Path] | list[TarMember]
     labels: list[int]
     classes: list[str]
     note: str | None
 
 
-def class_images(folder: str | Path) -> tuple[list[Path], list[int], list[str]]:
+def class_images(folder: str | Path) -> tuple[list[Path] | list[TarMember], list[int], list[str]]:
     """Every image file under `folder`, sorted by path, their labels, and the names of the classes: see `find_classes`."""
     found = find_classes(folder)
     return found.paths, found.labels, found.classes
 
 
 def find_classes(folder: str | Path) -> ClassFolder:
-    """Find the images of class folders.
+    """Find the images of class folders, or of tars with labels.
 
     The classes are the subfolders, or links to folders, sorted by name; a folder without subfolders is one class.
-    Linked folders in a class are followed, but not back up. Hidden files and folders (.name) are left out. Raises
-    FileNotFoundError for a folder that does not exist, and ValueError where it or one of its classes has no images, or
-    where images lie beside its subfolders.
+    Linked folders in a class are followed, but not back up. Hidden files and folders (.name) are left out. Where there
+    are tars and no image files, the images are those in the tars, see `_find_in_tars`.
+
+    Raises FileNotFoundError for a folder that does not exist, and ValueError where it or one of its classes has no
+    images, or where images or tars with labels lie beside its subfolders.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,14 +71,18 @@ def find_classes(folder: str | Path) -> ClassFolder:
     passed["hidden"] += sum(path.name.startswith(".") for path in folder.iterdir())
     note = passed_over(others, passed, folder)
     if not any(of_class.images for of_class in found.values()):
+        if not loose and any(path.suffix.lower() == ".tar" for path in others):
+            return _find_in_tars(folder)
         if not loose:
             read = ", ".join(IMAGE_ENDINGS)
             raise ValueError(f"no images in {folder}: {read} are read" + (f"; {note}" if note else ""))
+        _check_no_labels(files, "images")
         return ClassFolder(loose, [0] * len(loose), [""], note)
     if loose:
         raise ValueError(
             f"{loose[0]} belongs to no class: the subfolders of {folder} are the classes, move it into one"
         )
+    _check_no_labels(files, "class folders")
     empty = [name for name, of_class in found.items() if not of_class.images]
     if empty:  # leaving it out would shift the labels of all classes after it
         raise ValueError(
@@ -81,6 +92,65 @@ def find_classes(folder: str | Path) -> ClassFolder:
     paths = [path for of_class in found.values() for path in of_class.images]
     labels = [label for label, of_class in enumerate(found.values()) for _ in of_class.images]
     return ClassFolder(paths, labels, list(found), note)
+
+
+def _find_in_tars(folder: Path) -> ClassFolder:
+    """Find the images in the tars under a folder, of WebDataset's layout.
+
+    An image's label is the number in the `.cls` file beside it in the tar, or else the "label" in its `.json`. Images
+    without one are left out, and counted. The classes are the numbers up to the largest label.
+    """
+    found = open_tars(files_under(folder))
+    beside = {path.with_suffix(path.suffix.lower()): path for path in found.others}
+    labels, unlabelled, used = {}, [], set()
+    for path in found.images:
+        file = next((beside[name] for name in map(path.with_suffix, LABELS) if name in beside), None)
+        label = None if file is None else _read_label(file)
+        if label is None:
+            unlabelled.append(path)
+        else:
+            labels[path] = label
+            used.add(file)
+    notes = [passed_over([path for path in found.others if path not in used], found.passed, folder)]
+    if unlabelled:
+        notes.insert(
+            0, f"{len(unlabelled)} of {len(found.images)} images have no label and are left out: {unlabelled[0]}, ..."
+        )
+    note = "; ".join(filter(None, notes)) or None
+    if not labels:
+        raise ValueError(
+            f'no image in the tars of {folder} has a label (a number in <image>.cls, or the "label" in <image>.json)'
+            + (f"; {note}" if note else "")
+        )
+    classes = [str(number) for number in range(max(labels.values()) + 1)]
+    return ClassFolder(list(labels), list(labels.values()), classes, note)
+
+
+def _read_label(path: TarMember) -> int | None:
+    """The label in a .cls or .json file; None where a .json has none."""
+    text = read_text(path).strip()
+    value: Any = int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else text
+    if path.suffix.lower() == ".json":
+        row = parse_json(text, str(path))
+        value = row.get("label") if isinstance(row, dict) else None
+        if value is None:
+            return None
+    if type(value) is not int or not 0 <= value < MOST_CLASSES:
+        raise ValueError(
+            f"{path}: a label must be a whole number from 0 to {MOST_CLASSES - 1}, not {str(value)[:40]!r}"
+        )
+    return value
+
+
+def _check_no_labels(files: Sequence[Path], kind: str) -> None:
+    """Raise ValueError where one of these files is a tar with labels."""
+    for path in files:
+        try:
+            members = tar_members(path) if path.suffix.lower() == ".tar" else []
+        except ValueError:  # of no use, and counted
+            continue
+        if any(member.suffix.lower() == ".cls" for member in members):
+            raise ValueError(f"{path} has labels of its own (.cls) and lies beside {kind}: keep one layout in a folder")
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
@@ -103,7 +173,7 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_pixels(path: Path, size: int, channels: int) -> torch.Tensor:
+def read_pixels(path: Path | TarMember, size: int, channels: int) -> torch.Tensor:
     """Read an image file and crop it as `adm_crop` does: uint8 [C, size, size]. Raises ValueError if it is no image."""
     return pil_to_tensor(adm_crop(open_image(path, MODES[channels]), size))
 
@@ -128,7 +198,7 @@ def read_folder(
         say(found.note)
     images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
     if skipped and says:
-        say(f"{len(skipped)} of {len(paths)} images are left out: {'; '.join(list(skipped.items())[0])}")
+        say(f"{len(skipped)} of {len(paths)} images are left out: {reasons_named(skipped)}")
     if not kept:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")
     tables = {"images": torch.stack(images), "labels": torch.tensor(kept)}
@@ -136,7 +206,7 @@ def read_folder(
 
 
 def read_images(
-    paths: Sequence[Path], labels: Sequence[int], size: int, channels: int, progress: bool = False
+    paths: Sequence[Path | TarMember], labels: Sequence[int], size: int, channels: int, progress: bool = False
 ) -> tuple[list[torch.Tensor], list[int], dict[str, str]]:
     """Pixels and labels of the images that can be read; and {path: reason} of the others."""
     images, kept, skipped = [], [], {}

@@ -6,11 +6,16 @@ import hashlib
 import os
 import sys
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from ..images import IMAGE_ENDINGS
 from .tars import TarMember, tar_members
+
+NAMED = 10  # files that a line names
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 @dataclass
@@ -69,7 +74,7 @@ def open_tars(found: FolderFiles) -> FolderFiles:
         if path.suffix.lower() != ".tar":
             opened.others.append(path)
             continue
-        for member in tar_members(path):
+        for member in tar_members(path, opened.passed):
             parts = PurePosixPath(member.name).parts
             if not parts or any(part.startswith(".") for part in parts):
                 opened.passed["hidden"] += 1
@@ -96,7 +101,9 @@ def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Pat
     counts = Counter()
     for path in files:
         broken = isinstance(path, Path) and path.is_symlink() and not path.exists()
-        counts["broken links" if broken else path.suffix.lower() or "without an ending"] += 1
+        packed = str(path).lower().endswith(PACKED_TARS)
+        what = "broken links" if broken else "compressed tars, which unpacked to .tar are read" if packed else None
+        counts[what or path.suffix.lower() or "without an ending"] += 1
     counts += passed
     if not counts:
         return None
@@ -104,7 +111,15 @@ def passed_over(files: list[Path | TarMember], passed: Counter[str], folder: Pat
     return f"passed over in {folder}: {', '.join(f'{what} ({counts[what]})' for what in often)}"
 
 
+def reasons_named(skipped: Mapping[str, str]) -> str:
+    """The first files that are left out, each with its reason, and how many more there are."""
+    named = [f"{path} ({reason.removeprefix(f'{path} ')})" for path, reason in islice(skipped.items(), NAMED)]
+    more = len(skipped) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more else "")
+
+
 def say(line: str) -> None:
     """Print a line that may hold names of files, in whatever encoding they and the screen are."""
     encoding = sys.stdout.encoding or "utf-8"
+    line = line.replace("\n", "\\n").replace("\r", "\\r")
     print(line.encode(encoding, "backslashreplace").decode(encoding))

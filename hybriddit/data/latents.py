@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..models import dense_mode, family_of, is_hybrid
 from ..pipelines.loading import quiet
+from .buckets import Size
 from .identity import changed_components, describe_components
 from .image_files import say
 from .shards import (
@@ -53,13 +55,17 @@ class LatentInfo:
 class LatentData(ShardedDataset):
     """Latents and prompt embeddings, one row an image.
 
+    Its `buckets` are the rows of each size, in their order: {(height, width) in pixels: rows}. Only rows of one bucket
+    can be stacked.
+
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, C, h, w], or
         [N, tokens, C] where its family packs them) and the prompts' tensors under the names of the
         pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
         [N, states].
     empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
-    order: see `ShardedDataset`. content: a digest of all that the rows were made from, in their order, by which a run
-        that is resumed knows its set; None if it is not known.
+    order: see `ShardedDataset`. sizes: of every row's image; None: all are of the info's size. content: a digest of
+        all that the rows were made from, in their order, by which a run that is resumed knows its set; None if it is
+        not known.
     """
 
     def __init__(
@@ -69,14 +75,21 @@ class LatentData(ShardedDataset):
         info: LatentInfo,
         order: Sequence[int] | None = None,
         content: str | None = None,
+        sizes: Sequence[Size] | None = None,
     ):
         super().__init__(shards, order)
         self.empty, self.info, self.content = empty, info, content
+        self.buckets: dict[Size, Sequence[int]] = {(info.height, info.width): range(len(self))}
+        if sizes is not None:
+            self.buckets = {size: [] for size in sorted(set(sizes))}
+            for row, size in enumerate(sizes):
+                self.buckets[size].append(row)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one image's latents."""
-        return tuple(self.rows([0])["latents"].shape[1:])
+    @cached_property
+    def shapes(self) -> dict[Size, tuple[int, ...]]:
+        """The shape of an image's latents in each bucket."""
+        first = {size: self.rows(rows[:1], ["latents"]) for size, rows in self.buckets.items()}
+        return {size: tuple(row["latents"].shape[1:]) for size, row in first.items()}
 
 
 @dataclass(frozen=True)
@@ -107,11 +120,13 @@ def find_place(
     encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
     teacher = describe_components(pipeline, [*components, *encoders])
     settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
-    if cache is None:
+    if not cache:
         return Place(None, {}, settings, teacher)
     folder = Path(cache)
     record = read_settings(folder)
     if record is None:
+        if any(folder.glob("latents-*.safetensors")):
+            raise ValueError(f"{folder} has latents but no data.json, which says what they are of: delete it")
         return Place(folder, {}, settings, teacher)
     check_settings(folder, record, settings)
     if "teacher" not in record:  # version 0.1 knew a teacher by its place alone
@@ -151,6 +166,7 @@ def build_latents(
     wanted: Sequence[int],
     rows: dict[str, Any],
     content: Any,
+    sizes: Mapping[int, Size] | None = None,
     batch_size: int,
     desc: str,
     progress: bool,
@@ -163,6 +179,7 @@ def build_latents(
 
     make_batch: (numbers of the rows, the empty prompt's tensors) -> the rows' tensors, made with the dense teacher.
     wanted: the numbers of the set's rows in its order. rows: what the cache records of them, which may grow.
+    sizes: of each row's image, where they differ; the rows of a call of `make_batch` are of one size.
     content: what the set's rows are, in its order, for `LatentData.content`; None if that is not known.
     """
     folder = place.folder
@@ -170,7 +187,7 @@ def build_latents(
         raise ValueError("several processes need a cache, in which they find each other's images")
     order = sorted(set(wanted))
     there = shard_rows(folder, place.record.get("batch_size")) if folder is not None else []
-    missing = missing_rows(order, there, batch_size)
+    missing = missing_rows(order, there, batch_size, sizes)
     empty_file = folder / "empty.safetensors" if folder is not None else None
 
     def encode_empty() -> dict[str, torch.Tensor]:
@@ -213,7 +230,8 @@ def build_latents(
     if content is not None:
         weights = {name: component.get("weights") for name, component in place.teacher.items()}
         content = hashlib.sha256(json.dumps([place.settings, weights, content]).encode()).hexdigest()
-    return LatentData([shard for _, shard in made], empty, info, [places[row] for row in wanted], content)
+    of_rows = None if sizes is None else [sizes[row] for row in wanted]
+    return LatentData([shard for _, shard in made], empty, info, [places[row] for row in wanted], content, of_rows)
 
 
 def _open(path: Path, rows: range) -> ShardFile:

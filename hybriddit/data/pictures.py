@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,13 +22,16 @@ class Picture:
     """A file of a picture.
 
     size, mtime_ns: of the file, in bytes and nanoseconds; where they are the same, so is the content. sha256: of its
-    bytes; "" where they cannot be read. error: why it is no picture; None if it is one.
+    bytes; "" where they cannot be read. error: why it is no picture; None if it is one. width, height: upright, in
+    pixels; None for what is no picture, and in caches from before they were kept.
     """
 
     size: int
     mtime_ns: int
     sha256: str
     error: str | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 def examine(
@@ -50,7 +53,7 @@ def examine(
     known = _read(cache)
     names = {path: path.relative_to(folder).as_posix() for path in paths}
     unknown = [path for path, name in names.items() if name not in known or not _is_same(path, known[name])]
-    contents = {picture.sha256: picture.error for picture in known.values()}
+    contents = {picture.sha256: picture for picture in known.values()}
     if unknown:
         processes.gather()  # all have seen the same files, before one writes
     not_kept = {}
@@ -84,21 +87,21 @@ def _is_same(path: Path | TarMember, picture: Picture) -> bool:
     return (picture.size, picture.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
 
 
-def _look_at(path: Path | TarMember, contents: dict[str, str | None]) -> Picture:
-    """contents: by digest, why pictures cannot be read that are known already."""
+def _look_at(path: Path | TarMember, contents: dict[str, Picture]) -> Picture:
+    """contents: the pictures that are known already, by digest."""
     try:
         size, mtime_ns, digest = content_of(path)
     except OSError as error:
         return Picture(0, 0, "", f"it cannot be opened ({error.strerror})")
     except ValueError as error:
         return Picture(0, 0, "", str(error))
-    error = contents.get(digest)
-    if digest not in contents:
-        try:
-            open_image(path)
-        except (OSError, ValueError) as reason:
-            error = " ".join(str(reason).replace(str(path), "it").split())
-    return Picture(size, mtime_ns, digest, error)
+    if digest in contents:
+        return replace(contents[digest], size=size, mtime_ns=mtime_ns)
+    try:
+        width, height = open_image(path).size
+    except (OSError, ValueError) as reason:
+        return Picture(size, mtime_ns, digest, " ".join(str(reason).replace(str(path), "it").split()))
+    return Picture(size, mtime_ns, digest, None, width, height)
 
 
 def _read(cache: Path | None) -> dict[str, Picture]:

@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .text import SPACES, check_text, first_of, lines_of, read_text, table_rows
+from .image_files import say
+from .text import SPACES, check_text, first_of, is_blank, lines_of, read_text, table_rows
 
 COLUMNS = ("prompt", "text", "caption")  # that hold the prompts of a table
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 
 
-def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
-    """Read prompts from a list or from a file, in UTF-8; blank ones are skipped.
+def read_prompts(prompts: str | Path | Sequence[str], *, says: bool = False) -> list[str]:
+    """Read prompts from a list or from a file, in UTF-8; blank ones are left out, and so are null ones of a table.
+
+    says: print how many rows of a table are left out.
 
     A file ending in .txt, or in nothing, holds one prompt a line. A .jsonl, .json (a list), .csv or .tsv holds one a
-    row, in its column "prompt", "text" or "caption", in upper or lower case; in JSON a row may also be the prompt.
+    row, in the first of its columns "prompt", "text" and "caption", in upper or lower case, that is not null or blank;
+    in JSON a row may also be the prompt.
 
     Raises FileNotFoundError where there is no such file, and ValueError for another ending, where something is no text,
     and where no prompt is left.
     """
     name = "data.prompts"
     if isinstance(prompts, (str, Path)):
-        name, prompts = str(prompts), _read_file(Path(prompts))
+        name, prompts = str(prompts), _read_file(Path(prompts), says)
     else:
         prompts = [check_text(prompt, f"prompt {i}", name) for i, prompt in enumerate(prompts, 1)]
     prompts = [prompt.strip(SPACES) for prompt in prompts if prompt.strip()]
@@ -31,7 +35,7 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, says: bool) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {str(path)!r} (data.prompts): one prompt a line")
     ending = path.suffix.lower()
@@ -39,8 +43,9 @@ def _read_file(path: Path) -> list[str]:
         return lines_of(read_text(path))
     if ending not in TABLES:
         raise ValueError(f"{path}: prompts are read from files ending in .txt, {', '.join(TABLES)}, not in {ending}")
-    found = []
-    for place, row in table_rows(path):
-        prompt = first_of(row, COLUMNS, place) if isinstance(row, dict) else row
-        found.append(check_text(prompt, "a prompt", place))
-    return found
+    rows = ((place, first_of(row, COLUMNS, place) if isinstance(row, dict) else row) for place, row in table_rows(path))
+    found = [None if is_blank(row) else check_text(row, "a prompt", place) for place, row in rows]
+    prompts = [prompt for prompt in found if prompt is not None]
+    if says and len(prompts) < len(found):
+        say(f"{len(found) - len(prompts)} of {len(found)} rows in {path} have no prompt: they are left out")
+    return prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -39,17 +39,17 @@ class ShardedDataset:
     def __len__(self) -> int:
         return len(self._order)
 
-    def rows(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The rows `indices` of every key, stacked."""
+    def rows(self, indices: Sequence[int], keys: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """The rows `indices` of every key, or of `keys` alone, stacked."""
         indices = [self._order[index] for index in indices]
         if len(self.shards) == 1 and isinstance(self.shards[0], dict):
             chosen = torch.tensor(indices)
-            return {key: values[chosen] for key, values in self.shards[0].items()}
+            return {key: self.shards[0][key][chosen] for key in keys or self.shards[0]}
         picked = []
         for index in indices:
             number = bisect_right(self._ends, index)
             picked.append((self.shards[number], index - (self._ends[number - 1] if number else 0)))
-        return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in picked[0][0]}
+        return {key: torch.cat([shard[key][row : row + 1] for shard, row in picked]) for key in keys or picked[0][0]}
 
 
 def _length(shard: Mapping) -> int:
@@ -145,14 +145,20 @@ def shard_rows(folder: Path, old_size: int | None = None) -> list[tuple[range, P
     return kept
 
 
-def missing_rows(wanted: Sequence[int], shards: Sequence[tuple[range, Path]], size: int) -> list[range]:
-    """The rows of `wanted`, rising numbers, that no shard has: in parts of up to `size` that follow each other."""
+def missing_rows(
+    wanted: Sequence[int], shards: Sequence[tuple[range, Path]], size: int, kinds: Mapping[int, Any] | None = None
+) -> list[range]:
+    """The rows of `wanted`, rising numbers, that no shard has: in parts of up to `size` that follow each other.
+
+    kinds: of every row; those of a part are of one kind.
+    """
     there = {row for rows, _ in shards for row in rows}
     parts: list[range] = []
     for row in wanted:
         if row in there:
             continue
-        if parts and parts[-1].stop == row and len(parts[-1]) < size:
+        alike = kinds is None or kinds[row] == kinds.get(row - 1)
+        if parts and parts[-1].stop == row and len(parts[-1]) < size and alike:
             parts[-1] = range(parts[-1].start, row + 1)
         else:
             parts.append(range(row, row + 1))

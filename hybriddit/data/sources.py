@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .buckets import bucket_sizes
 from .prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -58,9 +59,14 @@ def trajectories(pipeline, settings, progress: bool, processes: Processes) -> La
 
 def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -> LatentData:
     """A folder of images with captions."""
+    from ..models import family_of
     from .image_folder import image_folder
 
     own = {"seed": settings.seed, "max_images": settings.max_images}
+    if settings.buckets is not None:
+        family, config = family_of(pipeline.transformer), pipeline.transformer.config
+        side = family.token_pixels(config, pipeline.vae_scale_factor)
+        own["buckets"] = bucket_sizes(settings.buckets, settings.height, settings.width, side)
     return image_folder(pipeline, settings.folder, **own, **_common(settings, progress, processes))
 
 
@@ -81,8 +87,8 @@ def open_class_data(
 ) -> ClassData:
     """Open the labelled images at `path`: a cache, class folders, or MNIST's files. shape: (C, H, W) of model inputs.
 
-    memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is no folder, and ValueError, in one line,
-    where its images have another shape or cannot be used.
+    memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is
+    no folder, and ValueError, in one line, where its images have another shape or cannot be used.
     """
     from . import class_cache, class_images, shards
 
@@ -114,7 +120,11 @@ def _count_captioned(settings) -> int:
     from .captions import read_captions
     from .image_folder import first_captioned
 
-    return len(first_captioned(read_captions(settings.folder).captions, settings.max_images))
+    captions = first_captioned(read_captions(settings.folder).captions, settings.max_images)
+    count = sum(map(bool, captions.values()))
+    if not count:
+        raise ValueError(f"none of the {len(captions)} images in {settings.folder} has a caption")
+    return count
 
 
 SOURCES = {

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
+
+# the first bytes of gzip, bzip2, xz and Zstandard: their files cannot be read from the middle
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 @dataclass(frozen=True, order=True)
@@ -50,23 +55,37 @@ class TarMember:
         return BytesIO(self.read_bytes())
 
 
-def tar_members(path: Path) -> list[TarMember]:
-    """The files in a tar that is not compressed, sorted by name; of two with one name the last. Not links and devices.
+def tar_members(path: Path, passed: Counter[str] | None = None) -> list[TarMember]:
+    """The files in a tar that is not compressed, sorted by name; of two with one name the last.
+
+    A hard link is the file that it is a link to. passed: counts what is passed over, such as other links.
 
     Raises ValueError where the tar is damaged.
     """
+    passed = Counter() if passed is None else passed
+    members: dict[str, TarMember] = {}
     try:
         if not path.is_file():  # a pipe would be waited for
             raise OSError("it is no file")
+        with path.open("rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise tarfile.ReadError("it is compressed: unpack it to a plain .tar")
         with tarfile.open(path, "r:") as tar:
-            members = {
-                member.name: TarMember(path, member.name, member.offset_data, member.size)
-                for member in tar
-                if member.isreg() and member.sparse is None
-            }
+            for member in tar:
+                if member.islnk() and member.linkname in members:
+                    members[member.name] = replace(members[member.linkname], name=member.name)
+                elif member.isreg() and member.sparse is None:
+                    members[member.name] = TarMember(path, member.name, member.offset_data, member.size)
+                elif not member.isdir():
+                    passed["links, devices and sparse files in tars"] += 1
             tar.fileobj.seek(tar.offset)  # at a damaged header tarfile stops without a word
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if block.strip(b"\0"):
                 raise tarfile.ReadError(f"its header at byte {tar.offset} is broken")
+            if not block:
+                passed["tars without an end mark, which may be cut"] += 1
+            elif any(part.strip(b"\0") for part in iter(partial(tar.fileobj.read, 2**20), b"")):
+                passed["tars that go on after their end mark"] += 1  # as where several were joined by `cat`
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no tar: {error}") from error
     return sorted(members.values())

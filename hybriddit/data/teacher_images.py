@@ -50,7 +50,7 @@ def teacher_images(
     """
     if not 0 <= states <= steps:
         raise ValueError(f"data.states must be in [1, data.steps = {steps}], got {states}")
-    prompts = read_prompts(prompts)
+    prompts = read_prompts(prompts, says=processes.rank == 0)
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed, states=states)
 
     def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 SPACES = " \t\r\n"  # stripped from texts; other separators, such as U+2028, are part of a text
+# cells of a .csv that pandas takes for null
+NOTHING = ("None", "null", "NULL", "nan", "NaN", "NA", "<NA>", "N/A", "n/a")
 
 
 def read_text(path: Path) -> str:
@@ -33,14 +37,26 @@ def lines_of(text: str) -> list[str]:
 def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a .jsonl, .json, .csv or .tsv file, and where each is, such as "captions.csv, line 3".
 
-    A row of a .csv or .tsv is {its column's name in lower case: text}, "" where it is too short. A row of a .jsonl, or an
-    element of the list in a .json, is any JSON value, the names in an object in lower case. Raises ValueError for a file
-    that cannot be parsed.
+    A row of a .csv or .tsv is {its column's name in lower case: its cell}. A cell is text; None where it is empty, says
+    null as pandas writes it, or is not there; a list where all of it is a list of texts as JSON or Python write it. A row
+    of a .jsonl, or an element of the list in a .json, is any JSON value, the names in an object in lower case, and NaN is
+    null. Raises ValueError for a file that cannot be parsed, and for two columns of one name.
     """
     ending = path.suffix.lower()
     rows = _json_rows(path, ending == ".jsonl") if ending in (".jsonl", ".json") else _csv_rows(path, ending == ".tsv")
     for place, row in rows:
-        yield place, {str(name).strip().lower(): value for name, value in row.items()} if isinstance(row, dict) else row
+        if isinstance(row, dict):
+            values = list(row.values())
+            row = dict(zip(_column_names(row, place), values, strict=True))
+        yield place, row
+
+
+def _column_names(names: Iterable[str], place: str) -> list[str]:
+    """The names of a table's columns in lower case. Raises ValueError, naming the place, where two are the same."""
+    names = [name.strip().lower() for name in names]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ValueError(f"{place}: it has two columns named {twice[0] or 'nothing'}")
+    return names
 
 
 def _json_rows(path: Path, of_lines: bool) -> Iterator[tuple[str, Any]]:
@@ -60,30 +76,61 @@ def _json_rows(path: Path, of_lines: bool) -> Iterator[tuple[str, Any]]:
 def parse_json(text: str, place: str) -> Any:
     """The value of a JSON text. Raises ValueError, naming the place, if it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=lambda name: None)  # NaN, as pandas' rows without a text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: no JSON ({error})") from None
 
 
-def _csv_rows(path: Path, tabs: bool) -> Iterator[tuple[str, dict[str, str]]]:
+def _csv_rows(path: Path, tabs: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = (line + "\n" for line in lines_of(read_text(path)))
-    reader = csv.DictReader(lines, delimiter="\t" if tabs else ",", strict=True)
+    reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
+    names, above = None, 0  # above: the lines before a row
     try:
         for row in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in row:  # as where a text with a comma is not quoted
-                raise ValueError(f"{place}: it has more columns than the first line, {', '.join(reader.fieldnames)}")
-            yield place, {name: value or "" for name, value in row.items()}
+            place, above = f"{path}, line {above + 1}", reader.line_num
+            if not row:
+                continue  # a blank line
+            if names is None:
+                names = _column_names(row, place)
+                continue
+            if len(row) > len(names):  # as where a text with a comma is not quoted
+                raise ValueError(f"{place}: it has more columns than the first line, {', '.join(names)}")
+            yield place, dict(zip_longest(names, map(_cell, row)))
     except csv.Error as error:  # in the row that begins after the last one
-        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+        raise ValueError(f"{path}, line {above + 1}: {error}") from None
+
+
+def _cell(text: str) -> str | list | None:
+    """The value of a cell of a .csv or .tsv, see `table_rows`."""
+    if not text or text in NOTHING:
+        return None
+    if text[0] == "[" and text[-1] == "]":
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                values = parse(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if any(isinstance(value, str) for value in values):
+                return values
+    return text
 
 
 def first_of(row: dict[str, Any], columns: tuple[str, ...], place: str) -> Any:
-    """The value in the first of these columns that the row has. Raises ValueError, naming the place, if it has none."""
-    for name in columns:
-        if name in row:
-            return row[name]
-    raise ValueError(f"{place}: it has no {' or '.join(columns)}, only {', '.join(row) or 'nothing'}")
+    """The first value in these columns of a row that is not null or blank; else null or blank, as the first is.
+
+    Raises ValueError, naming the place, for a row without any of these columns.
+    """
+    values = [row[name] for name in columns if name in row]
+    if not values:
+        raise ValueError(f"{place}: it has no {' or '.join(columns)}, only {', '.join(row) or 'nothing'}")
+    return next((value for value in values if not is_blank(value)), values[0])
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is null, a text of spaces alone, or a list of nothing else."""
+    if isinstance(value, list):
+        return all(map(is_blank, value))
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def check_text(value: Any, what: str, place: str) -> str:

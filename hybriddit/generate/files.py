@@ -87,11 +87,11 @@ def run(
     line, for wrong arguments, before the model is loaded if possible.
     """
     class_labels, subjects = settings.get("class_labels"), prompt
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if prompts is not None:
         from ..data.prompts import read_prompts
 
-        subjects = read_prompts(prompts)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        subjects = read_prompts(prompts, says=announce and rank == 0)
     if prompts is None and processes > 1 and not parallel:
         raise ValueError(
             f"{processes} processes can share the work on prompts from a file (--prompts) alone: start one, or share each "
@@ -103,7 +103,8 @@ def run(
         raise ValueError("--parallel needs the weights in place: leave --offload out")
     if prompts is None and seed_per_prompt:
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
-    paths = output_paths(out, image_count(class_labels or subjects or (), settings.get("num_images", 1)))
+    named = subjects if class_labels is None else class_labels
+    paths = output_paths(out, image_count(() if named is None else named, settings.get("num_images", 1)))
     loras = [parse_lora(text) for text in lora]
     source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
     source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
@@ -228,14 +229,17 @@ def _check_base(
     hybrid: the config of the adapter, and the class that it is for.
     """
     from ..models.family import family_of_class
-    from ..pipelines.loading import check_convertible, check_takes_hybrid
+    from ..pipelines.loading import check_convertible, check_parts, check_takes_hybrid
     from ..pipelines.prepare import check_lora_loader
     from ..stored import component_classes
 
     check_inputs(base.pipeline_class, image, mask)
     family = family_of_class(base.transformer_class)
-    if family is not None and base.file is None:
-        family.check_encoders(component_classes(base.index))
+    if base.file is None:
+        components = component_classes(base.index)
+        check_parts(base.pipeline_class, components)
+        if family is not None:
+            family.check_encoders(components)
     if hybrid:
         check_convertible(base, *hybrid, adapter)
     elif base.is_hybrid:

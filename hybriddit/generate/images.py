@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..data.text import check_text
 from ..images import flatten
 from ..machine import running_versions
 
@@ -153,10 +154,19 @@ def plan(
 
 
 def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str, Any]]:
-    """Make one image. Returns it with its record."""
+    """Make one image. Returns it with its record. Raises ValueError where its pixels are not finite."""
     import torch
 
-    image = pipeline(**task.arguments, generator=torch.Generator("cpu").manual_seed(task.seed)).images[0]
+    with warnings.catch_warnings():
+        # diffusers would give a black image
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            image = pipeline(**task.arguments, generator=torch.Generator("cpu").manual_seed(task.seed)).images[0]
+        except RuntimeWarning:
+            raise ValueError(
+                f"the image of seed {task.seed} is not finite: the model, a LoRA or the VAE overflowed; float16 does so "
+                "earlier than bfloat16 or float32"
+            ) from None
     return image, {**task.record, "width": image.width, "height": image.height}
 
 
@@ -186,6 +196,8 @@ def check_settings(
     for name, value in ({"sampler": sampler} if class_labels is None else of_prompts).items():
         if value is not None:
             raise ValueError(f"{name} has no meaning with a {'prompt' if class_labels is None else 'class label'}")
+    for text in (*([prompt] if isinstance(prompt, str) else prompt or ()), negative_prompt or ""):
+        check_text(text, repr(text)[:80], "the prompt")
     if sampler is not None:
         from ..flow.path import check_name
         from ..pipelines.sit import SAMPLERS
@@ -270,10 +282,11 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
 def _check_model(pipeline: DiffusionPipeline) -> None:
     """Raise ValueError for a pipeline that cannot read prompts, or that its hybrid transformer does not work in."""
     from ..models.family import family_of_class
-    from ..pipelines.loading import check_takes_hybrid
+    from ..pipelines.loading import check_parts, check_takes_hybrid
 
     model = getattr(pipeline, "transformer", None)
     family = family_of_class(type(model).__name__)
+    check_parts(type(pipeline), pipeline.components)
     if family is not None:
         family.check_encoders(pipeline.components)
         if model.config.get("hybrid_config") is not None:

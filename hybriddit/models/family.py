@@ -194,6 +194,9 @@ class Family(ABC):
         """Shape of one image's latents as the transformer takes them, for a grid of tokens (rows, columns)."""
         return (config["in_channels"], *(side * self.latents_per_token(config) for side in grid))
 
+    def check_grid(self, config: Mapping[str, Any], grid: tuple[int, int]) -> None:  # noqa: B027
+        """Raise ValueError for a grid (rows, columns) that is larger than the transformer's table of positions."""
+
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Latents as the transformer takes them, of images [B, 3, height, width] in [-1, 1].
 
@@ -292,6 +295,10 @@ class Family(ABC):
         for name in self.text_encoders:
             if components.get(name) is None:
                 raise ValueError(f"this pipeline has no {name}, without which a {self.pipeline_name} reads no prompts")
+        for name, component in components.items():
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
+                raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
 
     def attention_shape(self, published: Published) -> AttentionShape:
         """The attention layer of a published model, which is built without weights."""

@@ -135,6 +135,13 @@ class StableDiffusion3(Family):
         parts = super().layer_outputs(attn, output)
         return parts[:1] if attn.context_pre_only else parts  # the last block's text output is thrown away, unprojected
 
+    def check_grid(self, config: Mapping[str, Any], grid: tuple[int, int]) -> None:
+        most = config["pos_embed_max_size"]
+        if most is not None and max(grid) > most:
+            raise ValueError(
+                f"an image of {grid[0]} x {grid[1]} tokens is too large: this model has positions for {most} x {most}"
+            )
+
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

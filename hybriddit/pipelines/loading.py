@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..stored import (
 )
 from .sit import SiTPipeline
 
+DAMAGE = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError)
 # components that may be missing from a pipeline's model_index.json; whether it works without is checked when it is used
 OPTIONAL = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
 
@@ -137,13 +138,24 @@ def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> Diffusio
             folder = DiffusionPipeline.download(folder, **options)
         dtypes = dtype or _stored_dtypes(Path(folder), base)
         if base.file is None:
-            return made.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
-        pipeline = _load_single_file(base, dtypes, parts, options)
-    # a damaged config shows in diffusers as any of these
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+            pipeline = made.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
+        else:
+            pipeline = _load_single_file(base, dtypes, parts, options)
+            pipeline.register_to_config(_name_or_path=base.path)
+    # a damaged config, or a package for a quantised model that is not there, shows in diffusers as any of these
+    except (*DAMAGE, ImportError) as error:
         raise ValueError(f"{missing}: {error}") from error
-    pipeline.register_to_config(_name_or_path=base.path)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_whole(part, f"{missing}: its {name}")
     return pipeline
+
+
+def check_whole(model: torch.nn.Module, where: str) -> None:
+    """Raise ValueError, naming one, where a model has weights that its files did not have."""
+    lacking = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if lacking:
+        raise ValueError(f"{where} lacks {len(lacking)} of its weights ({', '.join(lacking[:3])})")
 
 
 def load_pipeline(
@@ -157,6 +169,18 @@ def load_pipeline(
     if base.note:
         print(f"note: {base.note}", file=sys.stderr)
     return load_base(base, dtype)
+
+
+def check_parts(
+    kind: type[DiffusionPipeline], components: Mapping[str, Any], needed: Sequence[str] = ("vae", "scheduler")
+) -> None:
+    """Raise ValueError for a pipeline without a component that is needed, of those that its class takes.
+
+    components: by name; a missing one is None.
+    """
+    for name in needed:
+        if name in inspect.signature(kind.__init__).parameters and components.get(name) is None:
+            raise ValueError(f"this pipeline has no {name}, which a {kind.__name__} needs")
 
 
 def text_to_image(base: Base) -> Base:
@@ -244,9 +268,7 @@ def _load_single_file(
     except Exception as error:  # diffusers' conversion fails in any way on a file of another model
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no {kind.__name__} in it: {type(error).__name__}: {reason}") from error
-    missing = [name for name, parameter in transformer.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} weights of a {kind.__name__} ({missing[0]}, …)")
+    check_whole(transformer, f"a {kind.__name__} in it")
     parts = {**parts, "transformer": transformer}
     return base.pipeline_class.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
 

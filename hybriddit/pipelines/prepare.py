@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from .loading import check_whole
+
 
 def check_lora_loader(kind: type[DiffusionPipeline]) -> None:
     """Raise ValueError for a class of pipelines without a transformer that diffusers loads a LoRA into."""
@@ -31,6 +33,7 @@ def add_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) 
         try:
             _check_modules(pipeline, pipeline.lora_state_dict(use_safetensors=True, **where))
             pipeline.load_lora_weights(adapter_name=name, use_safetensors=True, **where)
+            check_whole(pipeline.transformer, "it")
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split("\n")[:2])
             raise ValueError(f"the LoRA {path} does not fit this {type(pipeline).__name__}: {reason}") from error

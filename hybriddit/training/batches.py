@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -24,7 +25,32 @@ def epoch_order(count: int, seed: int, start: int, length: int) -> list[int]:
     return [_permutation(count, seed, position // count)[position % count] for position in positions]
 
 
-@lru_cache(maxsize=2)
+def bucket_turn(counts: Sequence[int], step: int) -> tuple[int, int]:
+    """Which bucket a step takes all its samples from, and how many steps before it took theirs from there.
+
+    counts: images in each bucket. They share the steps in proportion.
+    """
+    for bucket in range(len(counts)):
+        turns = range(step + 1)
+        turn = bisect_left(turns, step, key=lambda turn, bucket=bucket: step_of_turn(counts, bucket, turn))
+        if turn in turns and step_of_turn(counts, bucket, turn) == step:
+            return bucket, turn
+    raise AssertionError("every step is the turn of one bucket")
+
+
+def step_of_turn(counts: Sequence[int], bucket: int, turn: int) -> int:
+    """The step that is turn number `turn` of a bucket.
+
+    Bucket b of K, with n images, takes its turns at the times (turn + (b + 1/2) / K) / n: buckets of one size alternate.
+    Steps are the turns of all buckets in order, those of one time in the order of the buckets.
+    """
+    parts = 2 * len(counts)  # of the time between two turns of a bucket, to count in whole numbers
+    time = parts * turn + 2 * bucket + 1
+    until = ((time * count - (other >= bucket)) // counts[bucket] for other, count in enumerate(counts))
+    return sum((times - 2 * other - 1) // parts + 1 for other, times in enumerate(until))
+
+
+@lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=step_generator(seed, epoch)).tolist()
 

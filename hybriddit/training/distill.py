@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,21 @@ from torch import nn
 
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
+from ..data.buckets import Size, bucket_sizes
 from ..data.identity import weights_digest
+from ..data.image_files import say
 from ..data.latents import LatentData
 from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher_images import sample
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
-from ..models.family import unsharded_class
+from ..models.family import family_of_class, unsharded_class
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
-from ..pipelines.loading import find_base, load_base, quiet, text_to_image
-from .batches import epoch_order, step_generator
+from ..pipelines.loading import check_parts, find_base, load_base, quiet, text_to_image
+from ..stored import component_classes
+from .batches import bucket_turn, epoch_order, step_generator, step_of_turn
 from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
@@ -35,7 +39,9 @@ from .losses import captured_outputs, converted_layers, layer_loss
 from .optimizer import is_gate
 from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, to_dict
-from .step_cost import step_cost
+from .step_cost import mean_step_cost
+
+Grid = tuple[int, int]  # (rows, columns) in tokens
 
 
 def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
@@ -43,6 +49,11 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     check_settings(config)
     check_launcher(config)  # before a base is fetched
     base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
+    if base.file is None:  # of a single file's parts, some are in the file
+        components = component_classes(base.index)
+        family_of_class(base.transformer_class).check_encoders(components)
+        reads_images = not SOURCES[config.data.source].teacher_made
+        check_parts(base.pipeline_class, components, ("scheduler", "vae") if reads_images else ("scheduler",))
     config = with_hybrid_of(config, base.hybrid_config())
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     if accelerator.num_processes > 1 and not config.data.cache:
@@ -56,7 +67,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     # find errors before the images are made, which may take days
     source, transformer = SOURCES[config.data.source], pipeline.transformer
     loss_settings(recipe_for(transformer, config), config, source.teacher_made, source.trajectories)
-    planned_grid(config, transformer, pipeline.vae_scale_factor)
+    planned_grids(config, transformer, pipeline.vae_scale_factor)
     make_student(transformer, config)
     if resume:
         folder = Path(config.output.folder) / "checkpoints"
@@ -124,7 +135,7 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
     weights, dropout = loss_settings(recipe, config, data.info.teacher_made, bool(data.info.states))
-    grid = token_grid(pipeline, data)
+    grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), resume=resume)
     trained = make_student(base, config)
     dtype = base.dtype
@@ -138,7 +149,12 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
-    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grid)
+    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grids)
+    if accelerator.is_main_process:
+        for note in bucket_notes([len(rows) for rows in data.buckets.values()], config):
+            say(note)
+    if config.train.compile:  # beyond the limit, torch runs a block uncompiled; teacher and student compile it for each
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(grids))
     try:
         fit(job, config, accelerator, resume=resume)
     finally:  # a run that is stopped leaves the model as it is to be used
@@ -168,10 +184,10 @@ class Distillation(Job):
         recipe: Recipe,
         weights: torch.Tensor,
         dropout: float,
-        grid: tuple[int, int],
+        grids: dict[Size, Grid],
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
-        self.recipe, self.weights, self.dropout, self.grid = recipe, weights, dropout, grid
+        self.recipe, self.weights, self.dropout, self.grids = recipe, weights, dropout, grids
         self.model = pipeline.transformer
         content = {"model.weights": weights_digest(self.model), "data.content": data.content}
         self.settings = {**resume_settings(config), **content}
@@ -190,7 +206,7 @@ class Distillation(Job):
                 config=self.config,
                 step=step,
                 dropout=self.dropout,
-                grid=self.grid,
+                grids=self.grids,
                 scheduler=self.pipeline.scheduler,
                 rank=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
@@ -203,12 +219,13 @@ class Distillation(Job):
         The first is the weighted sum of the others: errors against the noise or velocity, against the teacher's output,
         and against the outputs of its attention layers.
         """
-        latents, noise, times, text, far_only = self._to_device(*part)
+        *tensors, grid = part
+        latents, noise, times, text, far_only = self._to_device(*tensors)
         if self.data.info.states:
             noisy, target = latents, None
         else:
             noisy, target = self.family.add_noise(latents, noise, times, self.pipeline.scheduler)
-        inputs = self.family.model_inputs(noisy.to(self.dtype), times, text, self.grid, self.guidance)
+        inputs = self.family.model_inputs(noisy.to(self.dtype), times, text, grid, self.guidance)
 
         def predict(model: nn.Module) -> torch.Tensor:
             return self.family.prediction(model(**inputs, return_dict=False)[0], latents).float()
@@ -241,12 +258,9 @@ class Distillation(Job):
         return self.frechet(lambda rows: as_rgb(self._images(rows)))
 
     def flops(self) -> float:
-        rows = self.data.rows([0])
-        text = {
-            name: rows[name].to(self.dtype) if rows[name].is_floating_point() else rows[name]
-            for name in self.data.empty
-        }
-        cost = step_cost(self.model, self.grid, text, 1, bf16=self.config.train.precision == "bf16")
+        text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
+        images = {self.grids[size]: len(rows) for size, rows in self.data.buckets.items()}
+        _, cost = mean_step_cost(self.model, images, text, 1, bf16=self.config.train.precision == "bf16")
         return cost["teacher"] + cost["student"] + cost["backward"]
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
@@ -285,8 +299,8 @@ class Distillation(Job):
         """The model's images of the set's prompts in turn; row i always from seed `train.seed` + i."""
         pipeline, dtype = self.pipeline, self.dtype
         self.give_far_alone(None)
-        tensors = self.data.rows([row % len(self.data) for row in rows])
-        text = {name: _cast(tensors[name], dtype) for name in self.data.empty}  # only the prompts' tensors
+        tensors = self.data.rows([row % len(self.data) for row in rows], self.data.empty)  # the prompts' alone
+        text = {name: _cast(value, dtype) for name, value in tensors.items()}
         pipeline.vae.to(self.accelerator.device)
         # accelerate returns outputs in fp32, which the pipeline's bf16 decoder does not take
         cast = self.model.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
@@ -369,41 +383,66 @@ def loss_settings(
     return torch.tensor([task, output, layer]), dropout
 
 
-def planned_grid(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> tuple[int, int]:
-    """(rows, columns) in tokens of the images that `config.data` asks for.
+def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Grid]:
+    """(rows, columns) in tokens of the sizes of images that `config.data` asks for.
 
-    Raises ValueError if the size is not a whole number of tokens.
+    Raises ValueError if a size, or that of the samples, is not a whole number of tokens, or too large for the model.
     """
-    side = family_of(transformer).token_pixels(transformer.config, vae_scale_factor)
-    for name in ("height", "width"):
-        pixels = getattr(config.data, name)
-        if pixels % side:
-            raise ValueError(f"data.{name} must be a multiple of {side}, the pixels of one token's side, got {pixels}")
-    return config.data.height // side, config.data.width // side
+    family, data = family_of(transformer), config.data
+    side = family.token_pixels(transformer.config, vae_scale_factor)
+    sizes = bucket_sizes(data.buckets, data.height, data.width, side)
+    grids = {size: (size[0] // side, size[1] // side) for size in sizes}
+    for grid in (*grids.values(), (data.height // side, data.width // side)):
+        family.check_grid(transformer.config, grid)
+    return grids
 
 
-def token_grid(pipeline, data: LatentData) -> tuple[int, int]:
-    """(rows, columns) in tokens of the set's images. Raises ValueError if its latents are not of that grid."""
+def token_grids(pipeline, data: LatentData) -> dict[Size, Grid]:
+    """(rows, columns) in tokens of each size of the set's images. Raises ValueError if its latents are not of that grid."""
     family, config = family_of(pipeline.transformer), pipeline.transformer.config
     side = family.token_pixels(config, pipeline.vae_scale_factor)
-    grid = (data.info.height // side, data.info.width // side)
-    if data.shape != family.latents_shape(config, grid):
-        raise ValueError(f"latents {data.shape} are no {grid[0]} x {grid[1]} grid: made by another model?")
-    return grid
+    grids = {size: (size[0] // side, size[1] // side) for size in data.buckets}
+    for size, grid in grids.items():
+        if data.shapes[size] != family.latents_shape(config, grid):
+            raise ValueError(f"latents {data.shapes[size]} are no {grid[0]} x {grid[1]} grid: made by another model?")
+    return grids
 
 
-def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, processes=1):
-    """This process's samples of one optimizer step, in `accumulation` parts of (latents, noise, times, text, far_only).
+def bucket_notes(counts: Sequence[int], config: DistillConfig) -> list[str]:
+    """What is to be said of buckets with so many images, in one line each: those smaller than a step, or not reached."""
+    if len(counts) == 1:
+        return []
+    steps, count = config.train.steps, config.train.batch_size
+    few = [images for images in counts if images < count]
+    late = [images for bucket, images in enumerate(counts) if step_of_turn(counts, bucket, 0) >= steps]
+    notes = []
+    if few:
+        notes.append(
+            f"{sum(few)} images are in {len(few)} buckets of fewer than train.batch_size ({count}): a step there has each "
+            "several times, and comes as much more seldom; a shorter list of data.buckets puts them into others"
+        )
+    if late:
+        notes.append(f"{sum(late)} images are in {len(late)} buckets that train.steps ({steps}) do not come to")
+    return notes
 
-    For trajectories, latents and times are those of one state of each row. far_only, bool, is window dropout's choice.
-    See `step_generator` for what the samples depend on.
+
+def draw_batches(data, recipe, config, step, dropout, grids, scheduler, rank=0, processes=1):
+    """This process's samples of one optimizer step, in `accumulation` parts.
+
+    A part is (latents, noise, times, text, far_only, grid). All parts of a step are of one bucket, in which every image
+    is drawn once before one is drawn again. For trajectories, latents and times are those of one state of each row.
+    far_only, bool, is window dropout's choice; grid is (rows, columns) in tokens. See `step_generator` for what the
+    samples depend on.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
     generator = step_generator(config.train.seed, step)
-    indices = epoch_order(len(data), config.train.seed, step * count, count)
+    bucket, turn = bucket_turn([len(rows) for rows in data.buckets.values()], step)
+    size, of_bucket = list(data.buckets.items())[bucket]
+    indices = [of_bucket[i] for i in epoch_order(len(of_bucket), config.train.seed, turn * count, count)]
+    grid = grids[size]
     times = recipe.draw_times(count, grid[0] * grid[1], scheduler, generator)
     dropped = torch.rand(count, generator=generator) < dropout
-    noise = torch.randn((count, *data.shape), generator=generator)
+    noise = torch.randn((count, *data.shapes[size]), generator=generator)
     chosen = torch.randint(data.info.states, (count,), generator=generator) if data.info.states else None
     far_only = torch.rand(count, generator=generator) < config.loss.window_dropout
     size = count // parts
@@ -418,7 +457,7 @@ def draw_batches(data, recipe, config, step, dropout, grid, scheduler, rank=0, p
             key: torch.where(dropped[own].view(-1, *[1] * (value.ndim - 1)), data.empty[key].to(value), value)
             for key, value in rows.items()
         }
-        yield latents, noise[own], part_times, text, far_only[own]
+        yield latents, noise[own], part_times, text, far_only[own], grid
 
 
 def resume_settings(config: DistillConfig) -> dict:

@@ -8,14 +8,24 @@ import torch
 from torch import nn
 
 from ..config import HybridConfig
+from ..data.buckets import describe_buckets
+from ..data.image_folder import count_buckets
 from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
 from ..models.family import family_of_class, find_published
 from ..pipelines.loading import Base, refuse_sit, text_to_image
-from .distill import check_settings, loss_settings, make_student, planned_grid, recipe_for, with_hybrid_of
+from .distill import (
+    bucket_notes,
+    check_settings,
+    loss_settings,
+    make_student,
+    planned_grids,
+    recipe_for,
+    with_hybrid_of,
+)
 from .run_config import DistillConfig
-from .step_cost import step_cost
+from .step_cost import mean_step_cost
 
 # all estimated times assume that a step reaches this share of an H100's dense bf16 peak
 H100_PEAK = 989e12
@@ -29,8 +39,9 @@ def dry_run(config: DistillConfig) -> dict:
     lists, without weights or network. One training step of `train.batch_size / train.accumulation` images then runs on
     fake tensors, which have shapes and no data: torch counts its FLOPs, and its activations are what autograd keeps.
 
-    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. Raises what a real run would
-    raise before it loads weights, and ValueError for a repository that no family lists.
+    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. With buckets, of which the
+    images' headers tell the numbers, "tokens" and bytes are the largest's, and FLOPs those of the mean image. Raises
+    what a real run would raise before it loads weights, and ValueError for a repository that no family lists.
     """
     check_settings(config)
     model, vae_scale_factor, tokenizer_length = plan_model(config.model.config or config.model.path)
@@ -38,7 +49,7 @@ def dry_run(config: DistillConfig) -> dict:
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss_settings(recipe, config, source.teacher_made, source.trajectories)
-    grid = planned_grid(config, model, vae_scale_factor)
+    grids = planned_grids(config, model, vae_scale_factor)
     with torch.device("meta"):
         trained = make_student(model, config)
     text_length = family.text_length(config.data.max_sequence_length, tokenizer_length)
@@ -52,17 +63,23 @@ def dry_run(config: DistillConfig) -> dict:
         return torch.zeros((), dtype=dtype).expand(shape)  # one element in memory
 
     text = family.example_text(model.config, count, text_length, values)
-    step = step_cost(model, grid, text, count, bf16=bf16)
+    images = source.count(data)
+    buckets = {size: images for size in grids}
+    if data.buckets is not None:
+        buckets = count_buckets(data.folder, list(grids), data.max_images)
+        images = sum(buckets.values())
+    by_grid = {grids[size]: number for size, number in buckets.items()}
+    largest, step = mean_step_cost(model, by_grid, text, count, bf16=bf16)
+    grid = max(by_grid, key=lambda grid: grid[0] * grid[1])
     recomputed = step["student"] if train.gradient_checkpointing else 0
     step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
     guided = family.guided and data.guidance_scale > 1  # two passes a step of the sampler
-    images = source.count(data)
     image_flops = images * data.steps * (2 if guided else 1) * step["teacher"] // count if source.teacher_made else 0
 
     element = 2 if bf16 else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
     added = sum(p.numel() for p in trained.values())
-    activations = {"with_checkpointing": step["checkpointed"], "without_checkpointing": step["kept"]}
+    activations = {"with_checkpointing": largest["checkpointed"], "without_checkpointing": largest["kept"]}
     memory = {
         "frozen": frozen * element,
         "trained": added * 4 * 5,  # fp32: the weights, their gradients, Adam's two moments and the average
@@ -76,6 +93,10 @@ def dry_run(config: DistillConfig) -> dict:
         "parameters": sum(p.numel() for name, p in model.named_parameters() if ".hybrid." not in name),
         "trained_parameters": added,
         "tokens": {"grid": list(grid), "image": grid[0] * grid[1], "text": text_length},
+        "buckets": [
+            {"size": list(size), "grid": list(grids[size]), "images": number} for size, number in buckets.items()
+        ],
+        "notes": bucket_notes(list(buckets.values()), config),
         "attention_flops": step["attention"],
         "forward_flops": {"teacher": step["teacher"] // count, "student": step["student"] // count},
         "step_flops": step_flops,
@@ -112,6 +133,7 @@ def report(figures: dict) -> str:
         ("model", f"{figures['model']}: {figures['class']}, {figures['parameters']:,} parameters"),
         ("trained", f"{figures['trained_parameters']:,} parameters, {share:.2%} of the model's"),
         ("tokens", f"{tokens['grid'][0]} x {tokens['grid'][1]} of the image, {tokens['text']} of the text"),
+        *_bucket_rows(figures),
         ("attention", f"{_si(attention['dense'], 'FLOP')} dense, {_si(attention['hybrid'], 'FLOP')} hybrid"),
         ("", "one forward pass of one image; projections apart"),
         (
@@ -138,6 +160,17 @@ def report(figures: dict) -> str:
         ("", "not in it: text encoders, VAE, sample grids, checkpoints, loading"),
     ]
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
+
+
+def _bucket_rows(figures: dict) -> list[tuple[str, str]]:
+    buckets = {tuple(bucket["size"]): bucket["images"] for bucket in figures["buckets"]}
+    if len(buckets) == 1:
+        return []
+    return [
+        ("", "in the largest bucket, which the memory is for; FLOPs and times are those of the mean image"),
+        ("buckets", f"height x width (images): {describe_buckets(buckets)}"),
+        *(("", note) for note in figures["notes"]),
+    ]
 
 
 def _si(value: float, unit: str) -> str:

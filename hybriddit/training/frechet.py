@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..data.image_files import say
+from ..data.image_set import FolderImages
 from ..metrics import frechet_distance, load_inception, read_images
 from ..metrics.adm import collect_statistics, read_reference
 from ..metrics.images import Images
+from ..metrics.processes import rank_and_size
 from .run_config import MetricsConfig
 
 Features = Callable[[torch.Tensor], torch.Tensor]
@@ -19,8 +23,8 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 class FrechetDistance:
     """Measures the distance to the reference images of `config`, whose moments are computed once.
 
-    images: the reference if the config names no file. blank: two images, uint8 [2, H, W, 3], of the size of the model's
-    images. processes: how many share the work; each of them must construct and call this.
+    images: the reference if the config names no file or folder. blank: two images, uint8 [2, H, W, 3], of the size of
+    the model's images. processes: how many share the work; each of them must construct and call this.
 
     The constructor finds all errors, before any training. Raises ValueError, FileNotFoundError or ModuleNotFoundError.
     """
@@ -37,7 +41,7 @@ class FrechetDistance:
         check_samples(config, processes)
         self.config, self.processes = config, processes
         self.features = load_features(config.features, device)
-        self.mean, self.covariance = self._reference(images, progress)
+        self.mean, self.covariance = self._reference(images, blank.shape[1:3], progress)
         width = self._moments(blank, "blank images", shared=False)[0].shape[0]
         if width != len(self.mean):
             raise ValueError(
@@ -54,10 +58,13 @@ class FrechetDistance:
             *self._moments(Images(self.config.samples, make), "samples"), self.mean, self.covariance
         )
 
-    def _reference(self, images: Images, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference(self, images: Images, size: tuple[int, int], progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
         path = self.config.reference
         if path is None:
             return self._moments(images, "reference", progress)
+        if Path(path).is_dir():
+            says = progress and rank_and_size(self.processes > 1)[0] == 0
+            return self._moments(_open_folder(Path(path), *size, says), "reference", progress)
         if self.config.features == "inception":  # a file may hold statistics of Inception's features only
             found = read_reference(path)
             if "pooled" in found.precomputed:
@@ -95,6 +102,22 @@ class FrechetDistance:
             what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ValueError(f"metrics.features: {name} gives {what} for {len(batch)} images, and not [B, F]")
         return found
+
+
+def _open_folder(folder: Path, height: int, width: int, says: bool) -> FolderImages:
+    """The images under a folder, cropped as ADM does. says: print what is passed over.
+
+    Raises ValueError for a size that is no square.
+    """
+    if height != width:
+        raise ValueError(
+            f"metrics.reference: images of a folder are cropped to squares, and the model's are {height} x {width}: give "
+            "an npz file"
+        )
+    images = FolderImages(folder, height)
+    if images.note and says:
+        say(images.note)
+    return images
 
 
 def check_samples(config: MetricsConfig, processes: int) -> None:

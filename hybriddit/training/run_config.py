@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..config import HybridConfig
+from ..data.buckets import ASPECT
 from ..data.sources import SOURCES, sources_of
 
 HYBRID = HybridConfig()  # the `hybrid` of a config without that section, told apart by its identity
@@ -56,6 +57,9 @@ class DataConfig:
     batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
         draws the caption of an image that has several.
     max_images: for "folder", take the first so many images with captions, by path; None: all of them.
+    buckets: for "folder", the sizes that images are scaled and cropped to, each to the one that fits it best: "aspect"
+        (sizes from 1:4 to 4:1 of about height x width pixels), or a list of [height, width]. A step's images are of one
+        size. None: all images are of height x width, which samples always are.
     """
 
     source: str = "teacher"
@@ -72,6 +76,7 @@ class DataConfig:
     batch_size: int = 4
     seed: int = 0
     max_images: int | None = None
+    buckets: str | list[list[int]] | None = None
 
 
 @dataclass
@@ -159,8 +164,9 @@ class MetricsConfig:
         classes in turn, and sampled like the images of the sample grid.
     features: "inception" (FID, if `samples` is 50,000), or "package.module:function", a function of your own from
         uint8 [B, 3, H, W] to [B, F]; grey images come as three equal channels.
-    reference: an npz file in ADM's layout. None: for a distillation, the teacher's images of the same prompts and
-        noise; for training from scratch, the training set, if it holds images.
+    reference: an npz file in ADM's layout; or a folder of images, cropped to the model's size as ADM does, which must be
+        square. None: for a distillation, the teacher's images of the same prompts and noise; for training from scratch,
+        the training set, if it holds images.
     batch_size: images at a time in each process.
     """
 
@@ -199,11 +205,14 @@ class DistillConfig:
             data.folder,
             'a folder of images with data.source "folder", and left out with another',
         )
+        for name in ("max_images", "buckets"):
+            value = getattr(data, name)
+            wanted = 'left out but with data.source "folder"'
+            _require(value is None or data.folder is not None, f"data.{name}", value, wanted)
         if data.max_images is not None:
-            _require(
-                data.folder is not None, "data.max_images", data.max_images, 'left out but with data.source "folder"'
-            )
             _require_positive(data, "data", "max_images")
+        if data.buckets is not None:
+            _require(_are_buckets(data.buckets), "data.buckets", data.buckets, BUCKETS)
         _require_positive(data, "data", "images states height width steps batch_size")
         if data.max_sequence_length is not None:
             _require_positive(data, "data", "max_sequence_length")
@@ -222,8 +231,9 @@ class ClassDataConfig:
     """The labelled images that a SiT is trained on.
 
     path: a cache that `hybriddit cache` made; or a folder of images, whose subfolders are the classes; or a folder of
-        MNIST's files (train-images-idx3-ubyte.gz and so on, as torchvision and Debian have them). Images of a folder
-        are cropped to the model's sample_size as ADM does, and kept in memory; for larger sets make a cache.
+        tars with images and their labels (`.cls`); or a folder of MNIST's files (train-images-idx3-ubyte.gz and so on,
+        as torchvision and Debian have them). Images of a folder or tars are cropped to the model's sample_size as ADM
+        does, and kept in memory; for larger sets make a cache.
     flip: mirror each image with probability one half.
     memory: read a cache into memory at the start; else its rows are read when they are needed.
     vae: folder or repository of the AutoencoderKL that made a cache of latents; it decodes the sample grids and is
@@ -323,6 +333,16 @@ class SiTConfig:
         for section in ("output", "metrics"):
             guidance = getattr(self, section).guidance
             _require(guidance >= 0, f"{section}.guidance", guidance, "0 or more")
+
+
+BUCKETS = f'"{ASPECT}", or different sizes in pixels as [[height, width], ...]'
+
+
+def _are_buckets(value: str | list[list[int]]) -> bool:
+    if isinstance(value, str):
+        return value == ASPECT
+    sizes = {tuple(size) for size in value}
+    return 0 < len(sizes) == len(value) and all(len(size) == 2 and min(size) > 0 for size in sizes)
 
 
 JOBS = {"distill": DistillConfig, "train": SiTConfig}
@@ -437,13 +457,19 @@ def _convert(value, hint, key: str, root: type):
             return float(value)
         if origin is tuple and isinstance(value, (list, tuple)) and [type(v) for v in value] == list(arguments):
             return tuple(value)
-        if origin is list and isinstance(value, list) and all(isinstance(v, arguments[0]) for v in value):
+        if origin is list and isinstance(value, list) and all(_is_of(v, arguments[0]) for v in value):
             return value
         if origin in (int, str, bool, dict, types.NoneType) and type(value) is origin:
             return value
     names = ["null" if o is types.NoneType else str(o) if typing.get_args(o) else o.__name__ for o in options]
     expected = " or ".join(names)
     raise ValueError(f"{key} must be {expected}, got {value!r}")
+
+
+def _is_of(value, hint) -> bool:
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of(v, typing.get_args(hint)[0]) for v in value)
+    return type(value) is hint
 
 
 def _nearest(key: str, siblings: list[str], root: type) -> str:

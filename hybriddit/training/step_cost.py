@@ -85,6 +85,37 @@ def step_cost(
     }
 
 
+def mean_step_cost(
+    model: nn.Module,
+    images: Mapping[tuple[int, int], int],
+    text: Mapping[str, torch.Tensor],
+    count: int,
+    *,
+    bf16: bool,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The cost of a step on the largest of several grids, and the mean over all images of what `step_cost` gives.
+
+    images: how many there are of each grid. In the mean, costs of grids between the smallest and the largest are
+    interpolated by their number of tokens, which is slightly too much: they are convex. Other arguments: see
+    `step_cost`.
+    """
+    tokens = {grid: grid[0] * grid[1] for grid in images}
+    ends = [find(tokens, key=tokens.__getitem__) for find in (min, max)]
+    largest = step_cost(model, ends[1], text, count, bf16=bf16)
+    if tokens[ends[0]] == tokens[ends[1]]:
+        return largest, largest
+    smallest = step_cost(model, ends[0], text, count, bf16=bf16)
+    mean = sum(tokens[grid] * number for grid, number in images.items()) / sum(images.values())
+    share = (mean - tokens[ends[0]]) / (tokens[ends[1]] - tokens[ends[0]])
+
+    def between(low: int | dict, high: int | dict) -> int | dict:
+        if isinstance(low, dict):
+            return {name: between(low[name], high[name]) for name in low}
+        return round(low + share * (high - low))
+
+    return largest, between(smallest, largest)
+
+
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], Storages]]:
     """Yield (kept, entered): the storages that autograd keeps, and those that are inputs of a block.

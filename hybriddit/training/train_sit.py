@@ -168,7 +168,9 @@ class SiTTraining(Job):
     def _frechet(self) -> FrechetDistance:
         config, info = self.config, self.data.info
         if config.metrics.reference is None and info.vae_sha256 is not None:
-            raise ValueError("metrics.reference is needed, an npz file: the training set holds latents, not images")
+            raise ValueError(
+                "metrics.reference is needed, an npz file or a folder: the training set holds latents, not images"
+            )
 
         def training_images(rows: range) -> np.ndarray:
             images = self.data.rows(rows)["images"]  # uint8 [B, 1 or 3, H, W]

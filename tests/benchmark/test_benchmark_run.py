@@ -168,6 +168,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys, finished)
             ["--layers", "29", "--shapes", "pixart-sigma"],
             "--layers 29: PixArt-alpha/PixArt-Sigma-XL-2-1024-MS has 1 to",
         ),
+        (["--layers", "0"], "--layers must be above 0, not 0"),
         (["--repeats", "0"], "--repeats must be above 0, not 0"),
         (["--max-seconds", "nan"], "--max-seconds must be above 0, not nan"),
         (["--window", "-1"], "--window must be above 0"),

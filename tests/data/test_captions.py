@@ -77,6 +77,17 @@ LAYOUTS = {
     "blank": ({"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": " \u3000"})}, None),
     "blank in csv": ({"metadata.csv": "file_name,text\ntrain/a.png,\n"}, None),
     "blank beside": ({"train/a.txt": "\n"}, None),
+    "NaN": ({"metadata.jsonl": '{"file_name": "train/a.png", "text": NaN}'}, None),
+    "null as pandas writes it": ({"metadata.csv": "file_name,text\ntrain/a.png,None\n"}, None),
+    "a short row": ({"metadata.csv": "file_name,text\ntrain/a.png\n"}, None),
+    "null beside a caption": (
+        {"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": None, "caption": "a cat"})},
+        "a cat",
+    ),
+    "a list of JSON in csv": ({"metadata.csv": 'file_name,text\ntrain/a.png,"[""a cat"", null]"\n'}, "a cat"),
+    "a list of Python in csv": ({"metadata.csv": "file_name,text\ntrain/a.png,['a cat']\n"}, "a cat"),
+    "brackets alone": ({"metadata.csv": "file_name,text\ntrain/a.png,[a cat] [asleep]\n"}, "[a cat] [asleep]"),
+    "a table in upper case": ({"METADATA.CSV": "file_name,text\ntrain/a.png,a cat\n"}, "a cat"),
     "an empty list": ({"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": []})}, None),
     "a list of nothing": ({"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": [None, " "]})}, None),
     "a list with one": ({"metadata.jsonl": jsonl({"file_name": "train/a.png", "text": [None, "a cat", ""]})}, "a cat"),
@@ -99,6 +110,15 @@ def test_paths_are_the_same_through_any_name_of_the_folder(images, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for name in (folder, folder.name, f"../{folder.parent.name}/{folder.name}", f"{folder.name}/train/.."):
         assert list(captioned_images(name).values()) == ["a cat", "a cat"]
+
+
+@pytest.mark.parametrize(("here", "listed"), [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")])
+def test_accents_are_spelled_in_two_ways(here, listed, images):
+    """As macOS writes them, and as others do."""
+    folder = images(here)
+    (folder / "metadata.jsonl").write_text(jsonl({"file_name": listed, "text": "a cat"}))
+    found = read_captions(folder)
+    assert list(found.captions.values()) == ["a cat"] and not found.notes
 
 
 def test_one_of_several_captions_is_drawn(images):

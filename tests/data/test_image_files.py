@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hybriddit.data.image_files import files_under, passed_over, say
+from hybriddit.data.image_files import files_under, passed_over, reasons_named, say
 
 
 def touch(*paths):
@@ -86,3 +86,18 @@ def test_a_name_that_the_screen_cannot_show(encoding, monkeypatch):
     say("caf\udce9.png")  # a byte that is no UTF-8, as Python keeps it in names
     screen.flush()
     assert written.getvalue() == b"caf\\udce9.png\n"
+
+
+def test_files_that_are_left_out_are_named():
+    """Up to ten of them, each on the same line."""
+    skipped = {f"{number}.png": f"{number}.png is no image" for number in range(12)}
+    line = reasons_named(skipped)
+    assert line.startswith("0.png (is no image); 1.png (is no image); ") and line.endswith(
+        "9.png (is no image); and 2 more"
+    )
+    assert reasons_named({"a.png": "it has no caption"}) == "a.png (it has no caption)"
+
+
+def test_a_name_of_two_lines_is_said_in_one(capsys):
+    say("passed over: new\nline.png")
+    assert capsys.readouterr().out == "passed over: new\\nline.png\n"

@@ -54,6 +54,21 @@ def test_tables_are_parsed(name, tmp_path):
     assert read_prompts(tmp_path / name) == ["a shoe", "a bag", "a boot\u2028on a mat"]
 
 
+NOTHING = {
+    "a.jsonl": '{"prompt": "a shoe"}\n{"prompt": null}\n{"text": NaN, "prompt": ""}\n{"prompt": null, "text": "a bag"}\nnull',
+    "b.json": '["a shoe", null, NaN, " ", {"prompt": " ", "caption": "a bag"}]',
+    "c.csv": "\n\nprompt,text\n\na shoe,no\nNone,\n,nan\nNA,null\n,a bag\n",  # as pandas writes what is not there
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_rows_without_a_prompt_are_left_out_and_counted(name, tmp_path, capsys):
+    (tmp_path / name).write_text(NOTHING[name])
+    assert read_prompts(tmp_path / name) == ["a shoe", "a bag"] and not capsys.readouterr().out
+    read_prompts(tmp_path / name, says=True)
+    assert capsys.readouterr().out == f"3 of 5 rows in {tmp_path / name} have no prompt: they are left out\n"
+
+
 def test_a_quoted_prompt_of_a_table_keeps_its_commas_and_lines(tmp_path):
     (tmp_path / "a.csv").write_text('prompt\n"a shoe, ""red""\non a mat"\na bag\n')
     assert read_prompts(tmp_path / "a.csv") == ['a shoe, "red"\non a mat', "a bag"]
@@ -63,7 +78,7 @@ def test_a_quoted_prompt_of_a_table_keeps_its_commas_and_lines(tmp_path):
     ("name", "text", "message"),
     [
         ("a.jsonl", '"a shoe"\n\n{"prompt": "a', r"a.jsonl, line 3: no JSON"),
-        ("a.jsonl", '{"prompt": null}', r"a.jsonl, line 1: a prompt must be text, not null"),
+        ("a.jsonl", '{"prompt": null}', r"a.jsonl holds no prompt"),
         ("a.jsonl", '{"prompt": ["a", "b"]}', r'line 1: a prompt must be text, not \["a", "b"\]'),
         ("a.jsonl", '{"words": "a"}', r"line 1: it has no prompt or text or caption, only words"),
         ("a.jsonl", r'"half: \ud83d"', r"line 1: a prompt holds half of a character"),
@@ -73,6 +88,10 @@ def test_a_quoted_prompt_of_a_table_keeps_its_commas_and_lines(tmp_path):
         ("a.csv", "prompt\na shoe, red\n", r"a.csv, line 2: it has more columns than the first line, prompt"),
         ("a.csv", "words\na shoe\n", r"a.csv, line 2: it has no prompt or text or caption, only words"),
         ("a.csv", 'prompt\n"a shoe\na bag\n', r"a.csv, line 2: unexpected end of data"),
+        ("a.csv", 'prompt\n"[""a shoe"", ""a bag""]"\n', r'line 2: a prompt must be text, not \["a shoe", "a bag"\]'),
+        ("a.tsv", "prompt\n['a shoe']\n", r'line 2: a prompt must be text, not \["a shoe"\]'),
+        ("a.csv", "Prompt,seed,prompt\na,1,b\n", r"a.csv, line 1: it has two columns named prompt"),
+        ("a.jsonl", '{"Text": "a", "text": "b"}', r"a.jsonl, line 1: it has two columns named text"),
         ("a.csv", "", r"a.csv holds no prompt"),
         ("a.parquet", "", r"a.parquet: prompts are read from files ending in .txt, .jsonl, .json, .csv, .tsv"),
     ],

@@ -1,6 +1,8 @@
 """Images in tars, as of WebDataset, are those of the unpacked files."""
 
+import os
 import tarfile
+from collections import Counter
 from io import BytesIO
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 from hybriddit.data.captions import read_captions
+from hybriddit.data.image_files import files_under, open_tars, passed_over
 from hybriddit.data.image_folder import image_folder
 from hybriddit.data.tars import tar_members
 from hybriddit.images import open_image
@@ -62,6 +65,37 @@ def test_of_two_members_with_one_name_the_last_is_read(tmp_path):
     assert [member.read_bytes() for member in tar_members(tmp_path / "0.tar")] == [b"new"]
 
 
+def test_a_hard_link_is_its_file(tmp_path):
+    """As GNU tar keeps the second name of a file."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.txt").write_text("a shoe")
+    os.link(tmp_path / "files" / "a.txt", tmp_path / "files" / "b.txt")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(tmp_path / "files", ".")
+    passed = Counter()
+    members = {member.name: member for member in tar_members(tmp_path / "0.tar", passed)}
+    assert {name: member.read_bytes() for name, member in members.items()} == {
+        "./a.txt": b"a shoe",
+        "./b.txt": b"a shoe",
+    }
+    assert not passed
+
+
+def test_the_end_of_a_tar(tmp_path):
+    """One that is cut between two files looks like a whole one, and so does the first of several that are joined."""
+    path = write_tar(tmp_path / "0.tar", {"a.png": picture(0), "b.png": picture(1)})
+    whole, second = path.read_bytes(), tar_members(path)[1]
+    for data, count, note in (
+        (whole, 2, None),
+        (whole[: second.start - 512], 1, "tars without an end mark, which may be cut (1)"),
+        (whole + whole, 2, "tars that go on after their end mark (1)"),
+    ):
+        path.write_bytes(data)
+        found = open_tars(files_under(tmp_path))
+        said = passed_over(found.others, found.passed, tmp_path)
+        assert len(found.images) == count and said.endswith(note or "sparse files in tars (1)")
+
+
 def test_captions_are_beside_in_the_tar(tmp_path):
     write_tar(tmp_path / "0.tar")
     write_tar(tmp_path / "1.tar.gz", mode="w:gz")
@@ -75,7 +109,10 @@ def test_captions_are_beside_in_the_tar(tmp_path):
         "0.tar/c.png": None,
         "0.tar/d.png": "a bag",
     }
-    assert found.notes == [f"passed over in {tmp_path}: hidden (2), .cls (1), .gz (1), .txt (1)"]
+    assert found.notes == [
+        f"passed over in {tmp_path}: hidden (2), .cls (1), .txt (1), compressed tars, which unpacked to .tar are read (1), "
+        "links, devices and sparse files in tars (1)"
+    ]
 
 
 def test_a_tar_gives_what_its_files_give(tmp_path, capsys):

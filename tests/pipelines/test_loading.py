@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -193,6 +194,45 @@ def test_flux_without_an_encoder_is_converted_but_reads_no_prompt(parts, tmp_pat
     assert code == 1 and f"has no {parts[0]}, without which a FluxPipeline reads no prompts" in line
     code, [line] = distill(capsys, tmp_path / "base", tmp_path / "run")
     assert code == 1 and f"has no {parts[0]}" in line
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler", "tokenizer_3"])
+def test_parts_that_are_needed(part, tmp_path, capsys):
+    """They are told before the weights are read. Teacher-made latents alone need no VAE."""
+    without("sd3", part).save_pretrained(tmp_path / "base")
+    assert convert(capsys, tmp_path / "base", tmp_path / "hybrid") == (0, [])
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red shoe")
+    folder = ["data.source=folder", f"data.folder={tmp_path}"]
+    for code, [line] in (
+        generate(capsys, tmp_path / "hybrid", tmp_path / "a.png"),
+        distill(capsys, tmp_path / "base", tmp_path / "run", *folder),
+    ):
+        named = "has a text_encoder_3 and no tokenizer_3" if part == "tokenizer_3" else f"has no {part}"
+        assert code == 1 and named in line
+    assert distill(capsys, tmp_path / "base", tmp_path / "run")[0] == (0 if part == "vae" else 1)
+    pipeline = without("sd3", part)
+    with pytest.raises(ValueError, match=f"no {part}"):
+        hybriddit.generate.generate(pipeline, "a red shoe", height=64, width=64, steps=1)
+
+
+@pytest.mark.parametrize(("part", "name"), [("transformer", "proj_out.weight"), ("vae", "decoder.conv_out.bias")])
+def test_weights_that_are_missing_from_a_file(part, name, tmp_path, capsys):
+    base = mixed(tmp_path / "base")
+    file = base / part / "diffusion_pytorch_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file)
+    for code, [line] in (convert(capsys, base, tmp_path / "hybrid"), generate(capsys, base, tmp_path / "a.png")):
+        assert code == 1 and f"its {part} lacks 1 of its weights ({name})" in line and str(base) in line
+    assert not (tmp_path / "hybrid").exists()
+
+
+def test_a_quantised_base_without_its_package(tmp_path, capsys):
+    base = mixed(tmp_path / "base")
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "transformer" / "config.json").write_text(json.dumps(config))
+    code, [line] = convert(capsys, base, tmp_path / "hybrid")
+    assert code == 1 and f"the pipeline at '{base}' does not load: " in line
 
 
 @pytest.mark.parametrize("family", ["flux_dev", "sd3"])

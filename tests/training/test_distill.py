@@ -31,6 +31,8 @@ from hybriddit.training.distill import distill, draw_batches
 from hybriddit.training.optimizer import learning_rates
 from hybriddit.training.run_config import DataConfig, DistillConfig, load_config
 
+GRIDS = {(64, 64): (8, 8)}  # of the tiny pipelines: (height, width) in pixels, and in tokens
+
 
 def tiny_config(folder=None, hybrid=None, **overrides):
     config = DistillConfig(hybrid=hybrid or HybridConfig(window=3, map_rank=4))
@@ -120,7 +122,7 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
     student = distill(pipeline, data, config)
 
     recipe = recipe_of(pipeline)
-    (first,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, (8, 8), pipeline.scheduler)
+    (first,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, GRIDS, pipeline.scheduler)
     losses = independent_losses(family, dense, fresh, pipeline.scheduler, *first[:4])
     scalars = logged(tmp_path)
     for name, value in zip(("task", "output", "layer"), losses, strict=True):
@@ -130,7 +132,7 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
     assert scalars["loss"][0] == pytest.approx(total, rel=1e-4)
 
     # the student is nearer to its teacher on a batch with times and noise that it has not seen
-    (batch,) = draw_batches(data, recipe, config, 10**6, 0.0, (8, 8), pipeline.scheduler)
+    (batch,) = draw_batches(data, recipe, config, 10**6, 0.0, GRIDS, pipeline.scheduler)
     before = independent_losses(family, dense, fresh, pipeline.scheduler, *batch[:4])
     after = independent_losses(family, dense, student, pipeline.scheduler, *batch[:4])
     assert after[1] < 0.9 * before[1] and after[2] < 0.8 * before[2], (before, after)
@@ -224,7 +226,7 @@ def test_prompt_dropout_puts_the_empty_prompt_in_place(prepared):
     config, recipe = tiny_config(train__batch_size=400), recipe_of(pipeline)
 
     def dropped(share):
-        (batch,) = draw_batches(data, recipe, config, 0, share, (8, 8), pipeline.scheduler)
+        (batch,) = draw_batches(data, recipe, config, 0, share, GRIDS, pipeline.scheduler)
         text, indices = batch[3], epoch_order(len(data), 0, 0, 400)
         rows = data.rows(indices)
         empty = (text["prompt_embeds"] == data.empty["prompt_embeds"]).flatten(1).all(1)
@@ -249,7 +251,7 @@ def test_window_dropout_gives_some_samples_the_far_branch_alone(family, prepared
     far = copy.deepcopy(near)
     set_gates(far, math.inf)
     recipe = recipe_of(pipeline)
-    (batch,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, (8, 8), pipeline.scheduler)
+    (batch,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, GRIDS, pipeline.scheduler)
     far_only = batch[4]
     assert 2 < far_only.sum() < 10
     wanted = 0
@@ -291,7 +293,7 @@ def test_the_batch_of_a_step_does_not_depend_on_how_it_is_divided(prepared):
         parts = [
             part
             for rank in range(processes)
-            for part in draw_batches(data, recipe, config, 3, 0.5, (8, 8), pipeline.scheduler, rank, processes)
+            for part in draw_batches(data, recipe, config, 3, 0.5, GRIDS, pipeline.scheduler, rank, processes)
         ]
         samples = [(t, n, x) for x, n, t, *_ in parts for t, n, x in zip(t.tolist(), n, x, strict=True)]
         return sorted(samples, key=lambda item: item[0])

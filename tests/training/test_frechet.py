@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from hybriddit import HybridConfig
 from hybriddit.data.class_cache import make_cache
+from hybriddit.data.class_images import adm_crop
 from hybriddit.data.sources import open_class_data
 from hybriddit.data.teacher_images import sample
 from hybriddit.metrics import to_uint8
@@ -146,6 +147,36 @@ def test_a_reference_file_with_and_without_statistics(images, tmp_path, monkeypa
     assert measured("both.npz", "inception") == pytest.approx(expected)
 
 
+def test_a_reference_folder_is_the_file_of_its_cropped_images(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frechet, "load_inception", lambda device: inception)
+    folder, random, crops = tmp_path / "photos", np.random.default_rng(1), []
+    folder.mkdir()
+    for number in range(6):
+        photo = Image.fromarray(random.integers(0, 256, (20 + number, 17, 3), np.uint8))
+        photo.save(folder / f"{number}.png")
+        crops.append(np.asarray(adm_crop(photo, 8)))
+    (folder / "notes.md").touch()
+    np.savez(tmp_path / "photos.npz", np.stack(crops))
+    own = open_class_data(images, (1, 8, 8), progress=False)
+
+    def measure(reference, features="inception", size=(8, 8), progress=False):
+        config = MetricsConfig(1, 10, features=features, reference=str(reference), batch_size=4)
+        blank = np.zeros((2, *size, 3), np.uint8)
+        distance = frechet.FrechetDistance(config, None, blank, torch.device("cpu"), progress=progress)
+        return distance(lambda rows: own.rows(rows)["images"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+
+    for features in ("inception", "runs:quarters"):
+        assert measure(folder, features) == measure(tmp_path / "photos.npz", features)
+    assert not capsys.readouterr().out
+    measure(folder, progress=True)
+    assert f"passed over in {folder}: .md (1)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cropped to squares, and the model's are 8 x 16: give an npz file"):
+        measure(folder, size=(8, 16))
+    (folder / "3.png").write_bytes(b"none")
+    with pytest.raises(ValueError, match="3.png is damaged or no image"):
+        measure(folder)
+
+
 def test_latents_are_decoded(images, tmp_path):
     tiny_vae().save_pretrained(tmp_path / "vae")
     make_cache(images, tmp_path / "cache", size=8, vae=tiny_vae(), vae_name=str(tmp_path / "vae"), progress=False)
@@ -153,7 +184,9 @@ def test_latents_are_decoded(images, tmp_path):
     config = write_config(tmp_path, tmp_path / "cache", channels=2, size=4, reference=str(tmp_path / "reference.npz"))
     run(load_config(config))
     assert all(np.isfinite(value) and value > 0 for value in logged(tmp_path).values())
-    with pytest.raises(ValueError, match="metrics.reference is needed, an npz file: the training set holds latents"):
+    with pytest.raises(
+        ValueError, match="metrics.reference is needed, an npz file or a folder: the training set holds latents"
+    ):
         run(load_config(config, ["metrics.reference=null", f"output.folder={tmp_path / 'other'}"]))
 
 

@@ -95,7 +95,9 @@ class Distilling:
     def draw(self, config, step):
         """(noise, times) of a step."""
         recipe = recipe_of(self.pipeline)
-        (batch,) = distilling.draw_batches(self.data, recipe, config, step, 0.0, (8, 8), self.pipeline.scheduler)
+        (batch,) = distilling.draw_batches(
+            self.data, recipe, config, step, 0.0, {(64, 64): (8, 8)}, self.pipeline.scheduler
+        )
         return batch[1], batch[2]
 
 
