@@ -37,6 +37,8 @@ def _family_classes():
 
 
 def __getattr__(name):
+    if name == "parallel":
+        return importlib.import_module(".parallel", __name__)
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name], __name__), name)
         globals()[name] = value

@@ -388,6 +388,11 @@ def add_generate(commands) -> None:
         help="memory that an image of a hybrid may take on the device besides the weights; blocks run over strips of the "
         "image, and the VAE decodes in tiles, where it has to (default: what is free, from 2048 x 2048 pixels on)",
     )
+    sub.add_argument(
+        "--parallel",
+        action="store_true",
+        help="all processes of torchrun make each image together, each some of its rows (hybrids and SiTs)",
+    )
     sub.add_argument("--quiet", action="store_true", help="print errors only")
     sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
@@ -396,7 +401,7 @@ def generate(options: argparse.Namespace) -> None:
     from .generate import run
 
     made = run(**_given(options), announce=not (options.quiet or options.json))
-    if options.json:
+    if options.json and made is not None:  # of processes that make images together, the first has the report
         print(json.dumps(made))
 
 

@@ -28,6 +28,7 @@ NAMES = {
         "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
+    "hybriddit.parallel": "shard spread_tiles",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",

@@ -1,5 +1,6 @@
 """Runs of the command line in processes of their own, forked from one that has imported everything already."""
 
+import datetime
 import functools
 import multiprocessing
 import os
@@ -49,12 +50,40 @@ def finish_sharded(*arguments, output=None, timeout=300):
     return [process.exitcode for process in processes]
 
 
+def finish_together(count, *arguments, output, timeout=300):
+    """As `finish`, in processes as torchrun starts them; the exit codes of all."""
+    port = free_port()
+    processes = [
+        start(*arguments, output=f"{output}.{rank}", before=functools.partial(_launched, rank, count, port))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _launched(rank, count, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
+    torch.set_num_threads(1)
+
+
 def in_two_processes(function, *arguments, output, timeout=120):
-    """Call function(rank, *arguments) in both of two processes over gloo; their exit codes. output: as above."""
+    """`in_processes` of two."""
+    return in_processes(2, function, *arguments, output=output, timeout=timeout)
+
+
+def in_processes(count, function, *arguments, output, timeout=120, limit=60):
+    """Call function(rank, *arguments) in processes over gloo, each waiting for the others for `limit` seconds at most.
+
+    Returns their exit codes. output: as above.
+    """
     context.set_forkserver_preload(["runs", "hybriddit.training.distill", "accelerate"])
     port = free_port()
     processes = [
-        context.Process(target=_join, args=(rank, port, f"{output}.{rank}", function, arguments)) for rank in range(2)
+        context.Process(target=_join, args=(rank, count, port, limit, f"{output}.{rank}", function, arguments))
+        for rank in range(count)
     ]
     for process in processes:
         process.start()
@@ -66,10 +95,13 @@ def in_two_processes(function, *arguments, output, timeout=120):
     return [process.exitcode for process in processes]
 
 
-def _join(rank, port, output, function, arguments):
+def _join(rank, count, port, limit, output, function, arguments):
     _redirect(output)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    store = f"tcp://localhost:{port}"
+    torch.distributed.init_process_group(
+        "gloo", store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=limit)
+    )
     function(rank, *arguments)
 
 

@@ -17,6 +17,7 @@ FLOORS = (
     ("config", "files", "images", "machine", "stored"),
     ("attention",),
     ("models", "flow", "metrics"),
+    ("parallel",),
     ("pipelines",),
     ("data",),
     ("training",),

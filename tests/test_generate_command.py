@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from runs import finish_together
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -360,7 +361,56 @@ def test_torchrun(saved, command, tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_several_processes_make_each_image_together(saved, command, tmp_path):
+    """With guidance and the VAE's tiles, to a level of rounding; the second time, what is there is kept."""
+    given = {"true_cfg": 2.0, "negative_prompt": "blue", "num_images": 2}
+    one = ["--adapter", "adapter", "--prompts", "prompts.txt", "--vae-tiling"]
+    assert command(*one, out="one.png", **given)[0] == 0
+    command_line = flags(**SIZE, **given, model=saved / "flux", adapter=saved / "adapter", out=tmp_path / "two.png")
+    command_line += ["--prompts", saved / "prompts.txt", "--parallel", "--vae-tiling"]
+    for kept in (0, 6):
+        codes = finish_together(3, "generate", *command_line, output=tmp_path / "said")
+        said = [(tmp_path / f"said.{rank}").read_text() for rank in range(3)]
+        assert codes == [0, 0, 0], said
+        assert said[0].count("image saved to") == 6 - kept and "image saved" not in said[1] + said[2]
+        assert ("6 of 6 images are there already" in said[0]) == bool(kept)
+    for number in range(1, 7):
+        one, two = (pixels(tmp_path / f"{name}-000{number}.png") for name in ("one", "two"))
+        assert abs(one - two).max() <= 1 and one.std() > 1
+
+
+def test_a_sit_s_image_is_made_together(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 10, "num_classes": 3}
+    model = SiTTransformer2DModel(**sizes, attention="hybrid", window=(4, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    SiTPipeline(model).save_pretrained(tmp_path / "sit")
+    given = ["generate", *flags(model=tmp_path / "sit", steps=3, guidance=2, class_label=1, out=tmp_path / "one.png")]
+    assert main(given) == 0
+    given[-1] = tmp_path / "two.png"
+    codes = finish_together(2, *given, "--parallel", "--json", output=tmp_path / "said")
+    said = [(tmp_path / f"said.{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], said
+    report = json.loads(said[0].splitlines()[-1])
+    assert report["files"] == [str(tmp_path / "two.png")] and "files" not in said[1]
+    assert abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "two.png")).max() <= 1
+
+
+def test_what_is_not_made_together(saved, command, monkeypatch, tmp_path):
+    code, _, said = command("--parallel")
+    assert code == 1 and "torchrun --nproc-per-node 2 -m hybriddit generate" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = command("--parallel", "--offload", "model")
+    assert code == 1 and "leave --offload out" in said
+    given = [*flags(**SIZE, model=saved / "flux", prompt="a red shoe", out=tmp_path / "a.png"), "--parallel"]
+    assert finish_together(2, "generate", *given, output=tmp_path / "said") == [1, 1]
+    assert "is not hybrid: hybridize it first" in (tmp_path / "said.1").read_text()
+
+
 def test_one_prompt_is_not_shared(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, said = command()
     assert code == 1 and "2 processes can share the work on prompts from a file (--prompts) alone" in said
+    assert "or share each image (--parallel)" in said

@@ -14,6 +14,8 @@ from .linear import join_sums
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
+from .rows import RowShard
+from .spread import spread_attention
 from .strips import WholeImage
 from .window import attention_over_grids, joined_attention, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
@@ -217,19 +219,19 @@ class HybridAttention(nn.Module):
         """
         if token_layout.text_length == 0:
             text_mask = None
-        key, value, far_key = (self._for_every_head(x) for x in (key, value, far_key))
+        far_key = self.for_every_head(far_key)
+        if token_layout.rows is not None:
+            far = {"far_query": far_query, "far_key": far_key, "gate": gate}
+            return spread_attention(self, query, key, value, token_layout, scale=scale, text_mask=text_mask, **far)
+        key, value = self.for_every_head(key), self.for_every_head(value)
         grids = token_layout.grids
         if self.kind == "dense":
-            return self._softmax(query, key, value, token_layout, scale, text_mask)
+            return self.softmax(query, key, value, token_layout, scale, text_mask)
         (text_query, image_query), (text_key, image_key), (text_value, image_value) = (
             token_layout.split(tokens) for tokens in (query, key, value)
         )
         if self.far is not None:
-            far_query = image_query if far_query is None else far_query
-            far_key = image_key if far_key is None else far_key
-            if self.rotary == "axial":
-                first_row = 0 if self.whole_image is None else self.whole_image.first_row
-                far_query, far_key = (rotate_by_position(x, grids, first_row) for x in (far_query, far_key))
+            far_query, far_key = self.far_tokens(far_query, far_key, image_query, image_key, token_layout)
         if self.whole_image is not None and self.whole_image.gathering:
             image, text = (far_query, far_key, image_key, image_value), (text_query, text_key, text_value)
             self._gather(image, text, scale, text_mask)
@@ -262,7 +264,7 @@ class HybridAttention(nn.Module):
         if self.whole_image is not None:
             text = self.whole_image.text.to(image.dtype)
         else:
-            text = self._softmax(text_query, key, value, token_layout, scale, text_mask)
+            text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
         return token_layout.join(text, image)
 
     def _gather(self, image, text, scale, text_mask):
@@ -272,7 +274,7 @@ class HybridAttention(nn.Module):
         text's too.
         """
         whole, (far_query, far_key, key, value), (text_query, text_key, text_value) = self.whole_image, image, text
-        text_length, first = text_query.shape[1], whole.first_row == 0
+        text_length, first = text_query.shape[1], whole.first == 0
         if self.far is not None:
             keys, values = far_key, value
             if self.kind == "linear" and first:
@@ -286,14 +288,23 @@ class HybridAttention(nn.Module):
             whole.add_text(text_query, key, value, scale)
         whole.gathered()
 
-    def _for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def far_tokens(self, far_query, far_key, image_query, image_key, token_layout):
+        """The far branch's queries and keys, which are the image's own where there are no others, by position."""
+        far = image_query if far_query is None else far_query, image_key if far_key is None else far_key
+        if self.rotary != "axial":
+            return far
+        part = token_layout.rows or self.whole_image
+        first = 0 if part is None else part.first
+        return tuple(rotate_by_position(x, token_layout.grids, first=first) for x in far)
+
+    def for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Repeat key or value heads for the query heads that share them: [B, S, kv_heads, D] -> [B, S, heads, D]."""
         if x is None or self.kv_heads == self.heads:
             return x
         return x.repeat_interleave(self.heads // self.kv_heads, dim=2)
 
     @staticmethod
-    def _softmax(query, key, value, token_layout, scale, text_mask):
+    def softmax(query, key, value, token_layout, scale, text_mask):
         """Softmax attention of these queries over all tokens of the sequence."""
         mask = None
         if text_mask is not None:
@@ -316,11 +327,17 @@ class HybridAttention(nn.Module):
         near = attention_over_grids(*images, grids, return_lse=joint, **settings)
         if joint:
             near, lse = near
-        if self.far_only is not None:
-            if joint:
-                gate, lse = joint_gate(gate, lse), None
-            gate = torch.where(self.far_only.view(-1, 1, 1, 1), LARGEST_SHARE if joint else 1.0, gate)
+        gate, lse = self.opened(gate, lse)
         return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
+
+    def opened(self, gate: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gate, wide open for the images of `far_only`, and near's log-sum-exp where the gate still needs it."""
+        if self.far_only is None:
+            return gate, lse
+        joint = self.join == "joint"
+        if joint:
+            gate, lse = joint_gate(gate, lse), None
+        return torch.where(self.far_only.view(-1, 1, 1, 1), LARGEST_SHARE if joint else 1.0, gate), lse
 
     def flops(self, token_layout: TokenLayout) -> int:
         """FLOPs (two per multiply-add) of one image's forward pass, without projections: `flops_by_part`'s sum."""
@@ -411,30 +428,40 @@ class ValueConv(nn.Conv2d):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, value: torch.Tensor, grids: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        """[B, N, heads, D] -> [B, N, heads, D], each grid by itself."""
+    def forward(
+        self, value: torch.Tensor, grids: tuple[tuple[int, int], ...], rows: RowShard | None = None
+    ) -> torch.Tensor:
+        """[B, N, heads, D] -> [B, N, heads, D], each grid by itself.
+
+        rows: of one image that is spread over processes, which rows these are.
+        """
+        if rows is not None:
+            (grid,), margin = grids, self.kernel_size[0] // 2
+            reach = rows.near(margin)
+            (value,) = rows.extended([value.unflatten(1, grid)], reach)()
+            above = rows.first - reach(rows.first, rows.count)[0]
+            out = self(value.flatten(1, 2), (tuple(value.shape[1:3]),)).unflatten(1, value.shape[1:3])
+            return out[:, above : above + rows.count].flatten(1, 2)
         images = value.flatten(2).transpose(1, 2).split([rows * columns for rows, columns in grids], dim=2)
         images = [super(ValueConv, self).forward(x.unflatten(2, grid)) for x, grid in zip(images, grids, strict=True)]
         return torch.cat([x.flatten(2) for x in images], dim=2).transpose(1, 2).view_as(value)
 
 
 def rotate_by_position(
-    x: torch.Tensor, grids: tuple[tuple[int, int], ...], first_row: int = 0, theta: float = 10000.0
+    x: torch.Tensor, grids: tuple[tuple[int, int], ...], theta: float = 10000.0, first: int = 0
 ) -> torch.Tensor:
     """Rotate the first half of the channels by each token's row, the second half by its column: [B, N, heads, D].
 
     Neighbouring channels are pairs, as in FLUX; pair i of d / 2 turns by theta ** (-2 i / d) a token, where d is half
-    of D. first_row: the place of each grid's first row.
+    of D. first: the position of the first row.
     """
     width, rotated = x.shape[-1] // 2, []
     rates = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
     for image, (rows, columns) in zip(x.split([rows * columns for rows, columns in grids], dim=1), grids, strict=True):
         image, parts = image.unflatten(1, (rows, columns)), []
-        axes = ((first_row, rows, (-1, 1, 1)), (0, columns, (1, -1, 1)))
-        for part, (first, count, shape) in zip(image.chunk(2, -1), axes, strict=True):
-            angles = (torch.arange(first, first + count, device=x.device)[:, None] * rates).unflatten(
-                0, shape
-            )  # [rows, 1, 1, d / 2]
+        places = torch.arange(first, first + rows, device=x.device), torch.arange(columns, device=x.device)
+        for part, place, shape in zip(image.chunk(2, -1), places, ((-1, 1, 1), (1, -1, 1)), strict=True):
+            angles = (place[:, None] * rates).unflatten(0, shape)  # [rows, 1, 1, d / 2]
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             a, b = part.unflatten(-1, (-1, 2)).unbind(-1)
             parts.append(torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2))

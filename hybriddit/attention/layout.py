@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .rows import RowShard
+
 
 class TokenLayout(NamedTuple):
     """The layout of one token sequence; processors receive it as the keyword `token_layout`.
@@ -13,16 +15,25 @@ class TokenLayout(NamedTuple):
     text_length: number of text tokens in the sequence (0 where the layer sees the image alone).
     grids: (height, width) in tokens of every image grid, in the order they lie in the sequence, row by row.
     text_first: whether the text comes before the image (FLUX) or after it (Stable Diffusion 3).
+    rows: where the one image is spread over processes, which of its rows these are; the grid is then of this process's.
     """
 
     text_length: int
     grids: tuple[tuple[int, int], ...]
     text_first: bool
+    rows: RowShard | None = None
 
     @property
     def image_length(self) -> int:
         """Image tokens in the sequence, of all grids together."""
         return sum(height * width for height, width in self.grids)
+
+    def own(self, image: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a whole image's tokens, [..., N, C] -> [..., n, C]; a view."""
+        if self.rows is None:
+            return image
+        width = self.grids[0][1]
+        return image.narrow(-2, self.rows.first * width, self.rows.count * width)
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, ...] -> text [B, T, ...], image [B, N, ...]; views. Raises ValueError where S is not T + N."""

@@ -8,10 +8,14 @@ strips.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from .linear import FEATURE_MAPS, KeySums, linear_attention, sum_keys
+from .inputs import sum_dtype
+from .linear import FEATURE_MAPS, KeySums, begin_sum_keys, linear_attention, sum_keys
+from .rows import RowShard
 from .work import Work, attention_work
 
 MAX_CHANNELS, MAX_FEATURES = 128, 256  # of the kernels
@@ -78,7 +82,8 @@ class LinearMixer(nn.Module):
         joint: bool = False,
         lse: torch.Tensor | None = None,
         only_sums: bool = False,
-    ) -> torch.Tensor | KeySums | None:
+        rows: RowShard | None = None,
+    ) -> torch.Tensor | KeySums | Callable[[int], KeySums] | None:
         """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
         near, gate: the result is near + gate * (far - near), computed in one pass. joint: the gate is multiplied by the
@@ -88,17 +93,23 @@ class LinearMixer(nn.Module):
         only_sums: give the sums over all keys instead, and what each query needs besides, which `joined_attention`
         takes; without gradients. None for a feature map that the backends of `linear_attention` lack. (It is not a
         method of its own, because offloading loads weights for `forward` alone.)
+
+        rows: of an image that is spread over processes, which rows these tokens are, see `linear_attention`. only_sums
+        then gives what `begin_sum_keys` does, with gradients.
         """
         if only_sums and not FEATURE_MAPS[self.feature_map].fused:
             return None
         if self.center_keys:
-            key = key - _mean(key, key_mask)
+            key = key - _mean(key, key_mask, rows)
         query, query_projection = _cooled(query, self.projection_q, self.log_temperature_q)
         key, key_projection = _cooled(key, self.projection_k, self.log_temperature_k)
         phi = {"feature_map": self.feature_map, "query_projection": query_projection, "key_projection": key_projection}
+        if only_sums and rows is not None:
+            return begin_sum_keys(query, key, value, rows=rows, **phi)
         if only_sums:
             return sum_keys(query, key, value, **phi)
-        return linear_attention(query, key, value, near=near, gate=gate, key_mask=key_mask, joint=joint, lse=lse, **phi)
+        beside = {"near": near, "gate": gate, "joint": joint, "lse": lse}
+        return linear_attention(query, key, value, key_mask=key_mask, rows=rows, **beside, **phi)
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""
@@ -116,12 +127,16 @@ class LinearMixer(nn.Module):
         return attention_work(inputs, outputs, self.flops(queries, keys)["products"], element_size)
 
 
-def _mean(key: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of the keys that are not masked: [B, N, heads, D] -> [B, 1, heads, D]."""
-    if key_mask is None:
+def _mean(key: torch.Tensor, key_mask: torch.Tensor | None, rows: RowShard | None) -> torch.Tensor:
+    """The mean of the keys that are not masked, of all processes: [B, N, heads, D] -> [B, 1, heads, D]."""
+    if key_mask is None and rows is None:
         return key.mean(1, keepdim=True)
-    key_mask = key_mask[:, :, None, None]
-    return (key * key_mask).sum(1, keepdim=True) / key_mask.sum(1, keepdim=True)
+    seen = key.new_ones(len(key), key.shape[1], 1, 1) if key_mask is None else key_mask[:, :, None, None]
+    total, count = (key * seen).sum(1, keepdim=True), seen.sum(1, keepdim=True)
+    if rows is not None:
+        dtype = sum_dtype(key.dtype)
+        total, count = rows.total(total.to(dtype), count.to(dtype))()
+    return (total / count).to(key.dtype)
 
 
 def _cooled(

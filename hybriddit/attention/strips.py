@@ -19,12 +19,12 @@ class WholeImage:
     sums over the far branch's keys, and the attention of text queries. Afterwards each strip is shown with the rows
     around it that its windows reach.
 
-    first_row: of the image, that of the strip shown now. waiting: the layers of the block, this one among them, that
+    first: of the image, that of the strip shown now. waiting: the layers of the block, this one among them, that
     have not gathered the strip yet; they share the set.
     """
 
     def __init__(self, waiting: set[WholeImage]):
-        self.gathering, self.first_row, self.waiting = True, 0, waiting
+        self.gathering, self.first, self.waiting = True, 0, waiting
         self.keys = 0
         self.state = self.mean = self.text = self.text_lse = None
 

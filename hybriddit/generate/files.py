@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +70,11 @@ def run(
     vae_tiling: bool = False,
     max_memory: float | None = None,
     seed_per_prompt: bool = False,
+    parallel: bool = False,
     quiet: bool = False,
     announce: bool = True,
     **settings: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
@@ -85,9 +87,11 @@ def run(
 
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
     make the files that one would. Images that are there, made with the same settings and weights, are kept.
+    parallel: all processes make each image together, see `parallel.shard`; the first one writes it.
 
-    Returns {"files", "seeds", "kept": how many were there, "seconds" of generating, "notes"} of this process. Raises
-    ValueError or OSError, in one line, for wrong arguments, before the model is loaded if possible.
+    Returns {"files", "seeds", "kept": how many were there, "seconds" of generating, "notes"} of this process, or
+    None of one that has made its rows of images that the first process has written. Raises ValueError or OSError, in one
+    line, for wrong arguments, before the model is loaded if possible.
     """
     class_labels, subjects = settings.get("class_labels"), prompt
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -95,10 +99,17 @@ def run(
         from ..data.prompts import read_prompts
 
         subjects = read_prompts(prompts, says=announce and rank == 0)
-    if prompts is None and processes > 1:
+    if prompts is None and processes > 1 and not parallel:
         raise ValueError(
-            f"{processes} processes can share the work on prompts from a file (--prompts) alone: start one"
+            f"{processes} processes can share the work on prompts from a file (--prompts) alone: start one, or share each "
+            "image (--parallel)"
         )
+    if parallel and processes == 1:
+        raise ValueError("--parallel is for several processes: torchrun --nproc-per-node 2 -m hybriddit generate …")
+    if parallel and max_memory is not None:
+        raise ValueError("--max-memory is for one process: leave it out with --parallel")
+    if parallel and offload:
+        raise ValueError("--parallel needs the weights in place: leave --offload out")
     if prompts is None and seed_per_prompt:
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
     if any_base and adapter is None:
@@ -142,30 +153,53 @@ def run(
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
-    pipeline.set_progress_bar_config(disable=quiet or processes > 1)
+    pipeline.set_progress_bar_config(disable=quiet or (rank > 0 if parallel else processes > 1))
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    memory = _plan_memory(pipeline, tasks[0], where, max_memory)
+    memory = None if parallel else _plan_memory(pipeline, tasks[0], where, max_memory)
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if memory is not None:
             print(memory, file=sys.stderr)
 
-    share = list(zip(paths, tasks, strict=True))[rank::processes]
-    kept = {path for path, task in share if prompts is not None and _is_made(path, {**source, **task.record})}
-    if kept and announce:
-        print(f"{len(kept)} of {len(share)} images are there already, made with these settings: they are kept")
-    started = time.monotonic()
-    for path, task in share:
-        if path not in kept:
+    share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
+    leads = not parallel or rank == 0  # writes what it makes
+    with _processes(pipeline, where, parallel) as of_first:
+        there = of_first([prompts is not None and _is_made(path, {**source, **task.record}) for path, task in share])
+        if any(there) and announce and leads:
+            print(f"{sum(there)} of {len(share)} images are there already, made with these settings: they are kept")
+        started = time.monotonic()
+        for (path, task), kept in zip(share, there, strict=True):
+            if kept:
+                continue
             picture, record = make(pipeline, task, memory)
-            save_png(picture, path, {**source, **record})
-            if announce:
+            if leads:
+                save_png(picture, path, {**source, **record})
+            if leads and announce:
                 print(f"{picture.width} x {picture.height} image saved to {path}")
     seconds = round(time.monotonic() - started, 3)
+    if not leads:
+        return None
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
-    return {"files": files, "seeds": seeds, "kept": len(kept), "seconds": seconds, "notes": notes}
+    return {"files": files, "seeds": seeds, "kept": sum(there), "seconds": seconds, "notes": notes}
+
+
+@contextlib.contextmanager
+def _processes(
+    pipeline: DiffusionPipeline, device: torch.device, parallel: bool
+) -> Iterator[Callable[[list[bool]], list[bool]]]:
+    """Let all processes make each image together within the block, if they are to.
+
+    Yields a function that gives what the first process called it with: the others may have other disks.
+    """
+    if not parallel:
+        yield list
+        return
+    from ..parallel import gathered_numbers, together
+
+    with together(pipeline, device) as group:
+        yield lambda flags: [bool(flag) for flag in gathered_numbers(flags, group)[0]]
 
 
 def open_pipeline(

@@ -99,6 +99,11 @@ class Family(ABC):
         rotation.
     reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
         of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
+    image_entrance, image_exit: for `hybriddit.parallel`, the modules of the model whose outputs are the image's tokens,
+        [B, N, channels], before the first block and behind the last. No entrance: the tokens are arguments of forward.
+        No exit: the model's images cannot be spread over processes.
+    image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
+        tensors.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
@@ -118,6 +123,9 @@ class Family(ABC):
     text_first: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     reads_positions: ClassVar[bool] = False
+    image_entrance: ClassVar[str | None] = None
+    image_exit: ClassVar[str | None] = None
+    image_arguments: ClassVar[tuple[str, ...]] = ()
     pipelines: ClassVar[Mapping[str, type]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     scheduler: ClassVar[type]

@@ -118,6 +118,8 @@ class Flux(Family):
     text_first = True
     rotary = True
     reads_positions = True
+    image_exit = "proj_out"
+    image_arguments = ("hidden_states", "img_ids", "controlnet_block_samples", "controlnet_single_block_samples")
     pipelines = {
         "text-to-image": FluxPipeline,
         "image-to-image": FluxImg2ImgPipeline,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import HybridConfig
 from .processing import CheckpointWithLayout
-from .surgery import check_processors, insert_hybrid, reset_processors
+from .surgery import NOT_IN_PARALLEL, check_processors, insert_hybrid, reset_processors
 from .wrapping import SavesPlain
 
 
@@ -74,6 +74,9 @@ class HybridModelMixin(SavesPlain):
         if enable and self._layout_holder is not None:
             gradient_checkpointing_func = CheckpointWithLayout(gradient_checkpointing_func, self._layout_holder)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+
+    def enable_parallelism(self, **kwargs) -> None:
+        raise ValueError(NOT_IN_PARALLEL)
 
     def fuse_qkv_projections(self) -> None:
         raise ValueError("hybrid models use the separate projections: leave fuse_qkv_projections out")

@@ -104,6 +104,8 @@ class PixArtSigma(Family):
     processors = (Processors(AttnProcessor2_0, HybridAttnProcessor, DenseAttnProcessor),)
     attention_kwargs = "cross_attention_kwargs"
     joint = False
+    image_entrance = "pos_embed"
+    image_exit = "proj_out"
     pipelines = {"text-to-image": PixArtSigmaPipeline}
     scheduler = DPMSolverMultistepScheduler
     middle_time = 500

@@ -44,7 +44,7 @@ class HybridJointAttnProcessor:
         query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
 
         if encoder_hidden_states is None:  # attn2 of a dual block sees only the image
-            image_layout = TokenLayout(0, token_layout.grids, token_layout.text_first)
+            image_layout = token_layout._replace(text_length=0)
             out = attn.hybrid(query, key, value, image_layout, **far).flatten(2).to(query.dtype)
             return attn.to_out[1](project(attn, "to_out.0", out))
 
@@ -93,6 +93,9 @@ class StableDiffusion3(Family):
     processors = (Processors(JointAttnProcessor2_0, HybridJointAttnProcessor, DenseJointAttnProcessor),)
     attention_kwargs = "joint_attention_kwargs"
     joint = True
+    image_entrance = "pos_embed"
+    image_exit = "proj_out"
+    image_arguments = ("block_controlnet_hidden_states",)
     pipelines = {
         "text-to-image": StableDiffusion3Pipeline,
         "image-to-image": StableDiffusion3Img2ImgPipeline,
@@ -125,7 +128,7 @@ class StableDiffusion3(Family):
 
     def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
         if layer.endswith(".attn2"):  # 3.5-medium's second attention sees only the image
-            return TokenLayout(0, token_layout.grids, token_layout.text_first)
+            return token_layout._replace(text_length=0)
         return token_layout
 
     def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:

@@ -99,9 +99,9 @@ class SiTAttention(nn.Module):
         self.value_conv = None if value_conv is None else ValueConv(width, value_conv)
 
     def forward(
-        self, hidden_states: torch.Tensor, grid: tuple[int, int], rope: tuple[torch.Tensor, torch.Tensor] | None
+        self, hidden_states: torch.Tensor, token_layout: TokenLayout, rope: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """Attend over the grid: [B, N, width] -> [B, N, width], N = rows x columns.
+        """Attend over the layout's grid: [B, N, width] -> [B, N, width], N = rows x columns.
 
         rope: cosines and sines of the positions, [N, D] each, or None.
         """
@@ -120,10 +120,9 @@ class SiTAttention(nn.Module):
             query, key = far_query, far_key  # a linear layer with maps has no other queries and keys
         else:
             query, key = self._place(query, key, far_rope if self.kind == "linear" else rope)
-        layout = TokenLayout(0, (grid,), text_first=False)
-        out = hybrid(query, key, value, layout, far_query=far_query, far_key=far_key, gate=gate)
+        out = hybrid(query, key, value, token_layout, far_query=far_query, far_key=far_key, gate=gate)
         if self.value_conv is not None:
-            out = out + self.value_conv(value, (grid,))
+            out = out + self.value_conv(value, token_layout.grids, token_layout.rows)
         out = out.flatten(2)  # [B, N, width]
         return self.to_out(out)
 
@@ -155,14 +154,14 @@ class SiTBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         conditioning: torch.Tensor,
-        grid: tuple[int, int],
+        token_layout: TokenLayout,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Run the block: [B, N, width] -> [B, N, width]. conditioning: [B, width], after its SiLU."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = (
             self.modulation(conditioning).unsqueeze(1).chunk(6, dim=-1)  # [B, 1, width] each
         )
-        attn = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), grid, rope)
+        attn = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), token_layout, rope)
         hidden_states = hidden_states + gate_attn * attn
         return hidden_states + gate_ff * self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
 
@@ -349,6 +348,7 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_dict: bool = True,
+        token_layout: TokenLayout | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the velocity, or whatever the model was trained for, from noisy latents.
 
@@ -356,6 +356,7 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         timestep: [B], or one value for all, in [0, 1] (DiT's checkpoints: 0 to 999).
         class_labels: [B] integers, 0 to num_classes; num_classes means "no label". On a GPU their range is not checked,
             because the host would have to wait for it.
+        token_layout: set by `hybriddit.parallel`, where this process has some rows of tokens only.
 
         Returns Transformer2DModelOutput(sample), or (sample,): [B, in_channels, H, W]. Raises ValueError for inputs of
         another shape.
@@ -373,6 +374,11 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         hidden_states = hidden_states + pos_embed
         if self.config.rope:
             rope = rotary_positions(grid, self.grid, self.config.attention_head_dim, hidden_states.device)
+        if token_layout is None:
+            token_layout = TokenLayout(0, (grid,), text_first=False)
+        else:
+            hidden_states = token_layout.own(hidden_states)
+            rope = rope and tuple(map(token_layout.own, rope))
 
         # 2. conditioning: [B, width]
         if self.training and self.config.class_dropout_prob > 0:
@@ -386,9 +392,11 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         # 3. blocks
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, grid, rope)
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, token_layout, rope
+                )
             else:
-                hidden_states = block(hidden_states, conditioning, grid, rope)
+                hidden_states = block(hidden_states, conditioning, token_layout, rope)
 
         # 4. [B, N, width] -> [B, rows, columns, patch, patch, C] -> [B, C, H, W]
         shift, scale = self.modulation_out(conditioning).unsqueeze(1).chunk(2, dim=-1)

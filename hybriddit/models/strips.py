@@ -141,6 +141,8 @@ class _InStrips:
         if self.model._dense_mode:
             return self.forward(**arguments)
         layout = self._layout(arguments)
+        if layout.rows is not None:
+            raise ValueError("a model that is spread over processes does not run in strips besides: use one of the two")
         height = layout.grids[0][0]
         if len(layout.grids) > 1 or self.rows >= height:
             return self.forward(**arguments)
@@ -190,7 +192,7 @@ class _InStrips:
     def _run(self, arguments, layout, rows):
         """The block's result for the rows from rows[0] to before rows[1], as an image of their own."""
         for layer in self.layers:
-            layer.whole_image.first_row = rows[0]
+            layer.whole_image.first = rows[0]
         part = self.family.strip(arguments, layout, rows)
         grid = rows[1] - rows[0], layout.grids[0][1]
         return self.forward(**self._set_layout(part, layout._replace(grids=(grid,))))

@@ -8,6 +8,7 @@ import gc
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from ..config import HybridConfig
 from .family import Family, family_of, is_hybrid
 from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
+
+NOT_IN_PARALLEL = (
+    "hybrid models do not run in parallel by enable_parallelism, which cuts the tokens without heed to the image's rows: "
+    "use hybriddit.parallel.shard(model, mesh)"
+)
 
 
 def hybridize(model: nn.Module, config: HybridConfig) -> nn.Module:
@@ -134,6 +140,20 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     model.register_to_config(hybrid_config=config.to_dict())
 
 
+def convert_dense_layers(model: nn.Module) -> None:
+    """Let the layers of a hybrid model that stay dense run as HybridAttention of kind "dense", which has no weights.
+
+    They compute the same, from query, key, value and the token layout, which diffusers' processors do not heed.
+    """
+    family = family_of(model)
+    config = replace(HybridConfig.from_saved(model.config.hybrid_config), delta_rank=None)
+    for name in model._dense_processors:
+        attn = model.get_submodule(name)
+        if family.converts(name) and not hasattr(attn, "hybrid"):
+            attn.hybrid = _hybrid_attention(family, attn, config, "dense", model.dtype)
+            attn.set_processor(_new_processor(model, family, name))
+
+
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
     """The modules that recompute their blocks in the backward pass."""
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -214,7 +234,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     check_processors(model)
     if getattr(model, "_parallel_config", None) is not None:
         # each device would take its share of the image for the whole image
-        raise ValueError("hybrid models do not run in parallel over devices: restore_dense(model) before that")
+        raise ValueError(f"{NOT_IN_PARALLEL}, or restore_dense(model) before that")
     family = family_of(model)
     inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
     inputs.pop("self")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import SiTTransformer2DModel
+from hybriddit.attention import TokenLayout
 from hybriddit.models.flops import sit_flops
 from hybriddit.models.sit import SIT_SIZES, rotary_positions
 from hybriddit.models.sit_convert import from_original, load_original, read_original, to_original
@@ -568,7 +569,7 @@ def test_the_far_branch_s_gradients_are_those_of_its_formula(fields, kind, grid)
     rope = rotary_positions(grid, (6, 6), WIDTH // HEADS) if fields.get("rope") else None
     w = {name: value.detach().clone().requires_grad_() for name, value in layer.named_parameters()}
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found = layer(one, grid, rope)
+    found = layer(one, TokenLayout(0, (grid,), False), rope)
     expected = plain_layer(layer, w, other, grid) @ w["to_out.weight"].T + w["to_out.bias"]
     close(found, expected)
     (found * back).sum().backward()
@@ -603,7 +604,7 @@ def test_the_far_branch_knows_where_a_token_is():
     with torch.no_grad():
         for fields, positions in ((FAR, rope), ({**FAR, "rope": False, "far_rope": False}, None)):
             layer = make(attention="linear", **fields).transformer_blocks[0].attn
-            one, other = (layer(tokens, (6, 6), positions) for tokens in (x[:, swap], x))
+            one, other = (layer(tokens, TokenLayout(0, ((6, 6),), False), positions) for tokens in (x[:, swap], x))
             apart = (one - other[:, swap]).abs().max()
             assert apart > 1e-3 if positions else apart < 1e-9
 
@@ -664,9 +665,8 @@ def test_a_fresh_model_gives_zero_and_its_blocks_nothing(fields):
     tokens = torch.randn(2, 36, WIDTH, dtype=torch.float64)
     conditioning = torch.randn(2, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.equal(
-            SiTTransformer2DModel(**TINY).double().transformer_blocks[0](tokens, conditioning, (6, 6), None), tokens
-        )
+        block = SiTTransformer2DModel(**TINY).double().transformer_blocks[0]
+        assert torch.equal(block(tokens, conditioning, TokenLayout(0, ((6, 6),), False), None), tokens)
 
 
 def test_initial_weights():

@@ -23,6 +23,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from runs import in_processes
 from tiny_models import perturb_hybrid, run, window_mask
 from torch import nn
 
@@ -47,6 +48,7 @@ from hybriddit.models.family import (
 from hybriddit.models.hybrid_model import hybrid_class
 from hybriddit.models.processing import check_call, far_inputs, project
 from hybriddit.models.recipe import Recipe, shifted_logit_normal
+from hybriddit.parallel import shard
 from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.distill import distill
 from hybriddit.training.dry_run import dry_run, report
@@ -155,6 +157,7 @@ class ToyTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         self.time_in = nn.Linear(8, width)
         self.blocks = nn.ModuleList(ToyBlock(ToyAttention, width, *sizes) for _ in range(layers))
         self.fused_blocks = nn.ModuleList(ToyFusedBlock(ToyFusedAttention, width, *sizes) for _ in range(fused_layers))
+        self.placed = nn.Identity()  # the image's tokens with their places
         self.image_out = nn.Linear(width, in_channels * patch_size**2)
         self.gradient_checkpointing = False
 
@@ -167,7 +170,7 @@ class ToyTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin):
         )
         waves = torch.arange(image.shape[-1], device=image.device)
         place = (rows.flatten()[:, None] * (waves + 1) / 7 + columns.flatten()[:, None] * (waves + 2) / 5).sin()
-        return image + place.to(image)
+        return self.placed(image + place.to(image))
 
     def forward(self, x, text, text_mask=None, t=None, reference=None, return_dict=True):
         text, image = self.text_in(text), self.embed(x)
@@ -286,6 +289,8 @@ class Toy(Family):
     attention_kwargs = None
     joint = True
     text_first = True
+    image_entrance = "placed"
+    image_exit = "image_out"
     pipelines = {"text-to-image": ToyPipeline}
     scheduler = FlowMatchEulerDiscreteScheduler
     recipes = {"toy": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
@@ -563,6 +568,25 @@ def gradients(model, inputs, between=None):
         run(model, between)
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in added(model).items()}
+
+
+def spread_over_processes(rank):
+    """With a mask of the text, heads that share keys, and all arguments by their places."""
+    register(Toy)
+    model = perturb_hybrid(hybridize(make(layers=2), HybridConfig(window=3, layers={"blocks.0.*": "dense"}))).double()
+    inputs = make_inputs(model)
+    model.enable_gradient_checkpointing()
+    wanted, out = gradients(model, inputs), run(model, inputs)
+    shard(model, torch.distributed.group.WORLD)
+    found = gradients(model, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs.values()).sample, out)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_its_image_is_spread_over_processes(tmp_path):
+    codes = in_processes(2, spread_over_processes, output=tmp_path / "said")
+    assert codes == [0, 0], (tmp_path / "said.0").read_text()
 
 
 @pytest.mark.parametrize("order", ["checkpointing first", "conversion first"])

@@ -8,6 +8,7 @@ every query, and can join the result with another branch as it writes it. `formu
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
+from ..rows import RowShard
 from ..trial import KERNEL_MAX_WIDTH, failure_reason, kernel_refusal, warn_once
 from . import torch as torch_passes
 from .features import FEATURE_MAPS
@@ -41,6 +43,7 @@ def linear_attention(
     eps: float | None = None,
     joint: bool = False,
     lse: Tensor | None = None,
+    rows: RowShard | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Generalized linear attention (LinFusion, arXiv 2409.02097; not causal).
@@ -63,6 +66,8 @@ def linear_attention(
             over the sum of its exponentials, that is one average over both, with weights exp(.) and g phi(q) . phi(k).
         lse: [B, M, heads], with joint: the logarithm of that sum; the gate is then sinh(gate) / 10 * exp(-lse), with both
             bounded by 40.
+        rows: of an image that is spread over processes, which rows the keys are: the sums are over those of all
+            processes. With keys that all processes hold alike, key_mask hides these from all processes but one.
         backend: "triton" (a GPU, or Triton's interpreter; bfloat16, float16 or float32, widths up to 256) or "torch";
             "auto" takes Triton's kernels on a GPU. Their first use there tries a small case; if that fails, it warns
             and takes torch.
@@ -89,6 +94,8 @@ def linear_attention(
     if not phi.fused:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
+        if rows is not None:
+            raise ValueError(f"feature map {feature_map!r} does not run on an image that is spread over processes")
         with torch.autocast(query.device.type, enabled=False):
             return linear_attention_formula(
                 *(x.to(sum_dtype(x.dtype)) for x in (query, key, value)),
@@ -105,23 +112,46 @@ def linear_attention(
     tensors = [x for x in (query, key, value, near, gate, lse, query_projection, key_projection) if x is not None]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     triton = _choose_triton(backend, query, value, query_projection, feature_map, gradients)
-    state, mean = _linear_state(key, value, key_projection, key_mask, feature_map, triton)
-    if key_mask is not None:  # take the means over the unmasked keys only
-        share = key.shape[1] / key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
-        state, mean = state * share, mean * share
+    state, mean, count = _begin_sums(key, value, key_projection, key_mask, feature_map, triton, rows)()
     settings = query_projection, eps, feature_map, triton
-    if joint and triton and not gradients and key_mask is None:
-        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=float(key.shape[1]))
+    return _apply_sums(query, state, mean, near, gate, settings, joint, lse, count, gradients)
+
+
+def _begin_sums(key, value, projection, key_mask, feature_map, triton, rows) -> Callable[[], tuple]:
+    """Begin to form the sums: the function gives state and mean, over the unmasked keys, and how many these are."""
+    state, mean = _linear_state(key, value, projection, key_mask, feature_map, triton)
+    length, count = key.shape[1], None
+    if key_mask is not None:
+        count = key_mask.sum(1, dtype=state.dtype)[:, None, None, None]
+    if rows is None:
+        if count is None:
+            return lambda: (state, mean, length)
+        share = length / count
+        return lambda: (state * share, mean * share, count)
+    begun = rows.total(state * length, mean * length, *([] if count is None else [count]))
+
+    def finish():
+        state, mean, *counted = begun()
+        total = counted[0] if counted else length * rows.height // rows.count
+        return state / total, mean / total, total
+
+    return finish
+
+
+def _apply_sums(query, state, mean, near, gate, settings, joint, lse, count, gradients) -> Tensor:
+    """The second pass: the sums applied to each query, and joined. count: number of keys, or a tensor of it."""
+    projection, eps, feature_map, triton = settings
+    if joint and triton and not gradients and not isinstance(count, Tensor):
+        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=float(count))
     if joint:
         gate = gate if lse is None else joint_gate(gate, lse)
-        count = key.shape[1] if key_mask is None else key_mask.sum(1, dtype=mean.dtype)[:, None, None, None]
-        gate = gate * count  # the passes have means
+        gate = gate * count
     if near is not None and gradients and (joint or not triton):
         # keep `far` for the backward: recomputing it there, as on a GPU, would cost a CPU a fifth of the time
         far = _linear_output(query, state, mean, None, None, *settings)
         if joint:
             # phi(q) . mean, as the output of a state of one column over a denominator of 1
-            sums = mean, torch.zeros_like(mean), None, None, query_projection, 1.0, feature_map, triton
+            sums = mean, torch.zeros_like(mean), None, None, projection, 1.0, feature_map, triton
             gate = joint_share(gate, _linear_output(query, *sums, wide=True) + eps)
         return near + gate.to(near.dtype) * (far - near)
     return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
@@ -143,7 +173,12 @@ class KeySums(NamedTuple):
     triton: bool
 
 
-def sum_keys(
+def sum_keys(query: Tensor, key: Tensor, value: Tensor, **settings) -> KeySums:
+    """`begin_sum_keys` of the keys of this process alone."""
+    return begin_sum_keys(query, key, value, **settings)(key.shape[1])
+
+
+def begin_sum_keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -151,32 +186,43 @@ def sum_keys(
     feature_map: str = "elu",
     query_projection: Tensor | None = None,
     key_projection: Tensor | None = None,
+    rows: RowShard | None = None,
     backend: str = "auto",
-) -> KeySums:
-    """The first pass of `linear_attention`, which has the arguments. Like what follows, it is not for gradients.
+) -> Callable[[int], KeySums]:
+    """Begin the first pass of `linear_attention`, which has the arguments; what follows takes the function's result.
 
-    The projection is held as it is now: offloading gives its parameter other data, once the layer's weights may leave.
+    The function waits for the sums of other processes, where there are some, and gives them as if they were over as many
+    keys as the number it is called with: that of the queries which `join_sums` or `joined_attention` will be given.
+
+    Without gradients the projection is held as it is now: offloading gives its parameter other data, once the layer's
+    weights may leave.
     """
     _check(query, key, value, None, None, None, None, query_projection, key_projection)
     query, key, value = autocast((query, key, value))
     check_dtype((query, key, value))
     if query_projection is not None:
         query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
-    triton = _choose_triton(backend, query, value, query_projection, feature_map, False)
-    state, mean = _linear_state(key, value, key_projection, None, feature_map, triton)
-    query_projection = None if query_projection is None else query_projection.detach()
-    return KeySums(query, state, mean, query_projection, FEATURE_MAPS[feature_map].eps, feature_map, triton)
+    gradients = torch.is_grad_enabled()
+    triton = _choose_triton(backend, query, value, query_projection, feature_map, gradients)
+    begun = _begin_sums(key, value, key_projection, None, feature_map, triton, rows)
+    if query_projection is not None and not gradients:
+        query_projection = query_projection.detach()
+    eps = FEATURE_MAPS[feature_map].eps
+
+    def finish(queries: int) -> KeySums:
+        state, mean, count = begun()
+        if rows is None:
+            return KeySums(query, state, mean, query_projection, eps, feature_map, triton)
+        share = count / queries
+        return KeySums(query, state * share, mean * share, query_projection, eps * share, feature_map, triton)
+
+    return finish
 
 
-def join_sums(sums: KeySums, near: Tensor, gate: Tensor, joint: bool, lse: Tensor | None) -> Tensor:
+def join_sums(sums: KeySums, near: Tensor | None, gate: Tensor | None, joint: bool, lse: Tensor | None) -> Tensor:
     """The second pass of `linear_attention`, which has the arguments, where as many keys as queries were summed."""
     query, state, mean, *settings = sums
-    if joint and sums.triton:
-        count = float(near.shape[1])
-        return _linear_output(query, state, mean, near, gate, *settings, joint=True, lse=lse, count=count)
-    if joint:
-        gate = joint_gate(gate, lse) * near.shape[1]
-    return _linear_output(query, state, mean, near, gate, *settings, joint=joint)
+    return _apply_sums(query, state, mean, near, gate, settings, joint, lse, query.shape[1], torch.is_grad_enabled())
 
 
 def _choose_triton(

@@ -36,6 +36,24 @@ def class_windows(index, residue, length: int, window: int, stride: int, dilatio
     return first.clip(min=0).clip(max=size - window), window
 
 
+@lru_cache(maxsize=1024)
+def key_rows(
+    first: int, count: int, *, height: int, window: int, stride: int = 1, dilation: int = 1
+) -> tuple[int, int]:
+    """The (first, end) of the rows that hold the windows of `count` rows from `first` on, of an axis of `height`.
+
+    These rows, taken as an axis of their own, give those queries the same windows: they begin with a group of each
+    residue class, and end where the axis ends if a window has been shifted inwards there.
+    """
+    position = torch.arange(first, first + count, device="cpu")
+    residue, index = position % dilation, position // dilation
+    start, size = class_windows(index, residue, height, window, stride, dilation)
+    start, end = start * dilation + residue, (start + size - 1) * dilation + residue + 1
+    # a window reaches back to its own group at least, so that the group of the first of its rows is not cut either
+    begin = min(int(start.min()), first) // (stride * dilation) * (stride * dilation)
+    return begin, max(int(end.max()), first + count)
+
+
 def _at_most(x, limit: int):
     return min(x, limit) if isinstance(x, int) else x.clip(max=limit)
 

@@ -251,7 +251,7 @@ def _add_keys(x: Tensor, item: _Item, text: Tensor | None, tiles: Tensor) -> Non
         text[item.batch].add_(tiles[:, :, rows * span :].sum(1))
 
 
-def _has_fused_kernel(query: Tensor) -> bool:
+def has_fused_kernel(query: Tensor) -> bool:
     return query.device.type == "cpu"  # its kernel returns the log-sum-exp, and takes a mask and every dtype and width
 
 
@@ -260,7 +260,7 @@ def _tile_dtype(x: Tensor) -> torch.dtype:
 
     On small tiles the CPU's kernel is slower in bfloat16 than in float32: 1.1 times forward, 1.4 times backward.
     """
-    return sum_dtype(x.dtype) if _has_fused_kernel(x) else x.dtype
+    return sum_dtype(x.dtype) if has_fused_kernel(x) else x.dtype
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -268,9 +268,9 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
+def attend_keys(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
     """[.., heads, L, D] each -> the attention output and its log-sum-exp [.., heads, L]."""
-    if _has_fused_kernel(query):
+    if has_fused_kernel(query):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_unit_stride, (query, key, value)), attn_mask=mask, scale=scale
         )
@@ -279,9 +279,9 @@ def _attend(query, key, value, mask, scale) -> tuple[Tensor, Tensor]:
     return scores.sub_(log_sum.unsqueeze(-1)).exp_().to(value.dtype) @ value, log_sum
 
 
-def _attend_backward(grad_out, query, key, value, out, log_sum, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_attend`, for an `out` and `log_sum` that may cover more keys than these (a merged attention)."""
-    if _has_fused_kernel(query):
+def attend_keys_backward(grad_out, query, key, value, out, log_sum, mask, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attend_keys`, for an `out` and `log_sum` that may cover more keys than these (a merged attention)."""
+    if has_fused_kernel(query):
         tensors = map(_unit_stride, (grad_out, query, key, value, out))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, log_sum, 0.0, False, attn_mask=mask, scale=scale
@@ -339,7 +339,7 @@ def _forward(
         for rows, columns in grids:
             q, k, v, o, s = (x[:, rows, columns] for x in (query, key, value, out, log_sum))
             for item in _items(q, window, stride, dilation, tile, text_length):
-                tile_out, tile_log_sum = _attend(
+                tile_out, tile_log_sum = attend_keys(
                     _gather_queries(q, item),
                     _gather_keys(k, item, tile_text[0], key_buffers),
                     _gather_keys(v, item, tile_text[1], value_buffers),
@@ -349,7 +349,7 @@ def _forward(
                 _scatter_queries(o, item, tile_out)
                 _scatter_queries(s, item, tile_log_sum.unsqueeze(-1))
         if text_key is not None and not with_tiles:
-            text_out, text_log_sum = _attend(*map(_all_tokens, (query, text_key, text_value)), None, scale)
+            text_out, text_log_sum = attend_keys(*map(_all_tokens, (query, text_key, text_value)), None, scale)
             text_out, text_log_sum = (
                 x.transpose(1, 2).unflatten(1, query.shape[1:3]) for x in (text_out, text_log_sum.unsqueeze(-1))
             )
@@ -389,7 +389,7 @@ def _backward(
             q, k, v, o, s, g = (x[:, rows, columns] for x in (query, key, value, out, log_sum, grad_out))
             grad_q, grad_k, grad_v = (x[:, rows, columns] for x in (grad_query, grad_key, grad_value))
             for item in _items(q, window, stride, dilation, tile, text_length):
-                tile_grads = _attend_backward(
+                tile_grads = attend_keys_backward(
                     _gather_queries(g, item),
                     _gather_queries(q, item),
                     _gather_keys(k, item, tile_text[0], key_buffers),
@@ -403,7 +403,7 @@ def _backward(
                 _add_keys(grad_k, item, tile_text[2], tile_grads[1])
                 _add_keys(grad_v, item, tile_text[3], tile_grads[2])
         if text_key is not None and not with_tiles:
-            text_grads = _attend_backward(
+            text_grads = attend_keys_backward(
                 *map(_all_tokens, (grad_out, query, text_key, text_value, out)),
                 _all_tokens(log_sum).squeeze(-1),
                 None,

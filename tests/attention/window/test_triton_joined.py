@@ -12,8 +12,9 @@ from test_window import LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybriddit.attention import HybridAttention, TokenLayout, hybrid
+from hybriddit.attention import HybridAttention, TokenLayout, hybrid, spread
 from hybriddit.attention.linear import FEATURE_MAPS, sum_keys
+from hybriddit.attention.rows import RowShard
 from hybriddit.attention.window import dispatch, joined_attention, seen_pairs
 
 if kernels.INTERPRETED and (refusal := interpreter.refusal()):
@@ -206,6 +207,42 @@ def test_a_layer_is_joined_in_the_window_s_kernel(options, fused, monkeypatch):
     case[0].far_only = torch.tensor([True, False], device=DEVICE)
     assert not torch.allclose(call(*case)[0, 5:], out[0, 5:])
     torch.testing.assert_close(call(*case)[1], out[1], atol=2e-5, rtol=2e-5)
+
+
+class Part(RowShard):
+    """One process's rows, where what the others send is at hand: the whole image's keys, values and sums."""
+
+    def __init__(self, first, count, images, sums):
+        self.first, self.count, self.height, self.leads = first, count, images[0].shape[1], first == 0
+        self.images, self.sums = images, sums
+
+    def total(self, *tensors):
+        return lambda: self.sums
+
+    def largest(self, x):
+        raise AssertionError("there is no text")
+
+    def extended(self, images, reach):
+        begin, end = reach(self.first, self.count)
+        return lambda: tuple(image[:, begin:end] for image in self.images)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gate": "token", "stride": (2, 1)}, {"kv_heads": 1, "feature_map": "elu", "join": "gate"}], ids=str
+)
+def test_rows_of_a_spread_image_are_joined_in_the_kernel(options, monkeypatch):
+    monkeypatch.setattr(spread, "joined_attention", partial(joined_attention, backend="triton"))
+    layer, layout, (query, key, value) = make_layer(monkeypatch, (9, 6), text=0, map_rank=0, **options)
+    whole, tokens = call(layer, layout, (query, key, value)), 9 * 6
+    sums = layer.far(query, layer.for_every_head(key), layer.for_every_head(value), only_sums=True)
+    images = [x.unflatten(1, (9, 6)) for x in (key, value)]
+    for first, count in ((0, 2), (2, 4), (6, 3)):
+        rows = Part(first, count, images, (sums.state * tokens, sums.mean * tokens))
+        part = slice(first * 6, (first + count) * 6)
+        with Seen() as seen:
+            out = call(layer, TokenLayout(0, ((count, 6),), True, rows), [x[:, part] for x in (query, key, value)])
+        assert "hybriddit::joined_attention" in seen.names and "hybriddit::linear_output" not in seen.names
+        torch.testing.assert_close(out, whole[:, part], atol=2e-5, rtol=2e-5)
 
 
 def test_near_is_never_allocated():

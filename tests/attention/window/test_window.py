@@ -91,7 +91,7 @@ def test_dtypes(dtype, backend, text):
 def test_arithmetic_for_other_devices(seed, monkeypatch):
     """The plain-torch route of the tiles, which devices without the CPU's fused kernel take."""
 
-    monkeypatch.setattr(tiled, "_has_fused_kernel", lambda query: False)
+    monkeypatch.setattr(tiled, "has_fused_kernel", lambda query: False)
     *geometry, text, heads, width, batch = draw_case(seed)
     inputs, weight = random_inputs(geometry[0], text, heads, width, batch, seed=seed)
     assert_equal_to_oracle(inputs, weight, *geometry[1:], TOLERANCE[torch.float64], backend="tiled")

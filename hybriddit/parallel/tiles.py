@@ -1,0 +1,69 @@
+"""The tiles of a VAE spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .rows import talking
+
+
+def spread_tiles(vae: AutoencoderKL, group: dist.ProcessGroup) -> None:
+    """Let the processes of a group share the tiles of every later image that the VAE decodes in tiles, in place.
+
+    Each decodes some, and all get all of them and blend them: the image is the one that diffusers makes. Every process
+    decodes the same latents.
+    """
+    vae.tiled_decode = partial(_decode, vae, vae.tiled_decode, group)
+
+
+@torch.no_grad()
+def _decode(vae: AutoencoderKL, tiled_decode: Callable, group: dist.ProcessGroup, z: Tensor, **options: Any) -> Any:
+    """diffusers' tiled_decode, called twice: to see which tiles it wants decoded, and to give it these."""
+    tiles: list[Tensor] = []
+
+    def note(tile: Tensor) -> Tensor:
+        tiles.append(tile)
+        return tile.new_zeros(len(tile), 1, 1, 1)
+
+    with _decoder_that(vae, note):
+        tiled_decode(z, **options)
+    decoded = iter(_decode_together(vae, tiles, group))
+    with _decoder_that(vae, lambda tile: next(decoded)):
+        return tiled_decode(z, **options)
+
+
+def _decode_together(vae: AutoencoderKL, tiles: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """All tiles, of which this process decodes every n-th."""
+    ranks, scale = dist.get_process_group_ranks(group), 2 ** (len(vae.config.block_out_channels) - 1)
+    own, found = dist.get_rank(group), []
+    for number, tile in enumerate(tiles):
+        place = number % len(ranks)
+        if place == 0:  # all begin with their tile of this round, before any waits for another's
+            mine = vae.decoder(tiles[number + own]).contiguous() if number + own < len(tiles) else None
+        batch, _, height, width = tile.shape
+        out = mine if place == own else tile.new_empty(batch, vae.config.out_channels, height * scale, width * scale)
+        with talking():
+            dist.broadcast(out, ranks[place], group=group)
+        found.append(out)
+    return found
+
+
+@contextmanager
+def _decoder_that(vae: AutoencoderKL, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, the VAE's decoder is this function."""
+    before = vars(vae.decoder).get("forward")
+    vae.decoder.forward = forward
+    try:
+        yield
+    finally:
+        del vae.decoder.forward
+        if before is not None:
+            vae.decoder.forward = before
