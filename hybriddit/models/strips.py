@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
 from ..attention.strips import Gathered, WholeImage
-from ..attention.window import part_around
+from ..attention.window import key_rows
 from .family import Family, family_of, is_hybrid
 from .wrapping import unwrapped
 
@@ -184,9 +184,12 @@ class _InStrips:
         """The rows that the layers reach from those from first to before last."""
         convolutions = [layer.value_conv for layer in self.layers if layer.value_conv is not None]
         reach = max((conv.kernel_size[0] // 2 for conv in convolutions), default=0)
-        rows = max(0, first - reach), min(height, last + reach)
+        first, last = max(0, first - reach), min(height, last + reach)
         settings = {(x.window[0], x.stride[0], x.dilation[0]) for x in self.layers if x.window is not None}
-        parts = [part_around(height, *rows, *setting) for setting in settings] or [rows]  # all layers have one window
+        parts = [(first, last)]  # and those of the windows: all layers have the same
+        for window, stride, dilation in settings:
+            around = {"height": height, "window": window, "stride": stride, "dilation": dilation}
+            parts.append(key_rows(first, last - first, **around))
         return min(start for start, _ in parts), max(end for _, end in parts)
 
     def _run(self, arguments, layout, rows):

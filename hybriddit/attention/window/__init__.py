@@ -4,7 +4,7 @@ from .case import WindowCase
 from .dispatch import BACKENDS, choose_backend, joined_attention, neighborhood_attention
 from .flex import aligned_window
 from .grids import attention_over_grids, seen_over_grids
-from .rule import part_around, seen_pairs
+from .rule import key_rows, seen_pairs
 
 __all__ = [
     "BACKENDS",
@@ -13,8 +13,8 @@ __all__ = [
     "attention_over_grids",
     "choose_backend",
     "joined_attention",
+    "key_rows",
     "neighborhood_attention",
-    "part_around",
     "seen_over_grids",
     "seen_pairs",
 ]

@@ -45,7 +45,7 @@ def key_rows(
     These rows, taken as an axis of their own, give those queries the same windows: they begin with a group of each
     residue class, and end where the axis ends if a window has been shifted inwards there.
     """
-    position = torch.arange(first, first + count, device="cpu")
+    position = np.arange(first, first + count)  # torch's would be without data where tensors are
     residue, index = position % dilation, position // dilation
     start, size = class_windows(index, residue, height, window, stride, dilation)
     start, end = start * dilation + residue, (start + size - 1) * dilation + residue + 1
@@ -61,25 +61,6 @@ def _at_most(x, limit: int):
 def class_lengths(length: int, dilation: int) -> list[int]:
     """How many positions each residue class of an axis has."""
     return [(length - residue + dilation - 1) // dilation for residue in range(dilation)]
-
-
-@lru_cache(maxsize=1024)
-def part_around(length: int, first: int, last: int, window: int, stride: int, dilation: int) -> tuple[int, int]:
-    """A part of an axis, from its first position to before its last, that is enough for the positions first to last - 1.
-
-    Taken for an axis of its own, it gives them the windows that they have in the whole.
-    """
-    position = np.arange(first, last)
-    residue, index = position % dilation, position // dilation
-    seen, count = class_windows(index, residue, length, window, stride, dilation)
-    group = stride * dilation
-    start = int((seen * dilation + residue).min()) // group * group
-    end = int(((seen + count - 1) * dilation + residue).max()) + 1
-    while True:
-        windows = class_windows(index - start // dilation, residue, end - start, window, stride, dilation)
-        if np.array_equal(windows[0] + start // dilation, seen) and np.array_equal(windows[1], count):
-            return start, end
-        start, end = max(0, start - group), min(length, end + group)
 
 
 def axis_mask(length: int, window: int, stride: int, dilation: int) -> Tensor:

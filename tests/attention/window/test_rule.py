@@ -48,21 +48,3 @@ def test_additive_mask():
     mask = rule.additive_mask(seen, 1, torch.float64)
     assert mask.dtype == torch.float64
     assert mask.tolist() == [[0, float("-inf"), 0], [float("-inf"), 0, 0]]
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_part_of_an_axis_is_enough_for_some_positions(seed):
-    length, window, stride, dilation = draw_axis(seed)
-    seen = oracles.axis_neighbors(length, window, stride, dilation)
-    for first in range(length):
-        last = min(first + 1 + seed % 4, length)
-        start, end = rule.part_around(length, first, last, window, stride, dilation)
-        assert 0 <= start <= first < last <= end <= length
-        part = oracles.axis_neighbors(end - start, window, stride, dilation)
-        for position in range(first, last):
-            assert {start + place for place in part[position - start]} == seen[position]
-
-
-def test_a_part_of_an_axis_is_little_more_than_what_is_seen():
-    assert rule.part_around(1000, 500, 510, 16, 1, 1) == (492, 517)
-    assert rule.part_around(1000, 0, 10, 16, 1, 1) == (0, 17)
