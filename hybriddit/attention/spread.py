@@ -147,7 +147,7 @@ class _SoftmaxOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, scale, text_mask, query, text_key, text_value, key, value):
         keys, values, mask = _seen(rows, text_mask, text_key, text_value, key, value)
-        out, lse = _attend(query.transpose(1, 2), keys, values, mask, scale)
+        out, lse = softmax_with_lse(query.transpose(1, 2), keys, values, mask, scale)
         highest = rows.largest(lse)
         weight = torch.exp(lse - highest).unsqueeze(-1)
         out, weight = rows.total(out * weight, weight)()
@@ -183,8 +183,13 @@ def _seen(rows, text_mask, text_key, text_value, key, value):
     return key.transpose(1, 2), value.transpose(1, 2), mask
 
 
-def _attend(query, key, value, mask, scale):
-    """[B, heads, M or N, D] -> the output and its log-sum-exp [B, heads, M], in at least float32."""
+def softmax_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention [B, heads, M, D] and its log-sum-exp [B, heads, M], both in at least float32.
+
+    query [B, heads, M, D], key and value [B, heads, N, D]. mask: additive, [B, 1, 1, N], or None.
+    """
     out = lse = None
     for keys in _chunks(key):
         part, part_lse = attend_keys(query, key[:, :, keys], value[:, :, keys], _of(mask, keys), scale)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .linear import KeySums
+from .spread import softmax_with_lse
 
 
 class Gathered(Exception):  # noqa: N818 (it is no error)
@@ -41,7 +42,12 @@ class WholeImage:
 
         key_mask: bool [B, N], False for keys that are left out.
         """
-        out, lse = _softmax(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, key_mask)
+        mask = None
+        if key_mask is not None:
+            mask = query.new_zeros(len(query), 1, 1, key.shape[1]).masked_fill_(~key_mask[:, None, None], -torch.inf)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = softmax_with_lse(*(x.transpose(1, 2) for x in (query, key, value)), mask, scale)
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
         if self.text is None:
             self.text, self.text_lse = out, lse
             return
@@ -64,19 +70,3 @@ class WholeImage:
         return sums._replace(
             state=self.state / keys, mean=self.mean / keys, eps=sums.eps * self.keys / keys
         )  # fmt: skip
-
-
-def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention [B, T, heads, D] and its log-sum-exp [B, T, heads] in at least float32, a head at a time."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    outs, sums = [], []
-    for q, k, v in zip(
-        *(x.to(dtype).unbind(2) if x is query else x.unbind(2) for x in (query, key, value)), strict=True
-    ):
-        scores = (q * scale) @ k.to(dtype).transpose(1, 2)
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask.unsqueeze(1), -torch.inf)
-        lse = scores.logsumexp(-1)
-        outs.append((scores - lse.unsqueeze(-1)).exp_() @ v.to(dtype))
-        sums.append(lse)
-    return torch.stack(outs, 2), torch.stack(sums, 2)
