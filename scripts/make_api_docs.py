@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
-        "HybridConfig hybridize restore_dense dense_mode save_adapter load_adapter push_adapter load_config "
+        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
@@ -29,6 +29,7 @@ NAMES = {
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles",
+    "hybriddit.pipelines.memory": "MemoryPlan plan_memory make_within decode_in_strips free_memory",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",

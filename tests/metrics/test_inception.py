@@ -35,7 +35,7 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch, capsys):
 def test_without_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hybriddit\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         load_inception(tmp_path / "weights.pth")
 
 

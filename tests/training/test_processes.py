@@ -28,7 +28,9 @@ def arguments(request, tmp_path):
 def base_is_there(monkeypatch):
     """A distillation's base is found, but not loaded."""
     monkeypatch.setattr(distill, "find_base", lambda *_, **__: None)
-    monkeypatch.setattr(distill, "text_to_image", lambda base: SimpleNamespace(hybrid_config=lambda: None))
+    monkeypatch.setattr(
+        distill, "text_to_image", lambda base: SimpleNamespace(hybrid_config=lambda: None, file="base.safetensors")
+    )
     monkeypatch.setattr(distill, "with_hybrid_of", lambda config, base: config)
 
 
