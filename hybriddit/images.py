@@ -19,6 +19,7 @@ from .files import replacing
 # the files of a folder that are read as images
 IMAGE_ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
 IMAGE_ENDINGS += (".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi")
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how such files begin
 RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record
 UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,6 +135,8 @@ def _decode(path: str | Path, finish: Callable[[Image.Image], Image.Image]) -> I
 
 
 def _load(data: bytes) -> Image.Image:
+    if data.startswith(POSTSCRIPT):  # whatever the file's ending
+        raise ValueError("PostScript, a program that PIL would let Ghostscript run, is not read")
     image = Image.open(BytesIO(data))
     if not isinstance(image.info.get("xmp", b""), bytes):  # of a TIFF, in which PIL looks for the orientation
         del image.info["xmp"]

@@ -226,3 +226,13 @@ def test_it_needs_no_torch():
     code = "import sys, hybriddit.images, hybriddit.machine, hybriddit.generate, hybriddit.convert; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "diffusers", "transformers"} & set(done.stdout.split())
+
+
+def test_postscript_is_not_run(tmp_path):
+    for number, start in enumerate(
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"\xc5\xd0\xd3\xc6" + bytes(28))
+    ):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(start)
+        with pytest.raises(ValueError, match=f"{number}.png is damaged or no image: PostScript"):
+            open_image(path)
