@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config import HybridConfig
 from .files import filling
+from .stored import check_any_base
 
 
 def run(
@@ -34,8 +35,7 @@ def run(
     """
     if sum(option is not None for option in (adapter, window, plan)) > 1:
         raise ValueError("give one of --window and --plan, for a fresh hybrid, or --adapter, which brings its own")
-    if any_base and adapter is None:
-        raise ValueError("--any-base is for an adapter: give --adapter too")
+    check_any_base(any_base, adapter)
     fields = {} if window is None else {"window": window}
     chosen = HybridConfig.from_plan(plan) if plan else HybridConfig(**fields)
     from .attention.mixers import check_mixer

@@ -1,6 +1,6 @@
 """Record what a result depends on besides its settings: package versions, the git commit, the device.
 
-Importing this imports no torch, and nothing here needs more than torch.
+Importing this imports no torch. Nothing here needs more than torch, but for `free_bytes`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,22 @@ def gpu_driver() -> str | None:
         return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", timeout=30).split("\n")[0]
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are still free, within a container's limit if there is one."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = psutil.virtual_memory().available
+    try:  # a container's limit
+        used, limit = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("current", "max"))
+        return min(free, limit - used)
+    except (OSError, ValueError):  # there is no limit, or it reads "max"
+        return free
 
 
 def _output(*command: str, timeout: float | None = None) -> str:

@@ -150,6 +150,12 @@ def stored_dtype(files: Iterable[Path]) -> str:
     return DTYPES[dtype]
 
 
+def check_any_base(any_base: bool, adapter: str | None) -> None:
+    """Raise ValueError where an adapter may be of any base and there is none."""
+    if any_base and adapter is None:
+        raise ValueError("--any-base is for an adapter: give --adapter too")
+
+
 def find_adapter(folder: Path) -> Path:
     """The folder of an adapter: `folder` itself, or in the folder of a distillation or of one of its checkpoints.
 

@@ -29,7 +29,7 @@ NAMES = {
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles",
-    "hybriddit.pipelines.memory": "MemoryPlan plan_memory make_within decode_in_strips free_memory",
+    "hybriddit.pipelines.memory": "MemoryPlan plan_memory make_within decode_in_strips",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",

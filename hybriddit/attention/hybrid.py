@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,13 @@ from torch import nn
 
 from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
 from .layout import TokenLayout
-from .linear import join_sums
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
-from .rows import RowShard
+from .rows import Reach, RowShard
 from .spread import spread_attention
-from .strips import WholeImage
-from .window import attention_over_grids, joined_attention, seen_over_grids
+from .strips import WholeImage, strip_attention
+from .window import attention_over_grids, joined_attention, key_rows, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
@@ -220,9 +221,10 @@ class HybridAttention(nn.Module):
         if token_layout.text_length == 0:
             text_mask = None
         far_key = self.for_every_head(far_key)
-        if token_layout.rows is not None:
+        if token_layout.rows is not None or self.whole_image is not None:
+            attend = strip_attention if token_layout.rows is None else spread_attention
             far = {"far_query": far_query, "far_key": far_key, "gate": gate}
-            return spread_attention(self, query, key, value, token_layout, scale=scale, text_mask=text_mask, **far)
+            return attend(self, query, key, value, token_layout, scale=scale, text_mask=text_mask, **far)
         key, value = self.for_every_head(key), self.for_every_head(value)
         grids = token_layout.grids
         if self.kind == "dense":
@@ -232,15 +234,7 @@ class HybridAttention(nn.Module):
         )
         if self.far is not None:
             far_query, far_key = self.far_tokens(far_query, far_key, image_query, image_key, token_layout)
-        if self.whole_image is not None and self.whole_image.gathering:
-            image, text = (far_query, far_key, image_key, image_value), (text_query, text_key, text_value)
-            self._gather(image, text, scale, text_mask)
-            return query.new_zeros(()).expand(query.shape)
-        if self.kind == "linear" and self.whole_image is not None:
-            sums = self.far(far_query, far_key, image_value, only_sums=True)
-            sums = self.whole_image.seen_from(sums, far_key.shape[1])
-            image = join_sums(sums, near=None, gate=None, joint=False, lse=None)
-        elif self.kind == "linear":
+        if self.kind == "linear":
             # text keys are the layer's own projections: the maps are for image tokens only
             keys = key if far_key is image_key else token_layout.join(text_key, far_key)
             seen = None
@@ -249,9 +243,7 @@ class HybridAttention(nn.Module):
             image = self.far(far_query, keys, value, key_mask=seen)
         else:
             images = image_query, image_key, image_value
-            settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
-            if token_layout.text_length:
-                settings |= {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+            settings = self.near_settings(scale, text_key, text_value, text_mask)
             if self.far is None:
                 image = attention_over_grids(*images, grids, **settings)
             else:
@@ -261,32 +253,19 @@ class HybridAttention(nn.Module):
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
             return image
-        if self.whole_image is not None:
-            text = self.whole_image.text.to(image.dtype)
-        else:
-            text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
+        text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
         return token_layout.join(text, image)
 
-    def _gather(self, image, text, scale, text_mask):
-        """Take what depends on all rows of the image from a strip of them; see `strips`.
+    def near_settings(self, scale, text_key, text_value, text_mask) -> dict[str, Any]:
+        """The arguments of `neighborhood_attention` besides the image's query, key and value."""
+        settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
+        if text_key.shape[1] == 0:
+            return settings
+        return {**settings, "text_key": text_key, "text_value": text_value, "text_mask": text_mask}
 
-        image: the strip's far_query, far_key, key and value. text: query, key and value; the first strip's keys are the
-        text's too.
-        """
-        whole, (far_query, far_key, key, value), (text_query, text_key, text_value) = self.whole_image, image, text
-        text_length, first = text_query.shape[1], whole.first == 0
-        if self.far is not None:
-            keys, values = far_key, value
-            if self.kind == "linear" and first:
-                keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, value), 1)
-            whole.add_keys(self.far(far_query, keys, values, only_sums=True), keys.shape[1])
-        if text_length and first:
-            seen = None if text_mask is None else F.pad(text_mask, (0, key.shape[1]), value=True)
-            keys, values = torch.cat((text_key, key), 1), torch.cat((text_value, value), 1)
-            whole.add_text(text_query, keys, values, scale, seen)
-        elif text_length:
-            whole.add_text(text_query, key, value, scale)
-        whole.gathered()
+    def near_reach(self, height: int) -> Reach:
+        """For (first, count) rows of an image of this height: the (first row, end) that their windows reach."""
+        return partial(key_rows, height=height, window=self.window[0], stride=self.stride[0], dilation=self.dilation[0])
 
     def far_tokens(self, far_query, far_key, image_query, image_key, token_layout):
         """The far branch's queries and keys, which are the image's own where there are no others, by position."""
@@ -319,8 +298,6 @@ class HybridAttention(nn.Module):
         sums = None
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
             sums = self.far(far_query, far_key, value, only_sums=True)
-        if self.whole_image is not None:
-            sums = self.whole_image.seen_from(sums, value.shape[1])
         if sums is not None:
             images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)

@@ -7,7 +7,6 @@ others' results. What travels for one branch is on its way while another is comp
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from .layout import TokenLayout
 from .linear import join_sums
 from .rows import RowShard
 from .window import joined_attention, neighborhood_attention
-from .window.rule import key_rows
 from .window.tiled import attend_keys, attend_keys_backward, has_fused_kernel
 
 CHUNK = 8192  # keys whose scores are written at once, where no fused kernel runs
@@ -53,8 +51,7 @@ def spread_attention(
     if layer.kind != "linear":
         reach = rows.whole
         if layer.window is not None:
-            settings = zip(("window", "stride", "dilation"), (layer.window, layer.stride, layer.dilation), strict=True)
-            reach = partial(key_rows, height=rows.height, **{name: axes[0] for name, axes in settings})
+            reach = layer.near_reach(rows.height)
         around = rows.extended(local, reach)
     if layer.far is not None:
         far_query, far_key = layer.far_tokens(far_query, far_key, image_query, image_key, token_layout)
@@ -81,9 +78,7 @@ def spread_attention(
         keys, values = whole.join(text_key, keys), whole.join(text_value, values)
         image = layer.softmax(image_query, keys, values, whole, scale, text_mask)
     else:
-        settings = {"window": layer.window, "stride": layer.stride, "dilation": layer.dilation, "scale": scale}
-        if token_layout.text_length:
-            settings |= {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+        settings = layer.near_settings(scale, text_key, text_value, text_mask)
         keys, values = (for_every_head(x.flatten(1, 2)).unflatten(1, x.shape[1:3]) for x in around())
         begin, end = reach(rows.first, rows.count)
         margins = rows.first - begin, end - rows.first - rows.count
@@ -194,13 +189,14 @@ def softmax_with_lse(
     for keys in _chunks(key):
         part, part_lse = attend_keys(query, key[:, :, keys], value[:, :, keys], _of(mask, keys), scale)
         part = part.to(part_lse.dtype)
-        if out is None:
-            out, lse = part, part_lse
-            continue
-        total = torch.logaddexp(lse, part_lse)
-        out = torch.lerp(out, part, (part_lse - total).exp_().unsqueeze(-1))
-        lse = total
+        out, lse = (part, part_lse) if out is None else merged(out, lse, part, part_lse)
     return out, lse
+
+
+def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over two sets of keys, from the output [..., D] and log-sum-exp [...] over each of them."""
+    both = torch.logaddexp(lse, other_lse)
+    return torch.lerp(out, other, (other_lse - both).exp_().unsqueeze(-1)), both
 
 
 def _attend_backward(grad, query, key, value, out, lse, mask, scale):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .linear import KeySums
-from .spread import softmax_with_lse
+from .layout import TokenLayout
+from .linear import KeySums, join_sums
+from .spread import merged, softmax_with_lse
+from .window import joined_attention, neighborhood_attention
 
 
 class Gathered(Exception):  # noqa: N818 (it is no error)
@@ -48,13 +51,9 @@ class WholeImage:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         out, lse = softmax_with_lse(*(x.transpose(1, 2) for x in (query, key, value)), mask, scale)
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
-        if self.text is None:
-            self.text, self.text_lse = out, lse
-            return
-        both = torch.logaddexp(self.text_lse, lse)
-        parts = (self.text, self.text_lse), (out, lse)
-        self.text = sum((part_lse - both).exp().unsqueeze(-1) * part for part, part_lse in parts)
-        self.text_lse = both
+        if self.text is not None:
+            out, lse = merged(self.text, self.text_lse, out, lse)
+        self.text, self.text_lse = out, lse
 
     def gathered(self) -> None:
         """Say that the layer has taken what it needs of this strip. Raises Gathered if it is the last to do so."""
@@ -67,6 +66,62 @@ class WholeImage:
 
         The passes take means, and multiply them by the number of the strip's keys where they join.
         """
-        return sums._replace(
-            state=self.state / keys, mean=self.mean / keys, eps=sums.eps * self.keys / keys
-        )  # fmt: skip
+        return sums._replace(state=self.state / keys, mean=self.mean / keys, eps=sums.eps * self.keys / keys)
+
+
+def strip_attention(
+    layer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_layout: TokenLayout,
+    *,
+    far_query: Tensor | None,
+    far_key: Tensor | None,
+    gate: Tensor | None,
+    scale: float | None,
+    text_mask: Tensor | None,
+) -> Tensor:
+    """The forward of a HybridAttention, which has the arguments, of the text and a strip of rows: [B, S, heads, D].
+
+    While its `whole_image` gathers, the result is zero. Raises Gathered in the last layer of a block to gather a strip.
+    """
+    whole, (grid,) = layer.whole_image, token_layout.grids
+    key, value = layer.for_every_head(key), layer.for_every_head(value)
+    (text_query, image_query), (text_key, image_key), (text_value, image_value) = map(
+        token_layout.split, (query, key, value)
+    )
+    sums = None
+    if layer.far is not None:
+        far_query, far_key = layer.far_tokens(far_query, far_key, image_query, image_key, token_layout)
+        keys, values = far_key, image_value
+        if layer.kind == "linear" and whole.gathering and whole.first == 0:  # the text's keys are counted once
+            keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, image_value), 1)
+        sums = layer.far(far_query, keys, values, only_sums=True)
+    if whole.gathering:
+        if sums is not None:
+            whole.add_keys(sums, keys.shape[1])
+        if token_layout.text_length:
+            keys, values, seen = image_key, image_value, None
+            if whole.first == 0:
+                keys, values = torch.cat((text_key, keys), 1), torch.cat((text_value, values), 1)
+                seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
+            whole.add_text(text_query, keys, values, scale, seen)
+        whole.gathered()
+        return query.new_zeros(()).expand(query.shape)
+    if sums is not None:
+        sums = whole.seen_from(sums, far_key.shape[1])
+    if layer.kind == "linear":
+        image = join_sums(sums, near=None, gate=None, joint=False, lse=None)
+    else:
+        images = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
+        settings = layer.near_settings(scale, text_key, text_value, text_mask)
+        if sums is None:
+            image = neighborhood_attention(*images, **settings)
+        else:
+            gate = layer.gate if gate is None else gate
+            image = joined_attention(*images, sums, gate, layer.join == "joint", **settings)
+        image = image.flatten(1, 2)
+    if layer.value_conv is not None:
+        image = image + layer.value_conv(image_value, token_layout.grids)
+    return token_layout.join(whole.text.to(image.dtype), image) if token_layout.text_length else image

@@ -12,10 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -92,19 +90,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(PACKAGES),
     }
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are still free, within a container's limit if there is one."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = psutil.virtual_memory().available
-    try:  # a container's limit
-        used, limit = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("current", "max"))
-        return min(free, limit - used)
-    except (OSError, ValueError):  # there is no limit, or it reads "max"
-        return free
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ..attention.work import Work
+from ..models.family import transformer_blocks
 from .measure import Case
 from .subjects import Subject
 
@@ -83,9 +84,8 @@ def model_cases(
             weights.requires_grad_(backward)
         if compiled:
             # block by block, as diffusers' compile_repeated_blocks does: equal blocks are compiled once
-            for stack in twin.children():
-                for block in stack if isinstance(stack, nn.ModuleList) else ():
-                    block.compile()
+            for block in transformer_blocks(twin):
+                block.compile()
         if part == "generation":
             forward, steps = subject.sampler(twin, px, SAMPLER_STEPS), SAMPLER_STEPS
         else:

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from ..attention.work import Work
-from ..machine import git_state
+from ..machine import free_bytes, git_state
 from . import model
 from . import report as reports
 from .layer import device_variants, input_bytes, layer_cases, layer_work
@@ -32,7 +32,6 @@ from .measure import (
     Outcome,
     Rates,
     device_to_measure,
-    free_bytes,
     machine,
     measure,
     measure_rates,

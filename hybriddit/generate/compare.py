@@ -15,6 +15,7 @@ import numpy as np
 from ..files import filling, make_folder, write_json
 from ..images import contact_sheet, open_image, save_png
 from ..machine import find_device, gpu_name
+from ..stored import check_any_base
 from .files import open_pipeline, plan_with_notes
 from .images import Task, check_settings, make
 
@@ -56,8 +57,7 @@ def run(
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("hybriddit compare works in one process: start one, whose times nothing else disturbs")
-    if any_base and adapter is None:
-        raise ValueError("--any-base is for an adapter: give --adapter too")
+    check_any_base(any_base, adapter)
     subjects = read_prompts(prompts, says=not quiet)
     check_settings(subjects, seed=seed, num_images=num_images, **settings)
     where = find_device(device)

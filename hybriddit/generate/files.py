@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import checksum
 from ..images import open_image, read_record, save_png
 from ..machine import find_device
+from ..stored import check_any_base
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ def run(
         raise ValueError("--parallel needs the weights in place: leave --offload out")
     if prompts is None and seed_per_prompt:
         raise ValueError("--seed-per-prompt is for prompts from a file (--prompts)")
-    if any_base and adapter is None:
-        raise ValueError("--any-base is for an adapter: give --adapter too")
+    check_any_base(any_base, adapter)
     named = subjects if class_labels is None else class_labels
     paths = output_paths(out, image_count(() if named is None else named, settings.get("num_images", 1)))
     loras = [parse_lora(text) for text in lora]
@@ -248,7 +248,7 @@ def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, 
     Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import families, family_of
-    from ..pipelines.memory import free_memory, plan_memory
+    from ..pipelines.memory import free_beside_weights, plan_memory
 
     model = getattr(pipeline, "transformer", None)
     from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
@@ -261,7 +261,7 @@ def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, 
     if gib is None and width * height < LARGE:
         return None
     guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
-    available = free_memory(device) if gib is None else int(gib * 2**30)
+    available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
     return plan_memory(pipeline, width, height, images=1 + guided, available=available)
 
 

@@ -328,11 +328,15 @@ class Family(ABC):
             if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
                 raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
 
+    def first_layer(self, model: nn.Module) -> LayerShape:
+        """Sizes of the first of the model's layers that hybrid attention can replace."""
+        return self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
+
     def attention_shape(self, published: Published) -> AttentionShape:
         """The attention layer of a published model, which is built without weights."""
         with torch.device("meta"):
             model = self.dense_class(**published.arguments)
-        layer = self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
+        layer = self.first_layer(model)
         text = self.text_length() if self.joint else 0
         pixels = self.token_pixels(model.config, published.vae_scale_factor)
         return AttentionShape(layer.heads, layer.head_dim, text, self.text_first, pixels)
@@ -508,6 +512,11 @@ def _lacks_for_default(family_class: type[Family], method: str) -> list[str]:
 def unregister(family: Family) -> None:
     """Remove a family from the table."""
     _FAMILIES.remove(family)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks in the stacks of a transformer of diffusers, in their order."""
+    return [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
 
 
 def families() -> Sequence[Family]:

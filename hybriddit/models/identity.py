@@ -26,7 +26,7 @@ def weights_digest(model: nn.Module) -> str:
     reduced on the weights' device to a sum that any one changed word changes, so that this takes about as long as
     reading the weights once: no file has to be read, and a model that was changed in memory is another one.
     """
-    return _of_all(_digest(weight) for _, weight in _own_weights(model))
+    return _of_all(tensor_digest(weight) for _, weight in _own_weights(model))
 
 
 def base_digest(model: nn.Module) -> str | None:
@@ -41,7 +41,7 @@ def base_digest(model: nn.Module) -> str | None:
             continue
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in TOLD or weight.is_meta:
             return None
-        found.append(_digest(weight.to(torch.bfloat16)))
+        found.append(tensor_digest(weight.to(torch.bfloat16)))
     return _of_all(found)
 
 
@@ -60,7 +60,8 @@ def _of_all(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(digests))).encode()).hexdigest()
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256, in hexadecimal digits, that says a tensor's dtype, shape and bits; see `weights_digest`."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     factors = _factors().to(tensor.device)
     for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(PART):

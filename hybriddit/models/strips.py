@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from ..attention import HybridAttention, TokenLayout
+from ..attention import HybridAttention
 from ..attention.strips import Gathered, WholeImage
-from ..attention.window import key_rows
-from .family import Family, family_of, is_hybrid
-from .wrapping import unwrapped
+from .family import Family, family_of, is_hybrid, transformer_blocks
+from .surgery import arguments_of, given_layout, with_layout
+from .wrapping import unwrapped, with_forward
 
 
 @contextlib.contextmanager
@@ -30,7 +29,7 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     Blocks with a layer that stayed dense see the whole image at once, as do images of at most `rows` rows and those
     with reference images.
 
-    Raises ValueError for a model that is not hybrid, for one that is compiled, and where a far branch's sums over strips
+    Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far branch's sums over strips
     do not add up to those over the image: with centred keys, and with feature maps that the backends lack; and, when the
     model runs, with gradients on.
     """
@@ -40,16 +39,18 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterator[None]:
-    """`in_strips`; where `most` is given, for a pass whose result is not wanted: show each block no more strips than that."""
+    """`in_strips`. most: for a pass whose result is not wanted, show each block no more strips than that."""
     if rows < 1:
         raise ValueError(f"strips have 1 row of tokens or more, not {rows}")
     model = unwrapped(model)
     if not is_hybrid(model):
         raise ValueError(f"{type(model).__name__} is dense: strips are for models with hybrid attention")
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError("diffusers' caches keep what blocks gave for the whole image: disable_cache() first")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}
     forwards: dict[nn.Module, Any] = {}
     with contextlib.ExitStack() as undo:
-        for block in _blocks(model):
+        for block in transformer_blocks(model):
             attentions = [m for m in block.modules() if m in names and family.converts(names[m])]
             layers = [attn.hybrid for attn in attentions if hasattr(attn, "hybrid")]
             if not layers or len(layers) < len(attentions):
@@ -60,20 +61,8 @@ def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterat
             raise ValueError("no block of the model can run in strips: each has a layer that stayed dense")
         forwards |= {model: _OneByOne(model), **family.strip_forwards(model, rows)}
         for module, forward in forwards.items():
-            before = vars(module).get("forward")  # a hook's
-            module.forward = forward
-            undo.callback(_restore, module, before)
+            undo.enter_context(with_forward(module, forward))
         yield
-
-
-def _restore(module: nn.Module, forward: Any) -> None:
-    del module.forward
-    if forward is not None:
-        module.forward = forward
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
 
 
 def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Module, str]) -> None:
@@ -83,7 +72,7 @@ def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Modul
         if layer.far is not None and not getattr(layer.far, "sums_add_up", False):
             raise ValueError(
                 f"{names[layer]}: the sums of its far branch over strips do not add up to those over the image "
-                "(centred keys, or a feature map without kernels): run it without strips"
+                "(centred keys, or a feature map without kernels): such a model sees the whole image at once"
             )
 
 
@@ -91,11 +80,10 @@ class _OneByOne:
     """The forward of a model, for one image of the batch at a time."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.forward, self.signature = model, model.forward, inspect.signature(type(model).forward)
+        self.model, self.forward = model, model.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(self.signature.bind(self.model, *args, **kwargs).arguments)
-        arguments.pop("self")
+        arguments = arguments_of(self.model, args, kwargs)
         batch = len(arguments["hidden_states"])
         if batch == 1:
             return self.forward(**arguments)
@@ -133,14 +121,12 @@ class _InStrips:
             model, family, block, layers, rows, most,
         )  # fmt: skip
         self.forward = block.forward
-        self.signature = inspect.signature(type(block).forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(self.signature.bind(self.block, *args, **kwargs).arguments)
-        arguments.pop("self")
+        arguments = arguments_of(self.block, args, kwargs)
         if self.model._dense_mode:
             return self.forward(**arguments)
-        layout = self._layout(arguments)
+        layout = given_layout(self.model, arguments)
         if layout.rows is not None:
             raise ValueError("a model that is spread over processes does not run in strips besides: use one of the two")
         height = layout.grids[0][0]
@@ -165,7 +151,7 @@ class _InStrips:
         finally:
             for layer in self.layers:
                 layer.whole_image = None
-            self._set_layout(arguments, layout)
+            with_layout(self.model, arguments, layout)
 
     def _attend(self, arguments, layout, strips):
         """The block's result for the whole image, from its results for strips with the rows around them."""
@@ -185,11 +171,8 @@ class _InStrips:
         convolutions = [layer.value_conv for layer in self.layers if layer.value_conv is not None]
         reach = max((conv.kernel_size[0] // 2 for conv in convolutions), default=0)
         first, last = max(0, first - reach), min(height, last + reach)
-        settings = {(x.window[0], x.stride[0], x.dilation[0]) for x in self.layers if x.window is not None}
-        parts = [(first, last)]  # and those of the windows: all layers have the same
-        for window, stride, dilation in settings:
-            around = {"height": height, "window": window, "stride": stride, "dilation": dilation}
-            parts.append(key_rows(first, last - first, **around))
+        reaches = [layer.near_reach(height) for layer in self.layers if layer.window is not None]
+        parts = [(first, last), *(reach(first, last - first) for reach in reaches)]
         return min(start for start, _ in parts), max(end for _, end in parts)
 
     def _run(self, arguments, layout, rows):
@@ -198,15 +181,4 @@ class _InStrips:
             layer.whole_image.first = rows[0]
         part = self.family.strip(arguments, layout, rows)
         grid = rows[1] - rows[0], layout.grids[0][1]
-        return self.forward(**self._set_layout(part, layout._replace(grids=(grid,))))
-
-    def _layout(self, arguments: dict[str, Any]) -> TokenLayout:
-        name = self.family.attention_kwargs
-        return self.model._layout_holder.token_layout if name is None else arguments[name]["token_layout"]
-
-    def _set_layout(self, arguments: dict[str, Any], layout: TokenLayout) -> dict[str, Any]:
-        name = self.family.attention_kwargs
-        if name is None:
-            self.model._layout_holder.token_layout = layout
-            return arguments
-        return {**arguments, name: {**arguments[name], "token_layout": layout}}
+        return self.forward(**with_layout(self.model, part, layout._replace(grids=(grid,))))

@@ -16,7 +16,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..attention import HybridAttention
+from ..attention import HybridAttention, TokenLayout
 from ..config import HybridConfig
 from .family import Family, family_of, is_hybrid
 from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
@@ -236,17 +236,38 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         # each device would take its share of the image for the whole image
         raise ValueError(f"{NOT_IN_PARALLEL}, or restore_dense(model) before that")
     family = family_of(model)
-    inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
-    inputs.pop("self")
+    inputs = arguments_of(model, args, kwargs)
     if family.attention_kwargs is None:
-        model._layout_holder.token_layout = family.token_layout(model, inputs)
+        with_layout(model, inputs, family.token_layout(model, inputs))
         return None
-    attention_kwargs = dict(inputs.get(family.attention_kwargs) or {})
+    attention_kwargs = inputs.get(family.attention_kwargs) or {}
     if "ip_adapter_image_embeds" in attention_kwargs:
         raise ValueError("hybrid models do not take IP-Adapter images: use them on the dense model")
     if attention_kwargs.get("token_layout") is None:
-        attention_kwargs["token_layout"] = family.token_layout(model, inputs)
-    return (), {**inputs, family.attention_kwargs: attention_kwargs}
+        inputs = with_layout(model, inputs, family.token_layout(model, inputs))
+    return (), inputs
+
+
+def arguments_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module's forward, by name."""
+    arguments = _forward_signature(type(module)).bind(module, *args, **kwargs).arguments
+    arguments.pop("self")
+    return arguments
+
+
+def given_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
+    """The layout that reaches the attention processors of a hybrid model in a call, of it or a block, with arguments."""
+    name = family_of(model).attention_kwargs
+    return model._layout_holder.token_layout if name is None else arguments[name]["token_layout"]
+
+
+def with_layout(model: nn.Module, arguments: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
+    """The arguments with which another layout reaches them."""
+    name = family_of(model).attention_kwargs
+    if name is None:
+        model._layout_holder.token_layout = token_layout
+        return arguments
+    return {**arguments, name: {**(arguments.get(name) or {}), "token_layout": token_layout}}
 
 
 @torch.compiler.disable

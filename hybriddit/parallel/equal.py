@@ -7,15 +7,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..machine import running_versions
+from ..models.identity import tensor_digest
 from .rows import gathered_numbers
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-CHUNK = 2**22  # elements that are widened at once
 
 
 def check_equal_models(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -29,7 +26,7 @@ def check_equal_models(model: nn.Module, group: dist.ProcessGroup) -> None:
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for names, values in (
         (list(facts), [_number(text) for text in facts.values()]),
-        ([f"weights ({name})" for name in weights], [fingerprint(x) for x in weights.values()]),
+        ([f"weights ({name})" for name in weights], [_number(_digest(x)) for x in weights.values()]),
     ):
         found = _difference(values, group)
         if found is not None:
@@ -43,7 +40,7 @@ def check_equal_models(model: nn.Module, group: dist.ProcessGroup) -> None:
 def check_equal_inputs(inputs: Mapping[str, Any], group: dist.ProcessGroup) -> None:
     """Raise ValueError, on every process, where a process calls the model with other tensors than the first."""
     given = [(name, x) for name, value in sorted(inputs.items()) for x in _tensors(value)]
-    told = [(name, tuple(x.shape), str(x.dtype), fingerprint(x)) for name, x in given]
+    told = [(name, tuple(x.shape), str(x.dtype), _digest(x)) for name, x in given]
     found = _difference([_number(repr(told))], group)
     if found is not None:
         raise ValueError(
@@ -72,16 +69,6 @@ def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-@torch.no_grad()
-def fingerprint(x: Tensor) -> int:
-    """A number that other values, or the same ones elsewhere in the tensor, are most unlikely to have.
-
-    0 for what is kept in another form than plain numbers: quantised or offloaded weights.
-    """
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.element_size() not in BITS:
-        return 0
-    total = 0
-    for part in x.contiguous().flatten().view(BITS[x.element_size()]).split(CHUNK):
-        odd = torch.arange(1, 2 * len(part), 2, device=x.device)  # odd factors lose no bit, modulo 2^64
-        total = (31 * total + int((part.to(torch.int64) * odd).sum())) % 2**64
-    return total - 2**63
+def _digest(x: Tensor) -> str:
+    """The tensor's digest; nothing for what is kept in another form than plain numbers: quantised or offloaded weights."""
+    return tensor_digest(x.detach()) if type(x) in (Tensor, nn.Parameter) and not x.is_meta else ""

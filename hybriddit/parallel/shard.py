@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, MutableMapping
-from functools import cache, partial
+from collections.abc import MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import HybridAttention, TokenLayout
 from ..models import SiTTransformer2DModel, family_of, is_hybrid
-from ..models.surgery import convert_dense_layers, inject_token_layout, read_token_layout
+from ..models.surgery import (
+    arguments_of,
+    convert_dense_layers,
+    given_layout,
+    inject_token_layout,
+    read_token_layout,
+    with_layout,
+)
 from ..models.wrapping import check_unwrapped
 from .equal import check_equal_inputs, check_equal_models
 from .rows import Rows, add_up, backends, shared
@@ -102,8 +108,7 @@ class Spread:
     def enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the model: give it the layout of this process's rows, and its part of the inputs."""
         self.layout = None
-        inputs = _forward_signature(type(model)).bind(model, *args, **kwargs).arguments
-        inputs.pop("self")
+        inputs = arguments_of(model, args, kwargs)
         if isinstance(model, SiTTransformer2DModel):
             grid = model.patch_embed.dynamic_feat_size(inputs["hidden_states"].shape[2:])
             layout, cut = TokenLayout(0, (grid,), text_first=False), ()
@@ -115,7 +120,7 @@ class Spread:
             return None
         else:
             family = family_of(model)
-            layout, cut = _given_layout(model, inputs), family.image_arguments
+            layout, cut = given_layout(model, inputs), family.image_arguments
         if isinstance(getattr(model, "_cache_config", None), FirstBlockCacheConfig):
             raise ValueError(
                 "the first-block cache would skip blocks by what each process's rows look like: disable_cache() first"
@@ -131,11 +136,7 @@ class Spread:
             self._add_up_gradients(model)
         if isinstance(model, SiTTransformer2DModel):
             return (), {**inputs, "token_layout": self.layout}
-        if family.attention_kwargs is None:
-            model._layout_holder.token_layout = self.layout
-            return (), inputs
-        attention_kwargs = {**inputs[family.attention_kwargs], "token_layout": self.layout}
-        return (), {**inputs, family.attention_kwargs: attention_kwargs}
+        return (), with_layout(model, inputs, self.layout)
 
     def take(self, module: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
         """Forward hook of the model's entrance: this process's rows of [B, N, width]."""
@@ -179,15 +180,3 @@ class Spread:
             if parameter.requires_grad and parameter not in self._added_up:
                 parameter.register_hook(partial(add_up, group=self.group))
                 self._added_up[parameter] = True
-
-
-@cache
-def _forward_signature(model_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(model_class.forward)
-
-
-def _given_layout(model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:
-    family = family_of(model)
-    if family.attention_kwargs is None:
-        return model._layout_holder.token_layout
-    return inputs[family.attention_kwargs]["token_layout"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..models.wrapping import with_forward
 from .rows import talking
 
 
@@ -33,10 +33,10 @@ def _decode(vae: AutoencoderKL, tiled_decode: Callable, group: dist.ProcessGroup
         tiles.append(tile)
         return tile.new_zeros(len(tile), 1, 1, 1)
 
-    with _decoder_that(vae, note):
+    with with_forward(vae.decoder, note):
         tiled_decode(z, **options)
     decoded = iter(_decode_together(vae, tiles, group))
-    with _decoder_that(vae, lambda tile: next(decoded)):
+    with with_forward(vae.decoder, lambda tile: next(decoded)):
         return tiled_decode(z, **options)
 
 
@@ -54,16 +54,3 @@ def _decode_together(vae: AutoencoderKL, tiles: list[Tensor], group: dist.Proces
             dist.broadcast(out, ranks[place], group=group)
         found.append(out)
     return found
-
-
-@contextmanager
-def _decoder_that(vae: AutoencoderKL, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, the VAE's decoder is this function."""
-    before = vars(vae.decoder).get("forward")
-    vae.decoder.forward = forward
-    try:
-        yield
-    finally:
-        del vae.decoder.forward
-        if before is not None:
-            vae.decoder.forward = before

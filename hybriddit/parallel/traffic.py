@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ..attention import HybridAttention, TokenLayout
-from ..attention.window.rule import key_rows
 from .rows import shares_of
 
 SUM_SIZE = 4  # bytes of an element of sums, which are in float32
@@ -22,9 +19,7 @@ def hybrid_bytes(
     """
     ((height, width),), text = token_layout.grids, token_layout.text_length
     shares = shares_of(height, processes)
-    settings = zip(("window", "stride", "dilation"), (layer.window, layer.stride, layer.dilation), strict=True)
-    reach = partial(key_rows, height=height, **{name: axes[0] for name, axes in settings})
-    wanted = [reach(*share) for share in shares]
+    wanted = [layer.near_reach(height)(*share) for share in shares]
     row = 2 * width * layer.kv_heads * layer.head_dim * element_size
     rows = [
         sum(

@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
+from ..machine import free_bytes
 from ..models import family_of, in_strips
 from ..models.peak import decoder_peak, forward_peak
 
@@ -27,7 +28,7 @@ class MemoryPlan:
 
     width, height: in pixels. rows: of tokens in each strip that the transformer sees, see `in_strips`; None: it sees the
     whole image. tiles: whether the VAE decodes in tiles. transformer, decoder: the bytes that they take at most besides
-    the weights on the device; available: those there are for them.
+    the weights on the device; decoder is None for a VAE of which that is not known. available: those there are for them.
     """
 
     width: int
@@ -35,18 +36,19 @@ class MemoryPlan:
     rows: int | None
     tiles: bool
     transformer: int
-    decoder: int
+    decoder: int | None
     available: int
 
     def __str__(self) -> str:
         parts = "the whole image at once" if self.rows is None else f"in strips of {self.rows} rows of tokens"
         tiles = "in tiles" if self.tiles else "the whole image at once"
-        lines = [
-            f"memory for {self.width} x {self.height} pixels: {_gib(self.available)} GiB are free",
-            f"    transformer  {_gib(self.transformer):>7} GiB, {parts}",
-            f"    VAE          {_gib(self.decoder):>7} GiB, {tiles}",
-        ]
-        return "\n".join(lines)
+        decoder = "    VAE          not counted"
+        if self.decoder is not None:
+            decoder = f"    VAE          {_gib(self.decoder):>7} GiB, {tiles}"
+        return (
+            f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB:\n"
+            f"    transformer  {_gib(self.transformer):>7} GiB, {parts}\n{decoder}"
+        )
 
 
 def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, available: int) -> MemoryPlan:
@@ -54,69 +56,77 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
 
     images: that go through the transformer together, 2 with guidance (in strips, they go one after another).
 
-    The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError,
-    with the size that should fit, if none does. Found by counting tensors, not by running anything, in seconds.
+    The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError if
+    none does, or if the VAE does not fit, in tiles if it can decode in those. Found by counting tensors, not by running
+    anything, in seconds.
     """
-    model, vae = pipeline.transformer, pipeline.vae
+    model, size = pipeline.transformer, f"{width} x {height} pixels"
+    if available <= 0:
+        raise ValueError(f"{size}: no memory is left on the device beside the weights")
     family, device = family_of(model), torch.device(pipeline._execution_device)
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
     family.check_grid(model.config, grid)
     text = family.example_text(model.config, images, family.text_length(), lambda *shape: torch.zeros(()).expand(shape))
     peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
-    moved = _moved(model)
-    available, rows, transformer = available - moved, None, 0
-    # the whole image needs at least its tokens, and an MLP's hidden layer: where that is too much, it is not tried,
-    # because tables of positions are made in earnest
-    least = 8 * images * grid[0] * grid[1] * family.layer_shape(_attention(model)).width * model.dtype.itemsize
-    if least <= available:
-        transformer = int(peak() * MARGIN)
-    if not transformer or transformer > available:
-        rows = grid[0]
-        while transformer == 0 or transformer > available:
-            if rows <= LEAST_ROWS:
-                fits = int((available / transformer) ** 0.5 * min(width, height)) // side * side
-                raise ValueError(
-                    f"{width} x {height} pixels need {_gib(transformer)} GiB besides the weights, in strips of {rows} "
-                    f"rows of tokens, and {_gib(available)} GiB are free: {fits} x {fits} should fit"
-                )
-            rows = max(LEAST_ROWS, -(-rows // 2))
+    # the whole image takes its tokens several times; where that is too much it is not tried, because tables of positions
+    # are made in earnest
+    least = 8 * images * grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize
+    choices = _halves(grid[0])
+    if least <= available or not choices:
+        choices.insert(0, None)
+    for rows in choices:
+        try:
             transformer = int(peak(rows=rows) * MARGIN)
-    decoder, tiles = 0, False
-    if vae is not None:
-        count = partial(decoder_peak, vae, device=device, dtype=vae.dtype)
-        latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-        decoder = int(count(latents) * MARGIN)
-        if decoder > available and hasattr(vae, "tiled_decode"):
-            tile, tiles = vae.tile_latent_min_size, True
-            kept = (
-                3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize
-            )  # two rows of tiles, and a strip of them
-            decoder = int((count((min(tile, latents[0]), min(tile, latents[1]))) + kept) * MARGIN)
+        except ValueError as error:
+            if rows is None:
+                raise
+            raise ValueError(f"{size} do not fit {_gib(available)} GiB at once, and in strips: {error}") from error
+        if transformer <= available:
+            break
+    else:
+        fits = int((available / transformer) ** 0.5 * min(width, height)) // side * side
+        raise ValueError(
+            f"{size} need {_gib(transformer)} GiB besides the weights, and {_gib(available)} GiB are there"
+            + (f": {fits} x {fits} should fit" if fits else "")
+        )
+    decoder, tiles = _plan_decoder(pipeline, width, height, available)
+    if decoder is not None and decoder > available:
+        raise ValueError(
+            f"{size} need {_gib(decoder)} GiB where the VAE decodes them in tiles, and {_gib(available)} GiB are there"
+        )
     return MemoryPlan(width, height, rows, tiles, transformer, decoder, available)
 
 
-def _moved(module: nn.Module) -> int:
-    """Bytes of the weights that come to the device as a whole when the module runs, by accelerate's hook."""
-    return sum(p.nbytes for p in module.parameters() if not p.is_meta) if hasattr(module, "_hf_hook") else 0
+def _halves(rows: int) -> list[int]:
+    """Half of the rows, and so on, down to LEAST_ROWS."""
+    found = []
+    while rows > LEAST_ROWS:
+        rows = max(LEAST_ROWS, -(-rows // 2))
+        found.append(rows)
+    return found
 
 
-def _attention(model: nn.Module) -> nn.Module:
-    family = family_of(model)
-    return next(attn for name, attn in family.attentions(model).items() if family.converts(name))
+def _plan_decoder(pipeline: Any, width: int, height: int, available: int) -> tuple[int | None, bool]:
+    """The bytes that the VAE takes at most, None where that is not known, and whether it decodes in tiles."""
+    vae = pipeline.vae
+    if not isinstance(vae, AutoencoderKL):
+        return None, False
+    count = partial(decoder_peak, vae, device=torch.device(pipeline._execution_device), dtype=vae.dtype)
+    latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    whole = int(count(latents) * MARGIN)
+    if whole <= available:
+        return whole, False
+    tile = tuple(min(side, vae.tile_latent_min_size) for side in latents)
+    rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize  # two, and the strip made of them
+    return int((count(tile) + rows_of_tiles) * MARGIN), True
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or can be freed by torch."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise ValueError("how much memory is free is not known on this system: say how much may be used")
+def free_beside_weights(pipeline: Any, device: torch.device) -> int:
+    """Bytes that are free on a device for an image, once the weights are there that come as a whole when they are used."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and hasattr(part, "_hf_hook")]
+    coming = [sum(weight.nbytes for weight in part.parameters() if not weight.is_meta) for part in parts]
+    return free_bytes(device) - max(coming, default=0)
 
 
 def make_within(pipeline: Any, plan: MemoryPlan, **arguments: Any) -> Image.Image:

@@ -46,8 +46,8 @@ def saving_checkpoint(
     """Write `folder/step-<step>`: weights, their average and the optimizer's state after `step` steps.
 
     Yields its temporary folder, for the files of the block; it gets its name when that is done, and then all
-    checkpoints but the newest `keep` are removed. Random numbers and the order of the data depend on the step alone, so no other
-    state is needed.
+    checkpoints but the newest `keep` are removed. Random numbers and the order of the data depend on the step alone, so
+    no other state is needed.
 
     If the weights are sharded, every process must call this, and the one with `write` writes; the files do not depend
     on the number of processes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,13 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
     if accelerator.is_main_process:
         for note in bucket_notes([len(rows) for rows in data.buckets.values()], config):
             say(note)
+    compiled = nullcontext()
     if config.train.compile:  # beyond the limit, torch runs a block uncompiled; teacher and student compile it for each
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(grids))
+        limit = max(torch._dynamo.config.recompile_limit, 4 * len(grids))
+        compiled = torch._dynamo.config.patch(recompile_limit=limit)
     try:
-        fit(job, config, accelerator, resume=resume)
+        with compiled:
+            fit(job, config, accelerator, resume=resume)
     finally:  # a run that is stopped leaves the model as it is to be used
         job.give_far_alone(None)
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import dense_mode, family_of
+from ..models.family import transformer_blocks
 from ..models.flops import attention_flops
 from .losses import captured_outputs, converted_layers, layer_loss
 
@@ -142,7 +143,7 @@ def _recorded(model: nn.Module) -> Iterator[tuple[dict[int | None, Storages], St
         nonlocal current
         current = None
 
-    blocks = [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
+    blocks = transformer_blocks(model)
     handles = [block.register_forward_pre_hook(enter(i), with_kwargs=True) for i, block in enumerate(blocks)]
     handles += [block.register_forward_hook(leave) for block in blocks]
     try:

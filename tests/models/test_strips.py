@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import FirstBlockCacheConfig
 from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
 
 from hybriddit import HybridConfig, dense_mode, hybridize, in_strips
@@ -129,6 +130,10 @@ def test_bad_input():
     with pytest.raises(ValueError, match="without gradients"), in_strips(model, 4):
         model(**inputs)
     assert all(attn.hybrid.whole_image is None for attn in model.modules() if hasattr(attn, "hybrid"))
+    cached = hybrid("flux-dev", window=3)
+    cached.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(ValueError, match="diffusers' caches keep what blocks gave"), in_strips(cached, 4):
+        pass
     centred = hybrid("sd3", window=3, center_keys=True)
     with pytest.raises(ValueError, match=r"transformer_blocks.0.attn.hybrid: the sums"), in_strips(centred, 4):
         pass

@@ -3,16 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
+from hybriddit.machine import free_bytes
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_peak, forward_peak
-from hybriddit.pipelines.memory import MemoryPlan, decode_in_strips, make_within, plan_memory
+from hybriddit.pipelines import memory
+from hybriddit.pipelines.memory import MemoryPlan, decode_in_strips, free_beside_weights, make_within, plan_memory
 from hybriddit.pipelines.prepare import place
 
 CPU = torch.device("cpu")
+VAE = {
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+}
 
 
 def hybrid_pipeline(kind):
@@ -120,3 +129,46 @@ def test_strips_of_an_offloaded_model(offload):
         call = {"width": 48, "height": 128, "num_inference_steps": 1, "prompt": "a red shoe", "max_sequence_length": 6}
         images.append(np.asarray(make_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))))
     assert np.array_equal(*images)
+
+
+def test_what_cannot_fit_is_refused_in_one_line():
+    pipeline = hybrid_pipeline("flux_dev")
+    for available in (0, -1):
+        with pytest.raises(ValueError, match="48 x 128 pixels: no memory is left on the device beside the weights"):
+            plan_memory(pipeline, 48, 128, available=available)
+    with pytest.raises(ValueError, match="are there$"):  # no size that is none
+        plan_memory(pipeline, 48, 128, available=1)
+    transformer = plan_memory(pipeline, 48, 128, available=2**40).transformer
+    pipeline.vae = AutoencoderKL(block_out_channels=(64, 64, 64), **VAE)
+    with pytest.raises(ValueError, match="GiB where the VAE decodes them in tiles"):
+        plan_memory(pipeline, 48, 128, available=transformer)
+
+
+def test_a_far_branch_that_cannot_be_shown_strips_is_named():
+    pipeline = tiny_pipeline("flux_dev")
+    hybridize(pipeline.transformer, HybridConfig(window=3, center_keys=True))
+    whole = plan_memory(pipeline, 48, 512, available=2**40).transformer
+    with pytest.raises(ValueError, match=r"48 x 512 pixels do not fit .* at once, and in strips: .*centred keys"):
+        plan_memory(pipeline, 48, 512, available=whole - 1)
+
+
+def test_a_vae_of_another_kind_is_not_counted():
+    pipeline = hybrid_pipeline("sd3")
+    pipeline.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    plan = plan_memory(pipeline, 64, 64, available=2**40)
+    assert (plan.decoder, plan.tiles) == (None, False) and "not counted" in str(plan)
+
+
+def test_weights_that_come_as_a_whole_need_room():
+    pipeline = hybrid_pipeline("flux_dev")
+    weights = {
+        name: sum(weight.nbytes for weight in part.parameters())
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    assert abs(free_beside_weights(pipeline, CPU) - free_bytes(CPU)) < 2**30
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_bytes", lambda device: 10**9)
+        assert free_beside_weights(pipeline, CPU) == 10**9
+        place(pipeline, CPU, "model")
+        assert free_beside_weights(pipeline, CPU) == 10**9 - max(weights.values())
