@@ -29,9 +29,9 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     Blocks with a layer that stayed dense see the whole image at once, as do images of at most `rows` rows and those
     with reference images.
 
-    Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far branch's sums over strips
-    do not add up to those over the image: with centred keys, and with feature maps that the backends lack; and, when the
-    model runs, with gradients on.
+    Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far
+    branch's sums over strips do not add up to those over the image: with centred keys, and with feature maps that the
+    backends lack; and, when the model runs, with gradients on.
     """
     with shown_strips(model, rows):
         yield model
