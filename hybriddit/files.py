@@ -30,6 +30,17 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Name the path in errors of writing, such as a full disk's, that do not say where they occurred."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends without an error.
 
@@ -37,8 +48,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield partial
-        flush(partial)
+        with _telling(path):
+            yield partial
+            flush(partial)
         partial.replace(path)
         flush(path.parent)
     finally:
@@ -57,10 +69,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        _with_usual_mode(partial)
-        for path in (*partial.rglob("*"), partial):
-            flush(path)
+        with _telling(folder):
+            yield partial
+            _with_usual_mode(partial)
+            for path in (*partial.rglob("*"), partial):
+                flush(path)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -87,8 +100,9 @@ def filling(folder: Path) -> Iterator[Path]:
     make_folder(folder)
     partial.mkdir()
     try:
-        yield partial
-        _with_usual_mode(partial)
+        with _telling(folder):
+            yield partial
+            _with_usual_mode(partial)
         for path in sorted(partial.iterdir(), key=Path.is_file):  # files last: they say what the folders are
             path.rename(folder / path.name)
     finally:

@@ -167,3 +167,16 @@ def test_a_disk_that_fails_is_told(tmp_path, monkeypatch):
         (tmp_path / "a.txt").touch()
         with pytest.raises(OSError, match="Input/output error"):
             files.flush(path)
+
+
+@pytest.mark.parametrize("writing", [replacing, replacing_folder, filling])
+def test_a_full_disk_is_named_by_the_path(writing, tmp_path):
+    """An error of a write, unlike one of opening, does not tell the file by itself."""
+    target = tmp_path / "result"
+    told = pytest.raises(OSError, match="No space left on device: .*/result")
+    with told as found, writing(target), open("/dev/full", "w") as file:
+        file.write("x" * 10_000)
+    assert found.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="other") as found, writing(target):
+        (tmp_path / "other").read_bytes()
+    assert found.value.filename == str(tmp_path / "other")

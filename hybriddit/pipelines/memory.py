@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -67,13 +67,23 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
     family.check_grid(model.config, grid)
+    tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
+
+    def refuse(needed: int) -> NoReturn:
+        fits = int((available / needed) ** 0.5 * min(width, height)) // side * side
+        raise ValueError(
+            f"{size} need {_gib(needed)} GiB besides the weights, and {_gib(available)} GiB are there"
+            + (f": {fits} x {fits} should fit" if fits else "")
+        )
+
+    if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory
+        refuse(4 * tokens)
     text = family.example_text(model.config, images, family.text_length(), lambda *shape: torch.zeros(()).expand(shape))
     peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
     # the whole image takes its tokens several times; where that is too much it is not tried, because tables of positions
     # are made in earnest
-    least = 8 * images * grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize
     choices = _halves(grid[0])
-    if least <= available or not choices:
+    if 8 * images * tokens <= available or not choices:
         choices.insert(0, None)
     for rows in choices:
         try:
@@ -85,11 +95,7 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
         if transformer <= available:
             break
     else:
-        fits = int((available / transformer) ** 0.5 * min(width, height)) // side * side
-        raise ValueError(
-            f"{size} need {_gib(transformer)} GiB besides the weights, and {_gib(available)} GiB are there"
-            + (f": {fits} x {fits} should fit" if fits else "")
-        )
+        refuse(transformer)
     decoder, tiles = _plan_decoder(pipeline, width, height, available)
     if decoder is not None and decoder > available:
         raise ValueError(
@@ -173,4 +179,4 @@ def decode_in_strips(vae: nn.Module, latents: torch.Tensor) -> Iterator[np.ndarr
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}"
+    return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.2g}"
