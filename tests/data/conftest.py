@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_pipelines import tiny_pipeline
 
 
 @pytest.fixture
@@ -16,3 +17,10 @@ def folder(tmp_path):
     cut.write_bytes(cut.read_bytes()[:150])
     (tmp_path / "images" / "pear" / "9.jpg").write_text("no image")
     return tmp_path / "images"
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    """Tiny pipelines by family, which the tests of a module share."""
+    made = {}
+    return lambda family: made.setdefault(family, tiny_pipeline(family))

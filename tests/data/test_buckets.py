@@ -87,12 +87,6 @@ def test_a_size_that_is_no_whole_number_of_tokens_is_named(arguments, message):
         bucket_sizes(*arguments)
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    made = {}
-    return lambda family: made.setdefault(family, tiny_pipeline(family))
-
-
 @pytest.fixture
 def folder(tmp_path):
     folder, generator = tmp_path / "images", np.random.default_rng(0)

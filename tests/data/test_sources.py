@@ -28,12 +28,6 @@ from hybriddit.training.run_config import DataConfig, DistillConfig, ModelConfig
 GOOD = ["0.png", "1.png", "2.png", "4.webp", "3.jpg"]  # of the folder below, in its order
 
 
-@pytest.fixture(scope="module")
-def pipelines():
-    made = {}
-    return lambda family: made.setdefault(family, tiny_pipeline(family))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Five good images with captions in both layouts, and four that cannot be used."""
