@@ -172,9 +172,7 @@ def decode_in_strips(vae: nn.Module, latents: torch.Tensor) -> Iterator[np.ndarr
         yield (strip * 255).round().numpy().astype(np.uint8)
 
 
-def blended_rows(
-    vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: int, kept: int
-) -> Iterator[torch.Tensor]:
+def blended_rows(vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: int, kept: int) -> Iterator[torch.Tensor]:
     """Join tiles [B, C, h, w] that overlap, given row by row, to strips from the top, as diffusers' VAEs do.
 
     blended: over how many rows and columns tiles are blended into their neighbours; kept: of each tile, from the top left.
