@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -66,7 +66,6 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     family, device = family_of(model), torch.device(pipeline._execution_device)
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
-    family.check_grid(model.config, grid)
     tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
 
     def refuse(needed: int) -> NoReturn:
@@ -161,20 +160,33 @@ def decode_in_strips(vae: nn.Module, latents: torch.Tensor) -> Iterator[np.ndarr
     """
     size, pixels, overlap = vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor
     step, blended = int(size * (1 - overlap)), int(pixels * overlap)
-    above: list[torch.Tensor] = []
-    for top in range(0, latents.shape[2], step):
-        row = [
+    rows = (
+        [
             vae.decode(latents[:, :, top : top + size, left : left + size], return_dict=False)[0]
             for left in range(0, latents.shape[3], step)
         ]
+        for top in range(0, latents.shape[2], step)
+    )
+    for strip in blended_rows(vae, rows, blended, pixels - blended):
+        strip = (strip[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
+        yield (strip * 255).round().numpy().astype(np.uint8)
+
+
+def blended_rows(
+    vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: int, kept: int
+) -> Iterator[torch.Tensor]:
+    """Join tiles [B, C, h, w] that overlap, given row by row, to strips from the top, as diffusers' VAEs do.
+
+    blended: over how many rows and columns tiles are blended into their neighbours; kept: of each tile, from the top left.
+    """
+    above: list[torch.Tensor] = []
+    for row in rows:
         for i, tile in enumerate(row):  # both blend into their second argument
             if above:
                 vae.blend_v(above[i], tile, blended)
             if i:
                 vae.blend_h(row[i - 1], tile, blended)
-        strip = torch.cat([tile[0, :, : pixels - blended, : pixels - blended] for tile in row], 2)
-        strip = (strip / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
-        yield (strip * 255).round().numpy().astype(np.uint8)
+        yield torch.cat([tile[:, :, :kept, :kept] for tile in row], 3)
         above = row
 
 
