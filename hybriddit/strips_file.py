@@ -23,7 +23,7 @@ from .files import replacing
 from .images import PNG_START, RECORD_KEY, TIFF_DESCRIPTION
 
 STRIP_ENDINGS = (".png", ".tif", ".tiff")
-BAND = 2**20  # bytes that are compressed at once, or somewhat more
+BAND = 2**18  # bytes that are compressed at once, or somewhat more
 THREADS = min(8, os.cpu_count() or 1)  # zlib and numpy let others run
 PREVIEW_FROM = 4096  # pixels of the longest side, above which few viewers open an image quickly
 PREVIEW_SIDE = 1024  # of the preview's longest side, at most
@@ -36,7 +36,7 @@ def write_strips(
 
     path: ends in .png, .tif or .tiff; its folder is made. strips: uint8 [rows, width, 3], from the top, of any numbers of
     rows that add up to `height`; each may be changed once the next is asked for. record: kept in the file, see
-    `images.read_record`. While it works it holds a few bands of about a MiB, and a strip. The pixels are kept exactly,
+    `images.read_record`. While it works it holds a few bands of a MiB at most, and a strip. The pixels are kept exactly,
     and the file does not depend on how they come.
 
     Returns the path of the preview, `preview_path`, of which no side has more than 1024 pixels; None for an image of at
