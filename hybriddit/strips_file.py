@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .files import replacing
-from .images import PNG_START, RECORD_KEY, TIFF_DESCRIPTION
+from .images import PNG_START, RECORD_KEY, TIFF_DESCRIPTION, save_png
 
 STRIP_ENDINGS = (".png", ".tif", ".tiff")
 BAND = 2**18  # bytes that are compressed at once, or somewhat more
@@ -61,10 +61,18 @@ def write_strips(
     return preview_path(path)
 
 
+def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None = None) -> Path | None:
+    """Write an image that is there as a whole, as `write_strips` does; PIL writes PNG files of common size."""
+    if path.suffix.lower() == ".png" and max(image.size) <= PREVIEW_FROM:
+        save_png(image, path, record)
+        return None
+    return write_strips(path, [np.asarray(image.convert("RGB"))], *image.size, record)
+
+
 def check_strips_file(path: Path, width: int, height: int) -> None:
     """Raise ValueError for a path whose ending no strips are written to, and an image larger than its format holds."""
     if path.suffix.lower() not in STRIP_ENDINGS:
-        raise ValueError(f"{path} must end in {', '.join(STRIP_ENDINGS)}: only those are written strip by strip")
+        raise ValueError(f"{path} must end in .png, .tif or .tiff: no others are written strip by strip")
     if path.suffix.lower() != ".png" and 3 * width * height >= 2**32 - 2**24:  # the rest is for record and tables
         raise ValueError(f"{path}: a TIFF file holds 4 GiB, and {width} x {height} pixels are more: give a .png")
 

@@ -92,7 +92,7 @@ def test_what_no_file_holds_is_told_before_anything_is_made(tmp_path):
         raise AssertionError("asked for")
         yield
 
-    with pytest.raises(ValueError, match=r"a.jpg must end in .png, .tif, .tiff"):
+    with pytest.raises(ValueError, match=r"a.jpg must end in .png, .tif or .tiff"):
         write_strips(tmp_path / "a.jpg", strips(), 30, 20)
     with pytest.raises(ValueError, match="a TIFF file holds 4 GiB, and 40000 x 40000 pixels are more: give a .png"):
         write_strips(tmp_path / "a.tif", strips(), 40000, 40000)

@@ -9,15 +9,17 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import checksum
-from ..images import open_image, read_record, save_png
+from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
-from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
+from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
+from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..config import HybridConfig
     from ..pipelines.loading import Base
-    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.memory import Decode, MemoryPlan
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
@@ -76,7 +78,10 @@ def run(
     announce: bool = True,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+    """Load a pipeline, generate images and save each as a PNG or TIFF file with its record as soon as it is made.
+
+    Images of a hybrid that are large, or whose memory or tiling is asked for, are written while they are decoded. Beside
+    each image with a side above 4096 pixels comes a small copy, see `strips_file.write_strips`.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
     adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA
@@ -156,7 +161,9 @@ def run(
     pipeline.set_progress_bar_config(disable=quiet or (rank > 0 if parallel else processes > 1))
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    memory = None if parallel else _plan_memory(pipeline, tasks[0], where, max_memory)
+    memory = _plan_memory(pipeline, tasks[0], where, max_memory, parallel, vae_tiling)
+    if memory is not None:
+        check_strips_file(out, memory.width, memory.height)
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -165,7 +172,7 @@ def run(
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
-    with _processes(pipeline, where, parallel) as of_first:
+    with _processes(pipeline, where, parallel) as (of_first, decode):
         there = of_first([prompts is not None and _is_made(path, {**source, **task.record}) for path, task in share])
         if any(there) and announce and leads:
             print(f"{sum(there)} of {len(share)} images are there already, made with these settings: they are kept")
@@ -173,11 +180,18 @@ def run(
         for (path, task), kept in zip(share, there, strict=True):
             if kept:
                 continue
-            picture, record = make(pipeline, task, memory)
-            if leads:
-                save_png(picture, path, {**source, **record})
+            if memory is None:
+                picture, record = make(pipeline, task)
+                preview = save_image(picture, path, {**source, **record}) if leads else None
+            else:
+                strips, record = make_strips(pipeline, task, memory, decode)
+                if leads:
+                    preview = write_strips(path, strips, memory.width, memory.height, {**source, **record})
+                else:
+                    deque(strips, maxlen=0)
             if leads and announce:
-                print(f"{picture.width} x {picture.height} image saved to {path}")
+                small = f", a small copy to {preview}" if preview else ""
+                print(f"{record['width']} x {record['height']} image saved to {path}{small}")
     seconds = round(time.monotonic() - started, 3)
     if not leads:
         return None
@@ -188,18 +202,22 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[Callable[[list[bool]], list[bool]]]:
+) -> Iterator[tuple[Callable[[list[bool]], list[bool]], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
-    Yields a function that gives what the first process called it with: the others may have other disks.
+    Yields a function that gives what the first process called it with (the others may have other disks), and how a row
+    of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list
+        yield list, None
         return
-    from ..parallel import gathered_numbers, together
+    from ..parallel import decoding_together, gathered_numbers, together
 
     with together(pipeline, device) as group:
-        yield lambda flags: [bool(flag) for flag in gathered_numbers(flags, group)[0]]
+        yield (
+            lambda flags: [bool(flag) for flag in gathered_numbers(flags, group)[0]],
+            decoding_together(getattr(pipeline, "vae", None), group),
+        )
 
 
 def open_pipeline(
@@ -242,13 +260,15 @@ def plan_with_notes(
     return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
-def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None) -> MemoryPlan | None:
+def _plan_memory(
+    pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None, parallel: bool, vae_tiling: bool
+) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
     Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import families, family_of
-    from ..pipelines.memory import free_beside_weights, plan_memory
+    from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
     model = getattr(pipeline, "transformer", None)
     from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
@@ -258,20 +278,22 @@ def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, 
         return None
     side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
     width, height = (task.record.get(name) or side for name in ("width", "height"))
-    if gib is None and width * height < LARGE:
+    if gib is None and width * height < LARGE and not vae_tiling:
         return None
     guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
+    if parallel:
+        return plan_shared(pipeline, width, height, available=available)
     return plan_memory(pipeline, width, height, images=1 + guided, available=available)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
     """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
 
-    Raises ValueError for a path that no PNG file can be written to.
+    Raises ValueError for a path that no PNG or TIFF file can be written to.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} must end in .png: the image's record is kept in the file")
+    if out.suffix.lower() not in STRIP_ENDINGS:
+        raise ValueError(f"{out} must end in .png, .tif or .tiff: the image's record is kept in the file")
     paths = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i:04d}") for i in range(1, num_images + 1)]
     for path in paths:
         if path.is_dir():
