@@ -370,8 +370,9 @@ def add_generate(commands) -> None:
         "--out",
         type=Path,
         default=Path("image.png"),
-        help="PNG file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was made "
-        'is in its text chunk "hybriddit", which `hybriddit info image.png` shows',
+        help="PNG or TIFF file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was "
+        "made is kept in it, and `hybriddit info image.png` shows it; one with a side above 4096 pixels gets a small copy "
+        "beside it, image.preview.jpg",
     )
     _add_running(sub)
 

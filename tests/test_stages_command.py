@@ -114,7 +114,9 @@ def test_a_damaged_stage_is_told(command, tmp_path):
 
 
 def test_an_image_is_upscaled(command, tmp_path):
-    code, out, _ = command("upscale", "photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--json")
+    code, out, _ = command(
+        "upscale", "photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--json"
+    )
     assert code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-stage1.png", "a.png"]
     record = read_record(tmp_path / "a.png")

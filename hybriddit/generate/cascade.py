@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..images import open_image, save_png
-from .images import MAX_SEED, Task, make
+import numpy as np
+from PIL import Image
+
+from ..images import open_image
+from ..strips_file import save_image, write_strips
+from .images import MAX_SEED, Task, make, make_strips
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from PIL import Image
     from torch import nn
 
     from ..pipelines.cascade import Schedule
-    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.memory import Decode, MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ def make_in_stages(
     path: Path,
     cascade: Cascade,
     there: int,
+    decode: Decode | None = None,
     *,
     image: Image.Image | None,
     source: dict[str, Any],
@@ -199,7 +205,7 @@ def make_in_stages(
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
-    task: of the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is
+    The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is
     told of each stage; None: another process saves them.
     """
     import torch
@@ -214,25 +220,46 @@ def make_in_stages(
             says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
     for number in range(there, count):
         stage, started = cascade.stages[number], time.monotonic()
-        with cascade.positions_of(pipeline.transformer, number):
-            if stage.schedule is None:
-                image, _ = make(pipeline, task, stage.memory)
-            else:
+        with contextlib.ExitStack() as within:
+            within.enter_context(cascade.positions_of(pipeline.transformer, number))
+            own = task
+            if stage.schedule is not None:
                 generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)
                 tiles = stage.memory is not None and stage.memory.tiles
-                with repainting(pipeline, image, stage.size, stage.schedule, generator, tiles=tiles) as arguments:
-                    again = replace(task, arguments={**task.arguments, **arguments})
-                    image, _ = make(pipeline, again, stage.memory)
-                image = image.crop((0, 0, *stage.size))
+                repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, tiles=tiles)
+                own = replace(task, arguments={**task.arguments, **within.enter_context(repaint)})
+            if stage.memory is None:
+                image = make(pipeline, own)[0].crop((0, 0, *stage.size))
+            else:
+                strips, _ = make_strips(pipeline, own, stage.memory, decode)
+        if stage.memory is not None:
+            strips, image = _cropped(strips, stage.size), None
+            if number < count - 1:
+                image = Image.fromarray(np.concatenate(list(strips)))
         if says is None:
+            if image is None:
+                deque(strips, maxlen=0)
             continue
-        save_png(image, paths[number], records[number])
+        if image is None:
+            preview = write_strips(paths[number], strips, *stage.size, records[number])
+        else:
+            preview = save_image(image, paths[number], records[number])
         seconds = time.monotonic() - started
         left = _seconds_left(cascade, number, seconds, task.record.get("steps"))
         says(
-            f"stage {number + 1} of {count}: {image.width} x {image.height} image saved to {paths[number]} "
+            f"stage {number + 1} of {count}: {stage.size[0]} x {stage.size[1]} image saved to {paths[number]}"
+            f"{f', a small copy to {preview}' if preview else ''} "
             f"({seconds:.0f} s{f', about {left:.0f} s left' if left else ''})"
         )
+
+
+def _cropped(strips: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The strips of an image without what is beyond a size, (width, height); all of them are taken."""
+    left = size[1]
+    for strip in strips:
+        if left:
+            yield strip[:left, : size[0]]
+            left -= min(left, len(strip))
 
 
 def _seconds_left(cascade: Cascade, done: int, seconds: float, steps: int | None) -> float:

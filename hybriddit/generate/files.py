@@ -10,17 +10,19 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import checksum
-from ..images import open_image, read_record, save_png
+from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
+from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
 from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stages_there
-from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
+from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..config import HybridConfig
     from ..pipelines.loading import Base
-    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.memory import Decode, MemoryPlan
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
@@ -80,7 +82,10 @@ def run(
     announce: bool = True,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+    """Load a pipeline, generate images and save each as a PNG or TIFF file with its record as soon as it is made.
+
+    Images of a hybrid that are large, or whose memory or tiling is asked for, are written while they are decoded. Beside
+    each image with a side above 4096 pixels comes a small copy, see `strips_file.write_strips`.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
     adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA
@@ -181,14 +186,17 @@ def run(
         settings["width"], settings["height"] = cascade.padded(0)
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    memory: list[MemoryPlan | None] = []
-    if not parallel and cascade is None:
-        memory = [_plan_memory(pipeline, tasks[0], _size(pipeline, tasks[0]), where, max_memory)]
-    elif not parallel:
+    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling)
+    if cascade is None:
+        memory = [planned(_size(pipeline, tasks[0]))]
+    else:
+        memory = []
         for number in range(len(cascade.stages)):
             with cascade.positions_of(pipeline.transformer, number):
-                memory.append(_plan_memory(pipeline, tasks[0], cascade.padded(number), where, max_memory))
+                memory.append(planned(cascade.padded(number)))
         cascade = cascade.within(memory)
+    if memory[-1] is not None:
+        check_strips_file(out, memory[-1].width, memory[-1].height)
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -198,28 +206,35 @@ def run(
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
-    with _processes(pipeline, where, parallel) as of_first:
+    with _processes(pipeline, where, parallel) as (of_first, decode):
         is_made = partial(_is_made, refuses=prompts is not None)
         if cascade is not None:
             there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
         else:
             there = of_first([prompts is not None and is_made(path, {**source, **task.record}) for path, task in share])
-        kept = sum(number == (len(cascade.stages) if cascade else 1) for number in there)
+        kept = sum(number == len(memory) for number in there)
         if kept and announce and leads:
             print(f"{kept} of {len(share)} images are there already, made with these settings: they are kept")
         started = time.monotonic()
         for (path, task), number in zip(share, there, strict=True):
             if cascade is not None:
                 says = (print if announce else lambda text: None) if leads else None
-                make_in_stages(pipeline, task, path, cascade, number, image=enlarged, source=source, says=says)
+                make_in_stages(pipeline, task, path, cascade, number, decode, image=enlarged, source=source, says=says)
                 continue
             if number:
                 continue
-            picture, record = make(pipeline, task, *memory)
-            if leads:
-                save_png(picture, path, {**source, **record})
+            if memory[0] is None:
+                picture, record = make(pipeline, task)
+                preview = save_image(picture, path, {**source, **record}) if leads else None
+            else:
+                strips, record = make_strips(pipeline, task, memory[0], decode)
+                if leads:
+                    preview = write_strips(path, strips, memory[0].width, memory[0].height, {**source, **record})
+                else:
+                    deque(strips, maxlen=0)
             if leads and announce:
-                print(f"{picture.width} x {picture.height} image saved to {path}")
+                small = f", a small copy to {preview}" if preview else ""
+                print(f"{record['width']} x {record['height']} image saved to {path}{small}")
     seconds = round(time.monotonic() - started, 3)
     if not leads:
         return None
@@ -230,18 +245,20 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[Callable[[list[int]], list[int]]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
-    Yields a function that gives what the first process called it with: the others may have other disks.
+    Yields a function that gives what the first process called it with (the others may have other disks), and how a row
+    of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list
+        yield list, None
         return
-    from ..parallel import gathered_numbers, together
+    from ..parallel import decoding_together, gathered_numbers, together
 
     with together(pipeline, device) as group:
-        yield lambda numbers: gathered_numbers(numbers, group)[0]
+        vae = getattr(pipeline, "vae", None)
+        yield lambda numbers: gathered_numbers(numbers, group)[0], decoding_together(vae, group)
 
 
 def open_pipeline(
@@ -291,14 +308,20 @@ def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
 
 
 def _plan_memory(
-    pipeline: DiffusionPipeline, task: Task, size: tuple[int, int], device: torch.device, gib: float | None
+    pipeline: DiffusionPipeline,
+    task: Task,
+    device: torch.device,
+    gib: float | None,
+    parallel: bool,
+    vae_tiling: bool,
+    size: tuple[int, int],
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
     size: (width, height) in pixels. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import families, family_of
-    from ..pipelines.memory import free_beside_weights, plan_memory
+    from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
     model = getattr(pipeline, "transformer", None)
     from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
@@ -306,20 +329,22 @@ def _plan_memory(
         if gib is not None:
             raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")
         return None
-    if gib is None and size[0] * size[1] < LARGE:
+    if gib is None and size[0] * size[1] < LARGE and not vae_tiling:
         return None
     guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
+    if parallel:
+        return plan_shared(pipeline, *size, available=available)
     return plan_memory(pipeline, *size, images=1 + guided, available=available)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
     """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
 
-    Raises ValueError for a path that no PNG file can be written to.
+    Raises ValueError for a path that no PNG or TIFF file can be written to.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} must end in .png: the image's record is kept in the file")
+    if out.suffix.lower() not in STRIP_ENDINGS:
+        raise ValueError(f"{out} must end in .png, .tif or .tiff: the image's record is kept in the file")
     paths = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i:04d}") for i in range(1, num_images + 1)]
     for path in paths:
         if path.is_dir():
