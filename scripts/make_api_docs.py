@@ -21,6 +21,7 @@ NAMES = {
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
     "hybriddit.models.family": "Family Published LayerShape register unregister families family_of is_hybrid",
+    "hybriddit.models.positions": "scaled_positions rotary_frequencies",
     "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
@@ -30,6 +31,7 @@ NAMES = {
     ),
     "hybriddit.parallel": "shard spread_tiles decoding_together",
     "hybriddit.pipelines.memory": "MemoryPlan plan_memory plan_shared make_within strips_within decode_in_strips",
+    "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",
