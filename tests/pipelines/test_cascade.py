@@ -65,8 +65,8 @@ def test_sizes_of_stages(size, first, scale, expected):
     assert sizes == expected
     for (width, height), (wider, higher) in zip([first, *sizes], sizes, strict=False):
         assert wider <= scale * width * 1.02 and higher <= scale * height * 1.02
-    for wrong in (1, 0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match="more than 1 times"):
+    for wrong in (1.19, 1, 0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="at least 1.2 times"):
             stage_sizes(size, first, 16, scale=wrong)
 
 
