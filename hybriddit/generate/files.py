@@ -161,10 +161,11 @@ def run(
     pipeline.set_progress_bar_config(disable=quiet or (rank > 0 if parallel else processes > 1))
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    memory = _plan_memory(pipeline, tasks[0], where, max_memory, parallel, vae_tiling)
+    says = not quiet and rank == 0
+    memory = _plan_memory(pipeline, tasks[0], where, max_memory, parallel, vae_tiling, with_times=says)
     if memory is not None:
         check_strips_file(out, memory.width, memory.height)
-    if not quiet and rank == 0:
+    if says:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         if memory is not None:
@@ -261,12 +262,21 @@ def plan_with_notes(
 
 
 def _plan_memory(
-    pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None, parallel: bool, vae_tiling: bool
+    pipeline: DiffusionPipeline,
+    task: Task,
+    device: torch.device,
+    gib: float | None,
+    parallel: bool,
+    vae_tiling: bool,
+    with_times: bool,
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
+    with_times: measure the device's rates, within a second, for how long it will take.
+
     Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
+    from ..attention.rates import probe_rates
     from ..models.family import families, family_of
     from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
@@ -284,7 +294,9 @@ def _plan_memory(
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
     if parallel:
         return plan_shared(pipeline, width, height, available=available)
-    return plan_memory(pipeline, width, height, images=1 + guided, available=available)
+    rates = probe_rates(device, model.dtype) if with_times and device.type in ("cpu", "cuda") else None
+    passes = task.record["steps"] * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
+    return plan_memory(pipeline, width, height, images=1 + guided, available=available, passes=passes, rates=rates)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
