@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,14 @@ from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
 from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
+from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stages_there
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..attention.rates import Rates
     from ..config import HybridConfig
     from ..pipelines.loading import Base
     from ..pipelines.memory import Decode, MemoryPlan
@@ -74,6 +78,7 @@ def run(
     max_memory: float | None = None,
     seed_per_prompt: bool = False,
     parallel: bool = False,
+    stages: StageSettings | None = None,
     quiet: bool = False,
     announce: bool = True,
     **settings: Any,
@@ -94,6 +99,8 @@ def run(
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
     make the files that one would. Images that are there, made with the same settings and weights, are kept.
     parallel: all processes make each image together, see `parallel.shard`; the first one writes it.
+    stages: make each image in stages, from a prompt or from another image; see `cascade.make_in_stages`. Stages that are
+    there, made with the same settings and weights, are not made again.
 
     Returns {"files", "seeds", "kept": how many were there, "seconds" of generating, "notes"} of this process, or
     None of one that has made its rows of images that the first process has written. Raises ValueError or OSError, in one
@@ -127,6 +134,19 @@ def run(
     source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
     source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
     source |= {"image": image and str(image), "mask": mask and str(mask)}
+    enlarged = None
+    if stages is not None:
+        schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
+        for name, given in {"--image": image, "--mask": mask, "a class label": class_labels}.items():
+            if given:
+                raise ValueError(f"{name} has no meaning for an image in stages")
+        if stages.enlarge is not None:
+            enlarged = open_image(stages.enlarge)
+            source |= {
+                "enlarged": str(stages.enlarge),
+                "enlarged_sha256": hashlib.sha256(enlarged.tobytes()).hexdigest(),
+            }
+        size = stages.target(enlarged)
     settings["image"] = open_image(image) if image else None
     settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(subjects, **settings)
@@ -136,6 +156,7 @@ def run(
 
     import torch  # with diffusers, it takes seconds
 
+    from ..attention.rates import probe_rates
     from ..pipelines.loading import load_sit_pipeline, silence_libraries
     from ..pipelines.prepare import place, tile_vae
 
@@ -153,41 +174,66 @@ def run(
         files = {"variant": variant, "config": config}
         given = {"image": image is not None, "mask": mask is not None}
         pipeline, notes = open_pipeline(model, kind, adapter, any_base, loras, **files, **given)
-    if prompts is not None:
+    if prompts is not None or stages is not None:
         source["weights_sha256"] = _weights_checksum(pipeline)
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
     pipeline.set_progress_bar_config(disable=quiet or (rank > 0 if parallel else processes > 1))
+    cascade = None
+    if stages is not None:
+        first = settings.get("width"), settings.get("height")
+        options = {"first": first, "scale": stages.scale, "positions": stages.positions}
+        cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
+        settings["width"], settings["height"] = cascade.padded(0)
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    says = not quiet and rank == 0
-    memory = _plan_memory(pipeline, tasks[0], where, max_memory, parallel, vae_tiling, with_times=says)
-    if memory is not None:
-        check_strips_file(out, memory.width, memory.height)
-    if says:
+    tells = not quiet and rank == 0
+    rates = cache(lambda: probe_rates(where, kind) if tells and where.type in ("cpu", "cuda") else None)
+    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling, rates)
+    if cascade is None:
+        memory = [planned(_size(pipeline, tasks[0]))]
+    else:
+        memory = []
+        for number, stage in enumerate(cascade.stages):
+            with cascade.positions_of(pipeline.transformer, number):
+                memory.append(planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
+        cascade = cascade.within(memory)
+    if memory[-1] is not None:
+        check_strips_file(out, memory[-1].width, memory[-1].height)
+    if tells:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        if memory is not None:
-            print(memory, file=sys.stderr)
+        for plan_of_size in memory:
+            if plan_of_size is not None:
+                print(plan_of_size, file=sys.stderr)
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
     with _processes(pipeline, where, parallel) as (of_first, decode):
-        there = of_first([prompts is not None and _is_made(path, {**source, **task.record}) for path, task in share])
-        if any(there) and announce and leads:
-            print(f"{sum(there)} of {len(share)} images are there already, made with these settings: they are kept")
+        is_made = partial(_is_made, refuses=prompts is not None)
+        if cascade is not None:
+            there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
+        else:
+            there = of_first([prompts is not None and is_made(path, {**source, **task.record}) for path, task in share])
+        kept = sum(number == len(memory) for number in there)
+        if kept and announce and leads:
+            print(f"{kept} of {len(share)} images are there already, made with these settings: they are kept")
         started = time.monotonic()
-        for (path, task), kept in zip(share, there, strict=True):
-            if kept:
+        for (path, task), number in zip(share, there, strict=True):
+            if cascade is not None:
+                says = (print if announce else lambda text: None) if leads else None
+                make_in_stages(pipeline, task, path, cascade, number, decode, image=enlarged, source=source, says=says)
                 continue
-            if memory is None:
+            if number:
+                continue
+            if memory[0] is None:
                 picture, record = make(pipeline, task)
                 preview = save_image(picture, path, {**source, **record}) if leads else None
             else:
-                strips, record = make_strips(pipeline, task, memory, decode)
+                strips, record = make_strips(pipeline, task, memory[0], decode)
                 if leads:
-                    preview = write_strips(path, strips, memory.width, memory.height, {**source, **record})
+                    preview = write_strips(path, strips, memory[0].width, memory[0].height, {**source, **record})
                 else:
                     deque(strips, maxlen=0)
             if leads and announce:
@@ -197,13 +243,13 @@ def run(
     if not leads:
         return None
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
-    return {"files": files, "seeds": seeds, "kept": sum(there), "seconds": seconds, "notes": notes}
+    return {"files": files, "seeds": seeds, "kept": kept, "seconds": seconds, "notes": notes}
 
 
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[tuple[Callable[[list[bool]], list[bool]], Decode | None]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
     Yields a function that gives what the first process called it with (the others may have other disks), and how a row
@@ -215,10 +261,8 @@ def _processes(
     from ..parallel import decoding_together, gathered_numbers, together
 
     with together(pipeline, device) as group:
-        yield (
-            lambda flags: [bool(flag) for flag in gathered_numbers(flags, group)[0]],
-            decoding_together(getattr(pipeline, "vae", None), group),
-        )
+        vae = getattr(pipeline, "vae", None)
+        yield lambda numbers: gathered_numbers(numbers, group)[0], decoding_together(vae, group)
 
 
 def open_pipeline(
@@ -261,6 +305,12 @@ def plan_with_notes(
     return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
+def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
+    """(width, height) of a task's image, in pixels; 0 where that is not known."""
+    side = getattr(pipeline, "default_sample_size", 0) * getattr(pipeline, "vae_scale_factor", 0)
+    return task.record.get("width") or side, task.record.get("height") or side
+
+
 def _plan_memory(
     pipeline: DiffusionPipeline,
     task: Task,
@@ -268,15 +318,15 @@ def _plan_memory(
     gib: float | None,
     parallel: bool,
     vae_tiling: bool,
-    with_times: bool,
+    rates: Callable[[], Rates | None],
+    size: tuple[int, int],
+    steps: int | None = None,
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
-    with_times: measure the device's rates, within a second, for how long it will take.
-
-    Raises ValueError, where a limit is given, for a pipeline that does not keep one.
+    rates: measures the device's, for how long it will take, or gives None. size: (width, height) in pixels. steps: of the
+    sampler; None: the task's. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
-    from ..attention.rates import probe_rates
     from ..models.family import families, family_of
     from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
@@ -286,17 +336,14 @@ def _plan_memory(
         if gib is not None:
             raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")
         return None
-    side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
-    width, height = (task.record.get(name) or side for name in ("width", "height"))
-    if gib is None and width * height < LARGE and not vae_tiling:
+    if gib is None and size[0] * size[1] < LARGE and not vae_tiling:
         return None
     guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
     if parallel:
-        return plan_shared(pipeline, width, height, available=available)
-    rates = probe_rates(device, model.dtype) if with_times and device.type in ("cpu", "cuda") else None
-    passes = task.record["steps"] * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
-    return plan_memory(pipeline, width, height, images=1 + guided, available=available, passes=passes, rates=rates)
+        return plan_shared(pipeline, *size, available=available)
+    passes = (steps or task.record["steps"]) * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
+    return plan_memory(pipeline, *size, images=1 + guided, available=available, passes=passes, rates=rates())
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
@@ -360,13 +407,15 @@ def _weights_checksum(pipeline: DiffusionPipeline) -> str:
     )
 
 
-def _is_made(path: Path, record: dict[str, Any]) -> bool:
-    """Whether the image is there, made as the record says. Raises ValueError for one that was made otherwise."""
+def _is_made(path: Path, record: dict[str, Any], refuses: bool = True) -> bool:
+    """Whether the image is there, made as the record says. One that was made otherwise is a ValueError, if it is refused."""
     if not path.exists():
         return False
     found = read_record(path) or {}
     for name, value in json.loads(json.dumps(record)).items():
         if name not in found or found[name] != value:
+            if not refuses:
+                return False
             made = f"made with {name} {found.get(name)}, not {value}"
             raise ValueError(f"{path} is there already, {made}: give another --out, or delete it")
     return True

@@ -322,6 +322,8 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
     (diffusers would round some of them, with a log line only, and fail on others.)
     """
+    from ..models.family import family_of_class
+
     unit = _token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
@@ -332,6 +334,10 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
                 raise ValueError(f"the image is {image.width} x {image.height}: this model needs {unit} pixels or more")
         elif fitted[side] is not None and fitted[side] % unit:
             raise ValueError(f"{side} {fitted[side]} is no multiple of {unit}, which this model needs")
+    model = getattr(pipeline, "transformer", None)
+    family = family_of_class(type(model).__name__)
+    if family is not None and None not in fitted.values():
+        family.check_grid(model.config, (fitted["height"] // unit, fitted["width"] // unit))
     return settings | fitted
 
 

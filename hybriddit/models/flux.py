@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import TokenLayout

@@ -106,6 +106,7 @@ class PixArtSigma(Family):
     joint = False
     image_entrance = "pos_embed"
     image_exit = "proj_out"
+    positions = ("interpolated",)  # by the model itself
     pipelines = {"text-to-image": PixArtSigmaPipeline}
     scheduler = DPMSolverMultistepScheduler
     middle_time = 500

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import HybridConfig, hybridize, in_strips
-from hybriddit.models import family_of
 from hybriddit.attention.rates import Rates
+from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_cost, forward_cost, forward_peak
 
 # strips of fewer tokens have masks, which are kept after the first pass: some megabytes that are counted again
