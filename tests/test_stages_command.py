@@ -74,7 +74,7 @@ def test_stages_of_any_size_are_files_with_records(kind, command, tmp_path):
 def test_a_killed_cascade_goes_on_from_its_last_stage(command, tmp_path, monkeypatch):
     words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "512x512"]
     assert command("generate", *words, out="whole.png")[0] == 0
-    save, saves = cascade.save_png, []
+    save, saves = cascade.save_image, []
 
     def stop(image, path, record):
         if path.name == "a-stage3.png":
@@ -82,11 +82,11 @@ def test_a_killed_cascade_goes_on_from_its_last_stage(command, tmp_path, monkeyp
         save(image, path, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cascade, "save_png", stop)
+        patch.setattr(cascade, "save_image", stop)
         assert command("generate", *words)[0] == 130
     assert sorted(path.name for path in tmp_path.glob("a*")) == ["a-stage1.png", "a-stage2.png"]
     monkeypatch.setattr(
-        cascade, "save_png", lambda image, path, record: (saves.append(path.name), save(image, path, record))
+        cascade, "save_image", lambda image, path, record: (saves.append(path.name), save(image, path, record))
     )
     assert command("generate", *words)[0] == 0
     assert saves == ["a-stage3.png", "a.png"]

@@ -185,7 +185,7 @@ def run(
         first = settings.get("width"), settings.get("height")
         options = {"first": first, "scale": stages.scale, "positions": stages.positions}
         cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
-        settings["width"], settings["height"] = cascade.padded(0)
+        settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
     tells = not quiet and rank == 0
@@ -195,9 +195,9 @@ def run(
         memory = [planned(_size(pipeline, tasks[0]))]
     else:
         memory = []
-        for number, stage in enumerate(cascade.stages):
+        for number, stage in reversed([*enumerate(cascade.stages)]):  # the largest first: it is what may not fit
             with cascade.positions_of(pipeline.transformer, number):
-                memory.append(planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
+                memory.insert(0, planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
         cascade = cascade.within(memory)
     if memory[-1] is not None:
         check_strips_file(out, memory[-1].width, memory[-1].height)
