@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybriddit.benchmark.measure import Rates
+from hybriddit.attention.rates import Rates
 
 ROOT = Path(__file__).parents[2]
 
