@@ -18,11 +18,11 @@ from typing import Any
 
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
+from .machine import OFFLOADS
 
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
-OFFLOADS = ("model", "group", "sequential")
 ADAPTER_HELP = (
     "folder or repository of a distilled adapter; or the folder of a distillation, or of one of its checkpoints"
 )

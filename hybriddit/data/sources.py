@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Source:
     """One kind of training data.
 
-    make: (model, settings, progress, processes) -> the data set. model: the teacher's pipeline, or the SiT that is
-        trained; settings: the run's `data` section; progress: whether to show progress bars; processes: those that make
+    make: (model, settings, progress, processes) -> the data set. model: the teacher's pipeline (or `teacher.Teacher`), or
+        the SiT that is trained; settings: the run's `data` section; progress: whether to show progress bars; processes: those that make
         it together (`hybriddit.data.shards.Processes`), each of which calls this.
     count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
         that are missing or unusable. None: only `make` can tell.
@@ -61,13 +61,15 @@ def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -
     """A folder of images with captions."""
     from ..models import family_of
     from .image_folder import image_folder
+    from .teacher import Teacher
 
     own = {"seed": settings.seed, "max_images": settings.max_images}
+    teacher = Teacher.of(pipeline, settings.max_sequence_length, settings.cache, processes)
     if settings.buckets is not None:
-        family, config = family_of(pipeline.transformer), pipeline.transformer.config
-        side = family.token_pixels(config, pipeline.vae_scale_factor)
+        family, config = family_of(teacher.pipeline.transformer), teacher.pipeline.transformer.config
+        side = family.token_pixels(config, teacher.pipeline.vae_scale_factor)
         own["buckets"] = bucket_sizes(settings.buckets, settings.height, settings.width, side)
-    return image_folder(pipeline, settings.folder, **own, **_common(settings, progress, processes))
+    return image_folder(teacher, settings.folder, **own, **_common(settings, progress, processes))
 
 
 def _common(settings, progress: bool, processes: Processes) -> dict[str, Any]:
@@ -136,7 +138,10 @@ SOURCES = {
 
 
 def make_data(pipeline, settings, *, progress: bool = True, processes: Processes | None = None) -> LatentData:
-    """Make the set that a distillation's `data` section asks for, with the teacher's pipeline, by all `processes`."""
+    """Make the set that a distillation's `data` section asks for, by all `processes`.
+
+    pipeline: the teacher's, or a `teacher.Teacher`.
+    """
     from .shards import ALONE
 
     return SOURCES[settings.source].make(pipeline, settings, progress, processes or ALONE)

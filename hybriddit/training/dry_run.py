@@ -15,8 +15,9 @@ from ..data.prompts import few_prompts, read_prompts
 from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
-from ..models.family import family_of_class, find_published
+from ..models.family import find_published
 from ..pipelines.loading import Base, refuse_sit, text_to_image
+from ..stored import component_classes
 from .distill import (
     bucket_notes,
     check_settings,
@@ -229,34 +230,16 @@ def plan_model(path: str) -> tuple[nn.Module, int, int]:
     published = find_published(path)
     if published is not None and not folder.is_dir():
         family, found = published
-        model_class, values, vae_scale_factor, tokenizer_length = (
-            family.dense_class, found.arguments, found.vae_scale_factor, 77,
-        )  # fmt: skip
-    elif (folder / "model_index.json").is_file():
-        values = _read_json(folder / "transformer" / "config.json")
-        name = values.get("_class_name") or "model of no class"
-        family = family_of_class(name)
-        if family is None:
-            supported = ", ".join(family.dense_class.__name__ for family in families())
-            raise ValueError(f"{path}: its transformer is a {name}, which is not supported: {supported} are")
-        model_class = next(c for c in (family.dense_class, family.hybrid_class) if c.__name__ == name)
-        components = _read_json(folder / "model_index.json")
-        text_to_image(Base(path, path, None, components, None, None))
-        vae_scale_factor, tokenizer_length = 8, 77  # what diffusers' pipelines go by without a VAE or a tokenizer
-        if any(components.get("vae") or ()):
-            vae_scale_factor = family.latent_pixels(_read_json(folder / "vae" / "config.json"))
-        if any(components.get("tokenizer") or ()):
-            tokenizer = _read_json(folder / "tokenizer" / "tokenizer_config.json")
+        with torch.device("meta"):
+            return family.dense_class(**found.arguments), found.vae_scale_factor, 77
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        base = text_to_image(Base(path, path, None, index, None, None))
+        model, vae_scale_factor = base.shapes()
+        tokenizer_length = 77  # what diffusers' pipelines go by without a tokenizer
+        if component_classes(index).get("tokenizer"):
+            tokenizer = base.read_part("tokenizer", "tokenizer_config.json")
             tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
-    else:
-        known = ", ".join(repository for family in families() for repository in family.published)
-        raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
-    with torch.device("meta"):
-        return model_class.from_config(values), vae_scale_factor, tokenizer_length
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}: the pipeline folder is not whole") from None
+        return model, vae_scale_factor, tokenizer_length
+    known = ", ".join(repository for family in families() for repository in family.published)
+    raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")

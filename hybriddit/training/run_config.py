@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config import HybridConfig
 from ..data.buckets import ASPECT
 from ..data.sources import SOURCES, sources_of
+from ..machine import OFFLOADS
 
 HYBRID = HybridConfig()  # the `hybrid` of a config without that section, told apart by its identity
 MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fits into the generator's 64 bits
@@ -54,12 +55,14 @@ class DataConfig:
         them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
+    batch_size: images made, or images or prompts encoded, at a time in each process. seed: image i is made from seed + i; for "folder", it
         draws the caption of an image that has several.
     max_images: for "folder", take the first so many images with captions, by path; None: all of them.
     buckets: for "folder", the sizes that images are scaled and cropped to, each to the one that fits it best: "aspect"
         (sizes from 1:4 to 4:1 of about height x width pixels), or a list of [height, width]. A step's images are of one
         size. None: all images are of height x width, which samples always are.
+    offload: while the set is made, weights come to the device only when they are used: "model", "group" or
+        "sequential", as `hybriddit generate --offload`; None: all of them stay there.
     """
 
     source: str = "teacher"
@@ -77,6 +80,7 @@ class DataConfig:
     seed: int = 0
     max_images: int | None = None
     buckets: str | list[list[int]] | None = None
+    offload: str | None = None
 
 
 @dataclass
@@ -213,6 +217,9 @@ class DistillConfig:
             _require_positive(data, "data", "max_images")
         if data.buckets is not None:
             _require(_are_buckets(data.buckets), "data.buckets", data.buckets, BUCKETS)
+        _require(
+            data.offload in (None, *OFFLOADS), "data.offload", data.offload, f"null or one of {', '.join(OFFLOADS)}"
+        )
         _require_positive(data, "data", "images states height width steps batch_size")
         if data.max_sequence_length is not None:
             _require_positive(data, "data", "max_sequence_length")
