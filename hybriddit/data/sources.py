@@ -25,6 +25,7 @@ class Source:
         it together (`hybriddit.data.shards.Processes`), each of which calls this.
     count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
         that are missing or unusable. None: only `make` can tell.
+    texts: (settings) -> the prompts, or the captions of the images. None: there are none.
     job: the command that uses it, "distill" or "train".
     reads: the setting that names its files: "prompts", "folder" or "path".
     teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
@@ -36,6 +37,7 @@ class Source:
     reads: str
     teacher_made: bool = False
     trajectories: bool = False
+    texts: Callable[[Any], list[str]] | None = None
 
 
 def teacher(pipeline, settings, progress: bool, processes: Processes, states: int = 0) -> LatentData:
@@ -119,20 +121,30 @@ def _count_prompted(settings) -> int:
 
 
 def _count_captioned(settings) -> int:
+    return len(_captions(settings))
+
+
+def _prompts(settings) -> list[str]:
+    return read_prompts(settings.prompts)
+
+
+def _captions(settings) -> list[str]:
     from .captions import read_captions
     from .image_folder import first_captioned
 
-    captions = first_captioned(read_captions(settings.folder).captions, settings.max_images)
-    count = sum(map(bool, captions.values()))
-    if not count:
+    captions = first_captioned(read_captions(settings.folder, settings.seed).captions, settings.max_images)
+    found = [caption for caption in captions.values() if caption]
+    if not found:
         raise ValueError(f"none of the {len(captions)} images in {settings.folder} has a caption")
-    return count
+    return found
 
 
 SOURCES = {
-    "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True),
-    "folder": Source(captioned_folder, _count_captioned, "distill", "folder"),
-    "trajectories": Source(trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True),
+    "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True, texts=_prompts),
+    "folder": Source(captioned_folder, _count_captioned, "distill", "folder", texts=_captions),
+    "trajectories": Source(
+        trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True, texts=_prompts
+    ),
     "classes": Source(labelled_images, None, "train", "path"),
 }
 

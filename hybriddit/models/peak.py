@@ -45,17 +45,19 @@ def forward_peak(
     if is_hybrid(small) and family.attention_kwargs is not None:
         inputs[family.attention_kwargs] = {"token_layout": layout}
     with contextlib.nullcontext() if rows is None else shown_strips(small, rows, most=2):
-        return _peak(small, {**inputs, "return_dict": False}, device, dtype)
+        return module_peak(small, {**inputs, "return_dict": False}, device, dtype)
 
 
-def decoder_peak(vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> int:
-    """The same of a VAE's decoder, for one image of so many (rows, columns) of latents."""
-    return _peak(
-        vae.decoder, {"sample": torch.zeros(()).expand(1, vae.config.latent_channels, *latents)}, device, dtype
-    )
+def decoder_peak(
+    vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype, images: int = 1
+) -> int:
+    """The same of a VAE's decoder, for images of so many (rows, columns) of latents."""
+    shape = images, vae.config.latent_channels, *latents
+    return module_peak(vae.decoder, {"sample": torch.zeros(()).expand(shape)}, device, dtype)
 
 
-def _peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
+def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
+    """The same of a module on any device, for these arguments of forward. dtype: of weights and floating arguments."""
     # fake weights without an active mode, so that side computations, such as the windows' tiles, stay real; but of a
     # device that is not here nothing can be real
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -320,7 +320,7 @@ def test_two_processes_encode_a_folder_as_one_does(folder, tmp_path):
     ]
     encode(tiny_pipeline("sd3"), folder, cache=tmp_path / "one")
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two"))
-    assert one == two and len(one) == 8
+    assert one == two and len(one) == 9
 
 
 def edit(folder):
