@@ -101,7 +101,7 @@ class ShardFile(Mapping):
 
 def save_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file with its checksum; the file is whole or absent, even after a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as partial:
         write_tensors(partial, tensors)
 

@@ -11,7 +11,7 @@ from .buckets import bucket_sizes
 from .prompts import read_prompts
 
 if TYPE_CHECKING:
-    from .class_data import ClassData
+    from .class_data import ClassData, ClassInfo
     from .latents import LatentData
     from .shards import Processes
 
@@ -94,25 +94,53 @@ def open_class_data(
     memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is
     no folder, and ValueError, in one line, where its images have another shape or cannot be used.
     """
+    from .class_images import read_folder
+
+    data = _open_whole(Path(path), memory)
+    if data is None:
+        return read_folder(path, shape, progress=progress, says=says)
+    _check_shape(path, data.info, shape)
+    return data
+
+
+def look_at_classes(path: str | Path, shape: tuple[int, int, int]) -> tuple[int, ClassInfo]:
+    """How many labelled images are at `path`, and what they are, without reading all of a folder's.
+
+    Takes and raises what `open_class_data` does, but for images that cannot be read.
+    """
+    from .class_data import ClassInfo
+    from .class_images import check_images, find_classes
+
+    data = _open_whole(Path(path))
+    if data is not None:
+        _check_shape(path, data.info, shape)
+        return len(data), data.info
+    found = find_classes(path)
+    check_images(path, found.paths, shape)
+    return len(found.paths), ClassInfo(tuple(shape), found.classes)
+
+
+def _open_whole(path: Path, memory: bool = False) -> ClassData | None:
+    """The set at `path`, if it is a cache or MNIST's files; None for folders of images."""
     from . import class_cache, class_images, shards
 
-    path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder at {str(path)!r} (data.path)")
     if (path / shards.SETTINGS).exists():
-        data = class_cache.open_cache(path, memory=memory)
-    elif any(path.glob(f"{class_images.MNIST_IMAGES}*")):
-        data = class_images.read_mnist(path)
-    else:
-        data = class_images.read_folder(path, shape, progress=progress, says=says)
-    if data.info.shape != tuple(shape):
-        what = "latents" if data.info.vae else "images"
-        here, wanted = (" x ".join(map(str, sides)) for sides in (data.info.shape, shape))
+        return class_cache.open_cache(path, memory=memory)
+    if any(path.glob(f"{class_images.MNIST_IMAGES}*")):
+        return class_images.read_mnist(path)
+    return None
+
+
+def _check_shape(path: str | Path, info: ClassInfo, shape: tuple[int, int, int]) -> None:
+    if info.shape != tuple(shape):
+        what = "latents" if info.vae else "images"
+        here, wanted = (" x ".join(map(str, sides)) for sides in (info.shape, shape))
         raise ValueError(
             f"{path} holds {what} of {here}, and the model takes {wanted}: set model.in_channels and "
             "model.sample_size, or use another data.path"
         )
-    return data
 
 
 def _count_prompted(settings) -> int:

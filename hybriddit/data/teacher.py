@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import release_memory
 from tqdm import tqdm
 
+from ..files import make_folder
 from ..models import family_of
 from ..models.family import Family
 from .identity import describe_components
@@ -87,6 +88,8 @@ class PromptEmbeddings(Loaded):
         if not wanted:
             return
         folder = self._folder()
+        if self._cache is not None:
+            make_folder(self._cache)
         self.family.check_encoders(self.pipeline.components)
         parts = [wanted[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
         count = self.processes.count

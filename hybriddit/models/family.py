@@ -248,8 +248,9 @@ class Family(ABC):
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """Encode prompts: tensors with one row per prompt, named like the arguments of the pipeline's call.
 
-        A cache keeps these tensors; "prompt_embeds" is among them. pipeline: it may lack its transformer and VAE, which
-        are not loaded together with the text encoders; so its class has to load without them. length: max_sequence_length, or nothing for the
+        A cache keeps these tensors; "prompt_embeds" is among them. pipeline: it may have no VAE, and of
+        its transformer only `config` and `dtype`, as these are not loaded together with the text encoders; so its class
+        has to load without them. length: max_sequence_length, or nothing for the
         pipeline's default.
         """
 

@@ -74,7 +74,9 @@ def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.devi
         name: empty(tensor, torch.float32 if _is_gate(name) else dtype)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
-    arguments = {name: empty(value) for name, value in arguments.items()}
+    for name, value in arguments.items():  # whole numbers, such as labels, are looked at where they can be
+        looked_at = isinstance(value, torch.Tensor) and not value.is_floating_point() and not absent
+        arguments = {**arguments, name: value.to(device) if looked_at else empty(value)}
     with torch.no_grad(), fake if absent else contextlib.nullcontext():
         functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
         with _Held(besides=weights.values()) as held:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,14 @@ def load_teacher(base: Base, config: DistillConfig, device: torch.device, proces
         place(pipeline, device, config.data.offload)
         return pipeline
 
+    def load_encoders() -> Any:
+        pipeline = load("transformer", "vae")
+        # all that pipelines read of it to encode prompts, such as SD3's without T5
+        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
+        return pipeline
+
     family, data = family_of_class(base.transformer_class), config.data
-    rest = ("transformer", "vae")
-    texts = PromptEmbeddings(family, lambda: load(*rest), data.max_sequence_length, data.cache, processes)
+    texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
     return Teacher(lambda: load(*encoders), texts)
 
 

@@ -92,6 +92,10 @@ def table(rows: Rows) -> str:
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def si(value: float, unit: str) -> str:
     scale, prefix = next(
         ((s, p) for s, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= s), (1e3, "k")

@@ -214,7 +214,7 @@ class ToyPipeline(DiffusionPipeline):
         ids = torch.tensor([list(text.ljust(max_sequence_length, b"\0")) for text in texts])
         mask = torch.tensor([[i < len(text) for i in range(max_sequence_length)] for text in texts])
         device = self.text_encoder.device
-        return self.text_encoder(ids.to(device)).to(self.text_encoder.dtype), mask.to(device)
+        return self.text_encoder(ids.to(device)).to(self.transformer.dtype), mask.to(device)
 
     @torch.no_grad()
     def __call__(
