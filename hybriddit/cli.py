@@ -215,10 +215,19 @@ def add_distill(commands) -> None:
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/distill/flux_dev.yaml")
     _add_overrides(sub)
-    _add_run_options(sub)
+    _add_run_options(sub, "distill")
 
 
-def _add_run_options(sub: argparse.ArgumentParser) -> None:
+def _add_run_options(sub: argparse.ArgumentParser, job: str) -> None:
+    """The options of distill and train; their help also lists the keys of the job's config."""
+    format_help = sub.format_help
+
+    def with_keys() -> str:
+        from .training.run_config import describe_keys
+
+        return f"{format_help()}\n{describe_keys(job)}\n"
+
+    sub.format_help = with_keys
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
     how.add_argument("--dry-run", action="store_true", help="only say what the run would need; loads no weights")
@@ -278,7 +287,7 @@ def add_train(commands) -> None:
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/sit/xl_2_linfusion.yaml")
     _add_overrides(sub)
-    _add_run_options(sub)
+    _add_run_options(sub, "train")
 
 
 def train(options: argparse.Namespace) -> None:
