@@ -1,4 +1,4 @@
-"""The command line: hybriddit demo, convert, distill, push, train, generate, compare, cache, sample and others.
+"""The command line: hybriddit demo, convert, distill, push, train, generate, upscale, compare and others.
 
 Every subcommand has two functions: `add_<name>` declares its options, and `<name>` calls a function elsewhere in the
 package. That function is imported only then, so that --help and wrong calls do not wait for torch.
@@ -23,6 +23,14 @@ from .machine import OFFLOADS
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
+# options of images in stages, and what StageSettings calls them
+STAGES = {
+    "schedule": "schedule",
+    "positions": "positions",
+    "stage_strength": "strength",
+    "stage_steps": "steps",
+    "stage_scale": "scale",
+}
 ADAPTER_HELP = (
     "folder or repository of a distilled adapter; or the folder of a distillation, or of one of its checkpoints"
 )
@@ -83,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_push,
         add_train,
         add_generate,
+        add_upscale,
         add_compare,
         add_cache,
         add_sample,
@@ -336,16 +345,7 @@ def add_generate(commands) -> None:
         help="repository id or folder of a diffusers pipeline, dense or hybrid, or of a SiTPipeline; or a SiT's run; "
         "or a single .safetensors file, with --config",
     )
-    _add_files(sub)
-    sub.add_argument("--adapter", help=ADAPTER_HELP)
-    _add_any_base(sub)
-    sub.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="PATH[:WEIGHT]",
-        help="LoRA in a .safetensors file, and what it is multiplied by (default: 1); may be given repeatedly",
-    )
+    _add_weights(sub)
     subject = sub.add_mutually_exclusive_group(required=True)
     subject.add_argument("--prompt")
     subject.add_argument(
@@ -362,19 +362,20 @@ def add_generate(commands) -> None:
         metavar="NAME",
         help="SiT: name or index of a class; may be given repeatedly",
     )
-    sub.add_argument("--negative-prompt", help="what to guide away from (FLUX: with --true-cfg)")
     sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX)")
     sub.add_argument("--mask", type=Path, help="image of that size: white is painted anew, black is kept (SD3, FLUX)")
     sub.add_argument("--strength", type=float, help="how far from --image, above 0 to 1 (default: the pipeline's)")
     sub.add_argument("--height", type=int, help="in pixels (default: the image's, else the pipeline's)")
     sub.add_argument("--width", type=int, help="in pixels (default: the image's, else the pipeline's)")
-    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
-    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     sub.add_argument(
-        "--true-cfg", type=float, help="FLUX: guidance away from --negative-prompt, above 1; twice the time"
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="make a larger image in stages: first at --width x --height (default: the model's own size in this shape), "
+        "then enlarged and painted anew up to this size; each stage is kept as a file",
     )
-    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
+    _add_stages(sub)
+    sub.add_argument("--steps", type=int, help="steps of the sampler, in the first stage (default: the pipeline's)")
+    _add_sampling(sub)
     sub.add_argument(
         "--seed-per-prompt",
         action="store_true",
@@ -390,40 +391,142 @@ def add_generate(commands) -> None:
         "--out",
         type=Path,
         default=Path("image.png"),
-        help="PNG file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was made "
-        'is in its text chunk "hybriddit", which `hybriddit info image.png` shows',
+        help="PNG or TIFF file (default: image.png); several images are image-0001.png, image-0002.png, …. How each was "
+        "made is kept in it, and `hybriddit info image.png` shows it; one with a side above 4096 pixels gets a small copy "
+        "beside it, image.preview.jpg",
     )
-    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
-    _add_dtype(sub)
+    _add_running(sub)
+
+
+def generate(options: argparse.Namespace) -> None:
+    from .generate import StageSettings, parse_size
+
+    wanted = _stages(options)
+    if options.size is None and wanted:
+        raise ValueError("--schedule, --positions and --stage-… are for images in stages: give --size too")
+    stages = None if options.size is None else StageSettings(parse_size(options.size), **wanted)
+    _generate(options, "size", stages=stages)
+
+
+def add_upscale(commands) -> None:
+    sub = _add_command(
+        commands,
+        "upscale",
+        upscale,
+        "enlarge an image in stages, each painted anew in few steps by a model that has read what it shows",
+        'shoe.png --model base/ --adapter run/adapter --prompt "a red shoe" --scale 4 --out large.png',
+    )
+    sub.add_argument("image", type=Path, metavar="IMAGE", help="image file")
     sub.add_argument(
+        "--model",
+        required=True,
+        help="repository id or folder of a diffusers pipeline, dense or hybrid; or a single .safetensors file, with --config",
+    )
+    _add_weights(sub)
+    sub.add_argument("--prompt", required=True, help="what the image shows")
+    size = sub.add_mutually_exclusive_group(required=True)
+    size.add_argument("--scale", type=float, help="how many times as large, on each side")
+    size.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels, instead of --scale")
+    _add_stages(sub)
+    _add_sampling(sub)
+    sub.add_argument("--out", type=Path, default=Path("upscaled.png"), help="PNG file (default: %(default)s)")
+    _add_running(sub)
+
+
+def upscale(options: argparse.Namespace) -> None:
+    from .generate import StageSettings, parse_size
+
+    size = options.size and parse_size(options.size)
+    stages = StageSettings(size, options.image, options.scale, **_stages(options))
+    _generate(options, "image", "scale", "size", stages=stages)
+
+
+def _generate(options: argparse.Namespace, *without: str, **more: Any) -> None:
+    """Call `hybriddit.generate.run`, and print its report where it is asked for."""
+    from .generate import run
+
+    made = run(**_given(options, *STAGES, *without), **more, announce=not (options.quiet or options.json))
+    if options.json and made is not None:  # of processes that make images together, the first has the report
+        print(json.dumps(made))
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    """The options that say which weights of a pipeline are read."""
+    _add_files(parser)
+    parser.add_argument("--adapter", help=ADAPTER_HELP)
+    _add_any_base(parser)
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="LoRA in a .safetensors file, and what it is multiplied by (default: 1); may be given repeatedly",
+    )
+
+
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    """The options of images in stages."""
+    parser.add_argument(
+        "--schedule",
+        help="how an enlarged image is painted anew: refine (default), sdedit, residual or low-frequency",
+    )
+    parser.add_argument(
+        "--stage-strength", type=float, help="noise that a stage starts from, instead of the schedule's"
+    )
+    parser.add_argument("--stage-steps", type=int, help="steps of a stage, instead of the schedule's")
+    parser.add_argument(
+        "--stage-scale", type=float, help="how much larger a stage is than the one before, at most (default: 2)"
+    )
+    parser.add_argument(
+        "--positions",
+        help="of tokens in images larger than the model's own: plain, interpolated; with FLUX also ntk, yarn or dominant "
+        "(default: the model's own)",
+    )
+
+
+def _stages(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of images in stages that were given, as StageSettings names them."""
+    return {name: vars(options)[option] for option, name in STAGES.items() if vars(options)[option] is not None}
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of a sampler that is guided by text."""
+    parser.add_argument("--negative-prompt", help="what to guide away from (FLUX: with --true-cfg)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    parser.add_argument(
+        "--true-cfg", type=float, help="FLUX: guidance away from --negative-prompt, above 1; twice the time"
+    )
+    parser.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)"
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    """The options that say where and how images are made."""
+    parser.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(parser)
+    parser.add_argument(
         "--offload",
         choices=OFFLOADS,
         help="keep weights off the GPU until they are used: whole models, or their layers one by one (group; "
         "sequential is the same by accelerate, slower)",
     )
-    sub.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
-    sub.add_argument(
+    parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: large images in little memory")
+    parser.add_argument(
         "--max-memory",
         type=float,
         metavar="GIB",
         help="memory that an image of a hybrid may take on the device besides the weights; blocks run over strips of the "
         "image, and the VAE decodes in tiles, where it has to (default: what is free, from 2048 x 2048 pixels on)",
     )
-    sub.add_argument(
+    parser.add_argument(
         "--parallel",
         action="store_true",
         help="all processes of torchrun make each image together, each some of its rows (hybrids and SiTs)",
     )
-    sub.add_argument("--quiet", action="store_true", help="print errors only")
-    sub.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
-
-
-def generate(options: argparse.Namespace) -> None:
-    from .generate import run
-
-    made = run(**_given(options), announce=not (options.quiet or options.json))
-    if options.json and made is not None:  # of processes that make images together, the first has the report
-        print(json.dumps(made))
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--json", action="store_true", help="print files, seeds, seconds and notes as one JSON object")
 
 
 def add_compare(commands) -> None:

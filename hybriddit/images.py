@@ -8,11 +8,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .files import replacing
 
@@ -20,7 +21,9 @@ from .files import replacing
 IMAGE_ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
 IMAGE_ENDINGS += (".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".qoi")
 POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how such files begin
-RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record
+PNG_START = b"\x89PNG\r\n\x1a\n"
+TIFF_DESCRIPTION = 270  # the tag
+RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record; with it a TIFF's description begins
 UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,8 +42,9 @@ def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -
     The first frame of an animation, the first page of a document. 16 bits become 8, by the upper byte. Broken or
     oversized metadata (EXIF, colour profile, XMP, text) is ignored.
 
-    Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged, not an image, or of
-    levels whose range is unknown (floating-point numbers, integers of 32 bits).
+    Raises FileNotFoundError if there is no file, and ValueError, in one line, if it is damaged, not an image, of
+    levels whose range is unknown (floating-point numbers, integers of 32 bits), or, but for images that hybriddit made
+    (with a record, see `read_record`), of more pixels than PIL opens (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
     return _decode(path, lambda image: _upright(flatten(image, mode, background), image))
 
@@ -98,17 +102,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
     path = Path(path) if isinstance(path, str) else path  # or a member of a tar
     if path.is_file():  # a pipe would be waited for
         try:
-            with warnings.catch_warnings(action="ignore"), path.open("rb") as file, Image.open(file) as image:
-                lies = _turn(image) in LYING
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as file, _open(file) as image:
+                # of a PNG file, PIL reads all pixels to find the orientation; with a record it has none
+                lies = _record_text(image) is None and _turn(image) in LYING
                 return image.size[::-1] if lies else image.size
         except Exception:  # PIL's readers raise whatever they stumble over: it may still be read without its metadata
             pass
     return open_image(path).size
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """An image file as PIL decodes it, completely, with its `info`. Raises as `open_image` does."""
-    return _decode(path, lambda image: image)
 
 
 def _decode(path: str | Path, finish: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -137,7 +137,7 @@ def _decode(path: str | Path, finish: Callable[[Image.Image], Image.Image]) -> I
 def _load(data: bytes) -> Image.Image:
     if data.startswith(POSTSCRIPT):  # whatever the file's ending
         raise ValueError("PostScript, a program that PIL would let Ghostscript run, is not read")
-    image = Image.open(BytesIO(data))
+    image = _open(BytesIO(data))
     if not isinstance(image.info.get("xmp", b""), bytes):  # of a TIFF, in which PIL looks for the orientation
         del image.info["xmp"]
     image.load()
@@ -151,9 +151,31 @@ def _load(data: bytes) -> Image.Image:
     return image
 
 
+def _open(file: BinaryIO) -> Image.Image:
+    """PIL's Image.open, which also opens what is larger than PIL opens of strangers where hybriddit has made it."""
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError:
+        file.seek(0)
+        kind = {PNG_START[:4]: PngImageFile, b"II*\0": TiffImageFile}.get(file.read(4))
+        file.seek(0)
+        if kind is None or _record_text(image := kind(file)) is None:
+            raise
+        image.im = Image.core.new(image.mode, image.size)  # else a TIFF's size is looked at again when it is loaded
+        return image
+
+
+def _record_text(image: Image.Image) -> str | None:
+    """The record of an image that was opened, as JSON."""
+    if image.format != "TIFF":
+        return image.info.get(RECORD_KEY)
+    key, _, text = str(image.tag_v2.get(TIFF_DESCRIPTION, "")).partition(" ")
+    return text if key == RECORD_KEY else None
+
+
 def _without_metadata(data: bytes) -> bytes:
     """A PNG or JPEG file without what does not change its pixels; other files as they are."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(PNG_START):
         return _without_chunks(data)
     return _without_segments(data) if data.startswith(b"\xff\xd8\xff") else data
 
@@ -193,12 +215,32 @@ def save_png(image: Image.Image, path: Path, record: dict[str, Any] | None = Non
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record that `save_png` wrote; None for an image without one. Raises as `open_image` does."""
-    text = load_image(path).info.get(RECORD_KEY)  # the text chunk may follow the pixels: they are read
+    """The record that `save_png` or `write_strips` wrote; None for an image without one. Raises as `open_image` does."""
+    path = Path(path)
+    text = _record_of_png(path) if path.is_file() else None
+    if text is None:
+        text = _decode(path, _record_text)  # the text chunk may follow the pixels: they are read
     try:
         return None if text is None else json.loads(text)
     except ValueError as error:
         raise ValueError(f"the record in {path} is damaged: {error}") from error
+
+
+def _record_of_png(path: Path) -> str | None:
+    """The record in a PNG file of which every chunk is whole; it is not decompressed, which of a large one takes long."""
+    found, start = None, f"{RECORD_KEY}\0\0\0\0\0".encode()  # not compressed, of no language
+    name, left = b"", path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(8) != PNG_START:
+            return None
+        while name != b"IEND":
+            size, name = int.from_bytes(file.read(4), "big"), file.read(4)
+            data, check = file.read(min(size, left)), file.read(4)
+            if len(check) < 4 or zlib.crc32(data, zlib.crc32(name)) != int.from_bytes(check, "big"):
+                return None
+            if name == b"iTXt" and data.startswith(start):
+                found = data.removeprefix(start).decode("utf-8", "replace")
+    return found
 
 
 def save_grid(path: Path, columns: Sequence[Sequence[Image.Image]]) -> None:

@@ -21,6 +21,7 @@ NAMES = {
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
     "hybriddit.models.family": "Family Published LayerShape register unregister families family_of is_hybrid",
+    "hybriddit.models.positions": "scaled_positions rotary_frequencies",
     "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
@@ -28,11 +29,13 @@ NAMES = {
         "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
-    "hybriddit.parallel": "shard spread_tiles",
-    "hybriddit.pipelines.memory": "MemoryPlan plan_memory make_within decode_in_strips",
+    "hybriddit.parallel": "shard spread_tiles decoding_together",
+    "hybriddit.pipelines.memory": "MemoryPlan plan_memory plan_shared make_within strips_within decode_in_strips",
+    "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",
+    "hybriddit.strips_file": "write_strips save_image preview_path",
     "hybriddit.info": "environment describe",
     "hybriddit.training.run_config": (
         "DistillConfig ModelConfig DataConfig LossConfig OptimConfig TrainConfig MetricsConfig OutputConfig "

@@ -1,15 +1,18 @@
 """What `hybriddit generate` adds to the pipeline's call: LoRA files, offload, prompt files, several processes."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from runs import finish_together
@@ -17,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter, strips_file
 from hybriddit.cli import main
 from hybriddit.generate import generate, parse_lora
 from hybriddit.images import read_record
@@ -200,6 +203,48 @@ def test_a_limit_of_memory(command, tmp_path, monkeypatch):
     assert code == 1 and "--max-memory is for images that a hybrid text-to-image pipeline makes" in said
     code, _, said = command(max_memory=0)
     assert code == 1 and "--max-memory must be a number of GiB above 0, not 0.0" in said
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_a_large_image_is_written_while_it_is_decoded(name, command, tmp_path, monkeypatch):
+    """Of many strips, two are there at a time."""
+    for setting, value in {"BAND": 2**12, "PREVIEW_FROM": 100, "PREVIEW_SIDE": 96}.items():
+        monkeypatch.setattr(strips_file, setting, value)
+    monkeypatch.setattr(AutoencoderKL, "__init__", with_small_tiles(AutoencoderKL.__init__))
+    strips, there = [], []
+
+    def noted(path, given, *more):
+        def each():
+            for strip in given:
+                strips.append(weakref.ref(strip))
+                there.append(sum(kept() is not None for kept in strips))
+                yield strip
+
+        return strips_file.write_strips(path, each(), *more)
+
+    monkeypatch.setattr("hybriddit.generate.files.write_strips", noted)
+    code, out, _ = command("--adapter", "adapter", "--vae-tiling", height=768, width=256, steps=1, out=name)
+    small = tmp_path / "a.preview.jpg"
+    assert code == 0 and f"256 x 768 image saved to {tmp_path / name}, a small copy to {small}" in out
+    assert len(strips) > 20 and max(there) == 2
+    assert pixels(tmp_path / name).shape == (768, 256, 3) and pixels(tmp_path / name).std() > 1
+    assert read_record(tmp_path / name)["vae_tiling"] is True and Image.open(small).size == (32, 96)
+
+
+def with_small_tiles(init):
+    @functools.wraps(init)
+    def made(vae, *args, **kwargs):
+        init(vae, *args, **kwargs)
+        vae.tile_latent_min_size = 8
+        vae.tile_sample_min_size = 8 * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    return made
+
+
+def test_a_tiff_of_a_dense_pipeline(command, tmp_path):
+    assert command(out="a.png")[0] == command(out="a.tif")[0] == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "a.tif"), pixels(tmp_path / "a.png"))
+    assert read_record(tmp_path / "a.tif") == read_record(tmp_path / "a.png")
 
 
 def test_offload_needs_an_accelerator(command):

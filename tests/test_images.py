@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from hybriddit.images import flatten, load_image, open_image, read_record, save_grid, save_png
+from hybriddit.images import flatten, open_image, read_record, save_grid, save_png
 
 
 def test_an_image_is_turned_upright(tmp_path):
@@ -198,7 +198,7 @@ def test_damage_is_one_line_with_the_file(damage, tmp_path):
     path = tmp_path / "a.png"
     save_png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), path, {"seed": 1})
     damage(path)
-    for read in (open_image, load_image, read_record):
+    for read in (open_image, read_record):
         with pytest.raises(ValueError, match="a.png is damaged or no image: ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
@@ -223,7 +223,7 @@ def test_a_grid_has_its_columns_side_by_side(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, hybriddit.images, hybriddit.machine, hybriddit.generate, hybriddit.convert; print(*sys.modules)"
+    code = "import sys, hybriddit.strips_file, hybriddit.machine, hybriddit.generate, hybriddit.convert; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "diffusers", "transformers"} & set(done.stdout.split())
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import checksum
-from ..images import open_image, read_record, save_png
+from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
-from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, plan
+from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
+from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stages_there
+from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..config import HybridConfig
     from ..pipelines.loading import Base
-    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.memory import Decode, MemoryPlan
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
@@ -72,11 +77,15 @@ def run(
     max_memory: float | None = None,
     seed_per_prompt: bool = False,
     parallel: bool = False,
+    stages: StageSettings | None = None,
     quiet: bool = False,
     announce: bool = True,
     **settings: Any,
 ) -> dict[str, Any] | None:
-    """Load a pipeline, generate images and save each as a PNG file with its record as soon as it is made.
+    """Load a pipeline, generate images and save each as a PNG or TIFF file with its record as soon as it is made.
+
+    Images of a hybrid that are large, or whose memory or tiling is asked for, are written while they are decoded. Beside
+    each image with a side above 4096 pixels comes a small copy, see `strips_file.write_strips`.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
     adapter: a folder or repository. any_base: take an adapter that was distilled from other weights. lora: of each LoRA
@@ -89,6 +98,8 @@ def run(
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
     make the files that one would. Images that are there, made with the same settings and weights, are kept.
     parallel: all processes make each image together, see `parallel.shard`; the first one writes it.
+    stages: make each image in stages, from a prompt or from another image; see `cascade.make_in_stages`. Stages that are
+    there, made with the same settings and weights, are not made again.
 
     Returns {"files", "seeds", "kept": how many were there, "seconds" of generating, "notes"} of this process, or
     None of one that has made its rows of images that the first process has written. Raises ValueError or OSError, in one
@@ -122,6 +133,19 @@ def run(
     source = {"model": model, "variant": variant, "config": config, "adapter": adapter}
     source |= {"lora": [[str(path), weight] for path, weight in loras], "vae_tiling": vae_tiling}
     source |= {"image": image and str(image), "mask": mask and str(mask)}
+    enlarged = None
+    if stages is not None:
+        schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
+        for name, given in {"--image": image, "--mask": mask, "a class label": class_labels}.items():
+            if given:
+                raise ValueError(f"{name} has no meaning for an image in stages")
+        if stages.enlarge is not None:
+            enlarged = open_image(stages.enlarge)
+            source |= {
+                "enlarged": str(stages.enlarge),
+                "enlarged_sha256": hashlib.sha256(enlarged.tobytes()).hexdigest(),
+            }
+        size = stages.target(enlarged)
     settings["image"] = open_image(image) if image else None
     settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(subjects, **settings)
@@ -148,58 +172,93 @@ def run(
         files = {"variant": variant, "config": config}
         given = {"image": image is not None, "mask": mask is not None}
         pipeline, notes = open_pipeline(model, kind, adapter, any_base, loras, **files, **given)
-    if prompts is not None:
+    if prompts is not None or stages is not None:
         source["weights_sha256"] = _weights_checksum(pipeline)
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
     pipeline.set_progress_bar_config(disable=quiet or (rank > 0 if parallel else processes > 1))
+    cascade = None
+    if stages is not None:
+        first = settings.get("width"), settings.get("height")
+        options = {"first": first, "scale": stages.scale, "positions": stages.positions}
+        cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
+        settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    memory = None if parallel else _plan_memory(pipeline, tasks[0], where, max_memory)
+    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling)
+    if cascade is None:
+        memory = [planned(_size(pipeline, tasks[0]))]
+    else:
+        memory = []
+        for number in reversed(range(len(cascade.stages))):  # the largest first: it is what may not fit
+            with cascade.positions_of(pipeline.transformer, number):
+                memory.insert(0, planned(cascade.padded(number)))
+        cascade = cascade.within(memory)
+    if memory[-1] is not None:
+        check_strips_file(out, memory[-1].width, memory[-1].height)
     if not quiet and rank == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-        if memory is not None:
-            print(memory, file=sys.stderr)
+        for plan_of_size in memory:
+            if plan_of_size is not None:
+                print(plan_of_size, file=sys.stderr)
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
-    with _processes(pipeline, where, parallel) as of_first:
-        there = of_first([prompts is not None and _is_made(path, {**source, **task.record}) for path, task in share])
-        if any(there) and announce and leads:
-            print(f"{sum(there)} of {len(share)} images are there already, made with these settings: they are kept")
+    with _processes(pipeline, where, parallel) as (of_first, decode):
+        is_made = partial(_is_made, refuses=prompts is not None)
+        if cascade is not None:
+            there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
+        else:
+            there = of_first([prompts is not None and is_made(path, {**source, **task.record}) for path, task in share])
+        kept = sum(number == len(memory) for number in there)
+        if kept and announce and leads:
+            print(f"{kept} of {len(share)} images are there already, made with these settings: they are kept")
         started = time.monotonic()
-        for (path, task), kept in zip(share, there, strict=True):
-            if kept:
+        for (path, task), number in zip(share, there, strict=True):
+            if cascade is not None:
+                says = (print if announce else lambda text: None) if leads else None
+                make_in_stages(pipeline, task, path, cascade, number, decode, image=enlarged, source=source, says=says)
                 continue
-            picture, record = make(pipeline, task, memory)
-            if leads:
-                save_png(picture, path, {**source, **record})
+            if number:
+                continue
+            if memory[0] is None:
+                picture, record = make(pipeline, task)
+                preview = save_image(picture, path, {**source, **record}) if leads else None
+            else:
+                strips, record = make_strips(pipeline, task, memory[0], decode)
+                if leads:
+                    preview = write_strips(path, strips, memory[0].width, memory[0].height, {**source, **record})
+                else:
+                    deque(strips, maxlen=0)
             if leads and announce:
-                print(f"{picture.width} x {picture.height} image saved to {path}")
+                small = f", a small copy to {preview}" if preview else ""
+                print(f"{record['width']} x {record['height']} image saved to {path}{small}")
     seconds = round(time.monotonic() - started, 3)
     if not leads:
         return None
     files, seeds = [str(path) for path, _ in share], [task.seed for _, task in share]
-    return {"files": files, "seeds": seeds, "kept": sum(there), "seconds": seconds, "notes": notes}
+    return {"files": files, "seeds": seeds, "kept": kept, "seconds": seconds, "notes": notes}
 
 
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[Callable[[list[bool]], list[bool]]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
-    Yields a function that gives what the first process called it with: the others may have other disks.
+    Yields a function that gives what the first process called it with (the others may have other disks), and how a row
+    of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list
+        yield list, None
         return
-    from ..parallel import gathered_numbers, together
+    from ..parallel import decoding_together, gathered_numbers, together
 
     with together(pipeline, device) as group:
-        yield lambda flags: [bool(flag) for flag in gathered_numbers(flags, group)[0]]
+        vae = getattr(pipeline, "vae", None)
+        yield lambda numbers: gathered_numbers(numbers, group)[0], decoding_together(vae, group)
 
 
 def open_pipeline(
@@ -242,13 +301,27 @@ def plan_with_notes(
     return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
-def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, gib: float | None) -> MemoryPlan | None:
+def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
+    """(width, height) of a task's image, in pixels; 0 where that is not known."""
+    side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
+    return task.record.get("width") or side, task.record.get("height") or side
+
+
+def _plan_memory(
+    pipeline: DiffusionPipeline,
+    task: Task,
+    device: torch.device,
+    gib: float | None,
+    parallel: bool,
+    vae_tiling: bool,
+    size: tuple[int, int],
+) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
-    Raises ValueError, where a limit is given, for a pipeline that does not keep one.
+    size: (width, height) in pixels. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import families, family_of
-    from ..pipelines.memory import free_beside_weights, plan_memory
+    from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
     model = getattr(pipeline, "transformer", None)
     from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
@@ -256,22 +329,22 @@ def _plan_memory(pipeline: DiffusionPipeline, task: Task, device: torch.device, 
         if gib is not None:
             raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")
         return None
-    side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
-    width, height = (task.record.get(name) or side for name in ("width", "height"))
-    if gib is None and width * height < LARGE:
+    if gib is None and size[0] * size[1] < LARGE and not vae_tiling:
         return None
     guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
-    return plan_memory(pipeline, width, height, images=1 + guided, available=available)
+    if parallel:
+        return plan_shared(pipeline, *size, available=available)
+    return plan_memory(pipeline, *size, images=1 + guided, available=available)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:
     """The files to write: `out` for one image, else out-0001.png, out-0002.png, … beside it.
 
-    Raises ValueError for a path that no PNG file can be written to.
+    Raises ValueError for a path that no PNG or TIFF file can be written to.
     """
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} must end in .png: the image's record is kept in the file")
+    if out.suffix.lower() not in STRIP_ENDINGS:
+        raise ValueError(f"{out} must end in .png, .tif or .tiff: the image's record is kept in the file")
     paths = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i:04d}") for i in range(1, num_images + 1)]
     for path in paths:
         if path.is_dir():
@@ -326,13 +399,15 @@ def _weights_checksum(pipeline: DiffusionPipeline) -> str:
     )
 
 
-def _is_made(path: Path, record: dict[str, Any]) -> bool:
-    """Whether the image is there, made as the record says. Raises ValueError for one that was made otherwise."""
+def _is_made(path: Path, record: dict[str, Any], refuses: bool = True) -> bool:
+    """Whether the image is there, made as the record says. One that was made otherwise is a ValueError, if it is refused."""
     if not path.exists():
         return False
     found = read_record(path) or {}
     for name, value in json.loads(json.dumps(record)).items():
         if name not in found or found[name] != value:
+            if not refuses:
+                return False
             made = f"made with {name} {found.get(name)}, not {value}"
             raise ValueError(f"{path} is there already, {made}: give another --out, or delete it")
     return True

@@ -5,6 +5,7 @@ Importing this imports neither torch nor diffusers, so that wrong settings are r
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -17,10 +18,11 @@ from ..images import flatten
 from ..machine import running_versions
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.memory import Decode, MemoryPlan
 
 MAX_SEED = 2**63 - 1
 
@@ -155,29 +157,41 @@ def plan(
     return pipeline, tasks
 
 
-def make(
-    pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan | None = None
-) -> tuple[Image.Image, dict[str, Any]]:
-    """Make one image, within the memory of a plan if there is one. Returns it with its record.
+def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str, Any]]:
+    """Make one image. Returns it with its record. Raises ValueError where its pixels are not finite."""
+    with _finite(task):
+        image = pipeline(**_with_generator(task)).images[0]
+    return image, {**task.record, "width": image.width, "height": image.height}
 
-    Raises ValueError where its pixels are not finite.
-    """
+
+def make_strips(
+    pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan, decode: Decode | None = None
+) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
+    """Make one image within the memory of a plan. Returns it in strips with its record, see `memory.strips_within`."""
+    from ..pipelines.memory import strips_within
+
+    with _finite(task):
+        strips = strips_within(pipeline, memory, decode=decode, **_with_generator(task))
+    return strips, {**task.record, "width": memory.width, "height": memory.height}
+
+
+def _with_generator(task: Task) -> dict[str, Any]:
     import torch
 
-    from ..pipelines.memory import make_within
+    return {**task.arguments, "generator": torch.Generator("cpu").manual_seed(task.seed)}
 
-    arguments = {**task.arguments, "generator": torch.Generator("cpu").manual_seed(task.seed)}
+
+@contextlib.contextmanager
+def _finite(task: Task) -> Iterator[None]:
+    """Raises ValueError where diffusers would give a black image."""
+    from ..pipelines.memory import OVERFLOWED
+
     with warnings.catch_warnings():
-        # diffusers would give a black image
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         try:
-            image = make_within(pipeline, memory, **arguments) if memory else pipeline(**arguments).images[0]
+            yield
         except RuntimeWarning:
-            raise ValueError(
-                f"the image of seed {task.seed} is not finite: the model, a LoRA or the VAE overflowed; float16 does so "
-                "earlier than bfloat16 or float32"
-            ) from None
-    return image, {**task.record, "width": image.width, "height": image.height}
+            raise ValueError(f"the image of seed {task.seed} is not finite: {OVERFLOWED}") from None
 
 
 def check_settings(
@@ -308,6 +322,8 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
     (diffusers would round some of them, with a log line only, and fail on others.)
     """
+    from ..models.family import family_of_class
+
     unit = _token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
@@ -318,6 +334,10 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
                 raise ValueError(f"the image is {image.width} x {image.height}: this model needs {unit} pixels or more")
         elif fitted[side] is not None and fitted[side] % unit:
             raise ValueError(f"{side} {fitted[side]} is no multiple of {unit}, which this model needs")
+    model = getattr(pipeline, "transformer", None)
+    family = family_of_class(type(model).__name__)
+    if family is not None and None not in fitted.values():
+        family.check_grid(model.config, (fitted["height"] // unit, fitted["width"] // unit))
     return settings | fitted
 
 

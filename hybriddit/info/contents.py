@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import HybridConfig
 from ..files import read_json, read_tensors
-from ..images import load_image, read_record
+from ..images import image_size, read_record
 from ..stored import (
     choose_variant,
     component_classes,
@@ -26,7 +26,7 @@ SHOWN_NAMES = 10  # how many of a pipeline's class names are shown
 
 
 def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
-    """Describe a pipeline folder, a model folder, an adapter folder or a PNG file; the entry `kind` says which it is.
+    """Describe a pipeline folder, a model folder, an adapter folder or an image file (PNG, TIFF); the entry `kind` says which it is.
 
     A SiT's training run is described by the pipeline in its folder `pipeline`; a distillation, or one of its
     checkpoints, by its newest adapter, whose `folder` is told. All bytes of an adapter are read and checked, but only
@@ -38,10 +38,10 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     path = Path(path)
     if variant is not None and (path.is_file() or (path / "hybrid_config.json").is_file()):
         raise ValueError(f"{path} has no variants: they are for a pipeline or a model")
-    if path.is_file() and path.suffix.lower() == ".png":
+    if path.is_file() and path.suffix.lower() in (".png", ".tif", ".tiff"):
         return {"kind": "image", **_image(path)}
     if path.is_file():
-        raise ValueError(f"{path} is no PNG: give that, or a folder with a pipeline, a model or an adapter")
+        raise ValueError(f"{path} is no PNG or TIFF: give that, or a folder with a pipeline, a model or an adapter")
     if not path.is_dir():
         raise FileNotFoundError(f"no file or folder {path}")
     for name, kind, read in (
@@ -60,8 +60,9 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
 
 
 def _image(path: Path) -> dict[str, Any]:
-    image = load_image(path)
-    return {"width": image.width, "height": image.height, "record": read_record(path)}
+    record = read_record(path)
+    width, height = image_size(path)
+    return {"width": width, "height": height, "record": record}
 
 
 def _pipeline(folder: Path, variant: str | None) -> dict[str, Any]:

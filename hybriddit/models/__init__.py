@@ -3,6 +3,7 @@
 from .adapters import load_adapter, read_adapter_config, save_adapter
 from .families import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
+from .positions import scaled_positions
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
 from .strips import in_strips
@@ -25,4 +26,5 @@ __all__ = [
     "register",
     "restore_dense",
     "save_adapter",
+    "scaled_positions",
 ]

@@ -24,6 +24,16 @@ from .recipe import Recipe, flow_noise
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 T5_XXL = 4_762_310_656  # parameters of its encoder, version 1.1
+# with these settings diffusers' schedulers take the sigmas that they are given
+_AS_GIVEN = {
+    "shift": 1.0,
+    "shift_terminal": None,
+    "use_dynamic_shifting": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,8 @@ class Family(ABC):
     image_entrance, image_exit: for `hybriddit.parallel`, the modules of the model whose outputs are the image's tokens,
         [B, N, channels], before the first block and behind the last. No entrance: the tokens are arguments of forward.
         No exit: the model's images cannot be spread over processes.
+    positions: the ways in which images larger than those trained on can have their positions, the model's own first; see
+        `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
@@ -128,6 +140,7 @@ class Family(ABC):
     reads_positions: ClassVar[bool] = False
     image_entrance: ClassVar[str | None] = None
     image_exit: ClassVar[str | None] = None
+    positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
     pipelines: ClassVar[Mapping[str, type]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -191,6 +204,16 @@ class Family(ABC):
         """What else of the model is run over strips of `rows` rows of tokens: for a module, what replaces its forward."""
         return {}
 
+    def position_forwards(
+        self, model: nn.Module, positions: str, native: tuple[int, int], grid: tuple[int, int]
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        """For each module that gives tokens their positions, what replaces its forward; see `scaled_positions`."""
+        return {}
+
+    def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
+        """The arguments of forward of a hybrid, without what rounding may have done to the positions in them."""
+        return inputs
+
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
         """How many latents one token covers, along each axis. config: the transformer's config."""
         return config["patch_size"]
@@ -219,11 +242,16 @@ class Family(ABC):
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """Latents as the transformer takes them, of images [B, 3, height, width] in [-1, 1].
 
-        This is the mode of the VAE's posterior, shifted, scaled and packed. Raises ValueError for a VAE with a mean and
-        std per channel, which these families' pipelines do not apply.
+        This is the mode of the VAE's posterior, as `model_latents` gives it. Raises ValueError as that does.
+        """
+        return self.model_latents(vae, vae.encode(pixels).latent_dist.mode())
+
+    def model_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """What the transformer takes, of latents [B, C, h, w] that the VAE gives: shifted, scaled and packed.
+
+        Raises ValueError for a VAE with a mean and std per channel, which these families' pipelines do not apply.
         """
         check_latents_scale(vae.config)
-        latents = vae.encode(pixels).latent_dist.mode()
         return self.pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
@@ -235,7 +263,7 @@ class Family(ABC):
         return latents
 
     def vae_latents(self, vae: nn.Module, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """What the VAE decodes, [B, C, h, w], of latents as the transformer takes them: the inverse of `encode_images`.
+        """What the VAE decodes, [B, C, h, w], of latents as the transformer takes them: the inverse of `model_latents`.
 
         Raises ValueError as that does.
         """
@@ -316,6 +344,28 @@ class Family(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The noisy latents, and what the teacher was trained to predict from them; all shaped like `latents`."""
         return flow_noise(latents, noise, times)
+
+    def times_at(self, sigmas: Sequence[float], scheduler: Any) -> torch.Tensor:
+        """Times, as the recipes draw them, at which noise is sigma / (1 - sigma) times as strong as the image.
+
+        sigmas: above 0 and below 1.
+        """
+        return torch.tensor(sigmas)
+
+    def sampling_from(self, scheduler: Any, sigmas: Sequence[float]) -> tuple[Any, dict[str, Any]]:
+        """What samples an image from noisy latents: a scheduler, and arguments of the pipeline's call.
+
+        scheduler: the pipeline's, which stays as it is. sigmas: falling, see `times_at`; the first is that of the latents,
+        and a step of sampling is made from each, the last one to 0. Raises ValueError for another kind of scheduler.
+        """
+        if not isinstance(scheduler, self.scheduler):
+            raise ValueError(
+                f"sampling from a given noise needs a {self.scheduler.__name__}, and this pipeline has a "
+                f"{type(scheduler).__name__}"
+            )
+        plain = {name: value for name, value in _AS_GIVEN.items() if name in scheduler.config}
+        scheduler = type(scheduler).from_config(scheduler.config, **plain)
+        return scheduler, {"sigmas": list(sigmas), "num_inference_steps": len(sigmas)}
 
     def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The part of the transformer's output that predicts the target, shaped like `latents`."""

@@ -16,11 +16,13 @@ from diffusers import (
 )
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import TokenLayout
 from .family import T5_XXL, Family, Processors, Published
 from .hybrid_model import hybrid_class
+from .positions import rotary_tables
 from .processing import check_call, far_inputs, project
 from .recipe import Recipe, few_steps, shifted_logit_normal
 
@@ -120,6 +122,7 @@ class Flux(Family):
     rotary = True
     reads_positions = True
     image_exit = "proj_out"
+    positions = ("plain", "interpolated", "ntk", "yarn", "dominant")
     image_arguments = ("hidden_states", "img_ids", "controlnet_block_samples", "controlnet_single_block_samples")
     pipelines = {
         "text-to-image": FluxPipeline,
@@ -168,6 +171,25 @@ class Flux(Family):
         place = slice(text + rows[0] * columns, text + rows[1] * columns)
         tables = tuple(torch.cat((table[:text], table[place])) for table in arguments["image_rotary_emb"])
         return {**found, "image_rotary_emb": tables}
+
+    def position_forwards(
+        self, model: nn.Module, positions: str, native: tuple[int, int], grid: tuple[int, int]
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        own = model.pos_embed
+        return {own: lambda ids: rotary_tables(ids, own.axes_dim, own.theta, positions, native, grid)}
+
+    def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
+        """With exact `img_ids` where their dtype does not tell all rows and columns apart: in bfloat16, beyond 256."""
+        ids = inputs["img_ids"]
+        if max(map(max, token_layout.grids)) <= 2 / torch.finfo(ids.dtype).eps:
+            return inputs
+        grids = [
+            torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))
+            for grid in token_layout.grids
+        ]
+        for index, grid in enumerate(grids):
+            grid[:, 0] = index
+        return {**inputs, "img_ids": torch.cat(grids).float(), "txt_ids": inputs["txt_ids"].float()}
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:
         return 2  # the pipeline packs 2 x 2 latents; the transformer's patch is one packed latent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,6 +106,7 @@ class PixArtSigma(Family):
     joint = False
     image_entrance = "pos_embed"
     image_exit = "proj_out"
+    positions = ("interpolated",)  # by the model itself
     pipelines = {"text-to-image": PixArtSigmaPipeline}
     scheduler = DPMSolverMultistepScheduler
     middle_time = 500
@@ -122,9 +123,9 @@ class PixArtSigma(Family):
     def strip_forwards(self, model: torch.nn.Module, rows: int) -> dict[torch.nn.Module, Callable[..., Any]]:
         return {model.pos_embed: partial(embed_in_strips, model.pos_embed, rows)}
 
-    def encode_images(self, vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def model_latents(self, vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
         check_latents_scale(vae.config)
-        return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor  # its pipeline adds no shift either
+        return latents * vae.config.scaling_factor  # its pipeline adds no shift either
 
     def vae_latents(self, vae: torch.nn.Module, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         check_latents_scale(vae.config)
@@ -167,6 +168,18 @@ class PixArtSigma(Family):
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ddpm_noise(latents, noise, times, scheduler)
+
+    def times_at(self, sigmas: Sequence[float], scheduler: Any) -> torch.Tensor:
+        keep = scheduler.alphas_cumprod.double()
+        strengths = ((1 - keep) / keep).log() / 2  # of the noise, beside the image's: rising
+        wanted = torch.tensor(sigmas, dtype=torch.float64).logit()
+        above = torch.searchsorted(strengths, wanted).clamp(1, len(strengths) - 1)
+        return torch.where(wanted - strengths[above - 1] < strengths[above] - wanted, above - 1, above)
+
+    def sampling_from(self, scheduler: Any, sigmas: Sequence[float]) -> tuple[Any, dict[str, Any]]:
+        scheduler, _ = super().sampling_from(scheduler, sigmas)
+        steps = self.times_at(sigmas, scheduler).unique().flip(0).tolist()
+        return scheduler, {"timesteps": steps, "num_inference_steps": len(steps)}
 
     def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         # the second half of the channels is a variance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from ..attention import TokenLayout
 from .family import T5_XXL, Family, Processors, Published
 from .hybrid_model import hybrid_class
+from .positions import stretched_rows
 from .processing import check_call, far_inputs, norm, project
 from .recipe import Recipe, shifted_logit_normal
 
@@ -75,6 +78,25 @@ class DenseJointAttnProcessor(JointAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 
+ROWS = 64  # of tokens whose positions are made at a time
+
+
+def embed_stretched(embed: PatchEmbed, native: tuple[int, int], latents: torch.Tensor) -> torch.Tensor:
+    """diffusers' PatchEmbed, with the middle of its table stretched where an image is larger than native.
+
+    latents [B, C, h, w] -> [B, N, width]. native: (rows, columns) of tokens. A stretched table is never held as a whole.
+    """
+    tokens, most = embed.proj(latents).permute(0, 2, 3, 1).contiguous(), embed.pos_embed_max_size
+    grid = tokens.shape[1:3]
+    rows, columns = (min(most, own, length) for own, length in zip(native, grid, strict=True))
+    top, left = (most - rows) // 2, (most - columns) // 2
+    table = embed.pos_embed.view(most, most, -1)[top : top + rows, left : left + columns]
+    for start in range(0, grid[0], ROWS):
+        end = min(start + ROWS, grid[0])
+        tokens[:, start:end] += stretched_rows(table, grid, (start, end)).to(tokens.dtype)
+    return tokens.flatten(1, 2)
+
+
 HybridSD3Transformer2DModel = hybrid_class(SD3Transformer2DModel, _repeated_blocks=["JointTransformerBlock"])
 
 
@@ -96,6 +118,7 @@ class StableDiffusion3(Family):
     joint = True
     image_entrance = "pos_embed"
     image_exit = "proj_out"
+    positions = ("plain", "interpolated")
     image_arguments = ("block_controlnet_hidden_states",)
     pipelines = {
         "text-to-image": StableDiffusion3Pipeline,
@@ -138,6 +161,11 @@ class StableDiffusion3(Family):
     def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
         parts = super().layer_outputs(attn, output)
         return parts[:1] if attn.context_pre_only else parts  # the last block's text output is thrown away, unprojected
+
+    def position_forwards(
+        self, model: nn.Module, positions: str, native: tuple[int, int], grid: tuple[int, int]
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        return {model.pos_embed: partial(embed_stretched, model.pos_embed, native)}
 
     def check_grid(self, config: Mapping[str, Any], grid: tuple[int, int]) -> None:
         most = config["pos_embed_max_size"]

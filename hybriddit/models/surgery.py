@@ -245,7 +245,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
         raise ValueError("hybrid models do not take IP-Adapter images: use them on the dense model")
     if attention_kwargs.get("token_layout") is None:
         inputs = with_layout(model, inputs, family.token_layout(model, inputs))
-    return (), inputs
+    return (), family.exact_inputs(inputs, given_layout(model, inputs))
 
 
 def arguments_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

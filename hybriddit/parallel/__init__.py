@@ -3,6 +3,6 @@
 from .launch import together
 from .rows import gathered_numbers
 from .shard import shard
-from .tiles import spread_tiles
+from .tiles import decoding_together, spread_tiles
 
-__all__ = ["gathered_numbers", "shard", "spread_tiles", "together"]
+__all__ = ["decoding_together", "gathered_numbers", "shard", "spread_tiles", "together"]

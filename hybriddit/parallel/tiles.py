@@ -35,19 +35,29 @@ def _decode(vae: AutoencoderKL, tiled_decode: Callable, group: dist.ProcessGroup
 
     with with_forward(vae.decoder, note):
         tiled_decode(z, **options)
-    decoded = iter(_decode_together(vae, tiles, group))
+    decoded = iter(_decode_together(vae, vae.decoder, tiles, group))
     with with_forward(vae.decoder, lambda tile: next(decoded)):
         return tiled_decode(z, **options)
 
 
-def _decode_together(vae: AutoencoderKL, tiles: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+def decoding_together(vae: AutoencoderKL, group: dist.ProcessGroup) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The `decode` of `pipelines.memory.decode_in_strips` by which a group's processes share each row of tiles.
+
+    Every process calls it with the same latents, and gets all tiles.
+    """
+    return partial(_decode_together, vae, lambda tile: vae.decode(tile, return_dict=False)[0], group=group)
+
+
+def _decode_together(
+    vae: AutoencoderKL, decode: Callable[[Tensor], Tensor], tiles: list[Tensor], group: dist.ProcessGroup
+) -> list[Tensor]:
     """All tiles, of which this process decodes every n-th."""
     ranks, scale = dist.get_process_group_ranks(group), 2 ** (len(vae.config.block_out_channels) - 1)
     own, found = dist.get_rank(group), []
     for number, tile in enumerate(tiles):
         place = number % len(ranks)
         if place == 0:  # all begin with their tile of this round, before any waits for another's
-            mine = vae.decoder(tiles[number + own]).contiguous() if number + own < len(tiles) else None
+            mine = decode(tiles[number + own]).contiguous() if number + own < len(tiles) else None
         batch, _, height, width = tile.shape
         out = mine if place == own else tile.new_empty(batch, vae.config.out_channels, height * scale, width * scale)
         with talking():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -19,7 +19,11 @@ from ..models import family_of, in_strips
 from ..models.peak import decoder_peak, forward_peak
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
+BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
+OVERFLOWED = "the model, a LoRA or the VAE overflowed; float16 does so earlier than bfloat16 or float32"
 MARGIN = 1.1  # for what libraries take inside their kernels, and what the allocator cannot use
+
+Decode = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,27 +32,25 @@ class MemoryPlan:
 
     width, height: in pixels. rows: of tokens in each strip that the transformer sees, see `in_strips`; None: it sees the
     whole image. tiles: whether the VAE decodes in tiles. transformer, decoder: the bytes that they take at most besides
-    the weights on the device; decoder is None for a VAE of which that is not known. available: those there are for them.
+    the weights on the device; decoder is None for a VAE of which that is not known, transformer where several processes
+    share the image. available: those there are for them.
     """
 
     width: int
     height: int
     rows: int | None
     tiles: bool
-    transformer: int
+    transformer: int | None
     decoder: int | None
     available: int
 
     def __str__(self) -> str:
         parts = "the whole image at once" if self.rows is None else f"in strips of {self.rows} rows of tokens"
         tiles = "in tiles" if self.tiles else "the whole image at once"
-        decoder = "    VAE          not counted"
-        if self.decoder is not None:
-            decoder = f"    VAE          {_gib(self.decoder):>7} GiB, {tiles}"
-        return (
-            f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB:\n"
-            f"    transformer  {_gib(self.transformer):>7} GiB, {parts}\n{decoder}"
-        )
+        lines = [f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB:"]
+        for name, size, how in (("transformer", self.transformer, parts), ("VAE", self.decoder, tiles)):
+            lines.append(f"    {name:11}  " + ("not counted" if size is None else f"{_gib(size):>7} GiB, {how}"))
+        return "\n".join(lines)
 
 
 def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, available: int) -> MemoryPlan:
@@ -66,7 +68,6 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     family, device = family_of(model), torch.device(pipeline._execution_device)
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
-    family.check_grid(model.config, grid)
     tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
 
     def refuse(needed: int) -> NoReturn:
@@ -97,10 +98,6 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     else:
         refuse(transformer)
     decoder, tiles = _plan_decoder(pipeline, width, height, available)
-    if decoder is not None and decoder > available:
-        raise ValueError(
-            f"{size} need {_gib(decoder)} GiB where the VAE decodes them in tiles, and {_gib(available)} GiB are there"
-        )
     return MemoryPlan(width, height, rows, tiles, transformer, decoder, available)
 
 
@@ -113,19 +110,38 @@ def _halves(rows: int) -> list[int]:
     return found
 
 
-def _plan_decoder(pipeline: Any, width: int, height: int, available: int) -> tuple[int | None, bool]:
-    """The bytes that the VAE takes at most, None where that is not known, and whether it decodes in tiles."""
+def plan_shared(pipeline: Any, width: int, height: int, *, available: int) -> MemoryPlan:
+    """How each of several processes that share an image makes it: the VAE's tiles are shared, a row of them at a time.
+
+    Raises ValueError where they do not fit.
+    """
+    decoder, tiles = _plan_decoder(pipeline, width, height, available, whole=False)
+    return MemoryPlan(width, height, None, tiles, None, decoder, available)
+
+
+def _plan_decoder(
+    pipeline: Any, width: int, height: int, available: int, whole: bool = True
+) -> tuple[int | None, bool]:
+    """The bytes that the VAE takes at most, None where that is not known, and whether it decodes in tiles.
+
+    whole: whether it may decode the whole image at once. Raises ValueError where it fits in neither way.
+    """
     vae = pipeline.vae
     if not isinstance(vae, AutoencoderKL):
         return None, False
     count = partial(decoder_peak, vae, device=torch.device(pipeline._execution_device), dtype=vae.dtype)
     latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-    whole = int(count(latents) * MARGIN)
-    if whole <= available:
-        return whole, False
+    if whole and not vae.use_tiling and (needed := int(count(latents) * MARGIN)) <= available:
+        return needed, False
     tile = tuple(min(side, vae.tile_latent_min_size) for side in latents)
     rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize  # two, and the strip made of them
-    return int((count(tile) + rows_of_tiles) * MARGIN), True
+    needed = int((count(tile) + rows_of_tiles) * MARGIN)
+    if needed > available:
+        raise ValueError(
+            f"{width} x {height} pixels need {_gib(needed)} GiB where the VAE decodes them in tiles, and "
+            f"{_gib(available)} GiB are there"
+        )
+    return needed, True
 
 
 def free_beside_weights(pipeline: Any, device: torch.device) -> int:
@@ -137,44 +153,80 @@ def free_beside_weights(pipeline: Any, device: torch.device) -> int:
 
 def make_within(pipeline: Any, plan: MemoryPlan, **arguments: Any) -> Image.Image:
     """Call a text-to-image pipeline as planned, for one image. arguments: of the call."""
+    return Image.fromarray(np.concatenate(list(strips_within(pipeline, plan, **arguments))))
+
+
+def strips_within(
+    pipeline: Any, plan: MemoryPlan, *, decode: Decode | None = None, **arguments: Any
+) -> Iterator[np.ndarray]:
+    """Call a text-to-image pipeline as planned, for one image: uint8 [rows, width, 3], from the top, never held whole.
+
+    decode: see `decode_in_strips`. arguments: of the call. The transformer has done its part when this returns; the VAE
+    decodes while the strips are taken. Raises ValueError, of a strip too, where pixels are not finite.
+    """
     strips = contextlib.nullcontext() if plan.rows is None else in_strips(pipeline.transformer, plan.rows)
     with strips:
-        if not plan.tiles:
-            return pipeline(**arguments).images[0]
+        if not isinstance(pipeline.vae, AutoencoderKL):
+            return iter([np.asarray(pipeline(**arguments).images[0])])
         latents = pipeline(**arguments, output_type="latent").images
     family = family_of(pipeline.transformer)
     side = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
     latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
-    image, top = Image.new("RGB", (plan.width, plan.height)), 0
-    for strip in decode_in_strips(pipeline.vae, latents.to(pipeline.vae.dtype)):
-        image.paste(Image.fromarray(strip), (0, top))
-        top += len(strip)
+    return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)
+
+
+def _decode_and_free(pipeline: Any, latents: torch.Tensor, tiles: bool, decode: Decode | None) -> Iterator[np.ndarray]:
+    if tiles:
+        yield from decode_in_strips(pipeline.vae, latents, decode)
+    else:
+        with torch.no_grad():
+            image = pipeline.vae.decode(latents, return_dict=False)[0]
+        for top in range(0, image.shape[2], BAND_ROWS):
+            yield _pixels(image[:, :, top : top + BAND_ROWS])
     pipeline.maybe_free_model_hooks()
-    return image
 
 
 @torch.no_grad()
-def decode_in_strips(vae: nn.Module, latents: torch.Tensor) -> Iterator[np.ndarray]:
+def decode_in_strips(vae: nn.Module, latents: torch.Tensor, decode: Decode | None = None) -> Iterator[np.ndarray]:
     """Decode latents [1, C, h, w], as the VAE takes them, to strips of the image: uint8 [rows, width, 3], from the top.
 
     The pixels are those of diffusers' own `tiled_decode`, of which two rows of tiles are held at a time.
+
+    decode: gives the decoded tiles of a row of tiles of latents, such as `parallel.decoding_together`; None: the VAE
+    decodes one after another. Raises ValueError where pixels are not finite.
     """
     size, pixels, overlap = vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor
     step, blended = int(size * (1 - overlap)), int(pixels * overlap)
+    decode = decode or (lambda tiles: [vae.decode(tile, return_dict=False)[0] for tile in tiles])
+    rows = (
+        decode([latents[:, :, top : top + size, left : left + size] for left in range(0, latents.shape[3], step)])
+        for top in range(0, latents.shape[2], step)
+    )
+    for strip in blended_rows(vae, rows, blended, pixels - blended):
+        yield _pixels(strip)
+
+
+def _pixels(strip: torch.Tensor) -> np.ndarray:
+    """uint8 [rows, width, 3] of what a VAE gives, [1, 3, rows, width], as diffusers makes them."""
+    strip = (strip[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
+    if strip.isnan().any():
+        raise ValueError(f"the image is not finite: {OVERFLOWED}")
+    return (strip * 255).round().numpy().astype(np.uint8)
+
+
+def blended_rows(vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: int, kept: int) -> Iterator[torch.Tensor]:
+    """Join tiles [B, C, h, w] that overlap, given row by row, to strips from the top, as diffusers' VAEs do.
+
+    blended: over how many rows and columns tiles are blended into their neighbours; kept: of each tile, from the top left.
+    """
     above: list[torch.Tensor] = []
-    for top in range(0, latents.shape[2], step):
-        row = [
-            vae.decode(latents[:, :, top : top + size, left : left + size], return_dict=False)[0]
-            for left in range(0, latents.shape[3], step)
-        ]
+    for row in rows:
         for i, tile in enumerate(row):  # both blend into their second argument
             if above:
                 vae.blend_v(above[i], tile, blended)
             if i:
                 vae.blend_h(row[i - 1], tile, blended)
-        strip = torch.cat([tile[0, :, : pixels - blended, : pixels - blended] for tile in row], 2)
-        strip = (strip / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu()
-        yield (strip * 255).round().numpy().astype(np.uint8)
+        yield torch.cat([tile[:, :, :kept, :kept] for tile in row], 3)
         above = row
 
 

@@ -11,7 +11,15 @@ from hybriddit.machine import free_bytes
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_peak, forward_peak
 from hybriddit.pipelines import memory
-from hybriddit.pipelines.memory import MemoryPlan, decode_in_strips, free_beside_weights, make_within, plan_memory
+from hybriddit.pipelines.memory import (
+    MemoryPlan,
+    decode_in_strips,
+    free_beside_weights,
+    make_within,
+    plan_memory,
+    plan_shared,
+    strips_within,
+)
 from hybriddit.pipelines.prepare import place
 
 CPU = torch.device("cpu")
@@ -112,6 +120,25 @@ def test_an_image_in_strips_is_the_pipelines(kind):
     assert abs(made(5, True) - tiled).max() <= 1
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+def test_strips_come_one_by_one(tiles, monkeypatch):
+    monkeypatch.setattr(memory, "BAND_ROWS", 20)
+    pipeline = hybrid_pipeline("flux_dev")
+    pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 8, 8 * pipeline.vae_scale_factor
+    call = {"width": 48, "height": 128, "num_inference_steps": 1, "prompt": "a red shoe", "max_sequence_length": 6}
+    plan = MemoryPlan(48, 128, None, tiles, transformer=0, decoder=0, available=0)
+    strips = list(strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1)))
+    assert len(strips) > 4 and all(strip.dtype == np.uint8 and strip.shape[1:] == (48, 3) for strip in strips)
+    image = make_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    assert np.array_equal(np.concatenate(strips), np.asarray(image)) and image.size == (48, 128)
+    if not tiles:
+        usual = pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0]
+        assert abs(np.asarray(usual, int) - np.asarray(image)).max() <= 1
+    pipeline.vae.decoder.conv_out.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="the image is not finite: the model, a LoRA or the VAE overflowed"):
+        next(strips_within(pipeline, plan, **call))
+
+
 def test_the_decoders_peak_grows_with_the_image():
     vae = tiny_pipeline("sd3").vae
     small, large = (decoder_peak(vae, (side, side), device=CPU, dtype=torch.float32) for side in (16, 64))
@@ -140,8 +167,9 @@ def test_what_cannot_fit_is_refused_in_one_line():
         plan_memory(pipeline, 48, 128, available=1)
     transformer = plan_memory(pipeline, 48, 128, available=2**40).transformer
     pipeline.vae = AutoencoderKL(block_out_channels=(64, 64, 64), **VAE)
-    with pytest.raises(ValueError, match="GiB where the VAE decodes them in tiles"):
-        plan_memory(pipeline, 48, 128, available=transformer)
+    for plan in (plan_memory, plan_shared):
+        with pytest.raises(ValueError, match="GiB where the VAE decodes them in tiles"):
+            plan(pipeline, 48, 128, available=transformer)
 
 
 def test_a_far_branch_that_cannot_be_shown_strips_is_named():
@@ -156,7 +184,17 @@ def test_a_vae_of_another_kind_is_not_counted():
     pipeline = hybrid_pipeline("sd3")
     pipeline.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     plan = plan_memory(pipeline, 64, 64, available=2**40)
-    assert (plan.decoder, plan.tiles) == (None, False) and "not counted" in str(plan)
+    assert (plan.decoder, plan.tiles) == (None, False) and "VAE          not counted" in str(plan)
+    call = {"width": 64, "height": 64, "num_inference_steps": 1, "prompt": "a red shoe", "max_sequence_length": 6}
+    pipeline.vae.register_to_config(shift_factor=0.0)
+    [image] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    assert np.array_equal(image, pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0])
+
+
+def test_processes_that_share_an_image_share_the_vaes_tiles():
+    plan = plan_shared(hybrid_pipeline("flux_dev"), 48, 128, available=2**40)
+    assert (plan.rows, plan.tiles, plan.transformer) == (None, True, None) and plan.decoder > 0
+    assert "transformer  not counted" in str(plan) and "in tiles" in str(plan)
 
 
 def test_weights_that_come_as_a_whole_need_room():

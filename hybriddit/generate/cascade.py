@@ -1,0 +1,271 @@
+"""Large images in stages, for `generate --size` and `upscale`: each stage is a file, and those that are there are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..images import open_image
+from ..strips_file import save_image, write_strips
+from .images import MAX_SEED, Task, make, make_strips
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+    from ..pipelines.cascade import Schedule
+    from ..pipelines.memory import Decode, MemoryPlan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One size of a cascade, (width, height) in pixels, and how its images are made within the device's memory.
+
+    schedule: how the stage before, enlarged, is painted anew; None: the stage makes an image of the prompt.
+    """
+
+    size: tuple[int, int]
+    schedule: Schedule | None
+    memory: MemoryPlan | None = None
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """The stages of a large image.
+
+    unit: pixels along each side of which images are multiples. native: (rows, columns) of tokens in an image of the model's
+    own size in this shape. positions: see `models.scaled_positions`.
+    """
+
+    stages: tuple[Stage, ...]
+    unit: int
+    native: tuple[int, int]
+    positions: str | None
+
+    def padded(self, number: int) -> tuple[int, int]:
+        """(width, height) in pixels of what the model makes for a stage, before it is cropped."""
+        return tuple(-(-side // self.unit) * self.unit for side in self.stages[number].size)
+
+    def positions_of(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
+        """Within it the model sees the positions of a stage."""
+        from ..models import scaled_positions
+
+        width, height = self.padded(number)
+        return scaled_positions(model, self.positions, self.native, (height // self.unit, width // self.unit))
+
+    def within(self, memory: Sequence[MemoryPlan | None]) -> Cascade:
+        """The same, by a plan for each stage."""
+        stages = (replace(stage, memory=plan) for stage, plan in zip(self.stages, memory, strict=True))
+        return replace(self, stages=tuple(stages))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What an image's record says of it."""
+        schedule = self.stages[-1].schedule
+        sizes = [list(stage.size) for stage in self.stages]
+        return {"stages": sizes, "schedule": schedule and asdict(schedule), "positions": self.positions}
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the user asks of a cascade.
+
+    size: (width, height) in pixels; or enlarge: an image file, and factor: how many times as large on each side, where no
+    size is given. schedule: a name in `pipelines.cascade.SCHEDULES`; strength, steps: instead of its. scale, positions: see
+    `plan_cascade`.
+    """
+
+    size: tuple[int, int] | None = None
+    enlarge: Path | None = None
+    factor: float | None = None
+    schedule: str | None = None
+    strength: float | None = None
+    steps: int | None = None
+    scale: float = 2.0
+    positions: str | None = None
+
+    def target(self, image: Image.Image | None) -> tuple[int, int]:
+        """The size of the last stage. image: what is enlarged."""
+        if self.size is not None:
+            return self.size
+        if not 1 < self.factor < math.inf:
+            raise ValueError(f"an image is enlarged more than 1 times, not {self.factor}")
+        return tuple(round(side * self.factor) for side in image.size)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT in pixels, such as 4096x2048. Raises ValueError for anything else."""
+    width, _, height = text.lower().partition("x")
+    if not (width.strip().isdecimal() and height.strip().isdecimal() and int(width) and int(height)):
+        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not {text!r}")
+    return int(width), int(height)
+
+
+def find_schedule(name: str | None, strength: float | None, steps: int | None) -> Schedule:
+    """The schedule of this name, or the usual one, with another noise to start from or another number of steps."""
+    from ..pipelines.cascade import SCHEDULES
+
+    if name is not None and name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(SCHEDULES)}")
+    changed = {key: value for key, value in {"sigma": strength, "steps": steps}.items() if value is not None}
+    return replace(SCHEDULES[name or next(iter(SCHEDULES))], **changed)
+
+
+def plan_cascade(
+    pipeline: DiffusionPipeline,
+    size: tuple[int, int],
+    schedule: Schedule,
+    *,
+    image: Image.Image | None = None,
+    first: tuple[int | None, int | None] = (None, None),
+    scale: float = 2.0,
+    positions: str | None = None,
+) -> Cascade:
+    """The stages up to a size, (width, height) in pixels. image: what is enlarged, else the first stage makes an image.
+
+    first: (width, height) of the first stage, by default the model's own in the shape of `size`. Stages behind an image are
+    not smaller than that either. Raises ValueError for what cannot work, before anything is made.
+    """
+    from ..models import family_of
+    from ..models.family import families
+    from ..pipelines.cascade import first_size, native_size, padded_size, stage_sizes
+
+    if not any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families()):
+        raise ValueError(
+            f"images in stages are for the families' text-to-image pipelines, not a {type(pipeline).__name__}"
+        )
+    model = pipeline.transformer
+    family = family_of(model)
+    unit = family.token_pixels(model.config, pipeline.vae_scale_factor)
+    own = first_size(size, native_size(pipeline), unit)
+    own = tuple(given or usual for given, usual in zip(first, own, strict=True))
+    sizes = stage_sizes(size, image.size if image else own, unit, scale=scale)
+    if image is None:
+        sizes.insert(0, own)
+        if len(sizes) == 1:
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels are no larger than the first stage, {own[0]} x {own[1]}: ask for them by "
+                "--width and --height, or for a smaller first stage"
+            )
+    elif not sizes:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are no larger than the image, {image.width} x {image.height}")
+    else:
+        sizes = [other for other in sizes[:-1] if other[0] * other[1] >= own[0] * own[1]] + sizes[-1:]
+    if positions not in (None, *family.positions):
+        raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
+    for other in sizes if positions in (None, family.positions[0]) else ():
+        width, height = padded_size(other, unit)
+        family.check_grid(model.config, (height // unit, width // unit))
+    family.sampling_from(pipeline.scheduler, schedule.sigmas())
+    stages = tuple(Stage(other, schedule if image or number else None) for number, other in enumerate(sizes))
+    return Cascade(stages, unit, (own[1] // unit, own[0] // unit), positions)
+
+
+def stage_paths(path: Path, count: int) -> list[Path]:
+    """The files of a cascade: NAME-stage1.png, NAME-stage2.png, …, and at last NAME.png."""
+    return [*(path.with_stem(f"{path.stem}-stage{number}") for number in range(1, count)), path]
+
+
+def stages_there(
+    cascade: Cascade, task: Task, path: Path, source: dict[str, Any], is_made: Callable[[Path, dict[str, Any]], bool]
+) -> int:
+    """How many stages of an image need not be made. is_made: whether a file is there with such a record."""
+    made = list(map(is_made, stage_paths(path, len(cascade.stages)), _records(cascade, task, source)))
+    return max((number for number, there in enumerate(made, 1) if there), default=0)
+
+
+def _records(cascade: Cascade, task: Task, source: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**source, **task.record, **cascade.record, "stage": number, "width": stage.size[0], "height": stage.size[1]}
+        for number, stage in enumerate(cascade.stages, 1)
+    ]
+
+
+def make_in_stages(
+    pipeline: DiffusionPipeline,
+    task: Task,
+    path: Path,
+    cascade: Cascade,
+    there: int,
+    decode: Decode | None = None,
+    *,
+    image: Image.Image | None,
+    source: dict[str, Any],
+    says: Callable[[str], None] | None,
+) -> None:
+    """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
+
+    The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is
+    told of each stage; None: another process saves them.
+    """
+    import torch
+
+    from ..pipelines.cascade import repainting
+
+    count = len(cascade.stages)
+    paths, records = stage_paths(path, count), _records(cascade, task, source)
+    if 0 < there < count:
+        image = open_image(paths[there - 1])
+        if says:
+            says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
+    for number in range(there, count):
+        stage, started = cascade.stages[number], time.monotonic()
+        with contextlib.ExitStack() as within:
+            within.enter_context(cascade.positions_of(pipeline.transformer, number))
+            own = task
+            if stage.schedule is not None:
+                generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)
+                tiles = stage.memory is not None and stage.memory.tiles
+                repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, tiles=tiles)
+                own = replace(task, arguments={**task.arguments, **within.enter_context(repaint)})
+            if stage.memory is None:
+                image = make(pipeline, own)[0].crop((0, 0, *stage.size))
+            else:
+                strips, _ = make_strips(pipeline, own, stage.memory, decode)
+        if stage.memory is not None:
+            strips, image = _cropped(strips, stage.size), None
+            if number < count - 1:
+                image = Image.fromarray(np.concatenate(list(strips)))
+        if says is None:
+            if image is None:
+                deque(strips, maxlen=0)
+            continue
+        if image is None:
+            preview = write_strips(paths[number], strips, *stage.size, records[number])
+        else:
+            preview = save_image(image, paths[number], records[number])
+        seconds = time.monotonic() - started
+        left = _seconds_left(cascade, number, seconds, task.record.get("steps"))
+        says(
+            f"stage {number + 1} of {count}: {stage.size[0]} x {stage.size[1]} image saved to {paths[number]}"
+            f"{f', a small copy to {preview}' if preview else ''} "
+            f"({seconds:.0f} s{f', about {left:.0f} s left' if left else ''})"
+        )
+
+
+def _cropped(strips: Iterator[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The strips of an image without what is beyond a size, (width, height); all of them are taken."""
+    left = size[1]
+    for strip in strips:
+        if left:
+            yield strip[:left, : size[0]]
+            left -= min(left, len(strip))
+
+
+def _seconds_left(cascade: Cascade, done: int, seconds: float, steps: int | None) -> float:
+    """For the stages behind `done`, from the seconds that it took: in proportion to pixels times steps, the VAE as one."""
+
+    def work(stage: Stage) -> float:
+        return stage.size[0] * stage.size[1] * (1 + (stage.schedule.steps if stage.schedule else steps or 1))
+
+    return seconds * sum(map(work, cascade.stages[done + 1 :])) / work(cascade.stages[done])

@@ -1,0 +1,97 @@
+"""Positions of images larger than those a model was trained on: tables and rotations, stretched."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .family import family_of
+from .wrapping import unwrapped, with_forward
+
+
+@contextlib.contextmanager
+def scaled_positions(
+    model: nn.Module, positions: str | None, native: tuple[int, int], grid: tuple[int, int]
+) -> Iterator[None]:
+    """Within the block, an image larger than native gets its positions in another way. For dense and hybrid models.
+
+    positions: one of the family's `positions`; None or the first of them: the model's own. native, grid: (rows, columns)
+    of tokens in images of the size that the model was trained on, and in the image. In a hybrid the far branch, where it
+    rotates, follows.
+
+    Raises ValueError for a way that the family does not have.
+    """
+    model = unwrapped(model)
+    family = family_of(model)
+    if positions not in (None, *family.positions):
+        raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
+    forwards = {}
+    if positions not in (None, family.positions[0]):
+        forwards = family.position_forwards(model, positions, native, grid)
+    with contextlib.ExitStack() as undo:
+        for module, forward in forwards.items():
+            undo.enter_context(with_forward(module, forward))
+        yield
+
+
+def rotary_frequencies(dim: int, theta: float, positions: str, native: int, length: int) -> torch.Tensor:
+    """Angles per token, float64 [dim / 2], of a rotary embedding over `length` tokens along an axis.
+
+    dim: channels of the axis. native: tokens along it where the model was trained; not beyond it nothing changes.
+    positions: "plain": theta^(-2j / dim). "interpolated": the native angles are spread over the length (arXiv 2306.15595).
+    "ntk": a larger theta, by which the lowest frequency alone is spread as far. "yarn": frequencies that turn less than
+    once in the native length are spread, those that turn more than 32 times are not, in between in proportion (arXiv
+    2309.00071). "dominant": the one whose period is nearest to the native length, by which images repeat, is slowed until
+    it turns as often in the whole length as in the native one (as UltraImage does, arXiv 2512.04504).
+    """
+    ratio = max(1.0, length / native)
+    if positions == "ntk":
+        theta = theta * ratio ** (dim / (dim - 2))
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if positions == "interpolated":
+        return frequencies / ratio
+    if positions == "yarn":
+        turns = native * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / ratio)
+    if positions == "dominant":
+        frequencies[(2 * math.pi / frequencies / native).log().abs().argmin()] /= ratio
+    return frequencies
+
+
+def rotary_tables(
+    ids: torch.Tensor,
+    dims: tuple[int, ...],
+    theta: float,
+    positions: str,
+    native: tuple[int, int],
+    grid: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), float32 [S, sum of dims] each, as FluxPosEmbed gives them, for `ids` [S, 3]: (index, row, column).
+
+    dims, theta: the embedding's. native, grid: see `scaled_positions`. "yarn" makes queries and keys longer, each times
+    1 + 0.1 ln(ratio of the sides).
+    """
+    angles = [
+        torch.outer(place, rotary_frequencies(dim, theta, positions, own, length).to(ids.device))
+        for place, dim, own, length in zip(ids.double().unbind(1), dims, (1, *native), (1, *grid), strict=True)
+    ]
+    angle = torch.cat([part.repeat_interleave(2, 1) for part in angles], 1)
+    ratio = math.sqrt(math.prod(max(1.0, length / own) for length, own in zip(grid, native, strict=True)))
+    longer = 1 + 0.1 * math.log(ratio) if positions == "yarn" else 1.0
+    return (angle.cos() * longer).float(), (angle.sin() * longer).float()
+
+
+def stretched_rows(table: torch.Tensor, size: tuple[int, int], rows: tuple[int, int]) -> torch.Tensor:
+    """Some rows of a table [h, w, C] stretched bilinearly to a size: [rows[1] - rows[0], size[1], C]."""
+    height, device = table.shape[0], table.device
+    place = ((torch.arange(*rows, device=device) + 0.5) * height / size[0] - 0.5).clamp(0, height - 1)
+    above = place.floor().long()
+    below, part = (above + 1).clamp_max(height - 1), (place - above)[:, None, None]
+    found = table[above] * (1 - part) + table[below] * part
+    return F.interpolate(found.transpose(1, 2), size=size[1], mode="linear").transpose(1, 2)

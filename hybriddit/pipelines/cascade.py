@@ -1,0 +1,211 @@
+"""Large images in stages: an image is enlarged, and its details are painted anew at the larger size, in few steps.
+
+At its own size a model knows where things go; beyond it, it repeats them. So the first stage makes the image at the
+model's size, and each later one keeps the composition of the stage before: the enlarged image gets noise up to a level
+sigma, and sampling goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..models import family_of
+from .memory import blended_rows
+
+GUIDES = (None, "residual", "low-frequency")
+ENLARGED_IN = ("pixels", "latents")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stage paints an enlarged image anew.
+
+    sigma: the noise that it starts from, above 0 and below 1: the share of noise, as in flow matching; a DDPM model starts
+        at the step where noise and image are in the same proportion.
+    steps: of the sampler, from sigma to 0.
+    guide: what keeps it near the enlarged image. None: the start alone. "residual": after each step a part of the latents
+        is replaced by the enlarged image's with as much noise (DemoFusion's skip residual, arXiv 2311.16973);
+        "low-frequency": the same, of what the smaller image can show alone (as in I-Max, arXiv 2410.07536). The part falls
+        from 1 to 0 with sigma, as half a cosine, cubed.
+    enlarged_in: "pixels": by Lanczos, then encoded; "latents": bicubic, of the smaller image's latents.
+    """
+
+    sigma: float
+    steps: int
+    guide: str | None = None
+    enlarged_in: str = "pixels"
+
+    def __post_init__(self):
+        if not 0 < self.sigma < 1:
+            raise ValueError(f"the noise of a stage is above 0, where nothing changes, and below 1, not {self.sigma}")
+        if self.steps < 1:
+            raise ValueError(f"a stage takes 1 step or more, not {self.steps}")
+        for name, known in {"guide": GUIDES, "enlarged_in": ENLARGED_IN}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(map(str, known))}, not {getattr(self, name)!r}")
+
+    def sigmas(self) -> list[float]:
+        """The noise at the start of each step, in even steps."""
+        return [self.sigma * (1 - step / self.steps) for step in range(self.steps)]
+
+
+SCHEDULES = {
+    "refine": Schedule(0.15, 1),
+    "sdedit": Schedule(0.4, 6),
+    "residual": Schedule(0.8, 12, guide="residual"),
+    "low-frequency": Schedule(0.8, 12, guide="low-frequency"),
+}
+
+
+def native_size(pipeline: Any) -> int:
+    """The side, in pixels, of the images that a pipeline makes where no size is asked for."""
+    latents = pipeline.transformer.config.get("sample_size") or getattr(pipeline, "default_sample_size", 0)
+    return latents * pipeline.vae_scale_factor
+
+
+def stage_sizes(
+    size: tuple[int, int], first: tuple[int, int], unit: int, *, scale: float = 2.0
+) -> list[tuple[int, int]]:
+    """(width, height) of each stage behind the first one, in pixels; the last is what is asked for.
+
+    first: size of the first stage. scale: how much larger a stage is at most, along each side, 2 or so. Sizes but the last
+    are multiples of unit. Empty where the first stage is large enough. Raises ValueError for a scale of 1 or less.
+    """
+    if not 1 < scale < math.inf:
+        raise ValueError(f"a stage is more than 1 times as large as the one before, not {scale}")
+    ratio = max(size[0] / first[0], size[1] / first[1])
+    if ratio <= 1:
+        return []
+    count = max(1, math.ceil(math.log(ratio) / math.log(scale) - 1e-6))
+    sizes = []
+    for left in range(count - 1, 0, -1):
+        smaller = ratio ** (-left / count)
+        sizes.append(tuple(max(unit, round(side * smaller / unit) * unit) for side in size))
+    return [*sizes, size]
+
+
+def first_size(size: tuple[int, int], side: int, unit: int) -> tuple[int, int]:
+    """(width, height) of about side x side pixels in the shape of a size, multiples of unit."""
+    smaller = side / math.sqrt(size[0] * size[1])
+    return tuple(max(unit, round(length * smaller / unit) * unit) for length in size)
+
+
+def padded_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
+    """A size with each side rounded up to a multiple of unit."""
+    return tuple(-(-side // unit) * unit for side in size)
+
+
+@contextlib.contextmanager
+def repainting(
+    pipeline: Any,
+    image: Image.Image,
+    size: tuple[int, int],
+    schedule: Schedule,
+    generator: torch.Generator,
+    *,
+    tiles: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Let a text-to-image pipeline paint an image anew at a larger size within the block, once.
+
+    image: what is enlarged. size: (width, height) in pixels; the pipeline's image goes beyond it, at the right and at the
+    bottom, up to a multiple of what the model takes. generator: draws the noise, on its own device. tiles: whether the VAE
+    encodes in tiles. Yields arguments for the pipeline's call, which is otherwise as the user wants it.
+
+    Raises ValueError for a pipeline whose scheduler or VAE does not allow it.
+    """
+    model, own = pipeline.transformer, pipeline.scheduler
+    family = family_of(model)
+    side, scale = family.token_pixels(model.config, pipeline.vae_scale_factor), pipeline.vae_scale_factor
+    padded = padded_size(size, side)
+    rows, columns = padded[1] // scale, padded[0] // scale  # of latents
+    small = tuple(max(1, round(length * image.width / size[0])) for length in (rows, columns))
+    scheduler, arguments = family.sampling_from(own, schedule.sigmas())
+    if schedule.enlarged_in == "pixels":
+        enlarged = encode_enlarged(pipeline, image, size, padded, tiles)
+    else:
+        smaller = small[1] * scale, small[0] * scale
+        enlarged = encode_enlarged(pipeline, image, smaller, smaller, tiles)
+        enlarged = F.interpolate(enlarged, size=(rows, columns), mode="bicubic")
+    latents = family.model_latents(pipeline.vae, enlarged)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+
+    def noisy(sigma: float) -> torch.Tensor:
+        return family.add_noise(latents, noise, family.times_at([sigma], own), own)[0]
+
+    if schedule.guide:
+        sigmas = [*schedule.sigmas(), 0.0]
+
+        def guide(step: int, x: torch.Tensor) -> torch.Tensor:
+            if not sigmas[step]:
+                return x
+            part = (0.5 - 0.5 * math.cos(math.pi * sigmas[step] / schedule.sigma)) ** 3
+            change = noisy(sigmas[step]).to(x) - x
+            if schedule.guide == "low-frequency":
+                whole = family.unpack(change, (padded[1] // side, padded[0] // side))
+                low = F.interpolate(whole, size=small, mode="area")
+                change = family.pack(F.interpolate(low, size=(rows, columns), mode="bilinear"))
+            return x + part * change
+
+        _after_steps(scheduler, guide)
+    start = noisy(schedule.sigma)
+    pipeline.scheduler = scheduler
+    try:
+        yield {"width": padded[0], "height": padded[1], "latents": start, **arguments}
+    finally:
+        pipeline.scheduler = own
+
+
+def _after_steps(scheduler: Any, change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+    """Let a scheduler give change(steps done, latents) after each step, in place of the latents."""
+    step, done = scheduler.step, 0
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        latents, *rest = step(*args, **{**kwargs, "return_dict": False})
+        return (change(done, latents), *rest)
+
+    scheduler.step = changed
+
+
+@torch.no_grad()
+def encode_enlarged(
+    pipeline: Any, image: Image.Image, size: tuple[int, int], padded: tuple[int, int], tiles: bool
+) -> torch.Tensor:
+    """The VAE's latents [1, C, h, w], in float32, of an image enlarged by Lanczos' filter to size: (width, height).
+
+    padded: size of what is encoded: the image, and its last row and column again where that is larger. tiles: encode in the
+    VAE's tiles, a row of them at a time, so that the enlarged image is never held as a whole; the latents are those of
+    diffusers' own tiled encoding.
+    """
+    vae, device = pipeline.vae, torch.device(pipeline._execution_device)
+    across, down = image.width / size[0], image.height / size[1]
+    more = [math.ceil((whole - own) * ratio) for whole, own, ratio in zip(padded, size, (across, down), strict=True)]
+    if any(more):
+        image = Image.fromarray(np.pad(np.asarray(image), ((0, more[1]), (0, more[0]), (0, 0)), "edge"))
+
+    def encode(left: int, top: int, side: tuple[int, int]) -> torch.Tensor:
+        right, bottom = min(left + side[0], padded[0]), min(top + side[1], padded[1])
+        # Pillow's filter reaches beyond the box
+        box = (left * across, top * down, right * across, bottom * down)
+        part = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
+        pixels = torch.from_numpy(np.array(part)).to(device).permute(2, 0, 1)[None]
+        return vae.encode((pixels / 127.5 - 1).to(vae.dtype)).latent_dist.mode()
+
+    if not tiles:
+        return encode(0, 0, padded).float()
+    side, latents = vae.tile_sample_min_size, vae.tile_latent_min_size
+    step, blended = int(side * (1 - vae.tile_overlap_factor)), int(latents * vae.tile_overlap_factor)
+    rows = (
+        [encode(left, top, (side, side)) for left in range(0, padded[0], step)] for top in range(0, padded[1], step)
+    )
+    return torch.cat(list(blended_rows(vae, rows, blended, latents - blended)), 2).float()

@@ -1,0 +1,288 @@
+#!/usr/bin/env python
+"""Images of a demo teacher's students at 2 and 4 times the size that they were trained at: at once, and in stages.
+
+    python scripts/cascade_quality.py --out outputs/cascade/flux
+    python scripts/cascade_quality.py --config configs/distill/demo_sd3.yaml --out outputs/cascade/sd3
+    python scripts/cascade_quality.py --report outputs/cascade/flux outputs/cascade/sd3
+
+Rows are model (dense, hybrid, window only) x way (direct, each schedule of a cascade, Lanczos' enlargement alone) x
+positions. Students are distilled once and kept; rows that are done are not repeated. Each image is judged as a whole,
+scaled down to the size that the judge knows. --report writes the tables of benchmarks/results/cascade.md, whose other
+text stays, and its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from hybriddit import hybridize, load_adapter, save_adapter
+from hybriddit.data.sources import make_data
+from hybriddit.demo.canvas import CANVAS, GARMENT, LEFT, RIGHT, TOP
+from hybriddit.demo.judge import Judge
+from hybriddit.demo.run import SHOWN, judged, sampling_of
+from hybriddit.files import read_json, replacing, write_json
+from hybriddit.images import contact_sheet
+from hybriddit.machine import git_state
+from hybriddit.models import family_of, scaled_positions
+from hybriddit.pipelines.cascade import SCHEDULES, Schedule, repainting, stage_sizes
+from hybriddit.pipelines.loading import load_pipeline
+from hybriddit.training.distill import distill
+from hybriddit.training.run_config import load_config
+
+PAGE = Path("benchmarks/results/cascade.md")
+STUDENTS = {"dense": None, "hybrid": [], "window only": ["hybrid.linear=false"]}
+WAYS: dict[str, Schedule] = {
+    **SCHEDULES,
+    "refine, sigma 0.3, 2 steps": Schedule(0.3, 2),
+    "sdedit, sigma 0.6, 9 steps": Schedule(0.6, 9),
+    "sdedit, in latents": Schedule(0.4, 6, enlarged_in="latents"),
+}
+SEED = 1001
+COLUMNS = {
+    "prompt_agreement": "garments right, %",
+    "pair_match": "pairs right, %",
+    "astray": "light astray, %",
+    "psnr": "PSNR to the first stage, dB",
+    "sharpness": "sharpness",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """scale: times the trained size. way: "direct", "Lanczos" or one of WAYS."""
+
+    model: str
+    scale: int
+    way: str
+    positions: str
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.model} {self.scale} {self.way} {self.positions}".lower())
+
+
+def rows_of(positions: tuple[str, ...]) -> Iterator[Row]:
+    """What is tried: every way at twice the size; at 4 times the size what remains of interest."""
+    first = positions[0]
+    for model in STUDENTS:
+        for how in positions:
+            yield Row(model, 2, "direct", how)
+            for way in ("refine", "sdedit", "residual", "low-frequency"):
+                yield Row(model, 2, way, how)
+        best = "interpolated" if "interpolated" in positions else first
+        for way in WAYS:
+            if way not in SCHEDULES:
+                yield Row(model, 2, way, best)
+        for how in [how for how in positions if how in (first, "interpolated", "yarn")]:
+            for way in ("refine", "sdedit"):
+                yield Row(model, 4, way, how)
+    yield Row("dense", 2, "Lanczos", first)
+    yield Row("dense", 4, "Lanczos", first)
+    for model in STUDENTS:
+        yield Row(model, 4, "direct", best)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/distill/demo.yaml")
+    parser.add_argument("--out", type=Path, default=Path("outputs/cascade/flux"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="of the distillations")
+    parser.add_argument("--images", type=int, default=len(SHOWN), help="of each row (default: %(default)s)")
+    parser.add_argument("--report", type=Path, nargs="+", metavar="OUT", help="write the tables and the pictures")
+    args = parser.parse_args()
+    if args.report:
+        report(args.report)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    quality = Quality(args.config, args.set, args.out, args.images)
+    for row in rows_of(family_of(quality.dense).positions):
+        quality.run(row)
+    print(table(args.out))
+
+
+class Quality:
+    """One teacher, its students, and the images of the first stage."""
+
+    def __init__(self, config_path: str, overrides: list[str], out: Path, images: int):
+        self.config_path, self.overrides, self.out = config_path, overrides, out
+        self.config = load_config(config_path, overrides)
+        folder = Path(self.config.model.path)
+        self.judge = Judge.load(folder.parent / "demo-judge.safetensors")
+        self.pipeline = load_pipeline(str(folder))
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.dense = self.pipeline.transformer
+        self.scenes = list(SHOWN[:images])
+        self.sampling = sampling_of(self.config)
+        self.first: dict[str, list[Image.Image]] = {}
+
+    def student(self, name: str) -> nn.Module:
+        """The teacher, or its student of this name, distilled if that was not done."""
+        if STUDENTS[name] is None:
+            return self.dense
+        folder = self.out / name.replace(" ", "-")
+        if not folder.exists():
+            config = load_config(self.config_path, [*self.overrides, *STUDENTS[name]])
+            config.output.folder = None
+            data = make_data(self.pipeline_of(self.dense), config.data)
+            torch.manual_seed(config.train.seed)
+            model = hybridize(copy.deepcopy(self.dense), config.hybrid)
+            distill(self.pipeline_of(model), data, config)
+            save_adapter(model, folder)
+        return load_adapter(copy.deepcopy(self.dense), folder)
+
+    def pipeline_of(self, model: nn.Module):
+        self.pipeline.transformer = model
+        return self.pipeline
+
+    def run(self, row: Row) -> None:
+        path = self.out / f"{row.name}.json"
+        if path.exists():
+            return
+        self.pipeline_of(self.student(row.model))
+        size = self.config.data.width, self.config.data.height
+        if row.model not in self.first:
+            self.first[row.model] = [self.direct(scene.prompt, size, "plain") for scene in self.scenes]
+        wanted, images, started = (row.scale * size[0], row.scale * size[1]), [], time.monotonic()
+        try:
+            for scene, small in zip(self.scenes, self.first[row.model], strict=True):
+                if row.way == "direct":
+                    images.append(self.direct(scene.prompt, wanted, row.positions))
+                elif row.way == "Lanczos":
+                    images.append(small.resize(wanted, Image.Resampling.LANCZOS))
+                else:
+                    images.append(self.in_stages(scene.prompt, small, wanted, WAYS[row.way], row.positions))
+        except ValueError as error:  # a table of positions that ends
+            write_json(path, {**vars(row), "refused": str(error)})
+            return
+        seconds = (time.monotonic() - started) / len(images)
+        pixels = np.stack([np.asarray(image) for image in images])
+        enlarged = np.stack([np.asarray(s.resize(wanted, Image.Resampling.LANCZOS)) for s in self.first[row.model]])
+        small = np.stack([np.asarray(image.resize((CANVAS, CANVAS), Image.Resampling.BOX)) for image in images])
+        error = np.square(pixels.astype(float) - enlarged).mean((1, 2, 3))
+        record = {
+            **vars(row),
+            **judged(small, self.scenes, self.judge),
+            "astray": astray(small),
+            "psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))),
+            "sharpness": gradient(pixels) / gradient(enlarged),
+            "seconds": seconds,
+            "images": len(images),
+            "config": self.config_path,
+            "common": self.overrides,
+            "git": git_state(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        with replacing(path.with_suffix(".npy")) as new, open(new, "wb") as file:
+            np.save(file, pixels)
+        write_json(path, record)
+        print(row.name, {key: round(record[key], 3) for key in COLUMNS}, flush=True)
+
+    def direct(self, prompt: str, size: tuple[int, int], positions: str) -> Image.Image:
+        generator = torch.Generator().manual_seed(SEED)
+        with self.positions(size, positions):
+            sizes = {"width": size[0], "height": size[1]}
+            return self.pipeline(prompt, **{**self.sampling, **sizes}, generator=generator).images[0]
+
+    def in_stages(
+        self, prompt: str, image: Image.Image, size: tuple[int, int], schedule: Schedule, positions: str
+    ) -> Image.Image:
+        for number, stage in enumerate(stage_sizes(size, image.size, 1)):
+            generator = torch.Generator().manual_seed(SEED + number + 1)
+            with (
+                self.positions(stage, positions),
+                repainting(self.pipeline, image, stage, schedule, generator) as arguments,
+            ):
+                image = self.pipeline(prompt, **{**self.sampling, **arguments}).images[0]
+        return image
+
+    def positions(self, size: tuple[int, int], positions: str):
+        model = self.pipeline.transformer
+        side = family_of(model).token_pixels(model.config, self.pipeline.vae_scale_factor)
+        native = self.config.data.height // side, self.config.data.width // side
+        return scaled_positions(model, positions, native, (size[1] // side, size[0] // side))
+
+
+def astray(images: np.ndarray) -> float:
+    """The share of light that is not where the two garments belong, of canvases uint8 [N, CANVAS, CANVAS, 3]; the mean.
+
+    What a model repeats, or puts elsewhere, beyond the size that it knows is astray. 1 for a black image.
+    """
+    light = np.square(images.astype(float)).sum(3)
+    inside = sum(light[:, TOP : TOP + GARMENT, x : x + GARMENT].sum((1, 2)) for x in (LEFT, RIGHT))
+    return float(np.mean(1 - inside / np.maximum(light.sum((1, 2)), 1e-6)))
+
+
+def gradient(images: np.ndarray) -> float:
+    """Mean difference of neighbouring pixels, of uint8 [N, H, W, 3]."""
+    images = images.astype(float)
+    return float(np.abs(np.diff(images, axis=1)).mean() + np.abs(np.diff(images, axis=2)).mean())
+
+
+def read_rows(out: Path) -> list[dict]:
+    """The records of a folder, the best first in each group of model and size."""
+    records = [read_json(path) for path in out.glob("*.json")]
+    order = {name: number for number, name in enumerate(STUDENTS)}
+    return sorted(
+        records,
+        key=lambda r: (
+            r["scale"],
+            order[r["model"]],
+            list(("direct", "Lanczos", *WAYS)).index(r["way"]),
+            r["positions"],
+        ),
+    )
+
+
+def table(out: Path) -> str:
+    head = ["size", "model", "way", "positions", *COLUMNS.values()]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for record in read_rows(out):
+        cells = [f"{record['scale']} x", record["model"], record["way"], record["positions"]]
+        if "refused" in record:
+            cells += ["refused: the table of positions ends", *[""] * (len(COLUMNS) - 1)]
+        else:
+            for column in COLUMNS:
+                value = record[column] * (100 if column in ("prompt_agreement", "pair_match", "astray") else 1)
+                cells.append(f"{value:.{2 if column in ('sharpness', 'seconds') else 1}f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(folders: list[Path]) -> None:
+    """Replace the tables between the page's markers, and draw a sheet of each folder's images at twice the size."""
+    text = PAGE.read_text()
+    for folder in folders:
+        begin, end = f"<!-- table: {folder.name} -->", f"<!-- end: {folder.name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{table(folder)}\n\n{end}{rest.partition(end)[2]}"
+        sheet(folder, PAGE.parent / f"cascade-{folder.name}.png")
+    PAGE.write_text(text)
+
+
+def sheet(out: Path, path: Path) -> None:
+    """The hybrid's images at twice the size: one row for each way and positions."""
+    shown = (0, 4, 6, 9, 11)
+    rows = {}
+    for record in read_rows(out):
+        if record["scale"] == 2 and record["model"] == "hybrid" and "refused" not in record:
+            images = np.load(out / f"{Row(*(record[key] for key in ('model', 'scale', 'way', 'positions'))).name}.npy")
+            name = f"{record['way'].replace(', ', ',' + chr(10))},\n{record['positions']}"
+            rows[name] = [images[number] for number in shown if number < len(images)]
+    contact_sheet(rows, [SHOWN[number].prompt for number in shown][: len(next(iter(rows.values())))], path, width=128)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""`hybriddit generate --size` and `hybriddit upscale`: files of stages, going on after a stop, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import finish_together
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+
+import hybriddit
+from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit.cli import main
+from hybriddit.generate import cascade, parse_size
+from hybriddit.images import read_record
+from hybriddit.pipelines.cascade import encode_enlarged
+
+SMALL = ["--max-sequence-length", str(TEXT_LENGTH), "--seed", "3", "--quiet"]
+FIRST = ["--height", "64", "--width", "64", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of pipelines, of an adapter for FLUX, and an image."""
+    folder = tmp_path_factory.mktemp("stages")
+    for family in ("pixart_sigma", "sd3"):
+        tiny_pipeline(family).save_pretrained(folder / family)
+    pipeline = tiny_pipeline("flux_dev")
+    pipeline.save_pretrained(folder / "flux")
+    hybridize(pipeline.transformer, HybridConfig(window=3))
+    torch.manual_seed(1)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if ".hybrid." in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    save_adapter(pipeline.transformer, folder / "adapter")
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture
+def command(saved, tmp_path, capsys, monkeypatch):
+    """(exit code, stdout, stderr) of a call; files go to tmp_path."""
+    monkeypatch.chdir(saved)
+
+    def run(name, *words, out="a.png"):
+        code = main([name, *map(str, words), "--prompt", "a red shoe", *SMALL, "--out", str(tmp_path / out)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path), int)
+
+
+@pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux"])
+def test_stages_of_any_size_are_files_with_records(kind, command, tmp_path):
+    more = ["--adapter", "adapter"] if kind == "flux" else ["--positions", "interpolated"]
+    assert command("generate", "--model", kind, *FIRST, "--size", "201x150", "--stage-strength", 0.3, *more)[0] == 0
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["a-stage1.png", "a-stage2.png", "a.png"]
+    sizes = [[64, 64], [112, 88], [201, 150]]
+    for number, (name, size) in enumerate(zip(files, sizes, strict=True), 1):
+        record = read_record(tmp_path / name)
+        assert list(Image.open(tmp_path / name).size) == size == [record["width"], record["height"]]
+        assert record["stages"] == sizes and record["stage"] == number and record["seed"] == 3
+        assert record["schedule"] == {"sigma": 0.3, "steps": 1, "guide": None, "enlarged_in": "pixels"}
+    small = Image.open(tmp_path / "a-stage2.png").resize((201, 150), Image.Resampling.LANCZOS)
+    blurred = [np.asarray(image.resize((25, 19)), int) for image in (small, Image.open(tmp_path / "a.png"))]
+    assert np.corrcoef(blurred[0].ravel(), blurred[1].ravel())[0, 1] > 0.5, "a stage shows what the one before does"
+
+
+def test_a_killed_cascade_goes_on_from_its_last_stage(command, tmp_path, monkeypatch):
+    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "512x512"]
+    assert command("generate", *words, out="whole.png")[0] == 0
+    save, saves = cascade.save_image, []
+
+    def stop(image, path, record):
+        if path.name == "a-stage3.png":
+            raise KeyboardInterrupt
+        save(image, path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cascade, "save_image", stop)
+        assert command("generate", *words)[0] == 130
+    assert sorted(path.name for path in tmp_path.glob("a*")) == ["a-stage1.png", "a-stage2.png"]
+    monkeypatch.setattr(
+        cascade, "save_image", lambda image, path, record: (saves.append(path.name), save(image, path, record))
+    )
+    assert command("generate", *words)[0] == 0
+    assert saves == ["a-stage3.png", "a.png"]
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "whole.png"))
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a-stage1.png").unlink()  # the newest stage is enough
+    saves.clear()
+    assert command("generate", *words)[0] == 0
+    assert saves == ["a.png"]
+    saves.clear()
+    assert command("generate", *words)[0] == 0
+    assert saves == []
+    assert command("generate", *words, "--stage-steps", 2)[0] == 0
+    assert saves == ["a-stage1.png", "a-stage2.png", "a-stage3.png", "a.png"], "other settings, other stages"
+
+
+def test_a_damaged_stage_is_told(command, tmp_path):
+    words = ["--model", "flux", *FIRST, "--size", "256x256"]
+    assert command("generate", *words)[0] == 0
+    (tmp_path / "a.png").unlink()
+    whole = (tmp_path / "a-stage2.png").read_bytes()
+    (tmp_path / "a-stage2.png").write_bytes(whole[: len(whole) // 2])
+    code, _, err = command("generate", *words)
+    assert (code, "a-stage2.png" in err, "Traceback" in err) == (1, True, False)
+
+
+def test_an_image_is_upscaled(command, tmp_path):
+    words = ["photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--stage-strength", 0.01]
+    code, out, _ = command("upscale", *words, "--json")
+    assert code == 0 and json.loads(out)["files"] == [str(tmp_path / "a.png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-stage1.png", "a.png"]
+    record = read_record(tmp_path / "a.png")
+    assert record["stages"] == [[168, 128], [288, 216]] and record["enlarged"] == "photo.png"
+    image = Image.open(tmp_path / "a.png")
+    assert image.size == (288, 216)
+    pipeline = hybriddit.HybridStableDiffusion3Pipeline.from_pretrained("sd3")
+    vae, size = pipeline.vae, (168, 128)
+    latents = encode_enlarged(pipeline, Image.open("photo.png"), size, size, False)
+    with torch.no_grad():
+        alone = vae.decode(latents).sample[0, :, ::8, ::8].flatten()  # what the untrained VAE makes of it
+    stage = torch.from_numpy(pixels(tmp_path / "a-stage1.png")[::8, ::8]).permute(2, 0, 1).flatten()
+    assert torch.corrcoef(torch.stack((alone, stage.float())))[0, 1] > 0.9
+    before = pixels(tmp_path / "a.png")
+    Image.open("photo.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("other.png")
+    other = Path("other.png").read_bytes()
+    kept = Path("photo.png").read_bytes()
+    try:  # the same name, another picture
+        Path("photo.png").write_bytes(other)
+        assert command("upscale", *words)[0] == 0
+    finally:
+        Path("photo.png").write_bytes(kept)
+    assert not np.array_equal(pixels(tmp_path / "a.png"), before)
+
+
+def test_stages_within_a_limit_of_memory(command, tmp_path):
+    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "512x384"]
+    assert command("generate", *words, out="free.png")[0] == 0
+    code, _, err = command("generate", *words, "--max-memory", 0.012)
+    assert code == 0, err
+    free, tight = (np.asarray(Image.open(tmp_path / name).resize((64, 48)), float) for name in ("free.png", "a.png"))
+    assert np.corrcoef(free.ravel(), tight.ravel())[0, 1] > 0.7, "tiles are encoded and decoded by themselves"
+    code, _, err = command("generate", *words, "--max-memory", 0.001, out="b.png")
+    assert code == 1 and "GiB" in err and not list(tmp_path.glob("b*")), "refused before the first stage"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "64x64"], "64 x 64 pixels are no larger than the first stage, 64 x 64"),
+        (["--size", "512"], "a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not '512'"),
+        (["--size", "0x512"], "a size is WIDTHxHEIGHT"),
+        (["--size", "128x128", "--schedule", "fast"], "unknown schedule 'fast': choose from refine, sdedit"),
+        (["--size", "128x128", "--stage-strength", "1.5"], "the noise of a stage is above 0"),
+        (["--size", "128x128", "--stage-steps", "0"], "a stage takes 1 step or more"),
+        (["--size", "128x128", "--stage-scale", "1"], "more than 1 times as large"),
+        (["--size", "128x128", "--positions", "far"], "positions of FLUX are plain or interpolated or ntk"),
+        (["--size", "128x128", "--image", "photo.png"], "--image has no meaning for an image in stages"),
+        (["--schedule", "refine"], "are for images in stages: give --size too"),
+        (["--positions", "yarn"], "are for images in stages: give --size too"),
+        (["--size", "2000000x2000000"], "need"),
+    ],
+)
+def test_what_generate_refuses(words, said, command, tmp_path):
+    code, _, err = command("generate", "--model", "flux", "--adapter", "adapter", *FIRST, *words)
+    assert code == 1 and said in err and err.count("\n") == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["photo.png", "--scale", "1"], "enlarged more than 1 times, not 1.0"),
+        (["photo.png", "--scale", "nan"], "enlarged more than 1 times"),
+        (["photo.png", "--size", "96x72"], "96 x 72 pixels are no larger than the image, 96 x 72"),
+        (["nothing.png", "--scale", "2"], "no image file nothing.png"),
+    ],
+)
+def test_what_upscale_refuses(words, said, command, tmp_path):
+    code, _, err = command("upscale", *words, "--model", "flux")
+    assert code == 1 and said in err and err.count("\n") == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_beyond_the_table_of_positions(command, tmp_path):
+    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512")
+    assert code == 1 and "an image of 32 x 32 tokens is too large: this model has positions for 16 x 16" in err
+    assert not list(tmp_path.iterdir())
+    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "interpolated")[0] == 0
+
+
+def test_sizes_are_read():
+    assert parse_size("16384x8192") == (16384, 8192) and parse_size("640X480") == (640, 480)
+
+
+def test_processes_make_each_stage_together(command, tmp_path):
+    """Two processes, each some of the rows: the images of one process, up to a level."""
+    words = ["generate", "--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x192"]
+    assert command(*words, out="one.png")[0] == 0
+    given = [*words, "--prompt", "a red shoe", *SMALL, "--out", str(tmp_path / "two.png"), "--parallel"]
+    assert finish_together(2, *given, output=tmp_path / "said") == [0, 0]
+    for name in ("one-stage1.png", "one.png"):
+        assert np.abs(pixels(tmp_path / name) - pixels(tmp_path / name.replace("one", "two"))).max() <= 2
+    (tmp_path / "two.png").unlink()
+    assert finish_together(2, *given, output=tmp_path / "said") == [0, 0]
+    assert np.abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "two.png")).max() <= 2
