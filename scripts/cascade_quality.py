@@ -150,7 +150,7 @@ class Quality:
         path = self.out / f"{row.name}.json"
         if path.exists():
             return
-        pipeline = self.pipeline_of(self.student(row.model))
+        self.pipeline_of(self.student(row.model))
         size = self.config.data.width, self.config.data.height
         if row.model not in self.first:
             self.first[row.model] = [self.direct(scene.prompt, size, "plain") for scene in self.scenes]

@@ -21,6 +21,7 @@ NAMES = {
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
     "hybriddit.models.family": "Family Published LayerShape register unregister families family_of is_hybrid",
+    "hybriddit.models.positions": "scaled_positions rotary_frequencies",
     "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",
     "hybriddit.models.peak": "Cost forward_cost decoder_cost forward_peak decoder_peak",
@@ -30,7 +31,10 @@ NAMES = {
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles decoding_together",
-    "hybriddit.pipelines.memory": "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips",
+    "hybriddit.pipelines.memory": (
+        "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips"
+    ),
+    "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",
