@@ -54,7 +54,9 @@ class Cascade:
 
     def padded(self, number: int) -> tuple[int, int]:
         """(width, height) in pixels of what the model makes for a stage, before it is cropped."""
-        return tuple(-(-side // self.unit) * self.unit for side in self.stages[number].size)
+        from ..pipelines.cascade import padded_size
+
+        return padded_size(self.stages[number].size, self.unit)
 
     def positions_of(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Within it the model sees the positions of a stage."""
