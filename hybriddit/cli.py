@@ -18,11 +18,11 @@ from typing import Any
 
 from . import __version__
 from .benchmark.shapes import PARTS, VARIANTS
+from .machine import OFFLOADS
 
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 DTYPES = ("float32", "bfloat16", "float16")
-OFFLOADS = ("model", "group", "sequential")
 # options of images in stages, and what StageSettings calls them
 STAGES = {
     "schedule": "schedule",
@@ -224,18 +224,35 @@ def add_distill(commands) -> None:
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/distill/flux_dev.yaml")
     _add_overrides(sub)
+    _add_run_options(sub, "distill")
+
+
+def _add_run_options(sub: argparse.ArgumentParser, job: str) -> None:
+    """The options of distill and train; their help also lists the keys of the job's config."""
+    format_help = sub.format_help
+
+    def with_keys() -> str:
+        from .training.run_config import describe_keys
+
+        return f"{format_help()}\n{describe_keys(job)}\n"
+
+    sub.format_help = with_keys
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
     how.add_argument("--dry-run", action="store_true", help="only say what the run would need; loads no weights")
     sub.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
 
 
-def distill(options: argparse.Namespace) -> None:
+def _load_run_config(options: argparse.Namespace, job: str):
     from .training.run_config import load_config
 
     if options.json and not options.dry_run:
         raise ValueError("--json is for --dry-run")
-    config = load_config(options.config, options.overrides, "distill")
+    return load_config(options.config, options.overrides, job)
+
+
+def distill(options: argparse.Namespace) -> None:
+    config = _load_run_config(options, "distill")
     if options.dry_run:
         from .training.dry_run import dry_run, report
 
@@ -279,13 +296,17 @@ def add_train(commands) -> None:
     )
     sub.add_argument("config", type=Path, help="a YAML file such as configs/sit/xl_2_linfusion.yaml")
     _add_overrides(sub)
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.folder")
+    _add_run_options(sub, "train")
 
 
 def train(options: argparse.Namespace) -> None:
-    from .training.run_config import load_config
+    config = _load_run_config(options, "train")
+    if options.dry_run:
+        from .training.dry_run_sit import dry_run, report
 
-    config = load_config(options.config, options.overrides, "train")
+        figures = dry_run(config)
+        print(json.dumps(figures, indent=2) if options.json else report(figures))
+        return
     from .training.train_sit import run
 
     _run_training(run, config, options.resume, "model")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGE_FOLDER = Path(__file__).parent
+# how weights are kept off the device until they are used, see `pipelines.prepare.place`
+OFFLOADS = ("model", "group", "sequential")
 
 
 def version(package: str) -> str | None:

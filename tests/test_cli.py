@@ -1,5 +1,6 @@
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
 from hybriddit.cli import main
 from hybriddit.info import describe
+from hybriddit.training.run_config import JOBS, to_dict
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,17 +204,40 @@ def test_help_and_info(capsys):
     assert f"torch         {torch.__version__.split('+')[0]}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("job", ["distill", "train"])
+def test_help_lists_the_keys_of_the_config(job, capsys):
+    """All of them, with their defaults and the first words of their classes' documentation."""
+    with pytest.raises(SystemExit):
+        main([job, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    found = {}
+    for line in lines[
+        lines.index("keys of the config file, with their defaults (docs/api.md says more of each):") + 1 :
+    ]:
+        if section := re.match("  ([a-z]+): (.+)", line):
+            name = section[1]
+        elif key := re.match(r"    ([a-z_]+)=(.+?) {2,}(\S.+)", line):
+            found[f"{name}.{key[1]}"] = yaml.safe_load(key[2])
+    assert max(map(len, lines)) <= 120
+    sections = {name: values for name, values in to_dict(JOBS[job]()).items() if name != "job" and values}
+    assert found == {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+    assert "    lr=0.0001                     the learning rate." in lines
+
+
 def python(*arguments, **kwargs):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, **kwargs)
 
 
 def test_help_is_there_at_once():
     """Neither `import hybriddit` nor --help waits for torch."""
-    code = "import sys, hybriddit.cli\ntry: hybriddit.cli.main(['--help'])\nfinally: print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    modules = done.stdout.splitlines()[-1].split()
-    assert "exit codes:" in done.stdout and "hybriddit.cli" in modules
-    assert not {"torch", "diffusers", "transformers", "numpy"} & set(modules)
+    for command, said in ([], "exit codes:"), (["distill"], "keys of the config"), (["train"], "keys of the config"):
+        words = [*command, "--help"]
+        code = f"import sys, hybriddit.cli\ntry: hybriddit.cli.main({words})\nfinally: print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        modules = done.stdout.splitlines()[-1].split()
+        assert said in done.stdout and "hybriddit.cli" in modules
+        slow = {"torch", "diffusers", "transformers", *([] if command else ["numpy"])}
+        assert not slow & set(modules), command
     times = python("-X", "importtime", "-c", "import hybriddit").stderr.splitlines()
     [microseconds] = [line.split("|")[1] for line in times if line.split("|")[-1].strip() == "hybriddit"]
     assert int(microseconds) < 500_000

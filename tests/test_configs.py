@@ -52,7 +52,7 @@ def test_the_stated_number_of_trained_parameters_is_the_dry_runs(path, monkeypat
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     (stated,) = re.findall(r"# - parameters trained: ([\d,]+) ", path.read_text())
-    model, _, _ = plan_model(config.model.path)
+    model = plan_model(config.model.path).transformer
     with torch.device("meta"):
         trained = make_student(model, config)
     assert int(stated.replace(",", "")) == sum(parameter.numel() for parameter in trained.values())

@@ -18,7 +18,7 @@ from torchvision.datasets.utils import extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from ..images import IMAGE_ENDINGS, open_image
+from ..images import IMAGE_ENDINGS, image_size, open_image
 from .class_data import ClassData, ClassInfo
 from .image_files import files_under, open_tars, passed_over, reasons_named, say
 from .tars import TarMember, tar_members
@@ -186,21 +186,14 @@ def read_folder(
     """Read class folders into memory, with the images cropped to `shape` (C, H, W).
 
     Images that cannot be read are left out. says: print their number, and what is passed over. Raises what
-    `find_classes` raises, and ValueError for a `shape` that is not an image's and where no image can be read.
+    `find_classes` and `check_images` raise, and ValueError where no image can be read.
     """
     found = find_classes(folder)
     paths = found.paths
     channels, size = shape[:2]
-    if channels not in MODES:
-        raise ValueError(
-            f"images have 1 or 3 channels, and the model takes {channels}: set model.in_channels, or make a cache of "
-            "latents with `hybriddit cache` and give that as data.path"
-        )
+    check_images(folder, paths, shape)
     if found.note and says:
         say(found.note)
-    colourful = next((path for path in paths[:LOOKED_AT] if channels == 1 and _in_colour(path)), None)
-    if colourful is not None:
-        raise ValueError(f"{colourful} is in colour, and the model takes grey images: set model.in_channels to 3")
     images, kept, skipped = read_images(paths, found.labels, size, channels, progress)
     if skipped and says:
         say(f"{len(skipped)} of {len(paths)} images are left out: {reasons_named(skipped)}")
@@ -208,6 +201,40 @@ def read_folder(
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read: {next(iter(skipped.values()))}")
     tables = {"images": torch.stack(images), "labels": torch.tensor(kept)}
     return ClassData([tables], ClassInfo((channels, size, size), found.classes))
+
+
+def check_images(folder: str | Path, paths: Sequence[Path | TarMember], shape: tuple[int, int, int]) -> None:
+    """Raise ValueError where images do not fit a model's inputs (C, H, W); a few from all over the set are looked at.
+
+    That is where they are in colour and the model takes grey ones, and where all are squares of another size: they were
+    made for another model, and would be scaled a second time. Sets of several sizes are scaled and cropped.
+    """
+    channels, size = shape[:2]
+    if channels not in MODES:
+        raise ValueError(
+            f"images have 1 or 3 channels, and the model takes {channels}: set model.in_channels, or make a cache of "
+            "latents with `hybriddit cache` and give that as data.path"
+        )
+    some = paths[:: -(-len(paths) // LOOKED_AT)]
+    colourful = next((path for path in some if channels == 1 and _in_colour(path)), None)
+    if colourful is not None:
+        raise ValueError(f"{colourful} is in colour, and the model takes grey images: set model.in_channels to 3")
+    sizes = {found for path in some if (found := _size(path)) is not None}
+    if len(sizes) == 1 and len(set(*sizes)) == 1 and (size, size) not in sizes:
+        [(side, _)] = sizes
+        raise ValueError(
+            f"the images in {folder} are {side} x {side} pixels, and the model takes {size} x {size}: set "
+            f"model.sample_size={side}, or scale them once (hybriddit cache {folder} --size {size} --out FOLDER) and give "
+            "that as data.path"
+        )
+
+
+def _size(path: Path | TarMember) -> tuple[int, int] | None:
+    """The size of an image; None for one that cannot be read."""
+    try:
+        return image_size(path)
+    except (ValueError, OSError):
+        return None
 
 
 def _in_colour(path: Path) -> bool:

@@ -18,9 +18,10 @@ from ..models import family_of
 from .buckets import MOST_ENLARGED, Size, choose_bucket, describe_buckets
 from .captions import read_captions
 from .image_files import reasons_named, say
-from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
+from .latents import LatentData, LatentInfo, Place, build_latents, find_place
 from .pictures import Picture, examine
 from .shards import ALONE, Processes
+from .teacher import Teacher
 
 
 def image_folder(
@@ -41,6 +42,9 @@ def image_folder(
     processes: Processes = ALONE,
 ) -> LatentData:
     """Encode the images under `folder` and their captions; images are scaled and centre-cropped.
+
+    pipeline: or a `teacher.Teacher`, whose text encoders are loaded apart; then `processes` and the rest of what it has
+        are its own.
 
     Captions: see `read_captions`. Images that cannot be read and images without a caption are left out: their number is
     printed, and `skipped.json` in the cache lists them with the reasons. What else is passed over is printed too.
@@ -66,7 +70,8 @@ def image_folder(
         say(f"{len(captions)} of the {len(found.captions)} images in {folder} are taken (max_images {max_images})")
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, teacher_made=False)
     settings = {"height": height, "width": width, "max_sequence_length": max_sequence_length, "teacher_made": False}
-    place = find_place(pipeline, cache, settings, ("vae",), says=processes.rank == 0)
+    teacher = Teacher.of(pipeline, max_sequence_length, cache, processes)
+    place = find_place(teacher, cache, settings, ("vae",), says=processes.rank == 0)
     if "files" in place.record:
         if buckets is not None:
             raise ValueError(
@@ -110,24 +115,23 @@ def image_folder(
     paths = dict(zip(wanted, good, strict=True))
     row_sizes = None if sizes is None else {row: sizes[path] for row, path in paths.items()}
 
-    def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        text = encode_prompts(pipeline, [captions[paths[row]] for row in rows], max_sequence_length)
+    def make_batch(rows: range, *text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         images = [read_image(paths[row], *(row_sizes[row] if row_sizes else (height, width))) for row in rows]
-        return {"latents": encode_images(pipeline, images), **text}
+        return {"latents": encode_images(teacher.pipeline, images)}
 
     data = build_latents(
-        pipeline,
+        teacher,
         info,
         make_batch,
         place,
         wanted=wanted,
+        prompts={row: captions[path] for row, path in paths.items()},
         rows=rows,
         content=content,
         sizes=row_sizes,
         batch_size=batch_size,
         desc="encoding images",
         progress=progress,
-        processes=processes,
     )
     if place.folder is not None and processes.rank == 0:
         _list_skipped(place.folder / "skipped.json", skipped)
@@ -237,5 +241,5 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """Latents of images as the transformer takes them."""
-    pixels = pipeline.image_processor.preprocess(list(images)).to(pipeline.vae.device, pipeline.vae.dtype)
+    pixels = pipeline.image_processor.preprocess(list(images)).to(pipeline._execution_device, pipeline.vae.dtype)
     return family_of(pipeline.transformer).encode_images(pipeline.vae, pixels)

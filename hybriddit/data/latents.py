@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..models import dense_mode, family_of, is_hybrid
+from ..models import dense_mode, is_hybrid
 from ..pipelines.loading import quiet
 from .buckets import Size
-from .identity import changed_components, describe_components
+from .identity import changed_components
 from .image_files import say
 from .shards import (
-    ALONE,
-    Processes,
     ShardedDataset,
     ShardFile,
     check_settings,
@@ -31,6 +29,9 @@ from .shards import (
     shard_rows,
     write_settings,
 )
+from .teacher import SharedText, Teacher
+
+IMAGES = ("latents", "states", "times")  # an image's own tensors; the others of a row are its prompt's
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class LatentData(ShardedDataset):
 
     shards: tables of equally many rows per key: "latents" (as the transformer takes them: [N, C, h, w], or
         [N, tokens, C] where its family packs them) and the prompts' tensors under the names of the
-        pipeline's arguments ("prompt_embeds", ...). Trajectories also have "states" [N, states, ...] and "times"
-        [N, states].
+        pipeline's arguments ("prompt_embeds", ...), which rows may share (`teacher.SharedText`). Trajectories also
+        have "states" [N, states, ...] and "times" [N, states].
     empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
     order: see `ShardedDataset`. sizes: of every row's image; None: all are of the info's size. content: a digest of
         all that the rows were made from, in their order, by which a run that is resumed knows its set; None if it is
@@ -107,7 +108,12 @@ class Place:
 
 
 def find_place(
-    pipeline, cache: str | Path | None, settings: dict[str, Any], components: Sequence[str], *, says: bool = True
+    teacher: Teacher,
+    cache: str | Path | None,
+    settings: dict[str, Any],
+    components: Sequence[str],
+    *,
+    says: bool = True,
 ) -> Place:
     """Find where a set is kept: in `cache`, or in a folder inside it if another teacher's set is there.
 
@@ -117,17 +123,16 @@ def find_place(
 
     Raises ValueError where the cache was made with other settings.
     """
-    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
-    teacher = describe_components(pipeline, [*components, *encoders])
+    pipeline, described = teacher.pipeline, teacher.describe(components)
     settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
     if not cache:
-        return Place(None, {}, settings, teacher)
+        return Place(None, {}, settings, described)
     folder = Path(cache)
     record = read_settings(folder)
     if record is None:
         if any(folder.glob("latents-*.safetensors")):
             raise ValueError(f"{folder} has latents but no data.json, which says what they are of: delete it")
-        return Place(folder, {}, settings, teacher)
+        return Place(folder, {}, settings, described)
     check_settings(folder, record, settings)
     if "teacher" not in record:  # version 0.1 knew a teacher by its place alone
         if Path(record.get("model", "")).resolve() != Path(_name_of(pipeline)).resolve():
@@ -135,14 +140,14 @@ def find_place(
                 f"the cache {folder} was made by version 0.1 with other values of model ({record.get('model')!r}, now "
                 f"{_name_of(pipeline)!r}), and does not tell its weights: use another data.cache, or the model's old path"
             )
-        return Place(folder, record, settings, teacher)
-    changed = changed_components(record["teacher"], teacher)
+        return Place(folder, record, settings, described)
+    changed = changed_components(record["teacher"], described)
     if not changed:
-        return Place(folder, record, settings, teacher)
-    own = folder / f"teacher-{hashlib.sha256(json.dumps(teacher).encode()).hexdigest()[:12]}"
+        return Place(folder, record, settings, described)
+    own = folder / f"teacher-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]}"
     for other in sorted(folder.glob("teacher-*")):
         found = read_settings(other) or {}
-        if not changed_components(found.get("teacher", {}), teacher):
+        if not changed_components(found.get("teacher", {}), described):
             check_settings(other, found, settings)
             own, record = other, found
             break
@@ -150,7 +155,7 @@ def find_place(
         record = {}
     if says:
         say(f"{folder} holds the set of another teacher ({', '.join(changed)} differ): this one's is in {own}")
-    return Place(own, record, settings, teacher)
+    return Place(own, record, settings, described)
 
 
 def _name_of(pipeline) -> str:
@@ -158,54 +163,59 @@ def _name_of(pipeline) -> str:
 
 
 def build_latents(
-    pipeline,
+    teacher: Teacher,
     info: LatentInfo,
-    make_batch: Callable[[range, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    make_batch: Callable[[range, dict[str, torch.Tensor], dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     place: Place,
     *,
     wanted: Sequence[int],
+    prompts: Mapping[int, str],
     rows: dict[str, Any],
     content: Any,
     sizes: Mapping[int, Size] | None = None,
     batch_size: int,
     desc: str,
     progress: bool,
-    processes: Processes = ALONE,
 ) -> LatentData:
-    """Build or reopen a set, one shard per call of `make_batch`, by all processes.
+    """Build or reopen a set, one shard per call of `make_batch`, by all of `teacher.texts.processes`.
 
-    A cache is a folder of one safetensors file per shard, each whole or absent. An interrupted run continues where it
-    stopped, with any batch size and number of processes; a finished cache is only opened, and nothing is written.
+    A cache is a folder of one safetensors file per shard, each whole or absent; the prompts' tensors are in files of
+    their own, once for all rows of a prompt. (Caches of earlier versions have them in every row.) An interrupted run
+    continues where it stopped, with any batch size and number of processes; a finished cache is only opened, and
+    nothing is written.
 
-    make_batch: (numbers of the rows, the empty prompt's tensors) -> the rows' tensors, made with the dense teacher.
-    wanted: the numbers of the set's rows in its order. rows: what the cache records of them, which may grow.
+    make_batch: (numbers of the rows, their prompts' tensors, the empty prompt's) -> the images' tensors, made with the
+        dense teacher.
+    wanted: the numbers of the set's rows in its order. prompts: of each of them. rows: what the cache records of them,
+        which may grow.
     sizes: of each row's image, where they differ; the rows of a call of `make_batch` are of one size.
     content: what the set's rows are, in its order, for `LatentData.content`; None if that is not known.
     """
-    folder = place.folder
+    folder, texts = place.folder, teacher.texts
+    processes = texts.processes
     if folder is None and processes.count > 1:
         raise ValueError("several processes need a cache, in which they find each other's images")
     order = sorted(set(wanted))
-    there = shard_rows(folder, place.record.get("batch_size")) if folder is not None else []
+    old_size = place.record.get("batch_size")
+    there = _opened(folder, old_size)
     missing = missing_rows(order, there, batch_size, sizes)
-    empty_file = folder / "empty.safetensors" if folder is not None else None
-
-    def encode_empty() -> dict[str, torch.Tensor]:
-        return {key: value.cpu() for key, value in encode_prompts(pipeline, [""], info.max_sequence_length).items()}
-
-    if folder is not None and (missing or not empty_file.exists()):
+    without = {row for part, shard in there if not _own_text(shard) for row in part}.union(*missing)
+    old_empty = folder / "empty.safetensors" if folder is not None else None  # of a cache with the text in its rows
+    has_empty = old_empty is not None and old_empty.exists()
+    needed = [prompts[row] for row in order if row in without]
+    teacher.encode(needed if has_empty else ["", *needed], batch_size, progress)
+    pipeline = teacher.pipeline
+    if missing and folder is not None:
         processes.gather()  # all have seen the same files, before one writes
         if processes.rank == 0:
             new = {**place.settings, "model": _name_of(pipeline), "teacher": place.teacher}
             record = {**(place.record or new), **rows}
             if record != place.record:
                 write_settings(folder, record)
-            if not empty_file.exists():
-                save_shard(empty_file, encode_empty())
         processes.gather()
-    empty = encode_empty() if folder is None else {key: table[:] for key, table in ShardFile(empty_file).items()}
+    empty = {key: table[:] for key, table in ShardFile(old_empty).items()} if has_empty else texts.rows([""])
 
-    made, done = [], len(order) - sum(map(len, missing))
+    done = len(order) - sum(map(len, missing))
     with (
         dense_mode(pipeline.transformer) if is_hybrid(pipeline.transformer) else nullcontext(),
         quiet(pipeline),
@@ -214,39 +224,43 @@ def build_latents(
         for turn in range(0, len(missing), processes.count):
             together = missing[turn : turn + processes.count]  # a part for each process
             for part in together[processes.rank : processes.rank + 1]:
-                tensors = make_batch(part, empty)
+                tensors = make_batch(part, texts.rows([prompts[row] for row in part]), empty)
                 if folder is None:
-                    made.append((part, {key: value.cpu() for key, value in tensors.items()}))
+                    there.append((part, {key: value.cpu() for key, value in tensors.items()}))
                 else:
                     save_shard(folder / f"latents-{part.start:05d}-{part.stop:05d}.safetensors", tensors)
             bar.update(sum(map(len, together)))
-    if folder is not None:
-        if missing:
-            processes.gather()
-            there = shard_rows(folder, place.record.get("batch_size"))
-        made = [(part, _open(path, part)) for part, path in there]
+    if missing and folder is not None:
+        processes.gather()
+        there = _opened(folder, old_size)
 
-    places = {row: number for number, row in enumerate(row for part, _ in made for row in part)}
+    def with_text(part: range, shard: Mapping) -> Mapping:
+        if _own_text(shard):
+            return shard
+        return SharedText(shard, [texts.place(prompts[row]) if row in prompts else None for row in part])
+
+    places = {row: number for number, row in enumerate(row for part, _ in there for row in part)}
     if content is not None:
         weights = {name: component.get("weights") for name, component in place.teacher.items()}
         content = hashlib.sha256(json.dumps([place.settings, weights, content]).encode()).hexdigest()
     of_rows = None if sizes is None else [sizes[row] for row in wanted]
-    return LatentData([shard for _, shard in made], empty, info, [places[row] for row in wanted], content, of_rows)
+    shards = [with_text(*made) for made in there if not prompts.keys().isdisjoint(made[0])]
+    return LatentData(shards, empty, info, [places[row] for row in wanted], content, of_rows)
 
 
-def _open(path: Path, rows: range) -> ShardFile:
-    shard = ShardFile(path)
-    if any(shard.shape(key)[0] != len(rows) for key in shard):
-        raise ValueError(f"{path} is damaged (it does not hold {len(rows)} rows): delete it and run again to remake it")
-    return shard
+def _opened(folder: Path | None, old_size: int | None) -> list[tuple[range, Mapping]]:
+    """The shards of a cache, and the rows that each has. Raises ValueError for one that does not hold its rows."""
+    if folder is None:
+        return []
+    opened = [(rows, ShardFile(path)) for rows, path in shard_rows(folder, old_size)]
+    for rows, shard in opened:
+        if any(shard.shape(key)[0] != len(rows) for key in shard):
+            raise ValueError(
+                f"{shard.path} is damaged (it does not hold {len(rows)} rows): delete it and run again to remake it"
+            )
+    return opened
 
 
-@torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str], max_sequence_length: int | None = None) -> dict[str, torch.Tensor]:
-    """Encode prompts: tensors under the names of the pipeline's arguments, with one row per prompt.
-
-    Raises ValueError for a pipeline whose transformer is of no known family, or that lacks a text encoder it needs.
-    """
-    family_of(pipeline.transformer).check_encoders(pipeline.components)
-    length = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-    return family_of(pipeline.transformer).encode_prompts(pipeline, prompts, **length)
+def _own_text(shard: Mapping) -> bool:
+    """Whether a shard's rows have their prompts' tensors, as those of earlier versions do."""
+    return any(key not in IMAGES for key in shard)

@@ -76,6 +76,13 @@ class ShardFile(Mapping):
         """The shape of a tensor, from the header alone."""
         return tuple(self._file.get_slice(key).get_shape())
 
+    def unchecked(self, key: str) -> torch.Tensor:
+        """A whole tensor, read without a look at the others and at the checksum. Raises ValueError if it is not there."""
+        try:
+            return self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged ({error}): delete it and run again to remake it") from None
+
     def __getitem__(self, key: str):
         if not self._intact:
             try:
@@ -94,7 +101,7 @@ class ShardFile(Mapping):
 
 def save_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file with its checksum; the file is whole or absent, even after a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with replacing(path) as partial:
         write_tensors(partial, tensors)
 

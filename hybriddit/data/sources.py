@@ -11,7 +11,7 @@ from .buckets import bucket_sizes
 from .prompts import read_prompts
 
 if TYPE_CHECKING:
-    from .class_data import ClassData
+    from .class_data import ClassData, ClassInfo
     from .latents import LatentData
     from .shards import Processes
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Source:
     """One kind of training data.
 
-    make: (model, settings, progress, processes) -> the data set. model: the teacher's pipeline, or the SiT that is
-        trained; settings: the run's `data` section; progress: whether to show progress bars; processes: those that make
+    make: (model, settings, progress, processes) -> the data set. model: the teacher's pipeline (or `teacher.Teacher`), or
+        the SiT that is trained; settings: the run's `data` section; progress: whether to show progress bars; processes: those that make
         it together (`hybriddit.data.shards.Processes`), each of which calls this.
     count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
         that are missing or unusable. None: only `make` can tell.
+    texts: (settings) -> the prompts, or the captions of the images. None: there are none.
     job: the command that uses it, "distill" or "train".
     reads: the setting that names its files: "prompts", "folder" or "path".
     teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
@@ -36,6 +37,7 @@ class Source:
     reads: str
     teacher_made: bool = False
     trajectories: bool = False
+    texts: Callable[[Any], list[str]] | None = None
 
 
 def teacher(pipeline, settings, progress: bool, processes: Processes, states: int = 0) -> LatentData:
@@ -61,13 +63,15 @@ def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -
     """A folder of images with captions."""
     from ..models import family_of
     from .image_folder import image_folder
+    from .teacher import Teacher
 
     own = {"seed": settings.seed, "max_images": settings.max_images}
+    teacher = Teacher.of(pipeline, settings.max_sequence_length, settings.cache, processes)
     if settings.buckets is not None:
-        family, config = family_of(pipeline.transformer), pipeline.transformer.config
-        side = family.token_pixels(config, pipeline.vae_scale_factor)
+        family, config = family_of(teacher.pipeline.transformer), teacher.pipeline.transformer.config
+        side = family.token_pixels(config, teacher.pipeline.vae_scale_factor)
         own["buckets"] = bucket_sizes(settings.buckets, settings.height, settings.width, side)
-    return image_folder(pipeline, settings.folder, **own, **_common(settings, progress, processes))
+    return image_folder(teacher, settings.folder, **own, **_common(settings, progress, processes))
 
 
 def _common(settings, progress: bool, processes: Processes) -> dict[str, Any]:
@@ -90,25 +94,53 @@ def open_class_data(
     memory: read all of a cache now. says: print what of a folder is left out. Raises FileNotFoundError where there is
     no folder, and ValueError, in one line, where its images have another shape or cannot be used.
     """
+    from .class_images import read_folder
+
+    data = _open_whole(Path(path), memory)
+    if data is None:
+        return read_folder(path, shape, progress=progress, says=says)
+    _check_shape(path, data.info, shape)
+    return data
+
+
+def look_at_classes(path: str | Path, shape: tuple[int, int, int]) -> tuple[int, ClassInfo]:
+    """How many labelled images are at `path`, and what they are, without reading all of a folder's.
+
+    Takes and raises what `open_class_data` does, but for images that cannot be read.
+    """
+    from .class_data import ClassInfo
+    from .class_images import check_images, find_classes
+
+    data = _open_whole(Path(path))
+    if data is not None:
+        _check_shape(path, data.info, shape)
+        return len(data), data.info
+    found = find_classes(path)
+    check_images(path, found.paths, shape)
+    return len(found.paths), ClassInfo(tuple(shape), found.classes)
+
+
+def _open_whole(path: Path, memory: bool = False) -> ClassData | None:
+    """The set at `path`, if it is a cache or MNIST's files; None for folders of images."""
     from . import class_cache, class_images, shards
 
-    path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no folder at {str(path)!r} (data.path)")
     if (path / shards.SETTINGS).exists():
-        data = class_cache.open_cache(path, memory=memory)
-    elif any(path.glob(f"{class_images.MNIST_IMAGES}*")):
-        data = class_images.read_mnist(path)
-    else:
-        data = class_images.read_folder(path, shape, progress=progress, says=says)
-    if data.info.shape != tuple(shape):
-        what = "latents" if data.info.vae else "images"
-        here, wanted = (" x ".join(map(str, sides)) for sides in (data.info.shape, shape))
+        return class_cache.open_cache(path, memory=memory)
+    if any(path.glob(f"{class_images.MNIST_IMAGES}*")):
+        return class_images.read_mnist(path)
+    return None
+
+
+def _check_shape(path: str | Path, info: ClassInfo, shape: tuple[int, int, int]) -> None:
+    if info.shape != tuple(shape):
+        what = "latents" if info.vae else "images"
+        here, wanted = (" x ".join(map(str, sides)) for sides in (info.shape, shape))
         raise ValueError(
             f"{path} holds {what} of {here}, and the model takes {wanted}: set model.in_channels and "
             "model.sample_size, or use another data.path"
         )
-    return data
 
 
 def _count_prompted(settings) -> int:
@@ -117,26 +149,39 @@ def _count_prompted(settings) -> int:
 
 
 def _count_captioned(settings) -> int:
+    return len(_captions(settings))
+
+
+def _prompts(settings) -> list[str]:
+    return read_prompts(settings.prompts)
+
+
+def _captions(settings) -> list[str]:
     from .captions import read_captions
     from .image_folder import first_captioned
 
-    captions = first_captioned(read_captions(settings.folder).captions, settings.max_images)
-    count = sum(map(bool, captions.values()))
-    if not count:
+    captions = first_captioned(read_captions(settings.folder, settings.seed).captions, settings.max_images)
+    found = [caption for caption in captions.values() if caption]
+    if not found:
         raise ValueError(f"none of the {len(captions)} images in {settings.folder} has a caption")
-    return count
+    return found
 
 
 SOURCES = {
-    "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True),
-    "folder": Source(captioned_folder, _count_captioned, "distill", "folder"),
-    "trajectories": Source(trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True),
+    "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True, texts=_prompts),
+    "folder": Source(captioned_folder, _count_captioned, "distill", "folder", texts=_captions),
+    "trajectories": Source(
+        trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True, texts=_prompts
+    ),
     "classes": Source(labelled_images, None, "train", "path"),
 }
 
 
 def make_data(pipeline, settings, *, progress: bool = True, processes: Processes | None = None) -> LatentData:
-    """Make the set that a distillation's `data` section asks for, with the teacher's pipeline, by all `processes`."""
+    """Make the set that a distillation's `data` section asks for, by all `processes`.
+
+    pipeline: the teacher's, or a `teacher.Teacher`.
+    """
     from .shards import ALONE
 
     return SOURCES[settings.source].make(pipeline, settings, progress, processes or ALONE)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ..models import family_of
-from .latents import LatentData, LatentInfo, Place, build_latents, encode_prompts, find_place
+from .latents import LatentData, LatentInfo, Place, build_latents, find_place
 from .prompts import read_prompts
-from .shards import ALONE, Processes, missing_rows, shard_rows
+from .shards import ALONE, Processes, missing_rows, read_settings, shard_rows
+from .teacher import Teacher
 
 
 def teacher_images(
@@ -33,11 +34,13 @@ def teacher_images(
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> LatentData:
-    """Make images from prompts with the teacher; returns their latents with the prompts' embeddings.
+    """Make images from prompts with the teacher's pipeline; returns their latents with the prompts' embeddings.
 
     Image i has prompt number i modulo the number of prompts, and noise from a generator seeded with seed + i, whatever
     the batch size. A transformer that is converted already runs as the dense teacher.
 
+    pipeline: or a `teacher.Teacher`, whose text encoders are loaded apart; then `processes` and the rest of what it has
+        are its own.
     prompts: a list, or a file, see `read_prompts`.
     states: how many of the transformer's inputs to keep while each image is sampled, with their times, evenly spaced
         from the first step on: the set then holds trajectories from noise to the teacher's images. 0 keeps none.
@@ -51,31 +54,35 @@ def teacher_images(
     if not 0 <= states <= steps:
         raise ValueError(f"data.states must be in [1, data.steps = {steps}], got {states}")
     prompts = read_prompts(prompts, says=processes.rank == 0)
+    teacher = Teacher.of(pipeline, max_sequence_length, cache, processes)
     info = LatentInfo(height, width, steps, guidance_scale, max_sequence_length, seed, states=states)
+    if not cache or read_settings(Path(cache)) is None:  # a new set: what it lacks is known without the transformer
+        teacher.encode(["", *prompts[:images]], batch_size, progress)
 
-    def make_batch(rows: range, empty: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        text = encode_prompts(pipeline, [prompts[i % len(prompts)] for i in rows], max_sequence_length)
-        with captured_inputs(pipeline, len(rows)) if states else nullcontext() as inputs:
-            latents = sample(pipeline, text, empty, info, [seed + i for i in rows], output_type="latent")
+    def make_batch(
+        rows: range, text: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        with captured_inputs(teacher.pipeline, len(rows)) if states else nullcontext() as inputs:
+            latents = sample(teacher.pipeline, text, empty, info, [seed + i for i in rows], output_type="latent")
         kept = {}
         if states:
             chosen = [inputs[round(k * (len(inputs) - 1) / max(states - 1, 1))] for k in range(states)]
             kept = {"states": torch.stack([x for x, _ in chosen], 1), "times": torch.stack([t for _, t in chosen], 1)}
-        return {"latents": latents, **kept, **text}
+        return {"latents": latents, **kept}
 
-    place = find_place(pipeline, cache, asdict(info), ("transformer", "scheduler"), says=processes.rank == 0)
+    place = find_place(teacher, cache, asdict(info), ("transformer", "scheduler"), says=processes.rank == 0)
     return build_latents(
-        pipeline,
+        teacher,
         info,
         make_batch,
         place,
         wanted=range(images),
+        prompts={i: prompts[i % len(prompts)] for i in range(images)},
         rows=check_prompts(place, prompts, images),
         content=[prompts[i % len(prompts)] for i in range(images)],
         batch_size=batch_size,
         desc="teacher images",
         progress=progress,
-        processes=processes,
     )
 
 
@@ -136,7 +143,7 @@ def sample(
     empty: the empty prompt's tensors, one row each. output_type: "pil", or "latent" for latents as the transformer
     takes them.
     """
-    device = pipeline.transformer.device
+    device = pipeline._execution_device  # its weights may be offloaded
     text, empty = ({name: value.to(device) for name, value in tensors.items()} for tensors in (text, empty))
     arguments = family_of(pipeline.transformer).sampling_arguments(text, empty, len(seeds))
     return pipeline(

@@ -54,7 +54,9 @@ class Cascade:
 
     def padded(self, number: int) -> tuple[int, int]:
         """(width, height) in pixels of what the model makes for a stage, before it is cropped."""
-        return tuple(-(-side // self.unit) * self.unit for side in self.stages[number].size)
+        from ..pipelines.cascade import padded_size
+
+        return padded_size(self.stages[number].size, self.unit)
 
     def positions_of(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Within it the model sees the positions of a stage."""
@@ -149,7 +151,17 @@ def plan_cascade(
     unit = family.token_pixels(model.config, pipeline.vae_scale_factor)
     own = first_size(size, native_size(pipeline), unit)
     own = tuple(given or usual for given, usual in zip(first, own, strict=True))
-    sizes = stage_sizes(size, image.size if image else own, unit, scale=scale)
+    for name, side in zip(("width", "height"), first, strict=True):
+        if side is not None and (side < 1 or side % unit):
+            raise ValueError(f"{name} {side} of the first stage is no multiple of {unit}, which this model needs")
+    start = image.size if image else own
+    if any(first) or image:
+        stretch = size[0] * start[1] / (size[1] * start[0])
+        if not 0.95 < stretch < 1.05:
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels are of another shape than {start[0]} x {start[1]}, which would be stretched"
+            )
+    sizes = stage_sizes(size, start, unit, scale=scale)
     if image is None:
         sizes.insert(0, own)
         if len(sizes) == 1:

@@ -142,6 +142,8 @@ def run(
                 raise ValueError(f"{name} has no meaning for an image in stages")
         if stages.enlarge is not None:
             enlarged = open_image(stages.enlarge)
+            if any(path.exists() and path.samefile(stages.enlarge) for path in paths):
+                raise ValueError(f"{out} is the image that is enlarged: give another --out")
             source |= {
                 "enlarged": str(stages.enlarge),
                 "enlarged_sha256": hashlib.sha256(enlarged.tobytes()).hexdigest(),

@@ -23,6 +23,7 @@ from ..attention import TokenLayout
 from .recipe import Recipe, flow_noise
 
 TASKS = ("text-to-image", "image-to-image", "inpainting")
+T5_XXL = 4_762_310_656  # parameters of its encoder, version 1.1
 # with these settings diffusers' schedulers take the sigmas that they are given
 _AS_GIVEN = {
     "shift": 1.0,
@@ -42,11 +43,13 @@ class Published:
     arguments: the arguments of the transformer's class that differ from its defaults.
     shape: its name in `hybriddit benchmark`; None: the benchmark does not have it.
     vae_scale_factor: pixels per latent, along each axis.
+    text_parameters: of the text encoders together; None: not known.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     shape: str | None = None
     vae_scale_factor: int = 8
+    text_parameters: int | None = None
 
 
 class Processors(NamedTuple):
@@ -273,7 +276,9 @@ class Family(ABC):
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """Encode prompts: tensors with one row per prompt, named like the arguments of the pipeline's call.
 
-        A cache keeps these tensors; "prompt_embeds" is among them. length: max_sequence_length, or nothing for the
+        A cache keeps these tensors; "prompt_embeds" is among them. pipeline: it may have no VAE, and of
+        its transformer only `config` and `dtype`, as these are not loaded together with the text encoders; so its class
+        has to load without them. length: max_sequence_length, or nothing for the
         pipeline's default.
         """
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..attention import TokenLayout
-from .family import Family, Processors, Published
+from .family import T5_XXL, Family, Processors, Published
 from .hybrid_model import hybrid_class
 from .positions import rotary_tables
 from .processing import check_call, far_inputs, project
@@ -105,6 +105,7 @@ def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
 
 
 HybridFluxTransformer2DModel = hybrid_class(FluxTransformer2DModel)
+TEXT = T5_XXL + 123_060_480  # with CLIP's L
 
 
 class Flux(Family):
@@ -136,8 +137,8 @@ class Flux(Family):
         "flux_schnell": Recipe(few_steps, 0.0, 1.0, 0.5, 0.0),
     }
     published = {
-        "black-forest-labs/FLUX.1-dev": Published({"guidance_embeds": True}, shape="flux"),
-        "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}),
+        "black-forest-labs/FLUX.1-dev": Published({"guidance_embeds": True}, "flux", text_parameters=TEXT),
+        "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}, text_parameters=TEXT),
     }
 
     def __init__(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from ..attention.rates import Rates
 from ..attention.work import Work
 from .family import family_of, is_hybrid
+from .positions import scaled_positions, scaling_of
 from .strips import shown_strips
 
 
@@ -40,7 +41,7 @@ def forward_peak(
     What libraries take inside their kernels is not seen. Only one block of each kind is run, and two of its strips.
     """
     small, inputs, _ = _small_call(model, grid, text)
-    with contextlib.nullcontext() if rows is None else shown_strips(small, rows, most=2):
+    with _as_called(model, small, rows, most=2):
         return _watched(_Held, small, inputs, device, dtype).peak
 
 
@@ -73,8 +74,19 @@ def forward_cost(
 ) -> Cost:
     """The cost of the pass whose peak `forward_peak` finds."""
     small, inputs, blocks = _small_call(model, grid, text)
-    with contextlib.nullcontext() if rows is None else shown_strips(small, rows):
+    with _as_called(model, small, rows):
         return _watched(lambda *held: _Worked(rates, blocks), small, inputs, device, dtype).cost
+
+
+@contextlib.contextmanager
+def _as_called(model: nn.Module, small: nn.Module, rows: int | None, most: int | None = None) -> Iterator[None]:
+    """Let a model's twin run in strips, and with its positions where those are scaled."""
+    with contextlib.ExitStack() as within:
+        if scaling := scaling_of(model):
+            within.enter_context(scaled_positions(small, *scaling))
+        if rows is not None:
+            within.enter_context(shown_strips(small, rows, most))
+        yield
 
 
 def _small_call(
@@ -94,9 +106,16 @@ def _small_call(
     return small, {**inputs, "return_dict": False}, blocks
 
 
-def decoder_peak(vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype) -> int:
-    """`forward_peak` of a VAE's decoder, for one image of so many (rows, columns) of latents."""
-    return _watched(_Held, vae.decoder, _decoder_call(vae, latents), device, dtype).peak
+def decoder_peak(
+    vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype, images: int = 1
+) -> int:
+    """`forward_peak` of a VAE's decoder, for images of so many (rows, columns) of latents."""
+    return module_peak(vae.decoder, _decoder_call(vae, latents, images), device, dtype)
+
+
+def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
+    """The same of a module on any device, for these arguments of forward. dtype: of weights and floating arguments."""
+    return _watched(_Held, module, arguments, device, dtype).peak
 
 
 def decoder_cost(
@@ -106,8 +125,8 @@ def decoder_cost(
     return _watched(lambda *held: _Worked(rates, {}), vae.decoder, _decoder_call(vae, latents), device, dtype).cost
 
 
-def _decoder_call(vae: nn.Module, latents: tuple[int, int]) -> dict[str, Any]:
-    return {"sample": torch.zeros(()).expand(1, vae.config.latent_channels, *latents)}
+def _decoder_call(vae: nn.Module, latents: tuple[int, int], images: int = 1) -> dict[str, Any]:
+    return {"sample": torch.zeros(()).expand(images, vae.config.latent_channels, *latents)}
 
 
 def _watched(
@@ -134,7 +153,9 @@ def _watched(
         name: empty(tensor, torch.float32 if _is_gate(name) else dtype)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
-    arguments = {name: empty(value) for name, value in arguments.items()}
+    for name, value in arguments.items():  # whole numbers, such as labels, are looked at where they can be
+        looked_at = isinstance(value, torch.Tensor) and not value.is_floating_point() and not absent
+        arguments = {**arguments, name: value.to(device) if looked_at else empty(value)}
     with torch.no_grad(), fake if absent else contextlib.nullcontext():
         functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
         with watcher(weights.values(), arguments.values()) as seen:

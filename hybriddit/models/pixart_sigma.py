@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed_from_grid
 
 from ..attention import TokenLayout
-from .family import Family, Processors, Published, check_latents_scale
+from .family import T5_XXL, Family, Processors, Published, check_latents_scale
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
 from .recipe import Recipe, ddpm_noise, uniform_steps
@@ -112,9 +112,11 @@ class PixArtSigma(Family):
     middle_time = 500
     recipes = {"pixart_sigma": Recipe(uniform_steps, 1.0, 0.5, 0.5, 0.1)}
     published = {
-        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": Published({**XL, "sample_size": 64, "interpolation_scale": 1}),
+        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": Published(
+            {**XL, "sample_size": 64, "interpolation_scale": 1}, text_parameters=T5_XXL
+        ),
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": Published(
-            {**XL, "sample_size": 128, "interpolation_scale": 2}, shape="pixart-sigma"
+            {**XL, "sample_size": 128, "interpolation_scale": 2}, "pixart-sigma", text_parameters=T5_XXL
         ),
     }
 

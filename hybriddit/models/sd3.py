@@ -19,7 +19,7 @@ from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
 from ..attention import TokenLayout
-from .family import Family, Processors, Published
+from .family import T5_XXL, Family, Processors, Published
 from .hybrid_model import hybrid_class
 from .positions import stretched_rows
 from .processing import check_call, far_inputs, norm, project
@@ -102,6 +102,7 @@ HybridSD3Transformer2DModel = hybrid_class(SD3Transformer2DModel, _repeated_bloc
 
 COMMON = {"sample_size": 128, "in_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096}
 MEDIUM = {**COMMON, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+TEXT = T5_XXL + 123_650_304 + 694_659_840  # with CLIP's L and bigG
 LARGE = {**COMMON, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
 
 
@@ -128,7 +129,9 @@ class StableDiffusion3(Family):
     scheduler = FlowMatchEulerDiscreteScheduler
     recipes = {"sd3": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
-        "stabilityai/stable-diffusion-3-medium-diffusers": Published({**MEDIUM, "pos_embed_max_size": 192}, "sd3"),
+        "stabilityai/stable-diffusion-3-medium-diffusers": Published(
+            {**MEDIUM, "pos_embed_max_size": 192}, "sd3", text_parameters=TEXT
+        ),
         "stabilityai/stable-diffusion-3.5-medium": Published(
             {
                 **MEDIUM,
@@ -137,9 +140,10 @@ class StableDiffusion3(Family):
                 "qk_norm": "rms_norm",
             },
             "sd3.5-medium",
+            text_parameters=TEXT,
         ),
         "stabilityai/stable-diffusion-3.5-large": Published(
-            {**LARGE, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}, "sd3.5-large"
+            {**LARGE, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}, "sd3.5-large", text_parameters=TEXT
         ),
     }
 

@@ -78,10 +78,10 @@ def stage_sizes(
     """(width, height) of each stage behind the first one, in pixels; the last is what is asked for.
 
     first: size of the first stage. scale: how much larger a stage is at most, along each side, 2 or so. Sizes but the last
-    are multiples of unit. Empty where the first stage is large enough. Raises ValueError for a scale of 1 or less.
+    are multiples of unit. Empty where the first stage is large enough. Raises ValueError for a scale below 1.2.
     """
-    if not 1 < scale < math.inf:
-        raise ValueError(f"a stage is more than 1 times as large as the one before, not {scale}")
+    if not 1.2 <= scale < math.inf:
+        raise ValueError(f"a stage is at least 1.2 times as large as the one before, not {scale}")
     ratio = max(size[0] / first[0], size[1] / first[1])
     if ratio <= 1:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,10 +81,32 @@ class Base:
         """The config of a pipeline that is hybrid already; None for a dense one."""
         if not self.is_hybrid:
             return None
-        path = Path(self.folder, "transformer", "config.json")
+        return HybridConfig.from_saved(self.read_part("transformer").get("hybrid_config") or {})
+
+    def read_part(self, name: str, file: str = "config.json") -> dict[str, Any]:
+        """What a component's JSON file holds. Raises FileNotFoundError where the folder does not have it."""
+        path = Path(self.folder, name, file)
         if not Path(self.folder).is_dir():
-            path = Path(hf_hub_download(self.folder, "transformer/config.json"))
-        return HybridConfig.from_saved(read_json(path).get("hybrid_config") or {})
+            path = Path(hf_hub_download(self.folder, f"{name}/{file}"))
+        elif not path.is_file():
+            raise FileNotFoundError(f"no {path}: the pipeline folder is not whole")
+        return read_json(path)
+
+    def shapes(self) -> tuple[torch.nn.Module, int]:
+        """The transformer on the meta device, without weights, and the pixels per latent.
+
+        Raises ValueError for a transformer of no family, and where its config is damaged.
+        """
+        family, values = _family(self), self.read_part("transformer")
+        made = family.hybrid_class if self.is_hybrid else family.dense_class
+        pixels = 8  # what diffusers' pipelines go by without a VAE
+        if component_classes(self.index).get("vae"):
+            pixels = family.latent_pixels(self.read_part("vae"))
+        try:
+            with torch.device("meta"):
+                return made.from_config(values), pixels
+        except DAMAGE as error:
+            raise ValueError(f"the pipeline at {self.path!r} does not load: its transformer: {error}") from error
 
 
 def find_base(path: str, *, variant: str | None = None, config: str | None = None) -> Base:
@@ -120,8 +142,10 @@ def find_base(path: str, *, variant: str | None = None, config: str | None = Non
     return base
 
 
-def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> DiffusionPipeline:
-    """Load what `find_base` found. dtype: None keeps each component's, as it is stored.
+def load_base(
+    base: Base, dtype: torch.dtype | None = torch.float32, *, without: Collection[str] = ()
+) -> DiffusionPipeline:
+    """Load what `find_base` found. dtype: None keeps each component's, as it is stored. without: components to leave out.
 
     Raises ValueError, in one line, where it does not load.
     """
@@ -129,7 +153,7 @@ def load_base(base: Base, dtype: torch.dtype | None = torch.float32) -> Diffusio
     made = base.pipeline_class
     # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
     absent = {name for name, kind in component_classes(base.index).items() if kind is None}
-    absent |= {name for name in OPTIONAL if name not in base.index}
+    absent |= {name for name in OPTIONAL if name not in base.index} | set(without)
     parts = {name: None for name in inspect.signature(made.__init__).parameters if name in absent}
     options = {"use_safetensors": True, "variant": base.variant}
     try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..data.latents import LatentData
 from ..data.prompts import few_prompts, read_prompts
 from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
+from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
@@ -32,7 +34,8 @@ from ..models.family import family_of_class, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
-from ..pipelines.loading import check_parts, find_base, load_base, quiet, text_to_image
+from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, text_to_image
+from ..pipelines.prepare import place
 from ..stored import component_classes
 from .batches import bucket_turn, epoch_order, step_generator, step_of_turn
 from .checkpoint import checkpoints, gather, read_state
@@ -61,41 +64,61 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         reads_images = not SOURCES[config.data.source].teacher_made
         check_parts(base.pipeline_class, components, ("scheduler", "vae") if reads_images else ("scheduler",))
     config = with_hybrid_of(config, base.hybrid_config())
-    settings = resume_settings(config)
-    known = {name: value for name, value in settings.items() if name not in OF_RECIPE}  # those are known with the model
-    accelerator = start_run(config, "adapter", known, resume=resume)
-    if accelerator.num_processes > 1 and not config.data.cache:
+    # errors are found on shapes, before anything is loaded and before the images are made, which may take days
+    source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
+    images = (source.teacher_made, source.trajectories)
+    planned_grids(config, model, vae_scale_factor)
+    usual, settings = recipe_settings(config, model, *images), resume_settings(with_recipe(config, model, *images))
+    with torch.device("meta"):
+        make_student(model, config)
+    accelerator = start_run(config, "adapter", settings, usual, resume=resume)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    if processes.count > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
+    if config.data.offload and accelerator.device.type == "cpu":
+        raise ValueError(
+            f"data.offload={config.data.offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    few = SOURCES[config.data.source].reads == "prompts" and few_prompts(
-        len(read_prompts(config.data.prompts)), config.data.images
-    )
+    few = source.reads == "prompts" and few_prompts(len(read_prompts(config.data.prompts)), config.data.images)
     for note in (base.note, few):
         if note and accelerator.is_main_process:
             print(f"note: {note}", file=sys.stderr)
-    pipeline = load_base(base, dtype).to(accelerator.device)
-    # find errors before the images are made, which may take days
-    source, transformer = SOURCES[config.data.source], pipeline.transformer
-    images = (source.teacher_made, source.trajectories)
-    complete = with_recipe(config, transformer, *images)
-    planned_grids(config, transformer, pipeline.vae_scale_factor)
-    make_student(transformer, config)
+    teacher = load_teacher(base, config, accelerator.device, processes)
     if resume:
-        folder = Path(config.output.folder) / "checkpoints"
-        settings = {**resume_settings(complete), "model.weights": weights_digest(transformer)}
-        read_state(checkpoints(folder)[-1], settings, recipe_settings(config, transformer, *images))
-    data = make_data(
-        pipeline,
-        config.data,
-        progress=config.train.progress and accelerator.is_main_process,
-        processes=Processes(accelerator.process_index, accelerator.num_processes),
-    )
-    for name in list(pipeline.components):  # prompts are encoded: free the encoders' memory
-        if name.startswith("text_encoder"):
-            setattr(pipeline, name, None)
-    return distill(pipeline, data, config, resume=resume)
+        settings = {**settings, "model.weights": teacher.describe(["transformer"])["transformer"]["weights"]}
+        read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
+    progress = config.train.progress and accelerator.is_main_process
+    data = make_data(teacher, config.data, progress=progress, processes=processes)
+    digest = teacher.describe(["transformer"])["transformer"]["weights"]
+    if config.data.offload:  # to train, its weights stay on the device
+        teacher.free()
+        teacher = load_teacher(
+            base, replace(config, data=replace(config.data, offload=None)), accelerator.device, processes
+        )
+    return distill(teacher.pipeline, data, config, resume=resume, digest=digest)
+
+
+def load_teacher(base: Base, config: DistillConfig, device: torch.device, processes: Processes) -> Teacher:
+    """The teacher, on a device or as `data.offload` says. It is loaded when it is needed, its text encoders apart."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    encoders = encoder_names(component_classes(base.index))
+
+    def load(*without: str) -> Any:
+        pipeline = load_base(base, dtype, without=without)
+        place(pipeline, device, config.data.offload)
+        return pipeline
+
+    def load_encoders() -> Any:
+        pipeline = load("transformer", "vae")
+        # all that pipelines read of it to encode prompts, such as SD3's without T5
+        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
+        return pipeline
+
+    family, data = family_of_class(base.transformer_class), config.data
+    texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
+    return Teacher(lambda: load(*encoders), texts)
 
 
 def check_settings(config: DistillConfig) -> None:
@@ -125,7 +148,9 @@ def with_hybrid_of(config: DistillConfig, own: HybridConfig | None) -> DistillCo
     return replace(config, hybrid=own)
 
 
-def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False) -> nn.Module:
+def distill(
+    pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False, digest: str | None = None
+) -> nn.Module:
     """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
 
     The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the
@@ -139,6 +164,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
 
     Several processes of `accelerate launch`, with DDP or FSDP2 (--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy
     TRANSFORMER_BASED_WRAP), give the same result as one, up to rounding, and can resume each other's checkpoints.
+
+    digest: the transformer's `models.identity.weights_digest`; None: it is computed.
 
     Returns the transformer with the averaged weights; with FSDP it stays sharded, with trained weights in fp32. Raises
     ValueError for settings that cannot work, and FloatingPointError, naming the step, when the loss stops being finite;
@@ -165,7 +192,8 @@ def distill(pipeline, data: LatentData, config: DistillConfig, *, resume: bool =
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
-    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grids, usual)
+    digest = weights_digest(base) if digest is None else digest
+    job = Distillation(pipeline, data, config, accelerator, recipe, weights, dropout, grids, usual, digest)
     if accelerator.is_main_process:
         for note in bucket_notes([len(rows) for rows in data.buckets.values()], config):
             say(note)
@@ -205,11 +233,12 @@ class Distillation(Job):
         dropout: float,
         grids: dict[Size, Grid],
         usual: dict[str, Any],
+        digest: str,
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grids = recipe, weights, dropout, grids
         self.model = pipeline.transformer
-        content = {"model.weights": weights_digest(self.model), "data.content": data.content}
+        content = {"model.weights": digest, "data.content": data.content}
         self.settings, self.usual = {**resume_settings(config), **content}, usual
         self.family, self.dtype = family_of(self.model), self.model.dtype
         name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
@@ -517,10 +546,11 @@ def resume_settings(config: DistillConfig) -> dict:
     """The settings that must not change when a run is resumed.
 
     Left out are those that its kind of data does not use, and those that change no sample: where the cache is, how many
-    images are made at a time, and the accumulation steps.
+    images are made at a time and where the weights are then, and the accumulation steps.
     """
     values, source = to_dict(config), SOURCES[config.data.source]
-    unused = {"cache", "batch_size", *(("prompts", "images", "seed") if source.reads == "folder" else ("folder",))}
+    others = ("prompts", "images", "seed") if source.reads == "folder" else ("folder",)
+    unused = {"cache", "batch_size", "offload", *others}
     if not source.trajectories:
         unused.add("states")
     values["data"] = {name: value for name, value in values["data"].items() if name not in unused}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+import transformers
+from diffusers import AutoencoderKL
 from torch import nn
 
 from ..config import HybridConfig
 from ..data.buckets import describe_buckets
 from ..data.image_folder import count_buckets
-from ..data.prompts import few_prompts, read_prompts
+from ..data.prompts import few_prompts
 from ..data.sources import SOURCES
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
-from ..models.family import family_of_class, find_published
+from ..models.family import find_published
+from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..pipelines.loading import Base, refuse_sit, text_to_image
+from ..stored import component_classes
 from .distill import (
     bucket_notes,
     check_settings,
@@ -26,12 +31,44 @@ from .distill import (
     recipe_for,
     with_hybrid_of,
 )
+from .estimates import (
+    THROUGHPUT,
+    TRAINED,
+    Rows,
+    assumption_row,
+    checkpoint_bytes,
+    duration,
+    hours,
+    memory_rows,
+    number,
+    on_several,
+    several_rows,
+    si,
+    table,
+)
 from .run_config import DistillConfig
 from .step_cost import mean_step_cost
 
-# all estimated times assume that a step reaches this share of an H100's dense bf16 peak
-H100_PEAK = 989e12
-ASSUMED_SHARE = 0.4
+# of the VAEs of the published models
+VAE_BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2} | {
+    f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pipeline as far as its shapes tell it, on the meta device.
+
+    transformer: dense, or hybrid as it was saved. vae: None where there is none, or one of another class than
+    AutoencoderKL. vae_scale_factor: pixels per latent. tokenizer_length: the first tokenizer's maximum, in tokens.
+    text_parameters: of the text encoders together; None where that is not known.
+    """
+
+    transformer: nn.Module
+    vae: nn.Module | None
+    vae_scale_factor: int
+    tokenizer_length: int
+    text_parameters: int | None
 
 
 def dry_run(config: DistillConfig) -> dict:
@@ -41,20 +78,24 @@ def dry_run(config: DistillConfig) -> dict:
     lists, without weights or network. One training step of `train.batch_size / train.accumulation` images then runs on
     fake tensors, which have shapes and no data: torch counts its FLOPs, and its activations are what autograd keeps.
 
-    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. With buckets, of which the
+    Bytes are for one GPU that does the whole batch; FLOPs count two per multiply-add. What one pass holds besides the
+    weights, while images are made or sample grids drawn, is counted on fake tensors too. With buckets, of which the
     images' headers tell the numbers, "tokens" and bytes are the largest's, and FLOPs those of the mean image. Raises
     what a real run would raise before it loads weights, and ValueError for a repository that no family lists.
     """
     check_settings(config)
-    model, vae_scale_factor, tokenizer_length = plan_model(config.model.config or config.model.path)
+    plan = plan_model(config.model.config or config.model.path)
+    model = plan.transformer
     config = with_hybrid_of(config, HybridConfig.from_saved(model.config.hybrid_config) if is_hybrid(model) else None)
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss = loss_in_force(recipe, config, source.teacher_made, source.trajectories)
-    grids = planned_grids(config, model, vae_scale_factor)
+    grids = planned_grids(config, model, plan.vae_scale_factor)
+    with torch.device("meta"):
+        dense = family.dense_class.from_config({k: v for k, v in model.config.items() if k != "hybrid_config"})
     with torch.device("meta"):
         trained = make_student(model, config)
-    text_length = family.text_length(config.data.max_sequence_length, tokenizer_length)
+    text_length = family.text_length(config.data.max_sequence_length, plan.tokenizer_length)
 
     train, data = config.train, config.data
     count = train.batch_size // train.accumulation
@@ -64,7 +105,10 @@ def dry_run(config: DistillConfig) -> dict:
         dtype = torch.bfloat16 if bf16 else torch.float32
         return torch.zeros((), dtype=dtype).expand(shape)  # one element in memory
 
-    text = family.example_text(model.config, count, text_length, values)
+    def text_of(prompts: int) -> dict[str, torch.Tensor]:
+        return family.example_text(model.config, prompts, text_length, values)
+
+    text = text_of(count)
     images = source.count(data)
     buckets = {size: images for size in grids}
     if data.buckets is not None:
@@ -84,22 +128,51 @@ def dry_run(config: DistillConfig) -> dict:
     activations = {"with_checkpointing": largest["checkpointed"], "without_checkpointing": largest["kept"]}
     memory = {
         "frozen": frozen * element,
-        "trained": added * 4 * 5,  # fp32: the weights, their gradients, Adam's two moments and the average
+        "trained": added * TRAINED,
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
+    }
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    where = {"device": torch.device("cpu"), "dtype": dtype}
+    vae = 0 if plan.vae is None else sum(p.numel() for p in plan.vae.parameters()) * element
+    own = data.height // plan.vae_scale_factor, data.width // plan.vae_scale_factor
+    own_grid = tuple(side // family.latents_per_token(model.config) for side in own)
+
+    def drawn(model: nn.Module, images: int, decoded: int) -> int:
+        """The bytes that sampling so many images at a time takes besides the weights. decoded: those the VAE decodes."""
+        passed = forward_peak(model, own_grid, text_of(images * (2 if guided else 1)), **where)
+        if not decoded or plan.vae is None:
+            return passed
+        return max(passed, decoder_peak(plan.vae, own, images=decoded, **where))
+
+    if source.teacher_made:
+        making = drawn(dense, data.batch_size, 0)
+    else:
+        size = max(buckets, key=prod)
+        pixels = torch.zeros(()).expand(data.batch_size, 3, *size)
+        making = None if plan.vae is None else module_peak(plan.vae.encoder, {"sample": pixels}, **where)
+    at_once = max(config.output.samples if config.output.sample_every else 0, _measured_at_once(config))
+    sampling = max(drawn(made, at_once, at_once) for made in (dense, model)) if at_once else None
+    stages = {
+        "prompts": None if plan.text_parameters is None else plan.text_parameters * element,
+        "images": None if making is None else memory["frozen"] + vae + making,
+        "training": sum(memory.values()),
+        "samples": None if sampling is None else memory["frozen"] + memory["trained"] + vae + sampling,
     }
     of_text = sum(tensor[0].numel() * tensor.element_size() for tensor in text.values())
     times = 1 + (data.states if source.trajectories else 0)
 
     def row(grid: tuple[int, int]) -> int:
-        return of_text + prod(family.latents_shape(model.config, grid)) * element * times
+        return prod(family.latents_shape(model.config, grid)) * element * times
 
+    texts = source.texts(data)
+    different = len(dict.fromkeys(texts[:images])) + 1  # and the empty one
+    of_images = sum(number * row(grid) for grid, number in by_grid.items())
     disk = {
-        "cache": sum(number * row(grid) for grid, number in by_grid.items()) if data.cache else 0,
-        # the weights, their average and Adam's moments, the adapter; one more while it is written
-        "checkpoints": (config.output.keep + 1) * added * 4 * 5 if config.output.checkpoint_every else 0,
+        "cache": different * of_text + of_images if data.cache else 0,
+        "checkpoints": checkpoint_bytes(memory["trained"], config.output),  # with an adapter in place of the gradients
     }
-    prompts = len(read_prompts(data.prompts)) if source.reads == "prompts" else None
-    throughput = H100_PEAK * ASSUMED_SHARE
+    prompts = len(texts) if source.reads == "prompts" else None
     return {
         "estimate": True,
         "model": config.model.path,
@@ -119,16 +192,18 @@ def dry_run(config: DistillConfig) -> dict:
         "gradient_checkpointing": train.gradient_checkpointing,
         "precision": train.precision,
         "memory_bytes": {**memory, "total": sum(memory.values())},
+        "stage_bytes": stages,
+        "at_once": {"images": data.batch_size, "samples": at_once},
+        "offload": data.offload,
+        "vae_counted": plan.vae is not None,
+        "several": on_several(config, model, element, **memory),
         "activation_bytes": activations,
         "disk_bytes": disk,
         "prompts": prompts,
         "epochs": train.steps * train.batch_size / images,
         "loss": {"task": loss.task, "output": loss.output, "layer": loss.layer, "prompt_dropout": loss.prompt_dropout},
-        "assumed_flops_per_second": throughput,
-        "hours": {
-            "data": image_flops / throughput / 3600,
-            "training": train.steps * step_flops / throughput / 3600,
-        },
+        "assumed_flops_per_second": THROUGHPUT,
+        "hours": {"data": hours(image_flops), "training": hours(train.steps * step_flops)},
         "steps": train.steps,
         "images": images,
         "batch_size": train.batch_size,
@@ -137,15 +212,10 @@ def dry_run(config: DistillConfig) -> dict:
 
 def report(figures: dict) -> str:
     """Format `dry_run`'s figures for a terminal."""
-    attention, forward, memory = (figures[key] for key in ("attention_flops", "forward_flops", "memory_bytes"))
-    tokens, hours, activations = figures["tokens"], figures["hours"], figures["activation_bytes"]
+    attention, forward = figures["attention_flops"], figures["forward_flops"]
+    tokens, took = figures["tokens"], figures["hours"]
     share = figures["trained_parameters"] / figures["parameters"]
-    if figures["gradient_checkpointing"]:
-        how, other = "with gradient checkpointing", f"without it {_si(activations['without_checkpointing'], 'B')}"
-        again = ", and the student's forward again for gradient checkpointing"
-    else:
-        how, other = "without gradient checkpointing", f"with it {_si(activations['with_checkpointing'], 'B')}"
-        again = ""
+    again = ", and the student's forward again for gradient checkpointing" if figures["gradient_checkpointing"] else ""
     dearer = forward["student"] > forward["teacher"]
     loss = ", ".join(f"{name} {value:g}" for name, value in figures["loss"].items())
     of_prompts = "" if figures["prompts"] is None else f" of {figures['prompts']:,} prompts"
@@ -156,41 +226,80 @@ def report(figures: dict) -> str:
         ("trained", f"{figures['trained_parameters']:,} parameters, {share:.2%} of the model's"),
         ("tokens", f"{tokens['grid'][0]} x {tokens['grid'][1]} of the image, {tokens['text']} of the text"),
         *_bucket_rows(figures),
-        ("attention", f"{_si(attention['dense'], 'FLOP')} dense, {_si(attention['hybrid'], 'FLOP')} hybrid"),
+        ("attention", f"{si(attention['dense'], 'FLOP')} dense, {si(attention['hybrid'], 'FLOP')} hybrid"),
         ("", "one forward pass of one image; projections apart"),
         (
             "forward",
-            f"{_si(forward['teacher'], 'FLOP')} teacher, {_si(forward['student'], 'FLOP')} student, of one image",
+            f"{si(forward['teacher'], 'FLOP')} teacher, {si(forward['student'], 'FLOP')} student, of one image",
         ),
         ("", "as PyTorch counts it, windows as tiles compute them"),
         *([("", "MORE than the teacher's: at this size a smaller hybrid.window would pay")] if dearer else []),
-        ("images", f"{figures['images']:,}{of_prompts}; the steps see each {figures['epochs']:.3g} times"),
+        ("images", f"{figures['images']:,}{of_prompts}; the steps see each {number(figures['epochs'])} times"),
         *([("", few)] if few else []),
         ("losses", loss),
-        ("step", f"{_si(figures['step_flops'], 'FLOP')} for {figures['batch_size']} images"),
+        ("step", f"{si(figures['step_flops'], 'FLOP')} for {figures['batch_size']} images"),
         ("", f"teacher's forward, student's forward and backward{again}"),
-        ("memory", f"{_si(memory['total'], 'B')} on one GPU that does the whole batch:"),
-        ("", f"{_si(memory['frozen'], 'B')} frozen weights"),
-        ("", f"{_si(memory['trained'], 'B')} trained weights, their gradients, Adam's moments and average, in fp32"),
-        ("", f"{_si(memory['activations'], 'B')} activations: what autograd keeps and the losses compare,"),
-        ("", f"{figures['images_per_pass']} images at a time, {how} ({other})"),
-        ("", "not in it: VAE, text encoders (while images are made), layer norms that a GPU's autocast keeps in fp32,"),
-        ("", "gradients in flight, the kernels' workspaces, what the allocator wastes"),
-        (
-            "disk",
-            f"{_si(figures['disk_bytes']['cache'], 'B')} in data.cache, "
-            f"{_si(figures['disk_bytes']['checkpoints'], 'B')} of checkpoints",
-        ),
-        ("time", f"{_duration(hours['data'])} of the transformer for {figures['images']:,} images"),
-        ("", f"{_duration(hours['training'])} for {figures['steps']:,} steps"),
+        *memory_rows(figures["stage_bytes"], _stage_words(figures)),
         (
             "",
-            f"one GPU, assumed to do {_si(figures['assumed_flops_per_second'], 'FLOP')}/s: {ASSUMED_SHARE:.0%} of an "
-            f"H100's dense bf16 peak ({_si(H100_PEAK, 'FLOP')}/s)",
+            "not in it: layer norms that a GPU's autocast keeps in fp32, gradients in flight, the kernels' workspaces,",
         ),
+        ("", f"what the allocator wastes{_not_counted(figures)}"),
+        *several_rows(figures["several"]),
+        (
+            "disk",
+            f"{si(figures['disk_bytes']['cache'], 'B')} in data.cache, "
+            f"{si(figures['disk_bytes']['checkpoints'], 'B')} of checkpoints",
+        ),
+        ("time", f"{duration(took['data'])} of the transformer for {figures['images']:,} images"),
+        ("", f"{duration(took['training'])} for {figures['steps']:,} steps"),
+        assumption_row(),
         ("", "not in it: text encoders, VAE, sample grids, checkpoints, loading"),
     ]
-    return "\n".join(f"{name:<11}{text}" for name, text in rows)
+    return table(rows)
+
+
+def _stage_words(figures: dict) -> dict[str, Rows]:
+    """What each stage's memory is of."""
+    memory, activations, at_once = figures["memory_bytes"], figures["activation_bytes"], figures["at_once"]
+    if figures["gradient_checkpointing"]:
+        how, other = "with gradient checkpointing", f"without it {si(activations['without_checkpointing'], 'B')}"
+    else:
+        how, other = "without gradient checkpointing", f"with it {si(activations['with_checkpointing'], 'B')}"
+    offload = f", without data.offload={figures['offload']}" if figures["offload"] else ""
+    made = "made" if figures["data_flops"] else "encoded"
+    return {
+        "prompts": [("", f"while prompts are encoded: the text encoders' weights{offload}")],
+        "images": [
+            (
+                "",
+                f"while images are {made}, data.batch_size={at_once['images']} at a time, by the dense teacher{offload}",
+            )
+        ],
+        "training": [
+            ("", "while it trains:"),
+            ("", f"    {si(memory['frozen'], 'B')} frozen weights"),
+            (
+                "",
+                f"    {si(memory['trained'], 'B')} trained weights, their gradients, Adam's moments and average, in fp32",
+            ),
+            ("", f"    {si(memory['activations'], 'B')} activations: what autograd keeps and the losses compare,"),
+            ("", f"    {figures['images_per_pass']} images at a time, {how} ({other})"),
+        ],
+        "samples": [("", f"while sample grids or metrics are drawn, {at_once['samples']} images at a time")],
+    }
+
+
+def _not_counted(figures: dict) -> str:
+    """The parts whose sizes are not known."""
+    parts = [] if figures["vae_counted"] else ["the VAE"]
+    parts += ["the text encoders"] if figures["stage_bytes"]["prompts"] is None else []
+    return "".join(f", {part}" for part in parts)
+
+
+def _measured_at_once(config: DistillConfig) -> int:
+    """How many images the metrics draw at a time."""
+    return min(config.metrics.batch_size, config.metrics.samples) if config.metrics.every else 0
 
 
 def _bucket_rows(figures: dict) -> list[tuple[str, str]]:
@@ -204,21 +313,8 @@ def _bucket_rows(figures: dict) -> list[tuple[str, str]]:
     ]
 
 
-def _si(value: float, unit: str) -> str:
-    scale, prefix = next(
-        ((s, p) for s, p in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= s), (1e3, "k")
-    )
-    return f"{value / scale:.3g} {prefix}{unit}"
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.3g} h"
-    return f"{hours * 60:.2g} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
-
-
-def plan_model(path: str) -> tuple[nn.Module, int, int]:
-    """The transformer on the meta device, the pixels per latent, and the first tokenizer's maximum length.
+def plan_model(path: str) -> Plan:
+    """What is known of a pipeline without its weights.
 
     path: a local pipeline folder, of which only the JSON files are read, or a repository that a family lists. Raises
     ValueError for anything else and for a transformer that is not supported, and FileNotFoundError if a file of the
@@ -229,34 +325,39 @@ def plan_model(path: str) -> tuple[nn.Module, int, int]:
     published = find_published(path)
     if published is not None and not folder.is_dir():
         family, found = published
-        model_class, values, vae_scale_factor, tokenizer_length = (
-            family.dense_class, found.arguments, found.vae_scale_factor, 77,
-        )  # fmt: skip
-    elif (folder / "model_index.json").is_file():
-        values = _read_json(folder / "transformer" / "config.json")
-        name = values.get("_class_name") or "model of no class"
-        family = family_of_class(name)
-        if family is None:
-            supported = ", ".join(family.dense_class.__name__ for family in families())
-            raise ValueError(f"{path}: its transformer is a {name}, which is not supported: {supported} are")
-        model_class = next(c for c in (family.dense_class, family.hybrid_class) if c.__name__ == name)
-        components = _read_json(folder / "model_index.json")
-        text_to_image(Base(path, path, None, components, None, None))
-        vae_scale_factor, tokenizer_length = 8, 77  # what diffusers' pipelines go by without a VAE or a tokenizer
-        if any(components.get("vae") or ()):
-            vae_scale_factor = family.latent_pixels(_read_json(folder / "vae" / "config.json"))
-        if any(components.get("tokenizer") or ()):
-            tokenizer = _read_json(folder / "tokenizer" / "tokenizer_config.json")
+        with torch.device("meta"):
+            model = family.dense_class(**found.arguments)
+            packed = family.latents_per_token(model.config) ** 2
+            channels = prod(family.latents_shape(model.config, (1, 1))) // packed
+            vae = AutoencoderKL(**VAE_BLOCKS, latent_channels=channels)
+        return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters)
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        base = text_to_image(Base(path, path, None, index, None, None))
+        model, vae_scale_factor = base.shapes()
+        kinds = component_classes(index)
+        tokenizer_length, vae = 77, None  # what diffusers' pipelines go by without a tokenizer
+        if kinds.get("tokenizer"):
+            tokenizer = base.read_part("tokenizer", "tokenizer_config.json")
             tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
-    else:
-        known = ", ".join(repository for family in families() for repository in family.published)
-        raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
-    with torch.device("meta"):
-        return model_class.from_config(values), vae_scale_factor, tokenizer_length
+        if kinds.get("vae") == AutoencoderKL.__name__:
+            with torch.device("meta"):
+                vae = AutoencoderKL.from_config(base.read_part("vae"))
+        return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base))
+    known = ", ".join(repository for family in families() for repository in family.published)
+    raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}: the pipeline folder is not whole") from None
+def _text_parameters(base: Base) -> int | None:
+    """The parameters of a pipeline's text encoders together; None where one is not of transformers' classes."""
+    count = 0
+    for name, kind in component_classes(base.index).items():
+        if not name.startswith("text_encoder") or kind is None:
+            continue
+        made = getattr(transformers, kind, None)
+        if made is None:
+            return None
+        with torch.device("meta"):
+            encoder = made(made.config_class.from_dict(base.read_part(name)))
+        count += sum(p.numel() for p in encoder.parameters())
+    return count

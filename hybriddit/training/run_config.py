@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
+import textwrap
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..config import HybridConfig
 from ..data.buckets import ASPECT
 from ..data.sources import SOURCES, sources_of
+from ..machine import OFFLOADS
 
 HYBRID = HybridConfig()  # the `hybrid` of a config without that section, told apart by its identity
 MAX_SEED = 2**43  # times a million, by which steps' seeds are told apart, it fits into the generator's 64 bits
@@ -50,16 +53,19 @@ class DataConfig:
     states: for "trajectories", how many of the transformer's inputs are kept while each image is sampled.
     prompts: a .txt with one prompt a line, a .jsonl, .json, .csv or .tsv with a column "prompt", "text" or "caption", or
         the prompts themselves; repeated with new seeds up to `images`.
+    images: how many the teacher makes.
     cache: folder for the latents and prompt embeddings, reused and added to if it holds some of them already; None keeps
         them in memory.
     height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name.
     max_sequence_length: text tokens; None is the pipeline's default.
-    batch_size: images made or encoded at a time in each process. seed: image i is made from seed + i; for "folder", it
-        draws the caption of an image that has several.
+    batch_size: images made, or images or prompts encoded, at a time in each process.
+    seed: image i is made from seed + i; for "folder", it draws the caption of an image that has several.
     max_images: for "folder", take the first so many images with captions, by path; None: all of them.
     buckets: for "folder", the sizes that images are scaled and cropped to, each to the one that fits it best: "aspect"
         (sizes from 1:4 to 4:1 of about height x width pixels), or a list of [height, width]. A step's images are of one
         size. None: all images are of height x width, which samples always are.
+    offload: while the set is made, weights come to the device only when they are used: "model", "group" or
+        "sequential", as `hybriddit generate --offload`; None: all of them stay there.
     """
 
     source: str = "teacher"
@@ -77,12 +83,16 @@ class DataConfig:
     seed: int = 0
     max_images: int | None = None
     buckets: str | list[list[int]] | None = None
+    offload: str | None = None
 
 
 @dataclass
 class LossConfig:
-    """Weights of the three losses, and the share of prompts that are dropped; None is the recipe's value.
+    """Weights of the three losses, and shares of the samples; None is the recipe's value.
 
+    task: weight of the error against the noise or velocity that was drawn. output: against the teacher's output. layer:
+        against the outputs of its attention layers.
+    prompt_dropout: share of the samples whose prompt is empty.
     window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
     """
 
@@ -95,8 +105,10 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. Gates have their own group: gate_lr_factor times the rate, no warm-up, no weight decay.
+    """AdamW. Gates have their own group, without warm-up and weight decay.
 
+    lr: the learning rate. gate_lr_factor: the gates' rate, as a multiple of lr. weight_decay: of all but the gates.
+    warmup_steps: steps in which the rate rises from 0.
     schedule: "constant" or "cosine" (to zero at the last step). clip: largest gradient norm; None: no clipping.
     ema_decay: of the weights' moving average in fp32, which is used for samples and results; it warms up over the first
     steps.
@@ -115,10 +127,13 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    batch_size: samples of one optimizer step, over all processes and accumulation steps.
+    steps: optimizer steps to run. batch_size: samples of one step, over all processes and accumulation steps.
+    accumulation: parts of a step that run one after another, to hold fewer samples at a time.
+    gradient_checkpointing: compute blocks a second time in the backward pass, in place of keeping all they made.
     precision: "no" (fp32) or "bf16" (autocast; frozen weights in bf16, trained weights in fp32).
     compile: torch.compile the model's blocks.
     peak_tflops: the device's dense peak, for the log's `mfu` (share of the peak in use); None: looked up by GPU name.
+    seed: of new weights, and of all that is drawn. progress: show progress bars.
     """
 
     steps: int = 10_000
@@ -137,8 +152,8 @@ class OutputConfig:
     """The files that a run writes, and how often.
 
     folder: for checkpoints, samples, the tracker's events and the result; None writes nothing.
-    Every `*_every` is in optimizer steps; 0 is never. keep: number of checkpoints to keep. samples: number of images in
-    the sample grid.
+    log_every, checkpoint_every, sample_every: in optimizer steps; 0 is never.
+    keep: number of checkpoints to keep. samples: number of images in the sample grid.
     tracker: "tensorboard" or "wandb". project, run_name: what the tracker calls them. For W&B they go before the
         environment's WANDB_PROJECT and WANDB_NAME; None: those, or else "hybriddit" and the folder's name. For
         TensorBoard they name folders of the events.
@@ -213,6 +228,9 @@ class DistillConfig:
             _require_positive(data, "data", "max_images")
         if data.buckets is not None:
             _require(_are_buckets(data.buckets), "data.buckets", data.buckets, BUCKETS)
+        _require(
+            data.offload in (None, *OFFLOADS), "data.offload", data.offload, f"null or one of {', '.join(OFFLOADS)}"
+        )
         _require_positive(data, "data", "images states height width steps batch_size")
         if data.max_sequence_length is not None:
             _require_positive(data, "data", "max_sequence_length")
@@ -248,7 +266,14 @@ class ClassDataConfig:
 
 @dataclass
 class FlowConfig:
-    """Flow matching (see `hybriddit.flow`): path, prediction, weighting of the loss, and how times are drawn."""
+    """Flow matching, see `hybriddit.flow`.
+
+    path: from noise to images: "linear", "gvp" or "vp". prediction: what the model gives: "velocity", "score", "noise" or
+        "data".
+    weighting: of the loss over times: "none", "velocity" or "likelihood".
+    times: their distribution: "uniform" or "logit_normal". time_mean, time_std: of the logit of times that are
+        "logit_normal". time_shift: above 1, it moves times towards noise.
+    """
 
     path: str = "linear"
     prediction: str = "velocity"
@@ -279,7 +304,10 @@ class SiTTrainConfig(TrainConfig):
 
 @dataclass
 class SiTOutputConfig(OutputConfig):
-    """OutputConfig; sample grids are made by Heun's ODE sampler in `sample_steps` steps with scale `guidance`."""
+    """OutputConfig; sample grids are made by Heun's ODE sampler.
+
+    sample_steps: steps of that sampler. guidance: guidance scale of the grids; 1 is none.
+    """
 
     log_every: int = 100
     checkpoint_every: int = 5000
@@ -290,14 +318,20 @@ class SiTOutputConfig(OutputConfig):
 
 @dataclass
 class SiTMetricsConfig(MetricsConfig):
-    """MetricsConfig. guidance: scale for these samples; 1 is no guidance, as in published training curves."""
+    """MetricsConfig.
+
+    guidance: guidance scale of these samples; 1 is none, as in published training curves.
+    """
 
     guidance: float = 1.0
 
 
 @dataclass
 class SiTConfig:
-    """Everything about the training of one SiT. `model` takes the arguments of `hybriddit.SiTTransformer2DModel`."""
+    """Everything about the training of one SiT.
+
+    model: the arguments of `hybriddit.SiTTransformer2DModel`.
+    """
 
     job: str = "train"
     model: dict = field(default_factory=dict)
@@ -426,6 +460,36 @@ def load_config(
     if found == "distill" and isinstance(values, dict):
         values.pop("job", None)
     return _build(JOBS[found], values, "")
+
+
+def describe_keys(job: str) -> str:
+    """The keys of a job's config with their defaults and what their classes' documentation says of them, a line each."""
+    lines = ["keys of the config file, with their defaults (docs/api.md says more of each):"]
+    for section, kind in typing.get_type_hints(JOBS[job]).items():
+        if not dataclasses.is_dataclass(kind):
+            if told := documented_fields(JOBS[job]).get(section):
+                lines += ["", f"  {section}: {told}"]
+            continue
+        root = next(base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base))
+        lines += ["", f"  {section}: {inspect.getdoc(root).splitlines()[0]}"]
+        documented = documented_fields(kind)
+        for name, default in dataclasses.asdict(kind()).items():
+            told = textwrap.shorten(documented[name], 86, placeholder=" ...")
+            lines.append(f"    {f'{name}={json.dumps(default)}':<29} {told}")
+    return "\n".join(lines)
+
+
+def documented_fields(kind: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of its fields, in entries of the form "name, name: text"."""
+    names = "|".join(f.name for f in dataclasses.fields(kind))
+    entry = re.compile(rf"(?:^|(?<=\. )|(?<=\n)) *((?:{names})(?:, (?:{names}))*):\s")
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, kind.__mro__):
+        for paragraph in inspect.getdoc(base).split("\n\n"):
+            _, *parts = entry.split(paragraph)
+            for keys, text in zip(parts[::2], parts[1::2], strict=True):
+                found = {**dict.fromkeys(keys.split(", "), " ".join(text.split())), **found}
+    return found
 
 
 def to_dict(config: DistillConfig | SiTConfig) -> dict:

@@ -1,9 +1,9 @@
-"""FLOPs and memory of one distillation step, counted on fake tensors: shapes without data."""
+"""FLOPs and memory of one step of training, counted on fake tensors: shapes without data."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -32,16 +32,7 @@ def step_cost(
     the bytes "kept" for the backward pass, and those kept if the blocks are "checkpointed".
     """
     family, dtype = family_of(model), torch.bfloat16 if bf16 else torch.float32
-    # Fake weights without an active fake mode, so that side computations, such as the windows' tiles, stay real.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {
-            name: torch.empty(
-                tensor.shape,
-                dtype=torch.float32 if ".hybrid." in name else dtype,
-                requires_grad=".hybrid." in name,
-            )
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
+    state = _fake_weights(model, lambda name: ".hybrid." in name, dtype)
     latents = torch.zeros((), dtype=dtype).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
@@ -74,11 +65,52 @@ def step_cost(
     held = _storages(
         part for outputs in (teacher_layers, student_layers) for parts in outputs.values() for part in parts
     )
-    outside = kept.pop(None, {}) | held
-    blocks = [{key: s for key, s in block.items() if key not in outside} for block in kept.values()]
     return {
         **{name: counter.get_total_flops() for name, counter in counts.items()},
         "attention": attention_flops(model, layout),
+        **_kept_bytes(kept, entered, held, weights),
+    }
+
+
+def sit_step_memory(model: nn.Module, count: int, *, bf16: bool) -> dict[str, int]:
+    """The bytes that a step of `train` on `count` images keeps for the backward pass: "kept" and "checkpointed" as above.
+
+    model: a SiTTransformer2DModel, on any device, "meta" included.
+    """
+    config = model.config
+    state = _fake_weights(model, lambda name: name != "pos_embed", torch.float32)
+    images = torch.zeros(()).expand(count, config.in_channels, config.sample_size, config.sample_size)
+    inputs = (images, torch.full((count,), 0.5), torch.zeros(count, dtype=torch.long))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), _recorded(model) as (kept, entered):
+        output = functional_call(model, state, inputs, {"return_dict": False})[0]
+        F.mse_loss(output.float(), images)
+    return _kept_bytes(kept, entered, {}, _storages(state.values()))
+
+
+def _fake_weights(model: nn.Module, trained: Callable[[str], bool], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights without data: those that are trained, told by their names, in fp32 and the others in `dtype`.
+
+    There is no active fake mode, so that side computations, such as the windows' tiles, stay real.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return {
+            name: torch.empty(
+                tensor.shape, dtype=torch.float32 if trained(name) else dtype, requires_grad=trained(name)
+            )
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+
+
+def _kept_bytes(
+    kept: dict[int | None, Storages], entered: Storages, held: Storages, weights: Storages
+) -> dict[str, int]:
+    """The bytes "kept" for the backward pass, and those if the blocks are "checkpointed"; without the weights.
+
+    kept, entered: see `_recorded`. held: what is kept besides.
+    """
+    outside = kept.pop(None, {}) | held
+    blocks = [{key: s for key, s in block.items() if key not in outside} for block in kept.values()]
+    return {
         "kept": _bytes(*blocks, outside, without=weights),
         # a block's input is kept; its inner activations only while the block's own gradients are computed
         "checkpointed": _bytes(outside, entered, without=weights)

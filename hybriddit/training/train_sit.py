@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..data.class_cache import load_vae
 from ..data.class_data import ClassData, ClassInfo
 from ..data.shards import Processes
-from ..data.sources import SOURCES
+from ..data.sources import SOURCES, look_at_classes
 from ..files import checksum, read_json, replacing_folder, write_json
 from ..flow import draw_times, flow_loss, interpolate, training_interval
 from ..metrics.images import Images
@@ -38,14 +38,28 @@ from .run_config import SiTConfig, to_dict
 
 def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     """Run a config from start to end: read the images or latents, train, save the pipeline."""
-    if not config.output.folder:
-        raise ValueError("output.folder is empty: the trained model would be lost")
-    # finds errors before a large set is read
+    plan_training(config)  # finds errors before a model is made, or a large set read
     accelerator = start_run(config, "pipeline", resume_settings(config), resume=resume)
     model = make_model(config)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     data = SOURCES["classes"].make(model, config.data, config.train.progress, processes)
     return train(model, data, config, resume=resume)
+
+
+def plan_training(config: SiTConfig) -> tuple[SiTTransformer2DModel, int, ClassInfo]:
+    """The model on the meta device, the number of images and what they are, without reading them all.
+
+    Raises FileNotFoundError or ValueError for settings that cannot work, and for a model that does not fit the set.
+    """
+    if not config.output.folder:
+        raise ValueError("output.folder is empty: the trained model would be lost")
+    with torch.device("meta"):
+        model = make_model(config)
+    images, info = look_at_classes(config.data.path, input_shape(model))
+    vae_path(info, config.data.vae)
+    if info.classes:
+        check_classes(0, len(info.classes) - 1, info, model)
+    return model, images, info
 
 
 def make_model(config: SiTConfig) -> SiTTransformer2DModel:
@@ -216,12 +230,17 @@ def whole_model(model: SiTTransformer2DModel) -> SiTTransformer2DModel:
 
 def check_set(data: ClassData, model: SiTTransformer2DModel) -> None:
     """Raise ValueError if the set has labels that the model does not have, or the model classes that it has not."""
-    labels, classes, named = data.labels(), model.config.num_classes, len(data.info.classes)
-    low, high = int(labels.min()), int(labels.max())
+    labels = data.labels()
+    check_classes(int(labels.min()), int(labels.max()), data.info, model)
+
+
+def check_classes(low: int, high: int, info: ClassInfo, model: SiTTransformer2DModel) -> None:
+    """The same for labels from `low` to `high`."""
+    classes, named = model.config.num_classes, len(info.classes)
     if low < 0 or high >= classes:
         raise ValueError(
             f"the set has labels from {low} to {high}, and the model's {classes} classes are 0 to {classes - 1}: "
-            "set model.num_classes"
+            f"set model.num_classes={max(named, high + 1)}"
         )
     if named and classes > named:
         raise ValueError(
@@ -304,15 +323,23 @@ def make_pipeline(model: SiTTransformer2DModel, info: ClassInfo, config: SiTConf
     return SiTPipeline(model, vae, id2label=id2label, path=config.flow.path, prediction=config.flow.prediction)
 
 
-def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
-    """Load the VAE that made a set of latents, from `path` or else the place that the set records; None for images."""
-    if info.vae_sha256 is None:
-        if path:
-            raise ValueError("data.vae is for latents, and the set holds images: leave it out")
-        return None
-    path = path or info.vae
-    if not path:
+def vae_path(info: ClassInfo, path: str | None) -> str | None:
+    """The place of the VAE that made a set of latents: `path`, or else what the set records; None for images.
+
+    Raises ValueError where there is a place for images, or none for latents.
+    """
+    if info.vae_sha256 is None and path:
+        raise ValueError("data.vae is for latents, and the set holds images: leave it out")
+    if info.vae_sha256 is not None and not (path or info.vae):
         raise ValueError("data.vae is needed: the pipeline that is saved decodes its latents with the VAE of the set")
+    return path or info.vae
+
+
+def set_vae(info: ClassInfo, path: str | None) -> AutoencoderKL | None:
+    """Load the VAE that made a set of latents, from `vae_path`; None for images."""
+    path = vae_path(info, path)
+    if path is None:
+        return None
     try:
         vae = load_vae(path)
     except ValueError as error:

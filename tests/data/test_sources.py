@@ -319,8 +319,8 @@ def test_two_processes_encode_a_folder_as_one_does(folder, tmp_path):
         (tmp_path / f"out.txt.{rank}").read_text() for rank in range(2)
     ]
     encode(tiny_pipeline("sd3"), folder, cache=tmp_path / "one")
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and len(one) == 7
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two"))
+    assert one == two and len(one) == 9
 
 
 def edit(folder):

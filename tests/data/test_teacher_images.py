@@ -10,6 +10,7 @@ from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.data import latents
+from hybriddit.data import teacher as teacher_module
 from hybriddit.data import teacher_images as module
 from hybriddit.data.latents import LatentData, LatentInfo
 from hybriddit.data.shards import Processes, save_shard
@@ -55,18 +56,15 @@ def test_a_cache_is_made_once_and_gives_the_same(flux, tmp_path, monkeypatch):
     memory = tiny_data(flux, images=6)
     monkeypatch.setattr(flux, "vae", None)  # not needed
     tiny_data(flux, images=6, cache=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "data.json",
-        "empty.safetensors",
-        "latents-00000-00004.safetensors",
-        "latents-00004-00006.safetensors",
-    ]
+    (text,) = tmp_path.glob("text-*")
+    names = ["data.json", "latents-00000-00004.safetensors", "latents-00004-00006.safetensors", text.name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert [p.name[:8] for p in text.iterdir()] == ["prompts-", "prompts-"]
 
     def unexpected(*arguments, **kwargs):
         raise AssertionError("the cache is whole")
 
-    for user in (module, latents):
-        monkeypatch.setattr(user, "encode_prompts", unexpected)
+    monkeypatch.setattr(teacher_module.PromptEmbeddings, "_encode", unexpected)
     monkeypatch.setattr(module, "sample", unexpected)
     cached = tiny_data(flux, images=6, cache=tmp_path)
     order = [5, 0, 3, 4]
@@ -280,19 +278,20 @@ def share_of(rank, cache, killed):
         save(path, tensors)
 
     latents.save_shard = counted
+    teacher_module.save_shard = counted
     data = tiny_data(tiny_pipeline("flux_dev"), images=10, batch_size=2, cache=cache, processes=Processes(rank, 2))
-    assert len(data) == 10 and len(saved) == [4, 2][rank], "the first encodes the empty prompt, and makes one part more"
+    assert len(data) == 10 and len(saved) == [2 + 3, 1 + 2][rank], "of three parts of the prompts and five of images"
 
 
 def test_two_processes_make_the_images_of_one(tmp_path):
     assert in_two_processes(share_of, tmp_path / "two", None, output=tmp_path / "out.txt") == [0, 0]
     tiny_data(tiny_pipeline("flux_dev"), images=10, batch_size=2, cache=tmp_path / "one")
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and len(one) == 7
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")} for name in ("one", "two"))
+    assert one == two and len(one) == 9
 
 
 def test_a_killed_process_ends_the_other_and_nothing_is_lost(tmp_path, made):
-    first, second = in_two_processes(share_of, tmp_path / "two", 1, output=tmp_path / "out.txt")
+    first, second = in_two_processes(share_of, tmp_path / "two", 2, output=tmp_path / "out.txt")
     assert first == 1 and second == -signal.SIGKILL
     said = (tmp_path / "out.txt.0").read_text().splitlines()[-1]
     assert said.startswith("ConnectionError: another process of this run has ended, see what it said: ")

@@ -22,6 +22,7 @@ from hybriddit.pipelines.cascade import (
     repainting,
     stage_sizes,
 )
+from hybriddit.pipelines.memory import plan_memory
 
 PROMPT = "a red shoe"
 
@@ -65,8 +66,8 @@ def test_sizes_of_stages(size, first, scale, expected):
     assert sizes == expected
     for (width, height), (wider, higher) in zip([first, *sizes], sizes, strict=False):
         assert wider <= scale * width * 1.02 and higher <= scale * height * 1.02
-    for wrong in (1, 0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match="more than 1 times"):
+    for wrong in (1.19, 1, 0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="at least 1.2 times"):
             stage_sizes(size, first, 16, scale=wrong)
 
 
@@ -286,6 +287,18 @@ def test_positions_change_larger_images_alone(kind, positions):
         scaled_positions(model, "far", (8, 8), (8, 8)),
     ):
         pass
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("flux_dev", "yarn"), ("sd3", "interpolated")])
+def test_memory_is_planned_with_these_positions(kind, positions):
+    """SD3's own table ends at 16 x 16 tokens."""
+    pipeline = quiet_pipeline(kind, window=3)
+    with scaled_positions(pipeline.transformer, positions, (8, 8), (128, 128)):
+        plan = plan_memory(pipeline, 1024, 1024, available=2**30)
+        assert plan_memory(pipeline, 1024, 1024, available=plan.transformer - 1).rows == 64
+    if kind == "sd3":
+        with pytest.raises(ValueError, match="16"):
+            plan_memory(pipeline, 1024, 1024, available=2**30)
 
 
 def test_sd3_s_table_is_stretched_from_its_middle():

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_pipelines import FAMILIES, TEXT_LENGTH, tiny_data, tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit.attention import TokenLayout
 from hybriddit.cli import main
+from hybriddit.data.teacher_images import sample
 from hybriddit.models import families
 from hybriddit.models.flops import attention_flops
+from hybriddit.models.peak import _Held
 from hybriddit.training.distill import distill
 from hybriddit.training.dry_run import dry_run, plan_model, report
 from hybriddit.training.run_config import load_config
@@ -70,8 +73,7 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     assert figures["tokens"] == {"grid": [8, 8], "image": 64, "text": text or TEXT_LENGTH}
     guided = 1 if "flux" in family else 2
     assert figures["data_flops"] == 3 * 5 * guided * figures["forward_flops"]["teacher"]
-    rows = data.rows(range(3))
-    kept = sum(tensor.nbytes for name, tensor in rows.items() if name in data.empty or name == "latents")
+    kept = 3 * data.rows([0])["latents"].nbytes + 2 * sum(tensor.nbytes for tensor in data.empty.values())
     # a prompt's mask is of integers
     assert figures["disk_bytes"] == {"cache": pytest.approx(kept, rel=0.01), "checkpoints": 5 * 20 * added}
     assert (figures["prompts"], figures["epochs"]) == (1, 4 / 3)
@@ -94,6 +96,63 @@ def test_what_a_run_would_regret_is_told(config_of):
     assert figures["forward_flops"]["student"] > figures["forward_flops"]["teacher"]
     assert "MORE than the teacher's" in report(figures)
     assert "data.prompts holds 1 prompts for 11 images, 11 images of each: with more prompts" in report(figures)
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "flux_dev"])
+def test_the_memory_of_images_is_that_of_the_pipeline_s_call(family, config_of):
+    """Counted while a real call runs; on shapes alone, one block of each kind stands for all."""
+    path, pipeline = config_of(family)
+    figures = dry_run(load_config(path, ["data.batch_size=3", "output.sample_every=1", "output.samples=2"]))
+    memory, stages = figures["memory_bytes"], figures["stage_bytes"]
+    count = {
+        name: 4 * sum(p.numel() for p in part.parameters())
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    assert stages["prompts"] == sum(size for name, size in count.items() if name.startswith("text_encoder"))
+    data = tiny_data(pipeline, images=3)
+    weights = [weight for part in (pipeline.transformer, pipeline.vae) for weight in part.state_dict().values()]
+
+    def held(images, output_type):
+        text = data.rows(range(images), data.empty)
+        with _Held(besides=weights) as noted:
+            sample(pipeline, text, data.empty, data.info, range(images), output_type)
+        return noted.peak
+
+    made = stages["images"] - memory["frozen"] - count["vae"]
+    assert 0.7 * held(3, "latent") < made < 1.1 * held(3, "latent")
+    drawn = stages["samples"] - memory["frozen"] - memory["trained"] - count["vae"]
+    assert 0.7 * held(2, "pil") < drawn, "the hybrid's tiles may take more than the teacher"
+    more = dry_run(load_config(path, ["data.batch_size=6", "output.sample_every=0"]))["stage_bytes"]
+    assert 1.8 * made < more["images"] - memory["frozen"] - count["vae"] < 2.2 * made
+    assert more["samples"] is None and more["training"] == memory["total"]
+    metrics = dry_run(load_config(path, ["metrics.every=1", "metrics.samples=8"]))
+    assert metrics["at_once"]["samples"] == 8 and metrics["stage_bytes"]["samples"] > stages["samples"]
+
+
+def test_the_largest_stage_is_the_memory(config_of):
+    path, _ = config_of("flux_dev")
+    figures = dry_run(load_config(path, ["data.offload=group"]))
+    told = report(figures)
+    assert f"memory     {figures['memory_bytes']['total'] / 1e6:.3g} MB on one GPU" in told
+    assert "made, data.batch_size=4 at a time, by the dense teacher, without data.offload=group" in told
+    stages = {**figures["stage_bytes"], "prompts": 5 * 10**9, "samples": None}
+    told = report({**figures, "stage_bytes": stages})
+    assert "memory     5 GB on one GPU" in told and "sample grids or metrics" not in told
+
+
+def test_memory_on_several_gpus(config_of):
+    path, _ = config_of("flux_dev")
+    alone = dry_run(load_config(path, ["train.batch_size=16", "train.accumulation=4"]))
+    memory, several = alone["memory_bytes"], alone["several"]
+    assert (several["gpus"], several["accumulation"], several["images_per_pass"]) == (8, 1, 2)
+    trained = memory["trained"] * 6 // 5  # and the gradients' buckets
+    assert several["ddp"] == memory["frozen"] + trained + memory["activations"] // 2
+    assert (memory["frozen"] + memory["trained"]) // 8 < several["fsdp2"] < several["ddp"]
+    assert dry_run(load_config(path, ["train.batch_size=6", "train.accumulation=3"]))["several"]["gpus"] == 2
+    assert "GPUs       one: train.batch_size" in report(
+        dry_run(load_config(path, ["train.batch_size=3", "train.accumulation=1"]))
+    )
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "flux_dev"])
@@ -125,7 +184,7 @@ def test_activations_grow_with_what_is_kept(family, config_of):
     ],
 )
 def test_the_known_models_have_their_published_size(repository, billions, with_positions):
-    model, _, _ = plan_model(repository)
+    model = plan_model(repository).transformer
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
     if with_positions:
@@ -196,8 +255,14 @@ def test_images_of_your_own_are_not_made(config_of, tmp_path):
     for name in "ab":
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{name}.png")
         (tmp_path / "images" / f"{name}.txt").write_text("a shoe")
-    figures = dry_run(load_config(path, ["data.source=folder", f"data.folder={tmp_path / 'images'}"]))
-    assert (figures["images"], figures["data_flops"]) == (2, 0)
+    config = load_config(path, ["data.source=folder", f"data.folder={tmp_path / 'images'}", f"data.cache={tmp_path}"])
+    figures = dry_run(config)
+    assert (figures["images"], figures["data_flops"], figures["prompts"]) == (2, 0, None)
+    assert "while images are encoded, data.batch_size=4 at a time" in report(figures)
+    of_prompt = figures["disk_bytes"]["cache"] - 2 * 4 * 4 * 16 * 16
+    (tmp_path / "images" / "b.txt").write_text("a bag")
+    another = dry_run(config)["disk_bytes"]["cache"] - 2 * 4 * 4 * 16 * 16
+    assert another == of_prompt * 3 // 2, "captions that images share are kept once, and the empty one is kept too"
 
 
 def test_a_folder_that_is_not_whole_is_named(config_of, capsys):

@@ -26,6 +26,7 @@ from tiny_vae import tiny_vae
 
 import hybriddit
 from hybriddit.cli import main
+from hybriddit.data import class_images
 from hybriddit.data.class_cache import make_cache
 from hybriddit.data.class_data import ClassData, ClassInfo
 from hybriddit.data.sources import open_class_data
@@ -34,7 +35,7 @@ from hybriddit.models.flops import sit_flops
 from hybriddit.models.sit import SIT_FAR_BRANCH
 from hybriddit.pipelines import sit as sit_pipeline
 from hybriddit.pipelines.loading import load_sit_pipeline
-from hybriddit.training import loop
+from hybriddit.training import dry_run_sit, loop
 from hybriddit.training import train_sit as module
 from hybriddit.training.batches import batches, in_turn, one_ahead
 from hybriddit.training.loop import known_peak
@@ -538,12 +539,107 @@ def test_settings_that_cannot_work_are_told_in_a_line(config, tmp_path, override
     with pytest.raises((ValueError, OSError)) as error:
         run(load_config(config, [f"output.folder={tmp_path / 'run'}", *overrides]))
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_images_that_do_not_fit_the_model_are_refused_before_they_are_read(
+    dry, config, images, tmp_path, capsys, monkeypatch
+):
+    """Colours that would be lost, sets made for another size, classes that are not there, in whatever class they are."""
+    monkeypatch.setattr(class_images, "read_images", lambda *arguments: pytest.fail("the images are read"))
+    sets = {}
+    for name in ("grey", "coloured", "large", "mixed"):
+        sets[name] = shutil.copytree(images, tmp_path / name)
+    Image.new("RGB", (8, 8), "red").save(sets["coloured"] / "light" / "0.png")
+    for path in sets["large"].rglob("*.png"):
+        Image.new("L", (16, 16)).save(path)
+    Image.new("L", (16, 16)).save(sets["mixed"] / "dark" / "0.png")
+
+    def refused(name, *overrides):
+        code = main(
+            ["train", str(config), f"data.path={sets[name]}", f"output.folder={tmp_path / 'run'}", *overrides, *dry]
+        )
+        assert code == 1 and not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    assert "0.png is in colour, and the model takes grey images: set model.in_channels to 3" in refused("coloured")
+    said = refused("large")
+    assert "are 16 x 16 pixels, and the model takes 8 x 8: set model.sample_size=16, or scale them once" in said
+    assert f"hybriddit cache {sets['large']} --size 8 --out FOLDER" in said
+    assert "labels from 0 to 1, and the model's 1 classes are 0 to 0: set model.num_classes=2" in refused(
+        "grey", "model.num_classes=1"
+    )
+    assert "set model.num_classes=2" in refused("grey", "model.num_classes=7")
+    assert "data.vae is for latents" in refused("grey", "data.vae=somewhere")
+    if dry:
+        for name in ("grey", "mixed"):  # images of several sizes are scaled and cropped
+            assert (
+                main(["train", str(config), f"data.path={sets[name]}", f"output.folder={tmp_path / 'run'}", *dry]) == 0
+            )
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_what_the_run_needs(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    overrides = [
+        f"output.folder={folder}",
+        "train.steps=3",
+        "output.keep=1",
+        "output.sample_every=1",
+        "output.samples=4",
+    ]
+    assert main(["train", str(config), *overrides, "--dry-run", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["estimate"] is True and not folder.exists()
+    run(load_config(config, overrides))
+    notes = json.loads((folder / "run.json").read_text())[0]
+    assert (figures["images"], figures["classes"], figures["epochs"]) == (10, 2, 12 / 10)
+    assert notes["parameters"] == figures["parameters"]
+    sizes = {
+        name: sum(f.stat().st_size for f in (folder / name).rglob("*.safetensors"))
+        for name in ("checkpoints", "pipeline")
+    }
+    disk = figures["disk_bytes"]
+    assert disk["checkpoints"] == pytest.approx(2 * sizes["checkpoints"], rel=0.15), "one more while it is written"
+    assert disk["pipeline"] == pytest.approx(2 * sizes["pipeline"], rel=0.1)
+    assert figures["step_flops"] == 4 * 3 * sit_flops(make_model(load_config(config)), (4, 4))
+    assert figures["memory_bytes"]["trained"] == 20 * figures["parameters"]
+    assert figures["memory_bytes"]["total"] == figures["stage_bytes"]["training"] > figures["memory_bytes"]["trained"]
+    assert main(["train", str(config), *overrides, "--dry-run"]) == 0
+    words = capsys.readouterr().out
+    assert "10 images of 1 x 8 x 8" in words and "attention: hybrid" in words
+    assert "MORE than softmax" in words, "a window of 3 and the far branch, on a grid of 4 x 4"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_a_step_keeps(checkpointing, config):
+    """Of a real forward pass, by the storages that autograd saves; with checkpointing those between the blocks too."""
+    settings = load_config(config, ["output.folder=run", "train.batch_size=6", "train.accumulation=2"])
+    settings.model["num_layers"] = 3
+    settings.train.gradient_checkpointing = checkpointing
+    found = dry_run_sit.dry_run(settings)["memory_bytes"]["activations"]
+    model = make_model(settings).train()
+    own = {weight.untyped_storage().data_ptr() for weight in model.state_dict().values()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(torch.randn(3, 1, 8, 8), torch.rand(3), torch.zeros(3, dtype=torch.long), return_dict=False)[0]
+        torch.nn.functional.mse_loss(output, torch.randn(3, 1, 8, 8))
+    size = sum(storage.nbytes() for storage in kept.values())
+    assert found == pytest.approx(size, rel=0.05) if not checkpointing else 0.3 * size < found < 0.7 * size
 
 
 def test_what_no_machine_here_can_do_is_told_before_the_images_are_read(config, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "is_wandb_available", lambda: False)
-    overrides = [f"output.folder={tmp_path / 'run'}", "data.path=/nowhere"]
+    monkeypatch.setattr(class_images, "read_images", lambda *arguments: pytest.fail("the images are read"))
+    overrides = [f"output.folder={tmp_path / 'run'}"]
     with pytest.raises(
         ModuleNotFoundError, match="output.tracker is wandb, which is not installed: pip install wandb$"
     ):
