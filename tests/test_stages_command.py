@@ -11,7 +11,7 @@ from runs import finish_together
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import main
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
@@ -142,6 +142,28 @@ def test_an_image_is_upscaled(command, tmp_path):
     finally:
         Path("photo.png").write_bytes(kept)
     assert not np.array_equal(pixels(tmp_path / "a.png"), before)
+
+
+def test_stages_of_a_class(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "num_classes": 3}
+    SiTPipeline(SiTTransformer2DModel(**sizes, in_channels=1)).save_pretrained(tmp_path / "sit")
+    words = ["generate", "--model", str(tmp_path / "sit"), "--class-label", "1", "--steps", "2", "--size", "30x30"]
+    words += ["--out", str(tmp_path / "a.png")]
+    assert main([*words, "--quiet"]) == 0
+    assert [Image.open(tmp_path / f"a{name}.png").size for name in ("-stage1", "-stage2", "")] == [
+        (8, 8),
+        (16, 16),
+        (30, 30),
+    ]
+    (tmp_path / "a.png").unlink()
+    assert main(words) == 0
+    assert "stage 2 of 3 is there" in capsys.readouterr().out
+    for more, said in (
+        (["--positions", "plain"], "a SiT spreads its own"),
+        (["--schedule", "residual"], "not for a SiT"),
+    ):
+        assert main([*words, *more]) == 1 and said in capsys.readouterr().err
 
 
 def test_stages_within_a_limit_of_memory(command, tmp_path):

@@ -137,7 +137,7 @@ def run(
     enlarged = None
     if stages is not None:
         schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
-        for name, given in {"--image": image, "--mask": mask, "a class label": class_labels}.items():
+        for name, given in {"--image": image, "--mask": mask}.items():
             if given:
                 raise ValueError(f"{name} has no meaning for an image in stages")
         if stages.enlarge is not None:
