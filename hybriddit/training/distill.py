@@ -27,6 +27,7 @@ from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
+from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
@@ -47,7 +48,7 @@ from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
 from .step_cost import mean_step_cost
 
-Grid = tuple[int, int]  # (rows, columns) in tokens
+Tokens = tuple[int, int]  # (rows, columns) of an image
 
 # settings that a config may leave to the teacher's recipe
 OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
@@ -231,7 +232,7 @@ class Distillation(Job):
         recipe: Recipe,
         weights: torch.Tensor,
         dropout: float,
-        grids: dict[Size, Grid],
+        grids: dict[Size, Tokens],
         usual: dict[str, Any],
         digest: str,
     ):
@@ -295,15 +296,16 @@ class Distillation(Job):
         )
         return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
 
-    def samples(self) -> list[list[Image.Image]] | None:
-        """The columns of the sample grid: the teacher's images, and the student's."""
+    def samples(self) -> Grid | None:
+        """The teacher's images beside the student's."""
         if getattr(self.pipeline, "vae", None) is None:
             return None
         rows = range(min(self.config.output.samples, len(self.data)))
         if self.teacher_samples is None:
             with dense_mode(self.model):
                 self.teacher_samples = self._images(rows)
-        return [self.teacher_samples, self._images(rows)]
+        prompts = [self.data.prompts[row] if self.data.prompts else "" for row in rows]
+        return Grid([self.teacher_samples, self._images(rows)], [prompts, prompts], ("teacher", "student"))
 
     def distance(self) -> float:
         return self.frechet(lambda rows: as_rgb(self._images(rows)))
@@ -465,7 +467,7 @@ def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool
     return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
 
 
-def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Grid]:
+def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of the sizes of images that `config.data` asks for.
 
     Raises ValueError if a size, or that of the samples, is not a whole number of tokens, or too large for the model.
@@ -479,7 +481,7 @@ def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_facto
     return grids
 
 
-def token_grids(pipeline, data: LatentData) -> dict[Size, Grid]:
+def token_grids(pipeline, data: LatentData) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of each size of the set's images. Raises ValueError if its latents are not of that grid."""
     family, config = family_of(pipeline.transformer), pipeline.transformer.config
     side = family.token_pixels(config, pipeline.vae_scale_factor)
