@@ -310,6 +310,19 @@ class Distillation(Job):
     def distance(self) -> float:
         return self.frechet(lambda rows: as_rgb(self._images(rows)))
 
+    def notes(self, first: int) -> dict[str, Any]:
+        """What this model has where a setting leaves it to the model: one value, or each that its layers have."""
+        layers = [layer.hybrid for layer in self.layers.values()]
+        ranks = {layer.map_q.down.out_features for layer in layers if layer.map_q is not None}
+        projections = {getattr(layer.far, "projection_q", None) for layer in layers} - {None}
+        return {
+            "in_force": {
+                "data.text_tokens": self.data.empty["prompt_embeds"].shape[1],
+                "hybrid.map_rank": sorted(ranks),
+                "hybrid.projection": sorted({projection.shape[-1] for projection in projections}),
+            }
+        }
+
     def flops(self) -> float:
         text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
         images = {self.grids[size]: len(rows) for size, rows in self.data.buckets.items()}

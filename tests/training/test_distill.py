@@ -399,6 +399,7 @@ def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
     in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "prompt_dropout": 0.0, "window_dropout": 0.0}
     assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
     assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
+    assert begun["in_force"] == {"data.text_tokens": TEXT_LENGTH, "hybrid.map_rank": [4], "hybrid.projection": [2]}
 
     def resumed(steps, **loss):
         pipeline, data = prepared("flux_schnell")
