@@ -240,12 +240,13 @@ def build_latents(
             return shard
         return SharedText(shard, [texts.place(prompts[row]) if row in prompts else None for row in part])
 
+    there = [(part, shard) for part, shard in there if not prompts.keys().isdisjoint(part)]
     places = {row: number for number, row in enumerate(row for part, _ in there for row in part)}
     if content is not None:
         weights = {name: component.get("weights") for name, component in place.teacher.items()}
         content = hashlib.sha256(json.dumps([place.settings, weights, content]).encode()).hexdigest()
     of_rows = None if sizes is None else [sizes[row] for row in wanted]
-    shards = [with_text(*made) for made in there if not prompts.keys().isdisjoint(made[0])]
+    shards = [with_text(part, shard) for part, shard in there]
     order, texts_of_rows = [places[row] for row in wanted], [prompts[row] for row in wanted]
     return LatentData(shards, empty, info, order, content, of_rows, texts_of_rows)
 

@@ -103,12 +103,13 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
 
 def load_teacher(base: Base, config: DistillConfig, device: torch.device, processes: Processes) -> Teacher:
     """The teacher, on a device or as `data.offload` says. It is loaded when it is needed, its text encoders apart."""
+    family, data = family_of_class(base.transformer_class), config.data
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    encoders = encoder_names(component_classes(base.index))
+    encoders = encoder_names(family, component_classes(base.index))
 
     def load(*without: str) -> Any:
         pipeline = load_base(base, dtype, without=without)
-        place(pipeline, device, config.data.offload)
+        place(pipeline, device, data.offload)
         return pipeline
 
     def load_encoders() -> Any:
@@ -117,7 +118,6 @@ def load_teacher(base: Base, config: DistillConfig, device: torch.device, proces
         pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
         return pipeline
 
-    family, data = family_of_class(base.transformer_class), config.data
     texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
     return Teacher(lambda: load(*encoders), texts)
 
