@@ -59,7 +59,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux"])
 def test_stages_of_any_size_are_files_with_records(kind, command, tmp_path):
-    more = ["--adapter", "adapter"] if kind == "flux" else ["--positions", "interpolated"]
+    more = ["--adapter", "adapter"] if kind == "flux" else []
     assert command("generate", "--model", kind, *FIRST, "--size", "201x198", "--stage-strength", 0.3, *more)[0] == 0
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["a-stage1.png", "a-stage2.png", "a.png"]
@@ -117,7 +117,7 @@ def test_a_damaged_stage_is_told(command, tmp_path):
 
 
 def test_an_image_is_upscaled(command, tmp_path):
-    words = ["photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--stage-strength", 0.01]
+    words = ["photo.png", "--model", "sd3", "--scale", 3, "--stage-strength", 0.01]
     code, out, _ = command("upscale", *words, "--json")
     assert code == 0 and json.loads(out)["files"] == [str(tmp_path / "a.png")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-stage1.png", "a.png"]
@@ -226,10 +226,11 @@ def test_the_image_itself_is_not_overwritten(command, saved, tmp_path):
 
 
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):
-    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512")
+    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "plain")
     assert code == 1 and "an image of 32 x 32 tokens is too large: this model has positions for 16 x 16" in err
     assert not list(tmp_path.iterdir())
-    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "interpolated")[0] == 0
+    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512")[0] == 0
+    assert read_record(tmp_path / "a.png")["positions"] == "interpolated"
 
 
 def test_sizes_are_read():

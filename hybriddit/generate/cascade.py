@@ -137,6 +137,8 @@ def plan_cascade(
 ) -> Cascade:
     """The stages up to a size, (width, height) in pixels. image: what is enlarged, else the first stage makes an image.
 
+    positions: see `models.scaled_positions`; None: "interpolated", where the family has it.
+
     first: (width, height) of the first stage, by default the model's own in the shape of `size`. Stages behind an image are
     not smaller than that either. Raises ValueError for what cannot work, before anything is made.
     """
@@ -177,9 +179,10 @@ def plan_cascade(
         if positions is not None:
             raise ValueError("--positions is for text-to-image pipelines: a SiT spreads its own over any size")
     else:
-        if positions not in (None, *family.positions):
+        positions = positions or ("interpolated" if "interpolated" in family.positions else family.positions[0])
+        if positions not in family.positions:
             raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
-        for other in sizes if positions in (None, family.positions[0]) else ():
+        for other in sizes if positions == family.positions[0] else ():
             width, height = padded_size(other, unit)
             family.check_grid(model.config, (height // unit, width // unit))
     check_schedule(pipeline, schedule)
