@@ -16,7 +16,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import checksum
 from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
@@ -137,7 +136,7 @@ def run(
     enlarged = None
     if stages is not None:
         schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
-        for name, given in {"--image": image, "--mask": mask, "a class label": class_labels}.items():
+        for name, given in {"--image": image, "--mask": mask}.items():
             if given:
                 raise ValueError(f"{name} has no meaning for an image in stages")
         if stages.enlarge is not None:
@@ -177,7 +176,7 @@ def run(
         given = {"image": image is not None, "mask": mask is not None}
         pipeline, notes = open_pipeline(model, kind, adapter, any_base, loras, **files, **given)
     if prompts is not None or stages is not None:
-        source["weights_sha256"] = _weights_checksum(pipeline)
+        source["weights_sha256"] = _weights_digest(pipeline)
     if vae_tiling:
         tile_vae(pipeline)
     place(pipeline, where, offload)
@@ -401,12 +400,15 @@ def _check_base(
         check_lora_loader(base.pipeline_class)
 
 
-def _weights_checksum(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 of the weights of all components, as they were loaded."""
-    parts = {name: part for name, part in pipeline.components.items() if hasattr(part, "state_dict")}
-    return checksum(
-        {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    )
+def _weights_digest(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 of the digests of all components' weights, as they were loaded."""
+    from torch import nn
+
+    from ..models.identity import weights_digest
+
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    told = {name: weights_digest(part, added=True) for name, part in parts.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _is_made(path: Path, record: dict[str, Any], refuses: bool = True) -> bool:

@@ -27,6 +27,7 @@ from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
+from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
@@ -47,7 +48,7 @@ from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
 from .step_cost import mean_step_cost
 
-Grid = tuple[int, int]  # (rows, columns) in tokens
+Tokens = tuple[int, int]  # (rows, columns) of an image
 
 # settings that a config may leave to the teacher's recipe
 OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
@@ -102,12 +103,13 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
 
 def load_teacher(base: Base, config: DistillConfig, device: torch.device, processes: Processes) -> Teacher:
     """The teacher, on a device or as `data.offload` says. It is loaded when it is needed, its text encoders apart."""
+    family, data = family_of_class(base.transformer_class), config.data
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    encoders = encoder_names(component_classes(base.index))
+    encoders = encoder_names(family, component_classes(base.index))
 
     def load(*without: str) -> Any:
         pipeline = load_base(base, dtype, without=without)
-        place(pipeline, device, config.data.offload)
+        place(pipeline, device, data.offload)
         return pipeline
 
     def load_encoders() -> Any:
@@ -116,7 +118,6 @@ def load_teacher(base: Base, config: DistillConfig, device: torch.device, proces
         pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
         return pipeline
 
-    family, data = family_of_class(base.transformer_class), config.data
     texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
     return Teacher(lambda: load(*encoders), texts)
 
@@ -231,7 +232,7 @@ class Distillation(Job):
         recipe: Recipe,
         weights: torch.Tensor,
         dropout: float,
-        grids: dict[Size, Grid],
+        grids: dict[Size, Tokens],
         usual: dict[str, Any],
         digest: str,
     ):
@@ -295,18 +296,32 @@ class Distillation(Job):
         )
         return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
 
-    def samples(self) -> list[list[Image.Image]] | None:
-        """The columns of the sample grid: the teacher's images, and the student's."""
+    def samples(self) -> Grid | None:
+        """The teacher's images beside the student's."""
         if getattr(self.pipeline, "vae", None) is None:
             return None
         rows = range(min(self.config.output.samples, len(self.data)))
         if self.teacher_samples is None:
             with dense_mode(self.model):
                 self.teacher_samples = self._images(rows)
-        return [self.teacher_samples, self._images(rows)]
+        prompts = [self.data.prompts[row] if self.data.prompts else "" for row in rows]
+        return Grid([self.teacher_samples, self._images(rows)], [prompts, prompts], ("teacher", "student"))
 
     def distance(self) -> float:
         return self.frechet(lambda rows: as_rgb(self._images(rows)))
+
+    def notes(self, first: int) -> dict[str, Any]:
+        """What this model has where a setting leaves it to the model: one value, or each that its layers have."""
+        layers = [layer.hybrid for layer in self.layers.values()]
+        ranks = {layer.map_q.down.out_features for layer in layers if layer.map_q is not None}
+        projections = {getattr(layer.far, "projection_q", None) for layer in layers} - {None}
+        return {
+            "in_force": {
+                "data.text_tokens": self.data.empty["prompt_embeds"].shape[1],
+                "hybrid.map_rank": sorted(ranks),
+                "hybrid.projection": sorted({projection.shape[-1] for projection in projections}),
+            }
+        }
 
     def flops(self) -> float:
         text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
@@ -465,7 +480,7 @@ def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool
     return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
 
 
-def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Grid]:
+def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of the sizes of images that `config.data` asks for.
 
     Raises ValueError if a size, or that of the samples, is not a whole number of tokens, or too large for the model.
@@ -479,7 +494,7 @@ def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_facto
     return grids
 
 
-def token_grids(pipeline, data: LatentData) -> dict[Size, Grid]:
+def token_grids(pipeline, data: LatentData) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of each size of the set's images. Raises ValueError if its latents are not of that grid."""
     family, config = family_of(pipeline.transformer), pipeline.transformer.config
     side = family.token_pixels(config, pipeline.vae_scale_factor)

@@ -16,9 +16,10 @@ from ..data.buckets import describe_buckets
 from ..data.image_folder import count_buckets
 from ..data.prompts import few_prompts
 from ..data.sources import SOURCES
+from ..data.teacher import encoder_names
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
-from ..models.family import find_published
+from ..models.family import family_of_class, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..pipelines.loading import Base, refuse_sit, text_to_image
 from ..stored import component_classes
@@ -350,11 +351,11 @@ def plan_model(path: str) -> Plan:
 
 def _text_parameters(base: Base) -> int | None:
     """The parameters of a pipeline's text encoders together; None where one is not of transformers' classes."""
-    count = 0
-    for name, kind in component_classes(base.index).items():
-        if not name.startswith("text_encoder") or kind is None:
+    count, kinds = 0, component_classes(base.index)
+    for name in encoder_names(family_of_class(base.transformer_class), kinds):
+        if kinds[name] is None:
             continue
-        made = getattr(transformers, kind, None)
+        made = getattr(transformers, kinds[name], None)
         if made is None:
             return None
         with torch.device("meta"):

@@ -66,6 +66,23 @@ def test_captions_that_images_share_are_kept_once(pipelines, encoded, tmp_path):
     assert sorted(encoded) == sorted(["", *PROMPTS[:2]]) and len(kept_prompts(tmp_path / "cache")[0]) == 3
 
 
+def test_shards_of_which_no_row_is_left_are_passed_over(pipelines, tmp_path):
+    """The first images of a folder are removed: the others stay their own, with their captions."""
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.new("RGB", (64, 64), (40 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(PROMPTS[number % 4])
+    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    settings |= {"cache": tmp_path / "cache", "batch_size": 2, "progress": False}
+    before = image_folder(pipelines("sd3"), tmp_path / "images", **settings)
+    for number in (0, 1, 3):
+        (tmp_path / "images" / f"{number}.png").unlink()
+    data = image_folder(pipelines("sd3"), tmp_path / "images", **settings)
+    assert data.prompts == [PROMPTS[number % 4] for number in (2, 4, 5)]
+    for key, value in data.rows(range(3)).items():
+        assert torch.equal(value, before.rows([2, 4, 5])[key]), key
+
+
 def test_teachers_with_the_same_encoders_share_the_text(pipelines, encoded, tmp_path):
     pipeline = tiny_pipeline("flux_dev")
     tiny_data(pipeline, images=4, cache=tmp_path)
