@@ -183,9 +183,9 @@ def run(
         options = {"first": first, "scale": stages.scale, "positions": stages.positions}
         cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
         settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
-        for path in (stage for path in paths for stage in stage_paths(path, len(cascade.stages))):
-            if enlarged is not None and path.exists() and path.samefile(stages.enlarge):
-                raise ValueError(f"{path} is the image that is enlarged, and would be overwritten: give another --out")
+        for file in (file for path in paths for file in stage_paths(path, len(cascade.stages))):
+            if enlarged is not None and file.exists() and file.samefile(stages.enlarge):
+                raise ValueError(f"{file} is the image that is enlarged, and would be overwritten: give another --out")
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
     tells = not quiet and rank == 0
