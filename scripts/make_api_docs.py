@@ -24,13 +24,16 @@ NAMES = {
     "hybriddit.models.positions": "scaled_positions rotary_frequencies",
     "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",
+    "hybriddit.models.peak": "Cost forward_cost decoder_cost forward_peak decoder_peak",
     "hybriddit.models.sit_convert": "load_original read_original from_original to_original",
     "hybriddit.metrics": (
         "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles decoding_together",
-    "hybriddit.pipelines.memory": "MemoryPlan plan_memory plan_shared make_within strips_within decode_in_strips",
+    "hybriddit.pipelines.memory": (
+        "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips"
+    ),
     "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",

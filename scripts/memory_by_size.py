@@ -8,6 +8,7 @@ Tensors without data are counted, for a GPU on which hybriddit's kernels run and
 nothing but its result, as with torch's fused kernels.
 """
 
+import contextlib
 from unittest.mock import patch
 
 import torch
@@ -26,15 +27,22 @@ MODELS = (
 SIZES, ROWS = (1024, 2048, 4096, 8192, 16384), (None, 256, 128, 64)
 
 
+@contextlib.contextmanager
+def gpu_kernels(fused):
+    """Within it tensors without data are treated as on a GPU: hybriddit's kernels run, and `fused` attends."""
+    with contextlib.ExitStack() as replaced:
+        for dispatch in (linear_dispatch, window_dispatch):
+            replaced.enter_context(patch.object(dispatch, "failure_reason", lambda *case: None))
+        replaced.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", fused))
+        yield
+
+
 def main() -> None:
-    trials = [
-        patch.object(dispatch, "failure_reason", lambda *case: None) for dispatch in (linear_dispatch, window_dispatch)
-    ]
-    fused = patch(
-        "torch.nn.functional.scaled_dot_product_attention", lambda query, *args, **kwargs: torch.empty_like(query)
-    )
-    for replacement in (*trials, fused):
-        replacement.start()
+    with gpu_kernels(lambda query, *args, **kwargs: torch.empty_like(query)):
+        count()
+
+
+def count() -> None:
     print("| model | pixels | " + " | ".join("at once" if rows is None else f"{rows} rows" for rows in ROWS) + " |")
     print("| --- | --- |" + " --- |" * len(ROWS))
     for repository in MODELS:

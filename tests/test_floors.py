@@ -14,7 +14,7 @@ from hybriddit.models import families
 PACKAGE = Path(__file__).parents[1] / "hybriddit"
 # from the ground up; modules of one floor that are not in one folder do not import each other, but for the ground's
 FLOORS = (
-    ("config", "files", "images", "machine", "stored"),
+    ("config", "files", "images", "machine", "stored", "strips_file"),
     ("attention",),
     ("models", "flow", "metrics"),
     ("parallel",),

@@ -11,7 +11,7 @@ from runs import finish_together
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import main
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
@@ -59,18 +59,18 @@ def pixels(path):
 
 @pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux"])
 def test_stages_of_any_size_are_files_with_records(kind, command, tmp_path):
-    more = ["--adapter", "adapter"] if kind == "flux" else ["--positions", "interpolated"]
-    assert command("generate", "--model", kind, *FIRST, "--size", "201x150", "--stage-strength", 0.3, *more)[0] == 0
+    more = ["--adapter", "adapter"] if kind == "flux" else []
+    assert command("generate", "--model", kind, *FIRST, "--size", "201x198", "--stage-strength", 0.3, *more)[0] == 0
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["a-stage1.png", "a-stage2.png", "a.png"]
-    sizes = [[64, 64], [112, 88], [201, 150]]
+    sizes = [[64, 64], [112, 112], [201, 198]]
     for number, (name, size) in enumerate(zip(files, sizes, strict=True), 1):
         record = read_record(tmp_path / name)
         assert list(Image.open(tmp_path / name).size) == size == [record["width"], record["height"]]
         assert record["stages"] == sizes and record["stage"] == number and record["seed"] == 3
         assert record["schedule"] == {"sigma": 0.3, "steps": 1, "guide": None, "enlarged_in": "pixels"}
-    small = Image.open(tmp_path / "a-stage2.png").resize((201, 150), Image.Resampling.LANCZOS)
-    blurred = [np.asarray(image.resize((25, 19)), int) for image in (small, Image.open(tmp_path / "a.png"))]
+    small = Image.open(tmp_path / "a-stage2.png").resize((201, 198), Image.Resampling.LANCZOS)
+    blurred = [np.asarray(image.resize((25, 25)), int) for image in (small, Image.open(tmp_path / "a.png"))]
     assert np.corrcoef(blurred[0].ravel(), blurred[1].ravel())[0, 1] > 0.5, "a stage shows what the one before does"
 
 
@@ -117,7 +117,7 @@ def test_a_damaged_stage_is_told(command, tmp_path):
 
 
 def test_an_image_is_upscaled(command, tmp_path):
-    words = ["photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--stage-strength", 0.01]
+    words = ["photo.png", "--model", "sd3", "--scale", 3, "--stage-strength", 0.01]
     code, out, _ = command("upscale", *words, "--json")
     assert code == 0 and json.loads(out)["files"] == [str(tmp_path / "a.png")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-stage1.png", "a.png"]
@@ -144,12 +144,34 @@ def test_an_image_is_upscaled(command, tmp_path):
     assert not np.array_equal(pixels(tmp_path / "a.png"), before)
 
 
+def test_stages_of_a_class(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "num_classes": 3}
+    SiTPipeline(SiTTransformer2DModel(**sizes, in_channels=1)).save_pretrained(tmp_path / "sit")
+    words = ["generate", "--model", str(tmp_path / "sit"), "--class-label", "1", "--steps", "2", "--size", "30x30"]
+    words += ["--out", str(tmp_path / "a.png")]
+    assert main([*words, "--quiet"]) == 0
+    assert [Image.open(tmp_path / f"a{name}.png").size for name in ("-stage1", "-stage2", "")] == [
+        (8, 8),
+        (16, 16),
+        (30, 30),
+    ]
+    (tmp_path / "a.png").unlink()
+    assert main(words) == 0
+    assert "stage 2 of 3 is there" in capsys.readouterr().out
+    for more, said in (
+        (["--positions", "plain"], "a SiT spreads its own"),
+        (["--schedule", "residual"], "not for a SiT"),
+    ):
+        assert main([*words, *more]) == 1 and said in capsys.readouterr().err
+
+
 def test_stages_within_a_limit_of_memory(command, tmp_path):
-    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "512x384"]
+    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "512x496"]
     assert command("generate", *words, out="free.png")[0] == 0
     code, _, err = command("generate", *words, "--max-memory", 0.012)
     assert code == 0, err
-    free, tight = (np.asarray(Image.open(tmp_path / name).resize((64, 48)), float) for name in ("free.png", "a.png"))
+    free, tight = (np.asarray(Image.open(tmp_path / name).resize((64, 62)), float) for name in ("free.png", "a.png"))
     assert np.corrcoef(free.ravel(), tight.ravel())[0, 1] > 0.7, "tiles are encoded and decoded by themselves"
     code, _, err = command("generate", *words, "--max-memory", 0.001, out="b.png")
     assert code == 1 and "GiB" in err and not list(tmp_path.glob("b*")), "refused before the first stage"
@@ -164,7 +186,9 @@ def test_stages_within_a_limit_of_memory(command, tmp_path):
         (["--size", "128x128", "--schedule", "fast"], "unknown schedule 'fast': choose from refine, sdedit"),
         (["--size", "128x128", "--stage-strength", "1.5"], "the noise of a stage is above 0"),
         (["--size", "128x128", "--stage-steps", "0"], "a stage takes 1 step or more"),
-        (["--size", "128x128", "--stage-scale", "1"], "more than 1 times as large"),
+        (["--size", "128x128", "--stage-scale", "1.0001"], "at least 1.2 times as large"),
+        (["--size", "128x256"], "128 x 256 pixels are of another shape than 64 x 64, which would be stretched"),
+        (["--size", "128x128", "--height", "63"], "height 63 of the first stage is no multiple of 8"),
         (["--size", "128x128", "--positions", "far"], "positions of FLUX are plain or interpolated or ntk"),
         (["--size", "128x128", "--image", "photo.png"], "--image has no meaning for an image in stages"),
         (["--schedule", "refine"], "are for images in stages: give --size too"),
@@ -184,6 +208,7 @@ def test_what_generate_refuses(words, said, command, tmp_path):
         (["photo.png", "--scale", "1"], "enlarged more than 1 times, not 1.0"),
         (["photo.png", "--scale", "nan"], "enlarged more than 1 times"),
         (["photo.png", "--size", "96x72"], "96 x 72 pixels are no larger than the image, 96 x 72"),
+        (["photo.png", "--size", "500x100"], "of another shape than 96 x 72"),
         (["nothing.png", "--scale", "2"], "no image file nothing.png"),
     ],
 )
@@ -193,11 +218,19 @@ def test_what_upscale_refuses(words, said, command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_image_itself_is_not_overwritten(command, saved, tmp_path):
+    (tmp_path / "a.png").write_bytes((saved / "photo.png").read_bytes())
+    code, _, err = command("upscale", tmp_path / "a.png", "--scale", 2, "--model", "flux")
+    assert code == 1 and "is the image that is enlarged: give another --out" in err
+    assert (tmp_path / "a.png").read_bytes() == (saved / "photo.png").read_bytes()
+
+
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):
-    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512")
+    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "plain")
     assert code == 1 and "an image of 32 x 32 tokens is too large: this model has positions for 16 x 16" in err
     assert not list(tmp_path.iterdir())
-    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "interpolated")[0] == 0
+    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512")[0] == 0
+    assert read_record(tmp_path / "a.png")["positions"] == "interpolated"
 
 
 def test_sizes_are_read():
@@ -206,7 +239,7 @@ def test_sizes_are_read():
 
 def test_processes_make_each_stage_together(command, tmp_path):
     """Two processes, each some of the rows: the images of one process, up to a level."""
-    words = ["generate", "--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x192"]
+    words = ["generate", "--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x248"]
     assert command(*words, out="one.png")[0] == 0
     given = [*words, "--prompt", "a red shoe", *SMALL, "--out", str(tmp_path / "two.png"), "--parallel"]
     assert finish_together(2, *given, output=tmp_path / "said") == [0, 0]

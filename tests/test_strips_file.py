@@ -192,3 +192,11 @@ def test_what_hybriddit_made_is_read_however_large(name, tmp_path, monkeypatch):
     assert read_record(tmp_path / name) == RECORD and describe(tmp_path / name)["width"] == 50
     with pytest.raises(ValueError, match="exceeds limit of 1800 pixels"):
         open_image(tmp_path / f"stranger-{name}")
+
+
+def test_how_long_a_file_takes_is_found_on_a_small_part(monkeypatch):
+    """2048 x 16 pixels, in half a second; ten times as many by two threads."""
+    moments = iter((3.0, 3.5))
+    monkeypatch.setattr(strips_file.time, "perf_counter", lambda: next(moments))
+    monkeypatch.setattr(strips_file, "THREADS", 2)
+    assert strips_file.seconds_of_file(2048, 160) == pytest.approx(2.5)

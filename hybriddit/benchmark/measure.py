@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..attention.work import Work
+from ..attention.rates import clock
 from ..machine import device_details, versions
 
 PACKAGES = ("hybriddit", "torch", "triton", "natten", "diffusers")
@@ -26,19 +24,7 @@ MIN_REPEATS = 3
 SAMPLE_SECONDS = {"cuda": 5e-3, "cpu": 2e-3}
 MAX_CALLS = 200  # the most calls in one sample
 SHORT_SECONDS = 0.1  # for shorter calls the profiler's overhead distorts the time
-RATE_SECONDS = 2.0  # spent on each of the device's two rates
 OUT_OF_MEMORY = "out of memory"
-
-
-class Rates(NamedTuple):
-    """Measured rates of the device: bytes per second (read and written) of a copy, and FLOP/s of matrix products."""
-
-    bytes_per_second: float
-    flops_per_second: float
-
-    def floor(self, work: Work) -> float:
-        """The least seconds the work takes at these rates: by memory or by arithmetic, whichever is longer."""
-        return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 
 @dataclass
@@ -92,34 +78,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, copy_bytes: int, matrix: int) -> Rates:
-    """Measure the fastest of up to 30 copies of `copy_bytes` bytes, and of up to 30 products of square matrices.
-
-    matrix: the number of rows of the matrices.
-    """
-    one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
-    copy = _fastest(partial(one.copy_, other), device)
-    one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
-    product = _fastest(partial(torch.matmul, one, other), device)
-    return Rates(2 * copy_bytes / copy, 2 * matrix**3 / product)
-
-
-def _fastest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of 3 to 30 calls; after the third, no new call starts after RATE_SECONDS in all."""
-    case = Case("", call, [])
-    samples, begin = [], time.perf_counter()
-    while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < RATE_SECONDS):
-        samples.append(sample(case, False, 1, device)["forward"])
-    return min(samples)
-
-
 def sample(case: Case, backward: bool, calls: int, device: torch.device) -> dict[str, float]:
     """Mean seconds per call of `calls` calls, by direction.
 
     backward False: "forward", without autograd, or "step" for a sampler. True: "backward" and "forward + backward" of
     the same calls.
     """
-    stamp, seconds_between, wait = _clock(device)
+    stamp, seconds_between, wait = clock(device)
     wait()
     begin, backward_spans = stamp(), []
     for _ in range(calls):
@@ -145,19 +110,6 @@ def _gradients(case: Case, out: Tensor) -> None:
     if out.shape not in case.gradients:
         case.gradients[out.shape] = torch.randn_like(out)
     torch.autograd.grad(out, case.inputs, case.gradients[out.shape], allow_unused=True)
-
-
-def _clock(device: torch.device):
-    """Three functions: mark a moment; seconds between two marks; wait for the device, before seconds are asked for."""
-    if device.type == "cpu":
-        return time.perf_counter, lambda start, end: end - start, lambda: None
-
-    def stamp():
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    return stamp, lambda start, end: start.elapsed_time(end) / 1e3, torch.cuda.synchronize
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from ..attention.rates import Rates, measure_rates
 from ..attention.work import Work
 from ..machine import free_bytes, git_state
 from . import model
@@ -30,11 +31,9 @@ from .measure import (
     OUT_OF_MEMORY,
     Limits,
     Outcome,
-    Rates,
     device_to_measure,
     machine,
     measure,
-    measure_rates,
 )
 from .shapes import MODEL_VARIANTS, PARTS, SIZES
 from .subjects import Subject, find_subject, subjects

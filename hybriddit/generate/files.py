@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..attention.rates import Rates
     from ..config import HybridConfig
     from ..pipelines.loading import Base
     from ..pipelines.memory import Decode, MemoryPlan
@@ -135,11 +136,13 @@ def run(
     enlarged = None
     if stages is not None:
         schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
-        for name, given in {"--image": image, "--mask": mask, "a class label": class_labels}.items():
+        for name, given in {"--image": image, "--mask": mask}.items():
             if given:
                 raise ValueError(f"{name} has no meaning for an image in stages")
         if stages.enlarge is not None:
             enlarged = open_image(stages.enlarge)
+            if any(path.exists() and path.samefile(stages.enlarge) for path in paths):
+                raise ValueError(f"{out} is the image that is enlarged: give another --out")
             source |= {
                 "enlarged": str(stages.enlarge),
                 "enlarged_sha256": hashlib.sha256(enlarged.tobytes()).hexdigest(),
@@ -154,6 +157,7 @@ def run(
 
     import torch  # with diffusers, it takes seconds
 
+    from ..attention.rates import probe_rates
     from ..pipelines.loading import load_sit_pipeline, silence_libraries
     from ..pipelines.prepare import place, tile_vae
 
@@ -185,18 +189,20 @@ def run(
         settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
-    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling)
+    tells = not quiet and rank == 0
+    rates = cache(lambda: probe_rates(where, kind) if tells and where.type in ("cpu", "cuda") else None)
+    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling, rates)
     if cascade is None:
         memory = [planned(_size(pipeline, tasks[0]))]
     else:
         memory = []
-        for number in reversed(range(len(cascade.stages))):  # the largest first: it is what may not fit
+        for number, stage in reversed([*enumerate(cascade.stages)]):  # the largest first: it is what may not fit
             with cascade.positions_of(pipeline.transformer, number):
-                memory.insert(0, planned(cascade.padded(number)))
+                memory.insert(0, planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
         cascade = cascade.within(memory)
     if memory[-1] is not None:
         check_strips_file(out, memory[-1].width, memory[-1].height)
-    if not quiet and rank == 0:
+    if tells:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         for plan_of_size in memory:
@@ -302,7 +308,7 @@ def plan_with_notes(
 
 def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
     """(width, height) of a task's image, in pixels; 0 where that is not known."""
-    side = getattr(pipeline, "default_sample_size", 0) * pipeline.vae_scale_factor
+    side = getattr(pipeline, "default_sample_size", 0) * getattr(pipeline, "vae_scale_factor", 0)
     return task.record.get("width") or side, task.record.get("height") or side
 
 
@@ -313,11 +319,14 @@ def _plan_memory(
     gib: float | None,
     parallel: bool,
     vae_tiling: bool,
+    rates: Callable[[], Rates | None],
     size: tuple[int, int],
+    steps: int | None = None,
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
-    size: (width, height) in pixels. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
+    rates: measures the device's, for how long it will take, or gives None. size: (width, height) in pixels. steps: of the
+    sampler; None: the task's. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import families, family_of
     from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
@@ -334,7 +343,8 @@ def _plan_memory(
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
     if parallel:
         return plan_shared(pipeline, *size, available=available)
-    return plan_memory(pipeline, *size, images=1 + guided, available=available)
+    passes = (steps or task.record["steps"]) * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
+    return plan_memory(pipeline, *size, images=1 + guided, available=available, passes=passes, rates=rates())
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:

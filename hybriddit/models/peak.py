@@ -1,10 +1,12 @@
-"""How much memory a transformer's forward pass takes at its peak, found without running it: on tensors without data."""
+"""What a forward pass of a transformer takes, found without running it, on tensors without data: its peak of memory, and
+how much it computes and moves."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -13,8 +15,12 @@ from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+from ..attention.rates import Rates
+from ..attention.work import Work
 from .family import family_of, is_hybrid
+from .positions import scaled_positions, scaling_of
 from .strips import shown_strips
 
 
@@ -34,30 +40,103 @@ def forward_peak(
 
     What libraries take inside their kernels is not seen. Only one block of each kind is run, and two of its strips.
     """
+    small, inputs, _ = _small_call(model, grid, text)
+    with _as_called(model, small, rows, most=2):
+        return _watched(_Held, small, inputs, device, dtype).peak
+
+
+# what makes a tensor without filling it, views that say not that they are, and questions
+FREE = {f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")}
+FREE |= {"aten::_unsafe_view", "prim::device"}
+
+
+class Cost(NamedTuple):
+    """What a pass computes and moves: FLOPs (two per multiply-add), bytes to and from memory, and the least seconds.
+
+    Both are summed over its operations one by one, as they run where nothing is compiled; each takes the longer of its
+    arithmetic and its memory at the device's measured rates. What an operation reaches less comes on top.
+    """
+
+    flops: int
+    bytes: int
+    seconds: float
+
+
+def forward_cost(
+    model: nn.Module,
+    grid: tuple[int, int],
+    text: Mapping[str, torch.Tensor],
+    rates: Rates,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int | None = None,
+) -> Cost:
+    """The cost of the pass whose peak `forward_peak` finds."""
+    small, inputs, blocks = _small_call(model, grid, text)
+    with _as_called(model, small, rows):
+        return _watched(lambda *held: _Worked(rates, blocks), small, inputs, device, dtype).cost
+
+
+@contextlib.contextmanager
+def _as_called(model: nn.Module, small: nn.Module, rows: int | None, most: int | None = None) -> Iterator[None]:
+    """Let a model's twin run in strips, and with its positions where those are scaled."""
+    with contextlib.ExitStack() as within:
+        if scaling := scaling_of(model):
+            within.enter_context(scaled_positions(small, *scaling))
+        if rows is not None:
+            within.enter_context(shown_strips(small, rows, most))
+        yield
+
+
+def _small_call(
+    model: nn.Module, grid: tuple[int, int], text: Mapping[str, torch.Tensor]
+) -> tuple[nn.Module, dict[str, Any], dict[nn.Module, int]]:
+    """A twin of the model with one block of each kind, the arguments of its call, and how many blocks each stands for."""
     family, count = family_of(model), len(next(iter(text.values())))
     with torch.device("meta"):
         small = type(model).from_config(model.config).eval()
-    _one_block_of_each_kind(small)
+    blocks = _one_block_of_each_kind(small)
     latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
     layout = family.token_layout(small, inputs)  # some read it from the values of tensors
     if is_hybrid(small) and family.attention_kwargs is not None:
         inputs[family.attention_kwargs] = {"token_layout": layout}
-    with contextlib.nullcontext() if rows is None else shown_strips(small, rows, most=2):
-        return module_peak(small, {**inputs, "return_dict": False}, device, dtype)
+    return small, {**inputs, "return_dict": False}, blocks
 
 
 def decoder_peak(
     vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype, images: int = 1
 ) -> int:
-    """The same of a VAE's decoder, for images of so many (rows, columns) of latents."""
-    shape = images, vae.config.latent_channels, *latents
-    return module_peak(vae.decoder, {"sample": torch.zeros(()).expand(shape)}, device, dtype)
+    """`forward_peak` of a VAE's decoder, for images of so many (rows, columns) of latents."""
+    return module_peak(vae.decoder, _decoder_call(vae, latents, images), device, dtype)
 
 
 def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
     """The same of a module on any device, for these arguments of forward. dtype: of weights and floating arguments."""
+    return _watched(_Held, module, arguments, device, dtype).peak
+
+
+def decoder_cost(
+    vae: nn.Module, latents: tuple[int, int], rates: Rates, *, device: torch.device, dtype: torch.dtype
+) -> Cost:
+    """`forward_cost` of a VAE's decoder."""
+    return _watched(lambda *held: _Worked(rates, {}), vae.decoder, _decoder_call(vae, latents), device, dtype).cost
+
+
+def _decoder_call(vae: nn.Module, latents: tuple[int, int], images: int = 1) -> dict[str, Any]:
+    return {"sample": torch.zeros(()).expand(images, vae.config.latent_channels, *latents)}
+
+
+def _watched(
+    watcher: Callable[[Iterable[Any], Iterable[Any]], Watcher],
+    module: nn.Module,
+    arguments: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Watcher:
+    """What watcher(weights, arguments) makes, after a call of the module under it."""
     # fake weights without an active mode, so that side computations, such as the windows' tiles, stay real; but of a
     # device that is not here nothing can be real
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -79,20 +158,20 @@ def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.devi
         arguments = {**arguments, name: value.to(device) if looked_at else empty(value)}
     with torch.no_grad(), fake if absent else contextlib.nullcontext():
         functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
-        with _Held(besides=weights.values()) as held:
-            held.note(arguments.values())
+        with watcher(weights.values(), arguments.values()) as seen:
             functional_call(module, weights, (), arguments)
-    return held.peak
+    return seen
 
 
 class _Held(TorchDispatchMode):
     """Notes the storages that operations make, and the most bytes that they hold together, besides some tensors."""
 
-    def __init__(self, besides: Iterable[torch.Tensor]):
+    def __init__(self, besides: Iterable[torch.Tensor], held: Iterable[Any]):
         super().__init__()
         self.besides = {tensor.untyped_storage()._cdata for tensor in besides}
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
+        self.note(held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -110,19 +189,56 @@ class _Held(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
 
 
+class _Worked(TorchDispatchMode):
+    """Adds up what operations cost; those of a block as often as there are such blocks."""
+
+    def __init__(self, rates: Rates, blocks: Mapping[nn.Module, int]):
+        super().__init__()
+        self.rates, self.cost, self.times = rates, Cost(0, 0, 0.0), 1
+        for block, count in blocks.items():
+            block.register_forward_pre_hook(lambda *call, count=count: self.repeat(count))
+            block.register_forward_hook(lambda *call: self.repeat(1))
+
+    def repeat(self, times: int) -> None:
+        self.times = times
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name not in FREE and not all(_is_view(part) for part in func._schema.returns):
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+            moved = sum(min(x.untyped_storage().nbytes(), x.numel() * x.itemsize) for x in tensors.values())
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+            seconds = self.rates.floor(Work(moved, flops))
+            values = zip(self.cost, (flops, moved, seconds), strict=True)
+            self.cost = Cost(*(before + self.times * more for before, more in values))
+        return out
+
+
+def _is_view(part: Any) -> bool:
+    return part.alias_info is not None and not part.alias_info.is_write
+
+
+Watcher = TypeVar("Watcher", _Held, _Worked)
+
+
 def _is_gate(name: str) -> bool:
     return "gate" in name.split(".") and ".hybrid." in name
 
 
-def _one_block_of_each_kind(model: nn.Module) -> None:
-    """Leave one block of each structure in a model's stacks."""
+def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:
+    """Leave one block of each structure in a model's stacks. Returns how many there were of each."""
+    found = {}
     for name, stack in list(model.named_children()):
         if isinstance(stack, nn.ModuleList):
             kinds = {_structure(block): block for block in reversed(stack)}
+            counts = Counter(map(_structure, stack))
             setattr(model, name, nn.ModuleList(block for block in stack if block in kinds.values()))
+            found |= {block: counts[kind] for kind, block in kinds.items()}
     if is_hybrid(model):
         left = {name for name, _ in model.named_modules()}
         model._dense_processors = {name: own for name, own in model._dense_processors.items() if name in left}
+    return found
 
 
 def _structure(block: nn.Module) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,30 @@ def scaled_positions(
     family = family_of(model)
     if positions not in (None, *family.positions):
         raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
-    forwards = {}
-    if positions not in (None, family.positions[0]):
-        forwards = family.position_forwards(model, positions, native, grid)
-    with contextlib.ExitStack() as undo:
-        for module, forward in forwards.items():
-            undo.enter_context(with_forward(module, forward))
+    if positions in (None, family.positions[0]):
         yield
+        return
+    before, model._scaling = scaling_of(model), Scaling(positions, native, grid)
+    try:
+        with contextlib.ExitStack() as undo:
+            for module, forward in family.position_forwards(model, positions, native, grid).items():
+                undo.enter_context(with_forward(module, forward))
+            yield
+    finally:
+        model._scaling = before
+
+
+class Scaling(NamedTuple):
+    """The arguments of `scaled_positions`."""
+
+    positions: str
+    native: tuple[int, int]
+    grid: tuple[int, int]
+
+
+def scaling_of(model: nn.Module) -> Scaling | None:
+    """How the positions of a model are scaled at the moment."""
+    return getattr(unwrapped(model), "_scaling", None)
 
 
 def rotary_frequencies(dim: int, theta: float, positions: str, native: int, length: int) -> torch.Tensor:

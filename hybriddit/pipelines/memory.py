@@ -14,9 +14,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
+from ..attention.rates import Rates
 from ..machine import free_bytes
 from ..models import family_of, in_strips
-from ..models.peak import decoder_peak, forward_peak
+from ..models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
+from ..strips_file import seconds_of_file
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
 BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
@@ -27,13 +29,28 @@ Decode = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
+class StageTimes:
+    """The least seconds that the stages of an image take, by count, at a device's measured rates.
+
+    passes: of the transformer; forward: of each. decoder: of the VAE, None where that is not known. file: of the file, a
+    guess from a small one, while the VAE decodes.
+    """
+
+    rates: Rates
+    passes: int
+    forward: float
+    decoder: float | None
+    file: float
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """How an image is made within a device's memory.
 
     width, height: in pixels. rows: of tokens in each strip that the transformer sees, see `in_strips`; None: it sees the
     whole image. tiles: whether the VAE decodes in tiles. transformer, decoder: the bytes that they take at most besides
     the weights on the device; decoder is None for a VAE of which that is not known, transformer where several processes
-    share the image. available: those there are for them.
+    share the image. available: those there are for them. times: None where no rates were given.
     """
 
     width: int
@@ -43,6 +60,7 @@ class MemoryPlan:
     transformer: int | None
     decoder: int | None
     available: int
+    times: StageTimes | None = None
 
     def __str__(self) -> str:
         parts = "the whole image at once" if self.rows is None else f"in strips of {self.rows} rows of tokens"
@@ -50,13 +68,34 @@ class MemoryPlan:
         lines = [f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB:"]
         for name, size, how in (("transformer", self.transformer, parts), ("VAE", self.decoder, tiles)):
             lines.append(f"    {name:11}  " + ("not counted" if size is None else f"{_gib(size):>7} GiB, {how}"))
+        if (times := self.times) is not None:
+            transformer = f"{_time(times.passes * times.forward):>10}, {times.passes} passes of {_time(times.forward)}"
+            rates = (
+                f"{times.rates.bytes_per_second / 1e9:.3g} GB/s and {times.rates.flops_per_second / 1e12:.3g} TFLOP/s"
+            )
+            lines += [
+                f"time, at least, by count at {rates} (measured now; kernels that reach less take longer):",
+                f"    transformer  {transformer}",
+                "    VAE          " + ("not counted" if times.decoder is None else f"{_time(times.decoder):>10}"),
+                f"    file         {_time(times.file):>10}, while the VAE decodes",
+            ]
         return "\n".join(lines)
 
 
-def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, available: int) -> MemoryPlan:
+def plan_memory(
+    pipeline: Any,
+    width: int,
+    height: int,
+    *,
+    images: int = 1,
+    available: int,
+    passes: int = 1,
+    rates: Rates | None = None,
+) -> MemoryPlan:
     """Find how a hybrid pipeline makes an image of this size, in pixels, in so many bytes besides the weights.
 
-    images: that go through the transformer together, 2 with guidance (in strips, they go one after another).
+    images: that go through the transformer together, 2 with guidance (in strips, they go one after another). passes: how
+    often they do. rates: of the device (see `attention.rates.probe_rates`); with them the plan says how long it takes.
 
     The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError if
     none does, or if the VAE does not fit, in tiles if it can decode in those. Found by counting tensors, not by running
@@ -98,7 +137,12 @@ def plan_memory(pipeline: Any, width: int, height: int, *, images: int = 1, avai
     else:
         refuse(transformer)
     decoder, tiles = _plan_decoder(pipeline, width, height, available)
-    return MemoryPlan(width, height, rows, tiles, transformer, decoder, available)
+    times = None
+    if rates is not None:
+        forward = forward_cost(model, grid, text, rates, device=device, dtype=model.dtype, rows=rows)
+        decoding = _decoder_seconds(pipeline, width, height, tiles, rates)
+        times = StageTimes(rates, passes, forward.seconds, decoding, seconds_of_file(width, height))
+    return MemoryPlan(width, height, rows, tiles, transformer, decoder, available, times)
 
 
 def _halves(rows: int) -> list[int]:
@@ -142,6 +186,20 @@ def _plan_decoder(
             f"{_gib(available)} GiB are there"
         )
     return needed, True
+
+
+def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates: Rates) -> float | None:
+    vae = pipeline.vae
+    if not isinstance(vae, AutoencoderKL):
+        return None
+    latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    cost = partial(decoder_cost, vae, rates=rates, device=torch.device(pipeline._execution_device), dtype=vae.dtype)
+    if not tiles:
+        return cost(latents).seconds
+    size = vae.tile_latent_min_size
+    step, tile = int(size * (1 - vae.tile_overlap_factor)), tuple(min(side, size) for side in latents)
+    decoded = [sum(min(size, side - start) for start in range(0, side, step)) for side in latents]
+    return cost(tile).seconds * decoded[0] * decoded[1] / (tile[0] * tile[1])
 
 
 def free_beside_weights(pipeline: Any, device: torch.device) -> int:
@@ -232,3 +290,9 @@ def blended_rows(vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: in
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.2g}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from small_benchmarks import CPU, Clock, run
 
-from hybriddit.benchmark import measure as measuring
+from hybriddit.attention import rates as measured_rates
+from hybriddit.attention.rates import measure_rates
 from hybriddit.benchmark import report as reports
 from hybriddit.benchmark import run as running
 
@@ -14,7 +15,7 @@ def small_rates():
     """A real run copies and multiplies for seconds. And one thread, as in the tests, for it is part of the results."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        rates = measuring.measure_rates(CPU, torch.float32, copy_bytes=2**22, matrix=256)
+        rates = measure_rates(CPU, torch.float32, copy_bytes=2**22, matrix=256)
         patch.setattr(running, "_rates", lambda device, dtype: rates)
         yield
 
@@ -42,5 +43,5 @@ def report(measured):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(measuring, "time", clock)
+    monkeypatch.setattr(measured_rates, "time", clock)
     return clock

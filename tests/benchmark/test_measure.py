@@ -4,8 +4,10 @@ import pytest
 import torch
 from small_benchmarks import CPU
 
+from hybriddit.attention.rates import Rates, measure_rates, probe_rates
+from hybriddit.attention.work import Work
 from hybriddit.benchmark import measure as measuring
-from hybriddit.benchmark.measure import Case, Limits, Outcome, Rates, Work, measure, peak_bytes, sample
+from hybriddit.benchmark.measure import Case, Limits, Outcome, measure, peak_bytes, sample
 
 
 def sleeper(clock, name, seconds, log=None, **kwargs):
@@ -156,11 +158,12 @@ def test_memory_that_runs_out_between_samples_ends_one_case(clock):
 def test_rates_by_hand(clock, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: clock.sleep(0.5))
     monkeypatch.setattr(torch, "matmul", lambda one, other: clock.sleep(0.25))
-    rates = measuring.measure_rates(CPU, torch.float32, copy_bytes=4000, matrix=10)
+    rates = measure_rates(CPU, torch.float32, copy_bytes=4000, matrix=10)
     # 4000 bytes are read and 4000 written; each of 100 sums has 10 products and 10 additions
     assert rates == (pytest.approx(8000 / 0.5), pytest.approx(2000 / 0.25))
 
 
 def test_rates_are_of_this_device():
-    rates = measuring.measure_rates(CPU, torch.float32, copy_bytes=2**24, matrix=256)
-    assert 1e8 < rates.bytes_per_second < 1e13 and 1e8 < rates.flops_per_second < 1e14
+    rates = measure_rates(CPU, torch.float32, copy_bytes=2**24, matrix=256)
+    for found in (rates, probe_rates(CPU, torch.float32)):
+        assert 1e8 < found.bytes_per_second < 1e13 and 1e8 < found.flops_per_second < 1e14

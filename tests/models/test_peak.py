@@ -5,11 +5,14 @@ import contextlib
 import pytest
 import torch
 from tiny_models import make, make_inputs, perturb_hybrid
+from tiny_pipelines import tiny_pipeline
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import HybridConfig, hybridize, in_strips
+from hybriddit.attention.rates import Rates
 from hybriddit.models import family_of
-from hybriddit.models.peak import forward_peak
+from hybriddit.models.peak import decoder_cost, forward_cost, forward_peak
 
 # strips of fewer tokens have masks, which are kept after the first pass: some megabytes that are counted again
 GRIDS = [(96, 128), (80, 160), (128, 128), (144, 136)]
@@ -67,3 +70,31 @@ def test_strips_and_fewer_bytes_an_element_lower_the_peak():
     }
     assert peaks[torch.float32, 8] < 0.5 * peaks[torch.float32, None]
     assert peaks[torch.bfloat16, 8] < 0.8 * peaks[torch.float32, 8]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8)])
+def test_the_flops_that_are_counted_are_those_of_all_blocks(kind, rows):
+    model, text, grid = make(kind, dtype=torch.float32, layers=3), 24, (24, 32)
+    hybridize(model, HybridConfig(window=6))
+    example = family_of(model).example_text(model.config, 1, text, torch.zeros)
+    given = {"device": torch.device("cpu"), "dtype": torch.float32, "rows": rows}
+    cost = forward_cost(model, grid, example, Rates(1e9, 1e12), **given)
+    inputs = make_inputs(model, grid, text=text)
+    with in_strips(model, rows) if rows else contextlib.nullcontext(), torch.no_grad():
+        model(**inputs)
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    assert cost.flops == counter.get_total_flops()
+
+
+def test_each_operation_takes_the_longer_of_its_memory_and_its_arithmetic():
+    """A 1 x 1 convolution: 2 channels in, 3 out, and a bias, on 10 x 10."""
+    vae = tiny_pipeline("sd3").vae
+    vae.decoder = torch.nn.Sequential(torch.nn.Conv2d(vae.config.latent_channels, 3, 1), torch.nn.ReLU())
+    vae.decoder.forward = lambda sample: torch.nn.Sequential.forward(vae.decoder, sample)
+    channels, device = vae.config.latent_channels, torch.device("cpu")
+    moved = 4 * (100 * channels + 3 * channels + 3 + 300), 4 * (300 + 300)
+    flops = 2 * 100 * channels * 3
+    for rates, seconds in ((Rates(10.0, 1e9), sum(moved) / 10), (Rates(1e3, 2.0), flops / 2 + moved[1] / 1e3)):
+        cost = decoder_cost(vae, (10, 10), rates, device=device, dtype=torch.float32)
+        assert cost == (flops, sum(moved), pytest.approx(seconds))

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
+from hybriddit.attention.rates import Rates
 from hybriddit.machine import free_bytes
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_peak, forward_peak
@@ -65,6 +66,25 @@ def test_the_largest_strips_that_fit_are_taken(kind):
     assert plan_memory(pipeline, width, height, available=int(1.1 * half) - 1).rows == 16
     with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* should fit"):
         plan_memory(pipeline, width, height, available=10_000)
+
+
+def test_a_plan_says_how_long_each_stage_takes_at_least():
+    pipeline, rates = hybrid_pipeline("flux_dev"), Rates(1e9, 1e10)
+    plan = plan_memory(pipeline, 96, 256, available=2**40)
+    assert plan.times is None and "time" not in str(plan)
+    once, often = (plan_memory(pipeline, 96, 256, available=2**40, passes=n, rates=rates) for n in (1, 20))
+    assert (once.times.passes, often.times.passes) == (1, 20) and once.times.forward == often.times.forward
+    seconds = 20 * once.times.forward
+    said = str(often)
+    assert f"{seconds:.2g} s, 20 passes of {once.times.forward:.2g} s" in said and "1 GB/s and 0.01 TFLOP/s" in said
+    slower = plan_memory(pipeline, 96, 256, available=2**40, rates=Rates(1e8, 1e9))
+    assert slower.times.forward == pytest.approx(10 * once.times.forward)
+    assert slower.times.decoder == pytest.approx(10 * once.times.decoder)
+    pipeline.vae.tile_latent_min_size = 16
+    pipeline.vae.enable_tiling()  # tiles overlap
+    tiled = plan_memory(pipeline, 96, 256, available=2**40, rates=rates)
+    assert tiled.tiles and 1.2 < tiled.times.decoder / once.times.decoder < 2.5
+    assert tiled.times.file > 0
 
 
 def test_two_images_of_guidance_count_where_they_go_together():
