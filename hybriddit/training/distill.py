@@ -76,17 +76,15 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if processes.count > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
-    if config.data.offload and accelerator.device.type == "cpu":
-        raise ValueError(
-            f"data.offload={config.data.offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
-        )
+    check_offload(config.data.offload, accelerator.device)
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     few = source.reads == "prompts" and few_prompts(len(read_prompts(config.data.prompts)), config.data.images)
     for note in (base.note, few):
         if note and accelerator.is_main_process:
             print(f"note: {note}", file=sys.stderr)
-    teacher = load_teacher(base, config, accelerator.device, processes)
+    texts = prompt_embeddings(base, config, accelerator.device, processes)
+    teacher = load_teacher(base, config, accelerator.device, config.data.offload, texts)
     if resume:
         settings = {**settings, "model.weights": teacher.describe(["transformer"])["transformer"]["weights"]}
         read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
@@ -95,31 +93,54 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     digest = teacher.describe(["transformer"])["transformer"]["weights"]
     if config.data.offload:  # to train, its weights stay on the device
         teacher.free()
-        teacher = load_teacher(
-            base, replace(config, data=replace(config.data, offload=None)), accelerator.device, processes
-        )
+        teacher = load_teacher(base, config, accelerator.device, None, teacher.texts)
     return distill(teacher.pipeline, data, config, resume=resume, digest=digest)
 
 
-def load_teacher(base: Base, config: DistillConfig, device: torch.device, processes: Processes) -> Teacher:
-    """The teacher, on a device or as `data.offload` says. It is loaded when it is needed, its text encoders apart."""
-    family, data = family_of_class(base.transformer_class), config.data
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    encoders = encoder_names(family, component_classes(base.index))
+def load_teacher(
+    base: Base, config: DistillConfig, device: torch.device, offload: str | None, texts: PromptEmbeddings
+) -> Teacher:
+    """The teacher but for its text encoders, which `texts` has; it is loaded when it is needed. offload: see `place`."""
+    encoders = encoder_names(texts.family, component_classes(base.index))
+    return Teacher(lambda: load_part(base, config, device, offload, encoders), texts)
 
-    def load(*without: str) -> Any:
-        pipeline = load_base(base, dtype, without=without)
-        place(pipeline, device, data.offload)
-        return pipeline
 
-    def load_encoders() -> Any:
-        pipeline = load("transformer", "vae")
+def prompt_embeddings(
+    base: Base, config: DistillConfig, device: torch.device, processes: Processes
+) -> PromptEmbeddings:
+    """The embeddings of prompts, by the base's text encoders alone."""
+    data = config.data
+
+    def load() -> Any:
+        pipeline = load_part(base, config, device, data.offload, ("transformer", "vae"))
         # all that pipelines read of it to encode prompts, such as SD3's without T5
-        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
+        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=weights_dtype(config))
         return pipeline
 
-    texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
-    return Teacher(lambda: load(*encoders), texts)
+    family = family_of_class(base.transformer_class)
+    return PromptEmbeddings(family, load, data.max_sequence_length, data.cache, processes)
+
+
+def load_part(
+    base: Base, config: DistillConfig, device: torch.device, offload: str | None, without: Sequence[str]
+) -> Any:
+    """Load a base without some of its components, and put it on a device."""
+    pipeline = load_base(base, weights_dtype(config), without=without)
+    place(pipeline, device, offload)
+    return pipeline
+
+
+def weights_dtype(config: DistillConfig) -> torch.dtype:
+    """The type of the weights that are not trained."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def check_offload(offload: str | None, device: torch.device) -> None:
+    """Raise ValueError for offloading where there is nothing to spare."""
+    if offload and device.type == "cpu":
+        raise ValueError(
+            f"data.offload={offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
 
 
 def check_settings(config: DistillConfig) -> None:
