@@ -481,8 +481,8 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions",
-        help="of tokens in images larger than the model's own: plain, interpolated; with FLUX and Chroma also ntk, yarn "
-        "or dominant (default: the model's own)",
+        help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX and Chroma also "
+        "ntk, yarn or dominant",
     )
 
 

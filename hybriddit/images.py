@@ -6,12 +6,13 @@ import json
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -23,6 +24,7 @@ IMAGE_ENDINGS += (".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm
 POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how such files begin
 PNG_START = b"\x89PNG\r\n\x1a\n"
 TIFF_DESCRIPTION = 270  # the tag
+LEAST_WIDTH = 96  # of a picture in a grid, in pixels: narrower ones have no room for their captions
 RECORD_KEY = "hybriddit"  # the key of the PNG text chunk that holds the record; with it a TIFF's description begins
 UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -243,14 +245,42 @@ def _record_of_png(path: Path) -> str | None:
     return found
 
 
-def save_grid(path: Path, columns: Sequence[Sequence[Image.Image]]) -> None:
-    """Write a PNG file with a grid of images of one size; each sequence is one column."""
-    width, height = columns[0][0].size
-    grid = Image.new(columns[0][0].mode, (width * len(columns), height * len(columns[0])))
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            grid.paste(image, (x * width, y * height))
-    save_png(grid, path)
+@dataclass(frozen=True)
+class Grid:
+    """Pictures of one size in columns, and what is written beside them.
+
+    heads: the columns' names; none: they have none. captions: of each picture, as `columns`.
+    """
+
+    columns: Sequence[Sequence[Image.Image]]
+    captions: Sequence[Sequence[str]]
+    heads: Sequence[str] = ()
+
+
+def save_grid(path: Path, grid: Grid, title: str) -> None:
+    """Write a PNG file of a grid, with its title above it; small pictures are shown as whole multiples of their size."""
+    first = grid.columns[0][0]
+    scale = -(-LEAST_WIDTH // first.width)
+    width, height, gap = first.width * scale, first.height * scale, 4
+    font = ImageFont.load_default(max(11, width // 40))
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    line = draw.textbbox((0, 0), "Ag", font)[3] + 2
+    captions = [[_wrapped(text, width, draw, 4, font) for text in column] for column in grid.captions]
+    below = max(text.count("\n") + 1 for column in captions for text in column) * line + gap
+    above = (2 if grid.heads else 1) * line + gap
+    rows, columns = max(map(len, grid.columns)), len(grid.columns)
+    sheet = Image.new(first.mode, (columns * (width + gap) - gap, above + rows * (height + below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((0, 0), title, "black", font)
+    for x, (pictures, texts) in enumerate(zip(grid.columns, captions, strict=True)):
+        left = x * (width + gap)
+        for head in grid.heads[x : x + 1]:
+            draw.text((left, line), head, "black", font)
+        for y, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+            top = above + y * (height + below)
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+            draw.multiline_text((left, top + height), text, "black", font, spacing=2)
+    save_png(sheet, path)
 
 
 def contact_sheet(
@@ -280,11 +310,15 @@ def contact_sheet(
     save_png(sheet, path)
 
 
-def _wrapped(text: str, width: int, draw: ImageDraw.ImageDraw, lines: int = 6) -> str:
+def _wrapped(
+    text: str, width: int, draw: ImageDraw.ImageDraw, lines: int = 6, font: ImageFont.FreeTypeFont | None = None
+) -> str:
     """A text in lines of at most so many pixels, at most `lines` of them: what is left is cut off with an ellipsis."""
     text = text.encode("latin-1", "replace").decode("latin-1")  # what PIL's own font draws
     wrapped = [""]
     for word in text.split():
         longer = f"{wrapped[-1]} {word}".strip()
-        wrapped = [*wrapped[:-1], longer] if draw.textlength(longer) < width or not wrapped[-1] else [*wrapped, word]
+        wrapped = (
+            [*wrapped[:-1], longer] if draw.textlength(longer, font) < width or not wrapped[-1] else [*wrapped, word]
+        )
     return "\n".join(wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], f"{wrapped[lines - 1]} ..."])

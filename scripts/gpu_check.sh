@@ -6,6 +6,9 @@
 #       transformer   benchmark of compiled denoising steps
 #       generation    benchmark of sampler steps
 #       training      benchmark of steps with gradients
+#       highres-passes, highres-image, highres-low-memory; all three: highres
+#                     PixArt-Sigma of full size at 8192 and 16384 pixels: what is held against the plan; an image of
+#                     16384 x 16384 from the prompt to the file, at once and within 20 GiB (scripts/highres.py)
 # A part that is done on this commit (parts.txt, in the results) is not repeated, unless --again is given; one that was
 # killed or failed is, and one whose time ran out counts as done, with what it measured. The results of all parts are in
 # benchmarks/results/<device>/, and are copied to $OUT if that is set.
@@ -16,7 +19,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-every_part="tests attention transformer generation training"
+highres="highres-passes highres-image highres-low-memory"
+every_part="tests attention transformer generation training $highres"
 wheels= again= parts=
 
 stop() {
@@ -27,6 +31,7 @@ while [ $# -gt 0 ]; do
     case $1 in
         --again) again=yes ;;
         --wheels) [ $# -gt 1 ] || stop "--wheels needs a folder" 2; wheels=$2; shift ;;
+        highres) parts="$parts $highres" ;;
         *) [[ " $every_part " == *" $1 "* ]] || stop "no part $1: the parts are $every_part" 2; parts="$parts $1" ;;
     esac
     shift
@@ -92,6 +97,17 @@ bench() {
     fi
 }
 
+# keeps the JSON and the small copies, not the images themselves
+highres() {
+    has diffusers && has accelerate || { echo "left out: it needs diffusers and accelerate"; return 3; }
+    local code=0
+    timeout --kill-after 30 450 "$python" scripts/highres.py "$@" --out "$work/highres" || code=$?
+    mkdir -p "$work/highres" "$results/highres"
+    find "$work/highres" \( -name "*.json" -o -name "*.preview.jpg" \) -exec cp {} "$results/highres/" \;
+    [ "$code" != 124 ] || echo "stopped after 450 s"
+    return $((code > 0))
+}
+
 # each returns 0: done, 1: failed, 3: left out
 run_part() {
     case $1 in
@@ -123,6 +139,9 @@ run_part() {
             bench 450 --part transformer --backward --shapes pixart-sigma flux --sizes 512 1024 2048 --layers 4 \
                 --compile --max-seconds 15 --out "$results/training"
             ;;
+        highres-passes) highres passes ;;
+        highres-image) highres image ;;
+        highres-low-memory) highres image --memory 20 ;;
     esac
 }
 

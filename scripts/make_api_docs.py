@@ -32,7 +32,9 @@ NAMES = {
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles decoding_together",
-    "hybriddit.pipelines.memory": "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips",
+    "hybriddit.pipelines.memory": (
+        "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips"
+    ),
     "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
@@ -46,7 +48,9 @@ NAMES = {
     "hybriddit.training.distill": "run distill",
     "hybriddit.training.train_sit": "run train",
     "hybriddit.training.dry_run": "dry_run",
-    "hybriddit.data.sources": "Source open_class_data",
+    "hybriddit.training.dry_run_sit": "dry_run",
+    "hybriddit.data.sources": "Source open_class_data look_at_classes",
+    "hybriddit.data.teacher": "Teacher PromptEmbeddings",
     "hybriddit.data.teacher_images": "teacher_images",
     "hybriddit.data.prompts": "read_prompts",
     "hybriddit.data.image_folder": "image_folder captioned_images",

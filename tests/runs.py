@@ -131,6 +131,20 @@ def _shard(rank, port):
     state._shared_state["fsdp_plugin"] = plugin
 
 
+def noted_grids(monkeypatch):
+    """The sample grids that are written from now on, by their files' names."""
+    from hybriddit.training import loop
+
+    grids, save = {}, loop.save_grid
+
+    def note(path, grid, title):
+        grids[path.name] = grid
+        save(path, grid, title)
+
+    monkeypatch.setattr(loop, "save_grid", note)
+    return grids
+
+
 def quarters(images):
     """Features for a Fréchet distance of tiny images: the mean of each quarter, [B, 4]."""
     return torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1), 2).flatten(1)

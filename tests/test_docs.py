@@ -108,14 +108,17 @@ def check_only(block: Block) -> None:
         return
     subprocess.run(["bash", "-n", "-c", block.text], check=True)
     for words in commands(block):
-        if "hybriddit" in words:  # alone, or as -m hybriddit of torchrun
-            check_arguments(words[words.index("hybriddit") + 1 :])
+        # alone, or as -m hybriddit of torchrun
+        called = [i for i, word in enumerate(words) if word == "hybriddit" and (i == 0 or words[i - 1] == "-m")]
+        if called:
+            check_arguments(words[called[0] + 1 :])
         elif words[:2] == ["accelerate", "launch"]:
             (at,) = [i for i, word in enumerate(words) if word in LAUNCHED]
             assert (ROOT / words[at]).is_file()
             check_arguments([LAUNCHED[words[at]], *words[at + 1 :]])
         else:
-            assert words[0] in ("pip", "python", "torchrun", "sudo"), f"{block.where}: cannot check {words[0]}"
+            known = ("pip", "python", "torchrun", "sudo", "git", "cd", "make", "source")
+            assert words[0] in known, f"{block.where}: cannot check {words[0]}"
             assert all((ROOT / word).is_file() for word in words if word.startswith("scripts/")), block.where
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from hybriddit.images import flatten, open_image, read_record, save_grid, save_png
+from hybriddit.images import Grid, flatten, open_image, read_record, save_grid, save_png
 
 
 def test_an_image_is_turned_upright(tmp_path):
@@ -214,12 +214,34 @@ def test_a_record_that_is_no_json_is_told_in_one_line(tmp_path):
         read_record(tmp_path / "a.png")
 
 
-def test_a_grid_has_its_columns_side_by_side(tmp_path):
-    greys = np.arange(6, dtype=np.uint8).reshape(3, 2) * 40  # rows x columns
-    columns = [[Image.new("L", (4, 2), int(grey)) for grey in column] for column in greys.T]
-    save_grid(tmp_path / "samples" / "grid.png", columns)
-    seen = np.asarray(Image.open(tmp_path / "samples" / "grid.png"))
-    np.testing.assert_array_equal(seen, greys.repeat(2, 0).repeat(4, 1))
+@pytest.mark.parametrize(("side", "shown"), [(4, 96), (200, 200)])
+def test_a_grid_shows_its_pictures_with_what_they_are(side, shown, tmp_path):
+    """In columns, small ones as whole multiples of their size; names, captions and a title are drawn beside them."""
+    greys = np.arange(6, dtype=np.uint8).reshape(3, 2) * 40 + 20  # rows x columns
+    columns = [[Image.new("L", (side, side), int(grey)) for grey in column] for column in greys.T]
+    captions = [["a red shoe", "a blue bag, and words that need another line or two " * 4, ""]] * 2
+
+    def drawn(**changes):
+        grid = Grid(**{"columns": columns, "captions": captions, "heads": ["teacher", "student"], **changes})
+        save_grid(tmp_path / "samples" / "grid.png", grid, changes.get("title", "step 20"))
+        return np.asarray(Image.open(tmp_path / "samples" / "grid.png")).astype(int)
+
+    seen = drawn()
+    assert seen.shape[1] == 2 * shown + 4
+    places = {}
+    for (y, x), grey in np.ndenumerate(greys):
+        rows = (seen[:, x * (shown + 4) :][:, :shown] == grey).all(1).nonzero()[0]
+        top = rows[0]
+        assert rows.tolist() == list(range(top, top + shown))
+        places[y, x] = top
+    assert places[0, 0] == places[0, 1] and places[1, 0] - places[0, 0] == places[2, 0] - places[1, 0] > shown + 20
+    plain = drawn(captions=[[""] * 3] * 2, heads=["", ""])
+    for y, words in ((0, True), (1, True), (2, False)):
+        assert (seen[places[y, 0] + shown : places[y, 0] + shown + 12] < 128).any() == words, "the caption"
+    assert (seen[: places[0, 0], shown + 4 :] < 128).any(), "the second column's name"
+    assert (plain[: places[0, 0], :60] < 128).any() and not (plain[: places[0, 0], shown + 4 :] < 128).any(), (
+        "the title"
+    )
 
 
 def test_it_needs_no_torch():

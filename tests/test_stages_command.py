@@ -11,7 +11,7 @@ from runs import finish_together
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import HybridConfig, hybridize, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import main
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
@@ -59,7 +59,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux"])
 def test_stages_of_any_size_are_files_with_records(kind, command, tmp_path):
-    more = ["--adapter", "adapter"] if kind == "flux" else ["--positions", "interpolated"]
+    more = ["--adapter", "adapter"] if kind == "flux" else []
     assert command("generate", "--model", kind, *FIRST, "--size", "201x198", "--stage-strength", 0.3, *more)[0] == 0
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["a-stage1.png", "a-stage2.png", "a.png"]
@@ -117,7 +117,7 @@ def test_a_damaged_stage_is_told(command, tmp_path):
 
 
 def test_an_image_is_upscaled(command, tmp_path):
-    words = ["photo.png", "--model", "sd3", "--positions", "interpolated", "--scale", 3, "--stage-strength", 0.01]
+    words = ["photo.png", "--model", "sd3", "--scale", 3, "--stage-strength", 0.01]
     code, out, _ = command("upscale", *words, "--json")
     assert code == 0 and json.loads(out)["files"] == [str(tmp_path / "a.png")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-stage1.png", "a.png"]
@@ -142,6 +142,28 @@ def test_an_image_is_upscaled(command, tmp_path):
     finally:
         Path("photo.png").write_bytes(kept)
     assert not np.array_equal(pixels(tmp_path / "a.png"), before)
+
+
+def test_stages_of_a_class(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "num_classes": 3}
+    SiTPipeline(SiTTransformer2DModel(**sizes, in_channels=1)).save_pretrained(tmp_path / "sit")
+    words = ["generate", "--model", str(tmp_path / "sit"), "--class-label", "1", "--steps", "2", "--size", "30x30"]
+    words += ["--out", str(tmp_path / "a.png")]
+    assert main([*words, "--quiet"]) == 0
+    assert [Image.open(tmp_path / f"a{name}.png").size for name in ("-stage1", "-stage2", "")] == [
+        (8, 8),
+        (16, 16),
+        (30, 30),
+    ]
+    (tmp_path / "a.png").unlink()
+    assert main(words) == 0
+    assert "stage 2 of 3 is there" in capsys.readouterr().out
+    for more, said in (
+        (["--positions", "plain"], "a SiT spreads its own"),
+        (["--schedule", "residual"], "not for a SiT"),
+    ):
+        assert main([*words, *more]) == 1 and said in capsys.readouterr().err
 
 
 def test_stages_within_a_limit_of_memory(command, tmp_path):
@@ -196,18 +218,20 @@ def test_what_upscale_refuses(words, said, command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_image_itself_is_not_overwritten(command, saved, tmp_path):
-    (tmp_path / "a.png").write_bytes((saved / "photo.png").read_bytes())
-    code, _, err = command("upscale", tmp_path / "a.png", "--scale", 2, "--model", "flux")
-    assert code == 1 and "is the image that is enlarged: give another --out" in err
-    assert (tmp_path / "a.png").read_bytes() == (saved / "photo.png").read_bytes()
+@pytest.mark.parametrize("name", ["a.png", "a-stage1.png"])
+def test_the_image_itself_is_not_overwritten(name, command, saved, tmp_path):
+    (tmp_path / name).write_bytes((saved / "photo.png").read_bytes())
+    code, _, err = command("upscale", tmp_path / name, "--scale", 4, "--model", "sd3")
+    assert code == 1 and f"{name} is the image that is enlarged, and would be overwritten: give another --out" in err
+    assert (tmp_path / name).read_bytes() == (saved / "photo.png").read_bytes()
 
 
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):
-    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512")
+    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "plain")
     assert code == 1 and "an image of 32 x 32 tokens is too large: this model has positions for 16 x 16" in err
     assert not list(tmp_path.iterdir())
-    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "interpolated")[0] == 0
+    assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512")[0] == 0
+    assert read_record(tmp_path / "a.png")["positions"] == "interpolated"
 
 
 def test_sizes_are_read():

@@ -66,7 +66,7 @@ class LatentData(ShardedDataset):
     empty: the empty prompt's tensors, one row each, which prompt dropout puts in place of the prompt's.
     order: see `ShardedDataset`. sizes: of every row's image; None: all are of the info's size. content: a digest of
         all that the rows were made from, in their order, by which a run that is resumed knows its set; None if it is
-        not known.
+        not known. prompts: the rows' prompts themselves, for what is shown of them; None if they are not known.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class LatentData(ShardedDataset):
         order: Sequence[int] | None = None,
         content: str | None = None,
         sizes: Sequence[Size] | None = None,
+        prompts: Sequence[str] | None = None,
     ):
         super().__init__(shards, order)
-        self.empty, self.info, self.content = empty, info, content
+        self.empty, self.info, self.content, self.prompts = empty, info, content, prompts
         self.buckets: dict[Size, Sequence[int]] = {(info.height, info.width): range(len(self))}
         if sizes is not None:
             self.buckets = {size: [] for size in sorted(set(sizes))}
@@ -239,13 +240,15 @@ def build_latents(
             return shard
         return SharedText(shard, [texts.place(prompts[row]) if row in prompts else None for row in part])
 
+    there = [(part, shard) for part, shard in there if not prompts.keys().isdisjoint(part)]
     places = {row: number for number, row in enumerate(row for part, _ in there for row in part)}
     if content is not None:
         weights = {name: component.get("weights") for name, component in place.teacher.items()}
         content = hashlib.sha256(json.dumps([place.settings, weights, content]).encode()).hexdigest()
     of_rows = None if sizes is None else [sizes[row] for row in wanted]
-    shards = [with_text(*made) for made in there if not prompts.keys().isdisjoint(made[0])]
-    return LatentData(shards, empty, info, [places[row] for row in wanted], content, of_rows)
+    shards = [with_text(part, shard) for part, shard in there]
+    order, texts_of_rows = [places[row] for row in wanted], [prompts[row] for row in wanted]
+    return LatentData(shards, empty, info, order, content, of_rows, texts_of_rows)
 
 
 def _opened(folder: Path | None, old_size: int | None) -> list[tuple[range, Mapping]]:

@@ -69,7 +69,7 @@ class PromptEmbeddings(Loaded):
     def encoders(self) -> dict[str, dict[str, Any]]:
         """What the text encoders are, see `describe_components`."""
         if self._encoders is None:
-            self._encoders = describe_components(self.pipeline, encoder_names(self.pipeline.components))
+            self._encoders = describe_components(self.pipeline, encoder_names(self.family, self.pipeline.components))
         return self._encoders
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
@@ -229,9 +229,9 @@ class Teacher(Loaded):
         self.texts.free()
 
 
-def encoder_names(components: Iterable[str]) -> list[str]:
+def encoder_names(family: Family, components: Iterable[str]) -> list[str]:
     """The names of a pipeline's text encoders."""
-    return [name for name in components if name.startswith("text_encoder")]
+    return [name for name in components if name.startswith("text_encoder") or name in family.text_encoders]
 
 
 def _digest(prompt: str) -> bytes:

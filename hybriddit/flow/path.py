@@ -153,6 +153,19 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
     return t / (t + shift * (1 - t))
 
 
+def time_of_noise(path: str, sigma: float) -> float:
+    """The time at which noise is sigma / (1 - sigma) times as strong as the data, for sigma above 0 and below 1.
+
+    On the linear path it is 1 - sigma; elsewhere it is found by halving. Raises ValueError for an unknown path.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        time = (low + high) / 2
+        at = coefficients(path, torch.tensor(time, dtype=torch.float64))
+        low, high = (time, high) if at.sigma * (1 - sigma) > at.alpha * sigma else (low, time)
+    return (low + high) / 2
+
+
 def check_name(what: str, name: str, known) -> None:
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(map(str, known))}")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..images import open_image
 from ..strips_file import save_image, write_strips
-from .images import MAX_SEED, Task, make, make_strips
+from .images import MAX_SEED, Task, make, make_strips, token_pixels
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -54,12 +54,16 @@ class Cascade:
 
     def padded(self, number: int) -> tuple[int, int]:
         """(width, height) in pixels of what the model makes for a stage, before it is cropped."""
-        return tuple(-(-side // self.unit) * self.unit for side in self.stages[number].size)
+        from ..pipelines.cascade import padded_size
+
+        return padded_size(self.stages[number].size, self.unit)
 
     def positions_of(self, model: nn.Module, number: int) -> AbstractContextManager[None]:
         """Within it the model sees the positions of a stage."""
         from ..models import scaled_positions
 
+        if self.positions is None:
+            return contextlib.nullcontext()
         width, height = self.padded(number)
         return scaled_positions(model, self.positions, self.native, (height // self.unit, width // self.unit))
 
@@ -133,20 +137,20 @@ def plan_cascade(
 ) -> Cascade:
     """The stages up to a size, (width, height) in pixels. image: what is enlarged, else the first stage makes an image.
 
+    positions: see `models.scaled_positions`; None: "interpolated", where the family has it.
+
     first: (width, height) of the first stage, by default the model's own in the shape of `size`. Stages behind an image are
     not smaller than that either. Raises ValueError for what cannot work, before anything is made.
     """
-    from ..models import family_of
-    from ..models.family import families
-    from ..pipelines.cascade import first_size, native_size, padded_size, stage_sizes
+    from ..models.family import families, family_of_class
+    from ..pipelines.cascade import check_schedule, first_size, native_size, padded_size, stage_sizes
+    from ..pipelines.sit import SiTPipeline
 
-    if not any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families()):
-        raise ValueError(
-            f"images in stages are for the families' text-to-image pipelines, not a {type(pipeline).__name__}"
-        )
-    model = pipeline.transformer
-    family = family_of(model)
-    unit = family.token_pixels(model.config, pipeline.vae_scale_factor)
+    kinds = (SiTPipeline, *(family.pipelines["text-to-image"] for family in families()))
+    if not isinstance(pipeline, kinds):
+        raise ValueError(f"images in stages are for text-to-image pipelines and SiTs, not a {type(pipeline).__name__}")
+    model, unit = pipeline.transformer, token_pixels(pipeline)
+    family = family_of_class(type(model).__name__)
     own = first_size(size, native_size(pipeline), unit)
     own = tuple(given or usual for given, usual in zip(first, own, strict=True))
     for name, side in zip(("width", "height"), first, strict=True):
@@ -171,12 +175,17 @@ def plan_cascade(
         raise ValueError(f"{size[0]} x {size[1]} pixels are no larger than the image, {image.width} x {image.height}")
     else:
         sizes = [other for other in sizes[:-1] if other[0] * other[1] >= own[0] * own[1]] + sizes[-1:]
-    if positions not in (None, *family.positions):
-        raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
-    for other in sizes if positions in (None, family.positions[0]) else ():
-        width, height = padded_size(other, unit)
-        family.check_grid(model.config, (height // unit, width // unit))
-    family.sampling_from(pipeline.scheduler, schedule.sigmas())
+    if family is None:
+        if positions is not None:
+            raise ValueError("--positions is for text-to-image pipelines: a SiT spreads its own over any size")
+    else:
+        positions = positions or ("interpolated" if "interpolated" in family.positions else family.positions[0])
+        if positions not in family.positions:
+            raise ValueError(f"positions of {family.name} are {' or '.join(family.positions)}, not {positions!r}")
+        for other in sizes if positions == family.positions[0] else ():
+            width, height = padded_size(other, unit)
+            family.check_grid(model.config, (height // unit, width // unit))
+    check_schedule(pipeline, schedule)
     stages = tuple(Stage(other, schedule if image or number else None) for number, other in enumerate(sizes))
     return Cascade(stages, unit, (own[1] // unit, own[0] // unit), positions)
 

@@ -324,7 +324,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
     """
     from ..models.family import family_of_class
 
-    unit = _token_pixels(pipeline)
+    unit = token_pixels(pipeline)
     fitted = {}
     for index, side in enumerate(("width", "height")):
         fitted[side] = settings[side]
@@ -341,7 +341,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
     return settings | fitted
 
 
-def _token_pixels(pipeline: DiffusionPipeline) -> int:
+def token_pixels(pipeline: DiffusionPipeline) -> int:
     """The number that image sides are multiples of: pixels per token, or per latent if there are no tokens."""
     from ..models.family import family_of_class
 

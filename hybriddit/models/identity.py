@@ -19,14 +19,14 @@ PART = 2**25  # bytes of a tensor at a time
 TOLD = (torch.float32, torch.bfloat16)  # types in which a base's weights round to the same bfloat16
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, *, added: bool = False) -> str:
     """SHA-256 that says which weights a model has: of all their bits, dtypes and shapes, without their names.
 
-    What `hybridize` adds is left out, so that a converted transformer is still its teacher. Each block of 8 KiB is
+    added: whether what `hybridize` adds counts too; without it, a converted transformer is still its teacher. Each block of 8 KiB is
     reduced on the weights' device to a sum that any one changed word changes, so that this takes about as long as
     reading the weights once: no file has to be read, and a model that was changed in memory is another one.
     """
-    return _of_all(tensor_digest(weight) for _, weight in _own_weights(model))
+    return _of_all(tensor_digest(weight) for name, weight in _weights(model) if added or ".hybrid." not in name)
 
 
 def base_digest(model: nn.Module) -> str | None:
@@ -36,8 +36,8 @@ def base_digest(model: nn.Module) -> str | None:
     cannot be told.
     """
     found = []
-    for name, weight in _own_weights(model):
-        if plain_name(model, name)[0] is None:
+    for name, weight in _weights(model):
+        if ".hybrid." in name or plain_name(model, name)[0] is None:
             continue
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in TOLD or weight.is_meta:
             return None
@@ -45,14 +45,12 @@ def base_digest(model: nn.Module) -> str | None:
     return _of_all(found)
 
 
-def _own_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight) of all parameters but those that `hybridize` adds, where they are."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of all parameters, where they are."""
     for prefix, module in model.named_modules():
         with align_module_device(module):  # the weights may be offloaded
             for part, weight in module.named_parameters(recurse=False):
-                name = f"{prefix}.{part}" if prefix else part
-                if ".hybrid." not in name:
-                    yield name, weight.detach()
+                yield f"{prefix}.{part}" if prefix else part, weight.detach()
 
 
 def _of_all(digests: Iterable[str]) -> str:

@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..flow.path import interpolate, time_of_noise
+from ..flow.sample import sampling_interval
 from ..models import family_of
 from .memory import blended_rows
+from .sit import SiTPipeline
 
 GUIDES = (None, "residual", "low-frequency")
 ENLARGED_IN = ("pixels", "latents")
@@ -104,6 +107,14 @@ def padded_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
     return tuple(-(-side // unit) * unit for side in size)
 
 
+def check_schedule(pipeline: Any, schedule: Schedule) -> None:
+    """Raise ValueError for a schedule that a pipeline cannot follow."""
+    if not isinstance(pipeline, SiTPipeline):
+        family_of(pipeline.transformer).sampling_from(pipeline.scheduler, schedule.sigmas())
+    elif schedule.guide:
+        raise ValueError(f"the guide {schedule.guide!r} is for text-to-image pipelines, not for a SiT")
+
+
 @contextlib.contextmanager
 def repainting(
     pipeline: Any,
@@ -114,7 +125,7 @@ def repainting(
     *,
     tiles: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Let a text-to-image pipeline paint an image anew at a larger size within the block, once.
+    """Let a text-to-image pipeline, or a SiTPipeline, paint an image anew at a larger size within the block, once.
 
     image: what is enlarged. size: (width, height) in pixels; the pipeline's image goes beyond it, at the right and at the
     bottom, up to a multiple of what the model takes. generator: draws the noise, on its own device. tiles: whether the VAE
@@ -122,19 +133,18 @@ def repainting(
 
     Raises ValueError for a pipeline whose scheduler or VAE does not allow it.
     """
+    check_schedule(pipeline, schedule)
+    if isinstance(pipeline, SiTPipeline):
+        yield _repainting_sit(pipeline, image, size, schedule, generator, tiles)
+        return
     model, own = pipeline.transformer, pipeline.scheduler
     family = family_of(model)
     side, scale = family.token_pixels(model.config, pipeline.vae_scale_factor), pipeline.vae_scale_factor
     padded = padded_size(size, side)
     rows, columns = padded[1] // scale, padded[0] // scale  # of latents
-    small = tuple(max(1, round(length * image.width / size[0])) for length in (rows, columns))
+    small = _smaller(image, size, (rows, columns))
     scheduler, arguments = family.sampling_from(own, schedule.sigmas())
-    if schedule.enlarged_in == "pixels":
-        enlarged = encode_enlarged(pipeline, image, size, padded, tiles)
-    else:
-        smaller = small[1] * scale, small[0] * scale
-        enlarged = encode_enlarged(pipeline, image, smaller, smaller, tiles)
-        enlarged = F.interpolate(enlarged, size=(rows, columns), mode="bicubic")
+    enlarged = _enlarged(pipeline, image, size, padded, schedule, tiles)
     latents = family.model_latents(pipeline.vae, enlarged)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
 
@@ -164,6 +174,54 @@ def repainting(
         pipeline.scheduler = own
 
 
+def _smaller(image: Image.Image, size: tuple[int, int], latents: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of latents that show what the smaller image does, of those of the enlarged one."""
+    return tuple(max(1, round(length * image.width / size[0])) for length in latents)
+
+
+def _enlarged(
+    pipeline: Any,
+    image: Image.Image,
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    schedule: Schedule,
+    tiles: bool,
+) -> torch.Tensor:
+    """The VAE's latents of the enlarged image, as the schedule says."""
+    if schedule.enlarged_in == "pixels":
+        return encode_enlarged(pipeline, image, size, padded, tiles)
+    scale = pipeline.vae_scale_factor
+    latents = padded[1] // scale, padded[0] // scale
+    smaller = tuple(length * scale for length in reversed(_smaller(image, size, latents)))
+    return F.interpolate(encode_enlarged(pipeline, image, smaller, smaller, tiles), size=latents, mode="bicubic")
+
+
+def _repainting_sit(
+    pipeline: SiTPipeline,
+    image: Image.Image,
+    size: tuple[int, int],
+    schedule: Schedule,
+    generator: torch.Generator,
+    tiles: bool,
+) -> dict[str, Any]:
+    """`repainting` for a model of classes, by Euler's steps along its path."""
+    config, path = pipeline.transformer.config, pipeline.config.path
+    padded = padded_size(size, pipeline.vae_scale_factor * config.patch_size)
+    latents = _enlarged(pipeline, image, size, padded, schedule, tiles)
+    if pipeline.vae is not None:
+        latents = (latents - (pipeline.vae.config.shift_factor or 0.0)) * pipeline.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    time, (_, end) = time_of_noise(path, schedule.sigma), sampling_interval(path, pipeline.config.prediction)
+    return {
+        "width": padded[0],
+        "height": padded[1],
+        "latents": interpolate(latents, noise, torch.tensor([time], device=latents.device), path),
+        "num_inference_steps": schedule.steps,
+        "sampler": "euler",
+        "sampler_options": {"interval": (time, end)},
+    }
+
+
 def _after_steps(scheduler: Any, change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
     """Let a scheduler give change(steps done, latents) after each step, in place of the latents."""
     step, done = scheduler.step, 0
@@ -183,23 +241,28 @@ def encode_enlarged(
 ) -> torch.Tensor:
     """The VAE's latents [1, C, h, w], in float32, of an image enlarged by Lanczos' filter to size: (width, height).
 
+    Without a VAE they are the pixels, in [-1, 1].
+
     padded: size of what is encoded: the image, and its last row and column again where that is larger. tiles: encode in the
     VAE's tiles, a row of them at a time, so that the enlarged image is never held as a whole; the latents are those of
     diffusers' own tiled encoding.
     """
     vae, device = pipeline.vae, torch.device(pipeline._execution_device)
+    image = image.convert("L" if (vae or pipeline.transformer).config.in_channels == 1 else "RGB")
     across, down = image.width / size[0], image.height / size[1]
     more = [math.ceil((whole - own) * ratio) for whole, own, ratio in zip(padded, size, (across, down), strict=True)]
     if any(more):
-        image = Image.fromarray(np.pad(np.asarray(image), ((0, more[1]), (0, more[0]), (0, 0)), "edge"))
+        widths = ((0, more[1]), (0, more[0]), (0, 0))[: np.asarray(image).ndim]
+        image = Image.fromarray(np.pad(np.asarray(image), widths, "edge"))
 
     def encode(left: int, top: int, side: tuple[int, int]) -> torch.Tensor:
         right, bottom = min(left + side[0], padded[0]), min(top + side[1], padded[1])
         # Pillow's filter reaches beyond the box
         box = (left * across, top * down, right * across, bottom * down)
         part = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
-        pixels = torch.from_numpy(np.array(part)).to(device).permute(2, 0, 1)[None]
-        return vae.encode((pixels / 127.5 - 1).to(vae.dtype)).latent_dist.mode()
+        pixels = torch.from_numpy(np.array(part)).to(device).view(part.height, part.width, -1).permute(2, 0, 1)[None]
+        pixels = pixels / 127.5 - 1
+        return pixels if vae is None else vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
 
     if not tiles:
         return encode(0, 0, padded).float()

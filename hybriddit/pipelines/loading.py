@@ -283,6 +283,8 @@ def _load_single_file(
     if not hasattr(kind, "from_single_file"):
         name = base.pipeline_class.__name__ if whole else base.transformer_class
         raise ValueError(f"diffusers loads no {name} from a single file")
+    if not whole and "transformer" in parts:  # left out: the file is not read
+        return base.pipeline_class.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
     dtype = dtypes["transformer"] if isinstance(dtypes, dict) else dtypes
     local = {"config": base.folder, "local_files_only": Path(base.folder).is_dir()}
     try:

@@ -27,6 +27,7 @@ from ..data.shards import Processes
 from ..data.sources import SOURCES, make_data
 from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
+from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
@@ -47,7 +48,7 @@ from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
 from .step_cost import mean_step_cost
 
-Grid = tuple[int, int]  # (rows, columns) in tokens
+Tokens = tuple[int, int]  # (rows, columns) of an image
 
 # settings that a config may leave to the teacher's recipe
 OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
@@ -75,17 +76,15 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if processes.count > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
-    if config.data.offload and accelerator.device.type == "cpu":
-        raise ValueError(
-            f"data.offload={config.data.offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
-        )
+    check_offload(config.data.offload, accelerator.device)
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     few = source.reads == "prompts" and few_prompts(len(read_prompts(config.data.prompts)), config.data.images)
     for note in (base.note, few):
         if note and accelerator.is_main_process:
             print(f"note: {note}", file=sys.stderr)
-    teacher = load_teacher(base, config, accelerator.device, processes)
+    texts = prompt_embeddings(base, config, accelerator.device, processes)
+    teacher = load_teacher(base, config, accelerator.device, config.data.offload, texts)
     if resume:
         settings = {**settings, "model.weights": teacher.describe(["transformer"])["transformer"]["weights"]}
         read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
@@ -94,31 +93,54 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     digest = teacher.describe(["transformer"])["transformer"]["weights"]
     if config.data.offload:  # to train, its weights stay on the device
         teacher.free()
-        teacher = load_teacher(
-            base, replace(config, data=replace(config.data, offload=None)), accelerator.device, processes
-        )
+        teacher = load_teacher(base, config, accelerator.device, None, teacher.texts)
     return distill(teacher.pipeline, data, config, resume=resume, digest=digest)
 
 
-def load_teacher(base: Base, config: DistillConfig, device: torch.device, processes: Processes) -> Teacher:
-    """The teacher, on a device or as `data.offload` says. It is loaded when it is needed, its text encoders apart."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    encoders = encoder_names(component_classes(base.index))
+def load_teacher(
+    base: Base, config: DistillConfig, device: torch.device, offload: str | None, texts: PromptEmbeddings
+) -> Teacher:
+    """The teacher but for its text encoders, which `texts` has; it is loaded when it is needed. offload: see `place`."""
+    encoders = encoder_names(texts.family, component_classes(base.index))
+    return Teacher(lambda: load_part(base, config, device, offload, encoders), texts)
 
-    def load(*without: str) -> Any:
-        pipeline = load_base(base, dtype, without=without)
-        place(pipeline, device, config.data.offload)
-        return pipeline
 
-    def load_encoders() -> Any:
-        pipeline = load("transformer", "vae")
+def prompt_embeddings(
+    base: Base, config: DistillConfig, device: torch.device, processes: Processes
+) -> PromptEmbeddings:
+    """The embeddings of prompts, by the base's text encoders alone."""
+    data = config.data
+
+    def load() -> Any:
+        pipeline = load_part(base, config, device, data.offload, ("transformer", "vae"))
         # all that pipelines read of it to encode prompts, such as SD3's without T5
-        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=dtype)
+        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=weights_dtype(config))
         return pipeline
 
-    family, data = family_of_class(base.transformer_class), config.data
-    texts = PromptEmbeddings(family, load_encoders, data.max_sequence_length, data.cache, processes)
-    return Teacher(lambda: load(*encoders), texts)
+    family = family_of_class(base.transformer_class)
+    return PromptEmbeddings(family, load, data.max_sequence_length, data.cache, processes)
+
+
+def load_part(
+    base: Base, config: DistillConfig, device: torch.device, offload: str | None, without: Sequence[str]
+) -> Any:
+    """Load a base without some of its components, and put it on a device."""
+    pipeline = load_base(base, weights_dtype(config), without=without)
+    place(pipeline, device, offload)
+    return pipeline
+
+
+def weights_dtype(config: DistillConfig) -> torch.dtype:
+    """The type of the weights that are not trained."""
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def check_offload(offload: str | None, device: torch.device) -> None:
+    """Raise ValueError for offloading where there is nothing to spare."""
+    if offload and device.type == "cpu":
+        raise ValueError(
+            f"data.offload={offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
 
 
 def check_settings(config: DistillConfig) -> None:
@@ -231,7 +253,7 @@ class Distillation(Job):
         recipe: Recipe,
         weights: torch.Tensor,
         dropout: float,
-        grids: dict[Size, Grid],
+        grids: dict[Size, Tokens],
         usual: dict[str, Any],
         digest: str,
     ):
@@ -295,18 +317,32 @@ class Distillation(Job):
         )
         return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
 
-    def samples(self) -> list[list[Image.Image]] | None:
-        """The columns of the sample grid: the teacher's images, and the student's."""
+    def samples(self) -> Grid | None:
+        """The teacher's images beside the student's."""
         if getattr(self.pipeline, "vae", None) is None:
             return None
         rows = range(min(self.config.output.samples, len(self.data)))
         if self.teacher_samples is None:
             with dense_mode(self.model):
                 self.teacher_samples = self._images(rows)
-        return [self.teacher_samples, self._images(rows)]
+        prompts = [self.data.prompts[row] if self.data.prompts else "" for row in rows]
+        return Grid([self.teacher_samples, self._images(rows)], [prompts, prompts], ("teacher", "student"))
 
     def distance(self) -> float:
         return self.frechet(lambda rows: as_rgb(self._images(rows)))
+
+    def notes(self, first: int) -> dict[str, Any]:
+        """What this model has where a setting leaves it to the model: one value, or each that its layers have."""
+        layers = [layer.hybrid for layer in self.layers.values()]
+        ranks = {layer.map_q.down.out_features for layer in layers if layer.map_q is not None}
+        projections = {getattr(layer.far, "projection_q", None) for layer in layers} - {None}
+        return {
+            "in_force": {
+                "data.text_tokens": self.data.empty["prompt_embeds"].shape[1],
+                "hybrid.map_rank": sorted(ranks),
+                "hybrid.projection": sorted({projection.shape[-1] for projection in projections}),
+            }
+        }
 
     def flops(self) -> float:
         text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
@@ -465,7 +501,7 @@ def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool
     return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
 
 
-def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Grid]:
+def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of the sizes of images that `config.data` asks for.
 
     Raises ValueError if a size, or that of the samples, is not a whole number of tokens, or too large for the model.
@@ -479,7 +515,7 @@ def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_facto
     return grids
 
 
-def token_grids(pipeline, data: LatentData) -> dict[Size, Grid]:
+def token_grids(pipeline, data: LatentData) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of each size of the set's images. Raises ValueError if its latents are not of that grid."""
     family, config = family_of(pipeline.transformer), pipeline.transformer.config
     side = family.token_pixels(config, pipeline.vae_scale_factor)

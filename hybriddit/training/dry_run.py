@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,13 +13,14 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..config import HybridConfig
-from ..data.buckets import describe_buckets
+from ..data.buckets import Size, describe_buckets
 from ..data.image_folder import count_buckets
 from ..data.prompts import few_prompts
 from ..data.sources import SOURCES
+from ..data.teacher import encoder_names
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
-from ..models.family import find_published
+from ..models.family import Family, family_of_class, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..pipelines.loading import Base, refuse_sit, text_to_image
 from ..stored import component_classes
@@ -93,16 +95,15 @@ def dry_run(config: DistillConfig) -> dict:
     grids = planned_grids(config, model, plan.vae_scale_factor)
     with torch.device("meta"):
         dense = family.dense_class.from_config({k: v for k, v in model.config.items() if k != "hybrid_config"})
-    with torch.device("meta"):
         trained = make_student(model, config)
     text_length = family.text_length(config.data.max_sequence_length, plan.tokenizer_length)
 
     train, data = config.train, config.data
     count = train.batch_size // train.accumulation
     bf16 = train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
 
     def values(*shape: int) -> torch.Tensor:
-        dtype = torch.bfloat16 if bf16 else torch.float32
         return torch.zeros((), dtype=dtype).expand(shape)  # one element in memory
 
     def text_of(prompts: int) -> dict[str, torch.Tensor]:
@@ -119,8 +120,8 @@ def dry_run(config: DistillConfig) -> dict:
     grid = max(by_grid, key=lambda grid: grid[0] * grid[1])
     recomputed = step["student"] if train.gradient_checkpointing else 0
     step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
-    guided = family.guided and data.guidance_scale > 1  # two passes a step of the sampler
-    image_flops = images * data.steps * (2 if guided else 1) * step["teacher"] // count if source.teacher_made else 0
+    passes = images * data.steps * (2 if _guided(family, config) else 1)
+    image_flops = passes * step["teacher"] // count if source.teacher_made else 0
 
     element = 2 if bf16 else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
@@ -132,40 +133,16 @@ def dry_run(config: DistillConfig) -> dict:
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
 
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    where = {"device": torch.device("cpu"), "dtype": dtype}
-    vae = 0 if plan.vae is None else sum(p.numel() for p in plan.vae.parameters()) * element
-    own = data.height // plan.vae_scale_factor, data.width // plan.vae_scale_factor
-    own_grid = tuple(side // family.latents_per_token(model.config) for side in own)
-
-    def drawn(model: nn.Module, images: int, decoded: int) -> int:
-        """The bytes that sampling so many images at a time takes besides the weights. decoded: those the VAE decodes."""
-        passed = forward_peak(model, own_grid, text_of(images * (2 if guided else 1)), **where)
-        if not decoded or plan.vae is None:
-            return passed
-        return max(passed, decoder_peak(plan.vae, own, images=decoded, **where))
-
-    if source.teacher_made:
-        making = drawn(dense, data.batch_size, 0)
-    else:
-        size = max(buckets, key=prod)
-        pixels = torch.zeros(()).expand(data.batch_size, 3, *size)
-        making = None if plan.vae is None else module_peak(plan.vae.encoder, {"sample": pixels}, **where)
-    at_once = max(config.output.samples if config.output.sample_every else 0, _measured_at_once(config))
-    sampling = max(drawn(made, at_once, at_once) for made in (dense, model)) if at_once else None
-    stages = {
-        "prompts": None if plan.text_parameters is None else plan.text_parameters * element,
-        "images": None if making is None else memory["frozen"] + vae + making,
-        "training": sum(memory.values()),
-        "samples": None if sampling is None else memory["frozen"] + memory["trained"] + vae + sampling,
-    }
+    at_once = {"images": data.batch_size, "samples": _sampled_at_once(config)}
+    size = max(buckets, key=prod)
+    making, sampling = _without_gradients(config, plan, dense, memory, text_of, size, at_once, dtype)
     of_text = sum(tensor[0].numel() * tensor.element_size() for tensor in text.values())
     times = 1 + (data.states if source.trajectories else 0)
 
     def row(grid: tuple[int, int]) -> int:
         return prod(family.latents_shape(model.config, grid)) * element * times
 
-    texts = source.texts(data)
+    texts = source.texts(data) if source.texts else []
     different = len(dict.fromkeys(texts[:images])) + 1  # and the empty one
     of_images = sum(number * row(grid) for grid, number in by_grid.items())
     disk = {
@@ -192,8 +169,13 @@ def dry_run(config: DistillConfig) -> dict:
         "gradient_checkpointing": train.gradient_checkpointing,
         "precision": train.precision,
         "memory_bytes": {**memory, "total": sum(memory.values())},
-        "stage_bytes": stages,
-        "at_once": {"images": data.batch_size, "samples": at_once},
+        "stage_bytes": {
+            "prompts": None if plan.text_parameters is None else plan.text_parameters * element,
+            "images": making,
+            "training": sum(memory.values()),
+            "samples": sampling,
+        },
+        "at_once": at_once,
         "offload": data.offload,
         "vae_counted": plan.vae is not None,
         "several": on_several(config, model, element, **memory),
@@ -208,6 +190,56 @@ def dry_run(config: DistillConfig) -> dict:
         "images": images,
         "batch_size": train.batch_size,
     }
+
+
+def _without_gradients(
+    config: DistillConfig,
+    plan: Plan,
+    dense: nn.Module,
+    memory: Mapping[str, int],
+    text_of: Callable[[int], dict[str, torch.Tensor]],
+    largest: Size,
+    at_once: Mapping[str, int],
+    dtype: torch.dtype,
+) -> tuple[int | None, int | None]:
+    """The bytes while images are made or encoded, and while samples are drawn; None where they are not known, or not done.
+
+    plan: with the student as its transformer. dense: the teacher. memory: of the weights, while it trains. text_of:
+    gives the tensors of so many prompts. largest: (height, width) of the images. at_once: how many of each.
+    """
+    data, family = config.data, family_of(dense)
+    where = {"device": torch.device("cpu"), "dtype": dtype}
+    vae = 0 if plan.vae is None else sum(p.numel() for p in plan.vae.parameters()) * dtype.itemsize
+    latents = data.height // plan.vae_scale_factor, data.width // plan.vae_scale_factor
+    grid = tuple(side // family.latents_per_token(dense.config) for side in latents)
+    passes = 2 if _guided(family, config) else 1
+
+    def one_pass(model: nn.Module, images: int) -> int:
+        return forward_peak(model, grid, text_of(images * passes), **where)
+
+    making = sampling = None
+    if SOURCES[data.source].teacher_made:
+        making = memory["frozen"] + vae + one_pass(dense, at_once["images"])
+    elif plan.vae is not None:
+        pixels = torch.zeros(()).expand(at_once["images"], 3, *largest)
+        making = memory["frozen"] + vae + module_peak(plan.vae.encoder, {"sample": pixels}, **where)
+    if count := at_once["samples"]:
+        peaks = [one_pass(model, count) for model in (dense, plan.transformer)]
+        if plan.vae is not None:
+            peaks.append(decoder_peak(plan.vae, latents, images=count, **where))
+        sampling = memory["frozen"] + memory["trained"] + vae + max(peaks)
+    return making, sampling
+
+
+def _guided(family: Family, config: DistillConfig) -> bool:
+    """Whether a step of the sampler has two passes."""
+    return family.guided and config.data.guidance_scale > 1
+
+
+def _sampled_at_once(config: DistillConfig) -> int:
+    """How many images the sample grids or the metrics draw at a time; 0: none are drawn."""
+    grid = config.output.samples if config.output.sample_every else 0
+    return max(grid, min(config.metrics.batch_size, config.metrics.samples) if config.metrics.every else 0)
 
 
 def report(figures: dict) -> str:
@@ -297,11 +329,6 @@ def _not_counted(figures: dict) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def _measured_at_once(config: DistillConfig) -> int:
-    """How many images the metrics draw at a time."""
-    return min(config.metrics.batch_size, config.metrics.samples) if config.metrics.every else 0
-
-
 def _bucket_rows(figures: dict) -> list[tuple[str, str]]:
     buckets = {tuple(bucket["size"]): bucket["images"] for bucket in figures["buckets"]}
     if len(buckets) == 1:
@@ -350,11 +377,11 @@ def plan_model(path: str) -> Plan:
 
 def _text_parameters(base: Base) -> int | None:
     """The parameters of a pipeline's text encoders together; None where one is not of transformers' classes."""
-    count = 0
-    for name, kind in component_classes(base.index).items():
-        if not name.startswith("text_encoder") or kind is None:
+    count, kinds = 0, component_classes(base.index)
+    for name in encoder_names(family_of_class(base.transformer_class), kinds):
+        if kinds[name] is None:
             continue
-        made = getattr(transformers, kind, None)
+        made = getattr(transformers, kinds[name], None)
         if made is None:
             return None
         with torch.device("meta"):

@@ -17,13 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
-from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 
 from ..files import replacing
-from ..images import open_image, save_grid
+from ..images import Grid, open_image, save_grid
 from .batches import batches
 from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint
 from .optimizer import make_optimizer, set_learning_rates
@@ -67,8 +66,8 @@ class Job(ABC):
         """
 
     @abstractmethod
-    def samples(self) -> Sequence[Sequence[Image.Image]] | None:
-        """The columns of the sample grid, made with the model's current weights; None if no image can be made."""
+    def samples(self) -> Grid | None:
+        """The sample grid, made with the model's current weights; None if no image can be made."""
 
     @abstractmethod
     def distance(self) -> float:
@@ -201,11 +200,11 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
                 raise KeyboardInterrupt
             if gathers and due["sample"]:
                 with averaged(job.model, average, parameters):
-                    columns = job.samples()
-                if writes and columns:
-                    grid = folder / "samples" / f"step-{done:08d}.png"
-                    save_grid(grid, columns)
-                    track_image(accelerator, "samples", open_image(grid), done)
+                    grid = job.samples()
+                if writes and grid is not None:
+                    path = folder / "samples" / f"step-{done:08d}.png"
+                    save_grid(path, grid, f"step {done:,}")
+                    track_image(accelerator, "samples", open_image(path), done)
                     plot_log(folder, (*names, "fd"))
             since = time.perf_counter()  # throughput leaves out saving and sampling
 

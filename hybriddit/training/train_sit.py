@@ -22,6 +22,7 @@ from ..data.shards import Processes
 from ..data.sources import SOURCES, look_at_classes
 from ..files import checksum, read_json, replacing_folder, write_json
 from ..flow import draw_times, flow_loss, interpolate, training_interval
+from ..images import Grid
 from ..metrics.images import Images
 from ..models.flops import sit_flops
 from ..models.sit import SiTTransformer2DModel
@@ -131,15 +132,16 @@ class SiTTraining(Job):
         how = {"prediction": flow.prediction, "weighting": flow.weighting}
         return flow_loss(output, images, noise, times, flow.path, **how).mean().view(1)
 
-    def samples(self) -> list[list[Image.Image]]:
+    def samples(self) -> Grid:
         """Images of the first classes, always from the same noise."""
         own, output = self.model.config, self.config.output
         generator = torch.Generator().manual_seed(self.config.train.seed)
         noise = torch.randn(output.samples, *input_shape(self.model), generator=generator)
         labels = [row % own.num_classes for row in range(output.samples)]
         images = self._images(noise, labels, output.guidance)
+        names = [self.pipeline.class_names.get(label) or f"class {label}" for label in labels]
         columns = grid_columns(len(images), own.num_classes)
-        return [images[i::columns] for i in range(columns)]
+        return Grid([images[i::columns] for i in range(columns)], [names[i::columns] for i in range(columns)])
 
     def distance(self) -> float:
         """The Fréchet distance of images of all classes in turn; image i is always from seed `train.seed` + i."""

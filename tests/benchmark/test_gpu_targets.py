@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hybriddit.attention.rates import Rates
 
@@ -81,13 +83,17 @@ def test_the_gpu_check_says_that_there_is_no_gpu():
 def test_the_gpu_check_names_its_parts():
     done = subprocess.run([ROOT / "scripts/gpu_check.sh", "speed"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpu_check: no part speed: the parts are tests attention transformer generation training\n"
+    assert done.stderr == f"gpu_check: no part speed: the parts are {PARTS}\n"
 
 
+PARTS = "tests attention transformer generation training highres-passes highres-image highres-low-memory"
 # stands in for Python with a GPU: logs what it is to run, and fails at what $BROKEN names
 PRETENDED = """#!/usr/bin/env bash
 case $1 in
     -c) [[ $2 != *get_device_name* ]] || echo a-gpu; exit 0 ;;
+    *highres.py) name=$2; [[ $3 != --memory ]] || name=$2$4
+        echo "--out $name" >> log; mkdir -p "${@: -1}"; touch "${@: -1}/$name.json" "${@: -1}/$2.png"
+        [[ -z $BROKEN || $name != *$BROKEN* ]] ;;
     -m) [[ $2 == hybriddit && $3 == info ]] || echo "$*" >> log; [[ -z $BROKEN || $* != *$BROKEN* ]] ;;
 esac
 """
@@ -109,13 +115,45 @@ def test_the_gpu_check_goes_on_where_it_stopped(tmp_path):
         return done.returncode, [Path(name).name for name in ran]
 
     assert check("tests", "training") == (0, ["tests", "training"])
-    everything = ["tests", "a-gpu", "transformer", "generation", "training"]
-    assert check(broken="generation") == (1, ["a-gpu", "transformer", "generation"]), "two are done"
+    everything = ["tests", "a-gpu", "transformer", "generation", "training", "passes", "image", "image20"]
+    left = ["a-gpu", "transformer", "generation", "passes", "image", "image20"]
+    assert check(broken="generation") == (1, left), "two are done"
     assert check() == (0, ["generation"])
     assert check() == (0, [])
+    assert check("highres", "--again", broken="20") == (1, everything[-3:])
+    kept = sorted(path.name for path in (results / "highres").iterdir())
+    assert kept == ["image.json", "image20.json", "passes.json"], "no images"
+    assert check() == (0, ["image20"])
     assert check("--again") == (0, everything)
     assert check("tests", "--again", broken="pytest") == (1, ["tests"])
     assert check() == (0, ["tests"])
-    parts = {"tests", "attention", "transformer", "generation", "training"}
+    parts = set(PARTS.split())
     assert {line.split()[0] for line in (results / "parts.txt").read_text().splitlines()} == parts
     assert (tmp_path / "out/a-gpu/parts.txt").read_text() == (results / "parts.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["passes", "--sizes", "1536"], ["image"], ["image", "--memory", "0.003"]])
+def test_large_images_are_measured_with_a_small_model(words, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "scripts/highres.py", *words, "--tiny", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    if words[0] == "passes":
+        assert [row["rows"] for row in found["passes"]] == [None, 8]
+        assert all(abs(row["planned_over_measured"] - 1) < 0.1 for row in found["passes"])
+        return
+    assert [stage["pixels"] for stage in found["stages"]] == [128, 256, 512]
+    assert [stage["rows"] for stage in found["stages"]] == [None, None, 8 if "--memory" in words else None]
+    with Image.open(tmp_path / "highres-512.png") as image:
+        assert image.size == (512, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_large_images_are_not_measured_without_a_gpu(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "scripts/highres.py", "passes", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "no GPU: nothing was measured" in done.stderr and not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from family_calls import call
 from PIL import Image
-from runs import in_two_processes
+from runs import in_two_processes, noted_grids
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig
@@ -492,7 +492,7 @@ def test_a_trajectory_has_no_task_loss(pipelines):
 
 
 @pytest.mark.parametrize("source", ["folder", "trajectories"])
-def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
+def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path, monkeypatch):
     """The grid's first column is what the teacher's pipeline makes of the first prompts, the second the student's."""
     pipeline = tiny_pipeline("sd3")
     config = DistillConfig(hybrid=HybridConfig(window=3, map_rank=4))
@@ -505,10 +505,12 @@ def test_samples_are_drawn_whatever_the_source(source, folder, tmp_path):
     config.train.steps, config.train.batch_size = 1, 2
     config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path / "run"), 1, 2
     config.optim.lr = 0.1  # one step then shows
+    grids = noted_grids(monkeypatch)
     distill(pipeline, make_data(pipeline, config.data, progress=False), config)
-    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
-        assert grid.size == (128, 128) and np.asarray(grid).std() > 1
-        columns = np.split(np.asarray(grid, int), 2, axis=1)
+    grid = grids["step-00000001.png"]
+    assert grid.captions == [PROMPTS[:2]] * 2
+    columns = [np.concatenate([np.asarray(image, int) for image in column]) for column in grid.columns]
+    assert columns[0].shape == (128, 64, 3) and columns[0].std() > 1
     # the captions of 0.png and 1.png are the first two prompts
     called = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH}
     made = []

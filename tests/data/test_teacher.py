@@ -11,7 +11,6 @@ from test_teacher_images import assert_same_rows, files_of
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
 from hybriddit.data.image_folder import image_folder
-from hybriddit.data.shards import Processes
 from hybriddit.data.teacher import PromptEmbeddings
 from hybriddit.models import family_of
 from hybriddit.training import distill as distill_module
@@ -64,6 +63,23 @@ def test_captions_that_images_share_are_kept_once(pipelines, encoded, tmp_path):
     settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
     image_folder(pipelines("sd3"), tmp_path / "images", **settings, cache=tmp_path / "cache", progress=False)
     assert sorted(encoded) == sorted(["", *PROMPTS[:2]]) and len(kept_prompts(tmp_path / "cache")[0]) == 3
+
+
+def test_shards_of_which_no_row_is_left_are_passed_over(pipelines, tmp_path):
+    """The first images of a folder are removed: the others stay their own, with their captions."""
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.new("RGB", (64, 64), (40 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number}.txt").write_text(PROMPTS[number % 4])
+    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    settings |= {"cache": tmp_path / "cache", "batch_size": 2, "progress": False}
+    before = image_folder(pipelines("sd3"), tmp_path / "images", **settings)
+    for number in (0, 1, 3):
+        (tmp_path / "images" / f"{number}.png").unlink()
+    data = image_folder(pipelines("sd3"), tmp_path / "images", **settings)
+    assert data.prompts == [PROMPTS[number % 4] for number in (2, 4, 5)]
+    for key, value in data.rows(range(3)).items():
+        assert torch.equal(value, before.rows([2, 4, 5])[key]), key
 
 
 def test_teachers_with_the_same_encoders_share_the_text(pipelines, encoded, tmp_path):
@@ -195,15 +211,22 @@ def test_a_teacher_is_looked_at_once(run, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["model", "group"])
-def test_an_offloaded_teacher_makes_the_same_images(kind, run, monkeypatch):
-    config = load_config("run.yaml", [f"data.offload={kind}", "data.images=4"])
-    base = distill_module.find_base("teacher")
-    teacher = distill_module.load_teacher(base, config, torch.device("cpu"), Processes())
-    for part in (teacher.texts.pipeline.text_encoder, teacher.pipeline.transformer):
-        assert any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in part.modules())
-    data = distill_module.make_data(teacher, config.data, progress=False)
-    config.data.offload = None
-    plain = distill_module.load_teacher(base, config, torch.device("cpu"), Processes())
-    assert_same_rows(data, distill_module.make_data(plain, config.data, progress=False), 4)
+def test_an_offloaded_teacher_makes_the_same_images_and_is_loaded_anew_to_train(kind, run, loads, monkeypatch):
     with pytest.raises(ValueError, match=f"data.offload={kind} spares the memory of an accelerator, and the device is"):
-        run(f"data.offload={kind}")
+        run(f"data.offload={kind}", "output.folder=refused")
+    expected = {name: weight.detach().clone() for name, weight in run().named_parameters()}
+    del loads[:]
+    monkeypatch.setattr(distill_module, "check_offload", lambda *arguments: None)
+    placed, place = [], distill_module.place
+
+    def noted(pipeline, device, offload):
+        place(pipeline, device, offload)
+        hooks = ("_hf_hook", "_diffusers_hook")
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        placed.append(any(hasattr(module, hook) for part in parts for module in part.modules() for hook in hooks))
+
+    monkeypatch.setattr(distill_module, "place", noted)
+    found = run(f"data.offload={kind}", "output.folder=offloaded")
+    assert loads == ["encoders", "transformer", "transformer"] and placed == [True, True, False]
+    for name, weight in found.named_parameters():
+        assert torch.equal(weight, expected[name]), name

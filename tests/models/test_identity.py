@@ -88,6 +88,10 @@ def test_a_converted_transformer_is_its_teacher():
     expected = weights_digest(transformer)
     hybridize(transformer, HybridConfig(window=3, map_rank=4, delta_rank=2))
     assert weights_digest(transformer) == expected
+    whole = weights_digest(transformer, added=True)
+    with torch.no_grad():
+        next(p for name, p in transformer.named_parameters() if ".hybrid." in name).add_(1)
+    assert len({expected, whole, weights_digest(transformer, added=True)}) == 3
     with torch.no_grad():
         next(p for name, p in transformer.named_parameters() if ".hybrid." not in name).flatten()[0].add_(1)
     assert weights_digest(transformer) != expected

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from PIL import Image
 from tiny_pipelines import FAMILIES, TEXT_LENGTH, tiny_pipeline
 
-from hybriddit import HybridConfig, hybridize
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize
 from hybriddit.models import family_of, in_strips, scaled_positions
 from hybriddit.models.positions import rotary_frequencies
 from hybriddit.pipelines.cascade import (
@@ -218,6 +218,51 @@ def test_latents_are_enlarged_instead():
     assert (start - expected).abs().max() < 1e-3
 
 
+def sit_pipeline(path="linear", with_vae=False, channels=3):
+    torch.manual_seed(0)
+    vae = tiny_pipeline("flux_dev").vae if with_vae else None
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 16, "num_classes": 3}
+    model = SiTTransformer2DModel(**sizes, in_channels=4 if with_vae else channels)
+    pipeline = SiTPipeline(model, vae, path=path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("sigma", [0.1, 0.6])
+def test_a_sit_s_stage_starts_on_its_path(path, sigma):
+    pipeline, image = sit_pipeline(path), picture(16, 16)
+    with repainting(pipeline, image, (40, 30), Schedule(sigma, 2), torch.Generator().manual_seed(0)) as given:
+        pass
+    assert (given["width"], given["height"]) == (40, 30) and given["num_inference_steps"] == 2
+    pixels = np.asarray(image.resize((40, 30), Image.Resampling.LANCZOS)).copy()
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None].double() / 127.5 - 1
+    noise = torch.randn((1, 3, 30, 40), generator=torch.Generator().manual_seed(0)).double()
+    basis = torch.stack((pixels.flatten(), noise.flatten()), 1)
+    (signal, strength), *_ = torch.linalg.lstsq(basis, given["latents"].double().flatten()[:, None]).solution.T.tolist()
+    assert strength / signal == pytest.approx(sigma / (1 - sigma), rel=1e-3)
+    start = given["sampler_options"]["interval"][0]
+    alpha = {"linear": start, "gvp": math.sin(math.pi * start / 2), "vp": signal}[path]
+    assert signal == pytest.approx(alpha, rel=1e-4)
+    assert native_size(pipeline) == 16
+
+
+@pytest.mark.parametrize(("with_vae", "channels"), [(True, 3), (False, 3), (False, 1)])
+def test_a_sit_s_stage_without_noise_to_speak_of(with_vae, channels):
+    pipeline = sit_pipeline(with_vae=with_vae, channels=channels)
+    image = picture(16, 16)
+    with repainting(pipeline, image, (32, 24), Schedule(1e-4, 1), torch.Generator().manual_seed(0)) as given:
+        made = pipeline(0, **given, output_type="latent").images
+    pixels = np.asarray(
+        image.convert("L" if channels == 1 else "RGB").resize((32, 24), Image.Resampling.LANCZOS)
+    ).copy()
+    expected = torch.from_numpy(pixels).view(24, 32, -1).permute(2, 0, 1)[None] / 127.5 - 1
+    if with_vae:
+        vae = pipeline.vae
+        expected = (vae.encode(expected).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    assert (made - expected).abs().max() < 0.02 * expected.std()
+
+
 def test_wrong_schedules_and_schedulers():
     for wrong, words in {
         (0, 1): "above 0", (1, 1): "below 1", (math.nan, 1): "above 0", (0.5, 0): "1 step or more",
@@ -225,6 +270,11 @@ def test_wrong_schedules_and_schedulers():
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=words):
             Schedule(*wrong)
+    with (
+        pytest.raises(ValueError, match="the guide 'residual' is for text-to-image"),
+        repainting(sit_pipeline(), picture(16, 16), (32, 32), SCHEDULES["residual"], torch.Generator()),
+    ):
+        pass
     pipeline = quiet_pipeline("flux_dev")
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
     with (

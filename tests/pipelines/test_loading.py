@@ -236,7 +236,7 @@ def test_a_quantised_base_without_its_package(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["flux_dev", "sd3"])
-def test_a_single_file_is_the_transformer_of_its_config(family, tmp_path, capsys):
+def test_a_single_file_is_the_transformer_of_its_config(family, tmp_path, capsys, monkeypatch):
     """As most checkpoints of these families are published: the transformer alone."""
     pipeline = tiny_pipeline(family, seed=1)
     file = tmp_path / "model.safetensors"
@@ -249,6 +249,10 @@ def test_a_single_file_is_the_transformer_of_its_config(family, tmp_path, capsys
     assert dtypes(tmp_path / "hybrid")["vae"] == torch.float32
     made = load_base(find_base(str(file), config=str(tmp_path / "config")))
     assert made.config._name_or_path == str(file) and made.transformer.dtype == torch.float32
+    monkeypatch.setattr(type(pipeline.transformer), "from_single_file", lambda *a, **k: pytest.fail("it is read"))
+    part = load_base(find_base(str(file), config=str(tmp_path / "config")), without=("transformer", "vae"))
+    assert part.transformer is None and part.vae is None and part.text_encoder is not None
+    monkeypatch.undo()
     assert generate(capsys, file, tmp_path / "a.png", "--config", tmp_path / "config") == (0, [])
     more = [f"model.config={tmp_path / 'config'}"]
     assert distill(capsys, file, tmp_path / "run", *more)[0] == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from family_calls import call
 from PIL import Image
-from runs import finish
+from runs import finish, noted_grids
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, recipe_of, tiny_pipeline
 
@@ -145,21 +145,21 @@ def run_config(images, **train):
 
 
 @pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "flux_dev"])
-def test_the_losses_are_those_of_each_step_s_own_grid(family, images, tmp_path):
+def test_the_losses_are_those_of_each_step_s_own_grid(family, images, tmp_path, monkeypatch):
     """As the family's pipeline calls its model for images of that size; the window is wider than two of the grids."""
     pipeline, dense, student = (tiny_pipeline(family) for _ in range(3))
     config = run_config(images)
     config.optim.lr = 1e-30  # the student stays what it is
     config.output.folder, config.output.sample_every, config.output.samples = str(tmp_path), 7, 5
-    data = make_data(pipeline, config.data, progress=False)
+    data, grids = make_data(pipeline, config.data, progress=False), noted_grids(monkeypatch)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         hybridize(student.transformer, config.hybrid)
     distill(pipeline, data, config)
-    recipe, grids = recipe_of(dense), token_grids(dense, data)
+    recipe, tokens = recipe_of(dense), token_grids(dense, data)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for step in range(7):
-        arguments = (data, recipe, config, step, recipe.prompt_dropout, grids, dense.scheduler)
+        arguments = (data, recipe, config, step, recipe.prompt_dropout, tokens, dense.scheduler)
         ((latents, noise, times, text, _, grid),) = draw_batches(*arguments)
         if family == "pixart_sigma":
             keep = dense.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
@@ -169,8 +169,8 @@ def test_the_losses_are_those_of_each_step_s_own_grid(family, images, tmp_path):
         with torch.no_grad():
             one, other = (call(family, p.transformer, noisy, times, text, 3.5, grid) for p in (dense, student))
         assert logged[step]["output"] == pytest.approx((one - other).square().mean().item(), rel=1e-3), grid
-    with Image.open(tmp_path / "samples" / "step-00000007.png") as grid:
-        assert grid.size == (128, 5 * 64), "samples are of height x width"
+    columns = grids["step-00000007.png"].columns
+    assert [[image.size for image in column] for column in columns] == [[(64, 64)] * 5] * 2, "of height x width"
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(images, tmp_path, capsys):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from family_calls import call
 from peft import LoraConfig
-from PIL import Image
+from runs import noted_grids
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
@@ -399,6 +399,7 @@ def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
     in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "prompt_dropout": 0.0, "window_dropout": 0.0}
     assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
     assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
+    assert begun["in_force"] == {"data.text_tokens": TEXT_LENGTH, "hybrid.map_rank": [4], "hybrid.projection": [2]}
 
     def resumed(steps, **loss):
         pipeline, data = prepared("flux_schnell")
@@ -593,20 +594,21 @@ def test_the_result_is_the_moving_average(prepared, tmp_path):
     assert not torch.equal(steps[-1][gate], steps[-1][gate.replace("weight/", "average/")])
 
 
-def test_sample_grids_show_the_teacher_beside_the_averaged_student(prepared, tmp_path):
+def test_sample_grids_show_the_teacher_beside_the_averaged_student(prepared, tmp_path, monkeypatch):
+    grids = noted_grids(monkeypatch)
     pipeline, data = prepared("sd3")
     dense = copy.copy(pipeline)
     dense.transformer = copy.deepcopy(pipeline.transformer)
     config = tiny_config(tmp_path, train__steps=3, output__sample_every=2, output__samples=2)
     distill(pipeline, data, config)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000003.png"]
-    grid = Image.open(tmp_path / "samples" / "step-00000003.png")
-    assert grid.size == (128, 128)
+    grid = grids["step-00000003.png"]
+    assert grid.heads == ("teacher", "student") and grid.captions == [PROMPTS[:2]] * 2
     rows = data.rows([0, 1])
     rows.pop("latents")
-    for x, made_by in ((0, dense), (64, pipeline)):  # the last grid is the returned model's
-        for y, image in enumerate(sample(made_by, rows, data.empty, data.info, [0, 1])):
-            assert grid.crop((x, 64 * y, x + 64, 64 * y + 64)).tobytes() == image.tobytes()
+    for column, made_by in zip(grid.columns, (dense, pipeline), strict=True):  # the last grid is the returned model's
+        expected = sample(made_by, rows, data.empty, data.info, [0, 1])
+        assert [image.tobytes() for image in column] == [image.tobytes() for image in expected]
 
 
 def test_bf16_keeps_the_frozen_weights_and_trains_in_fp32(prepared, tmp_path):

@@ -115,7 +115,7 @@ def test_the_memory_of_images_is_that_of_the_pipeline_s_call(family, config_of):
 
     def held(images, output_type):
         text = data.rows(range(images), data.empty)
-        with _Held(besides=weights) as noted:
+        with _Held(weights, ()) as noted:
             sample(pipeline, text, data.empty, data.info, range(images), output_type)
         return noted.peak
 

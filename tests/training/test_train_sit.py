@@ -20,7 +20,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import finish, finish_sharded, limit_files, small_disk, start, wait_for
+from runs import finish, finish_sharded, limit_files, noted_grids, small_disk, start, wait_for
 from safetensors.torch import load_file
 from tiny_vae import tiny_vae
 
@@ -319,8 +319,9 @@ def test_a_step_s_samples_depend_on_the_step_alone(config):
     assert sum(mirrored) / 300 == pytest.approx(0.5, abs=0.1)
 
 
-def test_two_classes_are_learned(images, tmp_path):
+def test_two_classes_are_learned(images, tmp_path, monkeypatch):
     """The samples of the grid are of their classes."""
+    grids = noted_grids(monkeypatch)
     output = {"folder": str(tmp_path / "run"), "sample_every": 150, "samples": 4, "sample_steps": 10, "guidance": 1.0}
     path = write_config(
         images,
@@ -332,11 +333,10 @@ def test_two_classes_are_learned(images, tmp_path):
     )
     model = run(load_config(path))
     assert not model.training
-    with Image.open(tmp_path / "run" / "samples" / "step-00000150.png") as grid:
-        pixels = np.array(grid).astype(float)
-    assert grid.mode == "L" and pixels.shape == (16, 16)
-    means = pixels.reshape(2, 8, 2, 8).mean((1, 3))
-    assert (means[:, 0] < 110).all() and (means[:, 1] > 150).all(), means
+    grid = grids["step-00000150.png"]
+    assert grid.captions == [["dark"] * 2, ["light"] * 2] and grid.columns[0][0].mode == "L"
+    dark, light = ([np.mean(image) for image in column] for column in grid.columns)
+    assert max(dark) < 110 and min(light) > 150, (dark, light)
 
 
 @pytest.fixture
@@ -365,7 +365,7 @@ def test_bf16_checkpointing_and_a_vae(latents, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(module, "make_model", make_watched)
-    models, losses, passes = {}, {}, {}
+    models, losses, passes, drawn, grids = {}, {}, {}, {}, noted_grids(monkeypatch)
     samples = ["output.sample_every=1", "output.sample_steps=1", "output.samples=3", "output.guidance=2"]
     for name, changes in (
         ("plain", []),
@@ -375,6 +375,7 @@ def test_bf16_checkpointing_and_a_vae(latents, tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         values.clear()
         models[name] = run(load_config(latents, [*samples, *changes, f"output.folder={tmp_path / name}"]))
+        drawn[name] = grids["step-00000002.png"]
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in models[name].parameters())
         assert not models[name].is_gradient_checkpointing
         losses[name] = [line["loss"] for line in log_of(tmp_path / name)]
@@ -395,9 +396,9 @@ def test_bf16_checkpointing_and_a_vae(latents, tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     expected = pipeline([0, 1, 0], 2.0, generator, 1, sampler="heun").images
     for name, tolerance in (("checkpointed", 1), ("plain", 1), ("bf16", 8)):
-        with Image.open(tmp_path / name / "samples" / "step-00000002.png") as grid:
-            assert grid.size == (16, 16) and grid.mode == "RGB"
-            found = [grid.crop((8 * (i % 2), 8 * (i // 2), 8 * (i % 2) + 8, 8 * (i // 2) + 8)) for i in range(3)]
+        columns = drawn[name].columns
+        assert [len(column) for column in columns] == [2, 1] and columns[0][0].mode == "RGB"
+        found = [columns[i % 2][i // 2] for i in range(3)]
         for one, other in zip(found, expected, strict=True):
             assert np.abs(np.array(one).astype(int) - np.array(other)).max() <= tolerance, name
 
@@ -483,6 +484,7 @@ def test_a_column_of_the_grid_is_a_class(samples, classes, columns):
 
 def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatch):
     """Six samples of three classes, each drawn as a shade of its label."""
+    grids = noted_grids(monkeypatch)
     monkeypatch.setattr(sit_pipeline, "guided", lambda predict, labels, *rest, **k: labels)
     monkeypatch.setattr(
         sit_pipeline,
@@ -494,9 +496,10 @@ def test_the_grid_s_file_has_the_classes_in_columns(images, tmp_path, monkeypatc
     changes = {"model": {**TINY, "num_classes": 3}, "train": {"steps": 1, "batch_size": 2, "progress": False}}
     output = {"folder": str(tmp_path / "run"), "sample_every": 1, "samples": 6}
     run(load_config(write_config(three, tmp_path, **changes, output=output)))
-    with Image.open(tmp_path / "run" / "samples" / "step-00000001.png") as grid:
-        shades = np.array(grid)[4::8, 4::8]
-    np.testing.assert_array_equal(shades, [[64, 128, 191]] * 2)
+    grid = grids["step-00000001.png"]
+    shades = [[image.getpixel((4, 4)) for image in column] for column in grid.columns]
+    assert shades == [[64] * 2, [128] * 2, [191] * 2]
+    assert grid.captions == [["another"] * 2, ["dark"] * 2, ["light"] * 2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config, tmp_path, monkeypatch):
