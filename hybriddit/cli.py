@@ -719,7 +719,7 @@ def add_benchmark(commands) -> None:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, sit-xl and those of families of your own "
+        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, sit-xl and those of families of your own "
         "(default: all; two of them on a CPU)",
     )
     sub.add_argument(

@@ -138,6 +138,7 @@ def test_the_published_shapes():
         "sd3.5-medium": (24, 64, 333, False, 16, 333, True),
         "sd3.5-large": (38, 64, 333, False, 16, 333, True),
         "flux": (24, 128, 512, True, 16, 512, False),
+        "chroma": (24, 128, 512, True, 16, 512, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 
