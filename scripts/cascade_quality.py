@@ -280,7 +280,10 @@ def sheet(out: Path, path: Path) -> None:
     rows, records = {}, [record for record in read_rows(out) if record["scale"] == 2 and "refused" not in record]
     model = "hybrid" if any(record["model"] == "hybrid" for record in records) else "dense"
     for record in records:
-        if record["model"] == model and record["way"] != "Lanczos":
+        told = (
+            record["way"] == "direct" or record["way"] in SCHEDULES and record["positions"] in ("plain", "interpolated")
+        )
+        if record["model"] == model and told:
             images = np.load(out / f"{Row(*(record[key] for key in ('model', 'scale', 'way', 'positions'))).name}.npy")
             name = f"{record['way'].replace(', ', ',' + chr(10))},\n{record['positions']}"
             rows[name] = [images[number] for number in shown if number < len(images)]
