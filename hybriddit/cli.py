@@ -362,8 +362,10 @@ def add_generate(commands) -> None:
         metavar="NAME",
         help="SiT: name or index of a class; may be given repeatedly",
     )
-    sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX)")
-    sub.add_argument("--mask", type=Path, help="image of that size: white is painted anew, black is kept (SD3, FLUX)")
+    sub.add_argument("--image", type=Path, help="image to start from (SD3, FLUX, Chroma)")
+    sub.add_argument(
+        "--mask", type=Path, help="image of that size: white is painted anew, black is kept (SD3, FLUX, Chroma)"
+    )
     sub.add_argument("--strength", type=float, help="how far from --image, above 0 to 1 (default: the pipeline's)")
     sub.add_argument("--height", type=int, help="in pixels (default: the image's, else the pipeline's)")
     sub.add_argument("--width", type=int, help="in pixels (default: the image's, else the pipeline's)")
@@ -479,8 +481,8 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions",
-        help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX also ntk, yarn or "
-        "dominant",
+        help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX and Chroma also "
+        "ntk, yarn or dominant",
     )
 
 

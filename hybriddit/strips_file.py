@@ -47,11 +47,11 @@ def write_strips(
     check_strips_file(path, width, height)
     large = max(width, height) > PREVIEW_FROM
     side = -(-max(width, height) // PREVIEW_SIDE) if large else 1  # of the square that is a pixel of the preview
-    rows = -(-max(1, BAND // (3 * width)) // side) * side
-    bands, small = _bands(strips, width, height, min(rows, height)), []
+    rows = min(height, -(-max(1, BAND // (3 * width)) // side) * side)  # of whole squares
+    bands, small = _bands(strips, width, height, rows), []
     if large:
         bands = _noting(bands, lambda band: small.append(np.asarray(Image.fromarray(band).reduce(side))))
-    write = _write_png if path.suffix.lower() == ".png" else partial(_write_tiff, rows=min(rows, height))
+    write = _write_png if path.suffix.lower() == ".png" else partial(_write_tiff, rows=rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file, bands, width, height, record)
@@ -94,7 +94,7 @@ def seconds_of_file(width: int, height: int) -> float:
 def _bands(strips: Iterable[np.ndarray], width: int, height: int, rows: int) -> Iterator[np.ndarray]:
     """The image in bands of so many rows, the last of what is left; arrays of their own."""
     done = filled = 0
-    band = np.empty((min(rows, height), width, 3), np.uint8)
+    band = np.empty((rows, width, 3), np.uint8)
     for strip in strips:
         if strip.dtype != np.uint8 or strip.shape[1:] != (width, 3):
             raise ValueError(f"a strip is {strip.dtype} {strip.shape}: it must be uint8 [rows, {width}, 3]")

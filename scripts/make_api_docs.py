@@ -12,8 +12,9 @@ NAMES = {
     "hybriddit": (
         "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
+        "HybridChromaTransformer2DModel "
         "SiTTransformer2DModel SiTPipeline "
-        "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline"
+        "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.flow": (

@@ -22,6 +22,16 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
     rows, columns = grid
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    if family == "chroma":
+        mask = text["prompt_attention_mask"]
+        return transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            timestep=times,
+            img_ids=ids,
+            txt_ids=torch.zeros(embeds.shape[1], 3),
+            attention_mask=torch.cat([mask, mask.new_ones(noisy.shape[:2])], dim=1),
+        ).sample
     return transformer(
         noisy,
         encoder_hidden_states=embeds,

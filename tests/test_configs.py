@@ -42,6 +42,7 @@ def test_every_family_has_a_config():
         "sd35_large",
         "pixart_sigma_512",
         "pixart_sigma_1024",
+        "chroma",
         "demo",
         "demo_sd3",
     } <= {path.stem for path in SHIPPED}

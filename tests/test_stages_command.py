@@ -218,11 +218,12 @@ def test_what_upscale_refuses(words, said, command, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_image_itself_is_not_overwritten(command, saved, tmp_path):
-    (tmp_path / "a.png").write_bytes((saved / "photo.png").read_bytes())
-    code, _, err = command("upscale", tmp_path / "a.png", "--scale", 2, "--model", "flux")
-    assert code == 1 and "is the image that is enlarged: give another --out" in err
-    assert (tmp_path / "a.png").read_bytes() == (saved / "photo.png").read_bytes()
+@pytest.mark.parametrize("name", ["a.png", "a-stage1.png"])
+def test_the_image_itself_is_not_overwritten(name, command, saved, tmp_path):
+    (tmp_path / name).write_bytes((saved / "photo.png").read_bytes())
+    code, _, err = command("upscale", tmp_path / name, "--scale", 4, "--model", "sd3")
+    assert code == 1 and f"{name} is the image that is enlarged, and would be overwritten: give another --out" in err
+    assert (tmp_path / name).read_bytes() == (saved / "photo.png").read_bytes()
 
 
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):

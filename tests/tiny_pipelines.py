@@ -3,6 +3,8 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -25,7 +27,7 @@ from transformers import (
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models import family_of
 
-FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell")
+FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma")
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6
@@ -88,6 +90,21 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             _t5(),
             _t5_tokenizer(),
         )
+    elif family == "chroma":
+        transformer = ChromaTransformer2DModel(
+            in_channels=4 * latent_channels,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipeline = ChromaPipeline(scheduler, vae, _t5(), _t5_tokenizer(), transformer)
     else:
         transformer = FluxTransformer2DModel(
             in_channels=4 * latent_channels,
@@ -112,6 +129,15 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             torch.nn.init.normal_(parameter, std=0.5)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def of_prompt(pipeline, prompt, length=TEXT_LENGTH):
+    """A pipeline's arguments for a prompt. Chroma's own mask is of numbers, which hide no padded text in diffusers."""
+    if not isinstance(pipeline, ChromaPipeline):
+        return {"prompt": prompt, "max_sequence_length": length}
+    family = family_of(pipeline.transformer)
+    text, empty = (family.encode_prompts(pipeline, [words], max_sequence_length=length) for words in (prompt, ""))
+    return family.sampling_arguments(text, empty, 1)
 
 
 def recipe_of(pipeline, name: str | None = None):

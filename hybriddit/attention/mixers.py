@@ -107,7 +107,7 @@ class LinearMixer(nn.Module):
         if only_sums and rows is not None:
             return begin_sum_keys(query, key, value, rows=rows, **phi)
         if only_sums:
-            return sum_keys(query, key, value, **phi)
+            return sum_keys(query, key, value, key_mask=key_mask, **phi)
         beside = {"near": near, "gate": gate, "joint": joint, "lse": lse}
         return linear_attention(query, key, value, key_mask=key_mask, rows=rows, **beside, **phi)
 

@@ -91,21 +91,23 @@ def strip_attention(
     (text_query, image_query), (text_key, image_key), (text_value, image_value) = map(
         token_layout.split, (query, key, value)
     )
-    sums = None
+    sums = seen = None
+    first = whole.gathering and whole.first == 0  # the text's keys are counted once
+    if first and text_mask is not None:
+        seen = F.pad(text_mask, (0, image_key.shape[1]), value=True)
     if layer.far is not None:
         far_query, far_key = layer.far_tokens(far_query, far_key, image_query, image_key, token_layout)
-        keys, values = far_key, image_value
-        if layer.kind == "linear" and whole.gathering and whole.first == 0:  # the text's keys are counted once
-            keys, values = torch.cat((text_key, far_key), 1), torch.cat((text_value, image_value), 1)
-        sums = layer.far(far_query, keys, values, only_sums=True)
+        keys, values, far_seen = far_key, image_value, None
+        if layer.kind == "linear" and first:
+            keys, values, far_seen = torch.cat((text_key, far_key), 1), torch.cat((text_value, image_value), 1), seen
+        sums = layer.far(far_query, keys, values, key_mask=far_seen, only_sums=True)
     if whole.gathering:
         if sums is not None:
             whole.add_keys(sums, keys.shape[1])
         if token_layout.text_length:
-            keys, values, seen = image_key, image_value, None
-            if whole.first == 0:
+            keys, values = image_key, image_value
+            if first:
                 keys, values = torch.cat((text_key, keys), 1), torch.cat((text_value, values), 1)
-                seen = None if text_mask is None else F.pad(text_mask, (0, image_key.shape[1]), value=True)
             whole.add_text(text_query, keys, values, scale, seen)
         whole.gathered()
         return query.new_zeros(()).expand(query.shape)

@@ -20,7 +20,7 @@ from ..images import open_image, read_record
 from ..machine import find_device
 from ..stored import check_any_base
 from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
-from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stages_there
+from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stage_paths, stages_there
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
@@ -135,19 +135,15 @@ def run(
     source |= {"image": image and str(image), "mask": mask and str(mask)}
     enlarged = None
     if stages is not None:
-        schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
         for name, given in {"--image": image, "--mask": mask}.items():
             if given:
                 raise ValueError(f"{name} has no meaning for an image in stages")
-        if stages.enlarge is not None:
-            enlarged = open_image(stages.enlarge)
-            if any(path.exists() and path.samefile(stages.enlarge) for path in paths):
-                raise ValueError(f"{out} is the image that is enlarged: give another --out")
-            source |= {
-                "enlarged": str(stages.enlarge),
-                "enlarged_sha256": hashlib.sha256(enlarged.tobytes()).hexdigest(),
-            }
+        schedule = find_schedule(stages.schedule, stages.strength, stages.steps)
+        enlarged = open_image(stages.enlarge) if stages.enlarge else None
         size = stages.target(enlarged)
+    if enlarged is not None:
+        digest = hashlib.sha256(enlarged.tobytes()).hexdigest()
+        source |= {"enlarged": str(stages.enlarge), "enlarged_sha256": digest}
     settings["image"] = open_image(image) if image else None
     settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(subjects, **settings)
@@ -187,6 +183,9 @@ def run(
         options = {"first": first, "scale": stages.scale, "positions": stages.positions}
         cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
         settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
+        for file in (file for path in paths for file in stage_paths(path, len(cascade.stages))):
+            if enlarged is not None and file.exists() and file.samefile(stages.enlarge):
+                raise ValueError(f"{file} is the image that is enlarged, and would be overwritten: give another --out")
     pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed_per_prompt=seed_per_prompt, **settings)
     notes += more
     tells = not quiet and rank == 0

@@ -1,5 +1,6 @@
 """The families that come with hybriddit, one row each."""
 
+from .chroma import Chroma
 from .family import register
 from .flux import Flux
 from .pixart_sigma import PixArtSigma
@@ -8,3 +9,4 @@ from .sd3 import StableDiffusion3
 PIXART_SIGMA = register(PixArtSigma)
 STABLE_DIFFUSION_3 = register(StableDiffusion3)
 FLUX = register(Flux)
+CHROMA = register(Chroma)

@@ -106,6 +106,7 @@ class Family(ABC):
     attention_kwargs: the argument of forward whose entries reach the processors as keywords, `token_layout` included.
         None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
+    checkpoints_kwargs: whether the model passes these to its blocks under gradient checkpointing, too.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
     rotary: whether the layers rotate queries and keys by position, and the hybrid processor gives `far_inputs` that
@@ -134,6 +135,7 @@ class Family(ABC):
     layers: ClassVar[tuple[str, ...]]
     processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
+    checkpoints_kwargs: ClassVar[bool] = True
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
@@ -191,14 +193,19 @@ class Family(ABC):
     def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         """The arguments of a transformer block for a part of the image's rows, from rows[0] to before rows[1].
 
-        arguments: for the whole image. This one cuts `hidden_states` [B, N, width], and the block's result, or the last
-        part of it, has to be the same tokens. The layout in the attention kwargs is seen to by `strips`.
+        arguments: for the whole image. This one cuts `hidden_states`, [B, N, width] of the image, or [B, S, width] of text
+        and image, and the block's result, or the last part of it, has to be the same tokens. The layout in the attention
+        kwargs is seen to by `strips`.
         """
-        hidden_states = arguments.get("hidden_states")
-        if hidden_states is None or hidden_states.shape[1] != token_layout.image_length:
+        hidden_states, columns = arguments.get("hidden_states"), token_layout.grids[0][1]
+        place = slice(rows[0] * columns, rows[1] * columns)
+        lengths = token_layout.image_length, token_layout.image_length + token_layout.text_length
+        if hidden_states is None or hidden_states.shape[1] not in lengths:
             raise ValueError(f"the blocks of {self.name} cannot run in strips: it has no `strip` for them")
-        columns = token_layout.grids[0][1]
-        return {**arguments, "hidden_states": hidden_states[:, rows[0] * columns : rows[1] * columns]}
+        if hidden_states.shape[1] == lengths[0]:
+            return {**arguments, "hidden_states": hidden_states[:, place]}
+        text, image = token_layout.split(hidden_states)
+        return {**arguments, "hidden_states": token_layout.join(text, image[:, place])}
 
     def strip_forwards(self, model: nn.Module, rows: int) -> dict[nn.Module, Callable[..., Any]]:
         """What else of the model is run over strips of `rows` rows of tokens: for a module, what replaces its forward."""
@@ -211,7 +218,11 @@ class Family(ABC):
         return {}
 
     def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
-        """The arguments of forward of a hybrid, without what rounding may have done to the positions in them."""
+        """The arguments of forward of a hybrid, of those for the dense model.
+
+        For what rounding may have done to positions, and for masks, which processors take as `text_mask` alone. Not
+        called where `attention_kwargs` is None.
+        """
         return inputs
 
     def latents_per_token(self, config: Mapping[str, Any]) -> int:

@@ -38,6 +38,7 @@ class HybridFluxAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_layout: TokenLayout | None = None,
+        text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         check_call(token_layout, attention_mask)
 
@@ -66,7 +67,7 @@ class HybridFluxAttnProcessor:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
-        out = attn.hybrid(query, key, value, token_layout, **far).flatten(2).to(query.dtype)
+        out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
             return out
         text, image = token_layout.split(out)
@@ -74,7 +75,7 @@ class HybridFluxAttnProcessor:
 
 
 class DenseFluxAttnProcessor(FluxAttnProcessor):
-    """The teacher's processor, for layers that stay dense: it accepts and ignores `token_layout`."""
+    """The teacher's processor, for layers that stay dense: it needs `token_layout` only to hide padded text."""
 
     def __call__(
         self,
@@ -84,7 +85,11 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_layout: TokenLayout | None = None,
+        text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if text_mask is not None:
+            image_mask = text_mask.new_ones(len(text_mask), token_layout.image_length)
+            attention_mask = token_layout.join(text_mask, image_mask)[:, None, None]  # of keys: [B, 1, 1, S]
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
@@ -102,6 +107,15 @@ def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
             "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
         )
     return grids
+
+
+def position_ids(like: torch.Tensor, text_length: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """The ids of one image's tokens and of its text, as FLUX's pipelines pass them, in the dtype of a tensor."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=like.device) for n in grid), indexing="ij")
+    return {
+        "img_ids": torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).view(-1, 3).to(like),
+        "txt_ids": like.new_zeros(text_length, 3),
+    }
 
 
 HybridFluxTransformer2DModel = hybrid_class(FluxTransformer2DModel)
@@ -226,14 +240,11 @@ class Flux(Family):
         grid: tuple[int, int],
         guidance: float | None,
     ) -> dict[str, Any]:
-        embeds = text["prompt_embeds"]
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=noisy.device) for n in grid), indexing="ij")
         return {
             "hidden_states": noisy,
-            "encoder_hidden_states": embeds,
+            "encoder_hidden_states": text["prompt_embeds"],
             "pooled_projections": text["pooled_prompt_embeds"].to(noisy),
             "timestep": times,
             "guidance": None if guidance is None else torch.full_like(times, guidance),
-            "img_ids": torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).view(-1, 3).to(noisy),
-            "txt_ids": torch.zeros(embeds.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            **position_ids(noisy, text["prompt_embeds"].shape[1], grid),
         }

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import HybridConfig
-from .processing import CheckpointWithLayout
-from .surgery import NOT_IN_PARALLEL, check_processors, insert_hybrid, reset_processors
+from .surgery import NOT_IN_PARALLEL, check_processors, insert_hybrid, reset_processors, with_what_it_drops
 from .wrapping import SavesPlain
 
 
@@ -71,8 +70,8 @@ class HybridModelMixin(SavesPlain):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint
     ) -> None:
-        if enable and self._layout_holder is not None:
-            gradient_checkpointing_func = CheckpointWithLayout(gradient_checkpointing_func, self._layout_holder)
+        if enable:
+            gradient_checkpointing_func = with_what_it_drops(self, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
     def enable_parallelism(self, **kwargs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,20 @@ def check_call(token_layout: TokenLayout | None, attention_mask: torch.Tensor | 
         )
     if attention_mask is not None:
         raise ValueError("hybrid attention takes no attention mask: leave it out, or restore_dense(model) first")
+
+
+class CheckpointWithKwargs:
+    """Gradient checkpointing that passes attention kwargs on to the blocks of a model that drops them there.
+
+    name: of the argument, the model's and the blocks'. kwargs: of the model's current call, None in dense mode.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], name: str):
+        self.checkpoint, self.name = checkpoint, name
+        self.kwargs: dict[str, Any] | None = None
+
+    def __call__(self, block: Callable[..., Any], *arguments: Any) -> Any:
+        return self.checkpoint(partial(block, **{self.name: self.kwargs}), *arguments)
 
 
 class LayoutHolder:

@@ -160,10 +160,15 @@ class _InStrips:
         for first, last in strips:
             start, end = self._around(height, first, last)
             result = self._run(arguments, layout, (start, end))
-            *others, strip = result if isinstance(result, tuple) else (result,)
+            *others, tokens = result if isinstance(result, tuple) else (result,)
+            # of the image, or of the text too, whose tokens are the same in every strip
+            text = tokens.shape[1] - (end - start) * width
             if whole is None:
-                whole = strip.new_empty(len(strip), height * width, *strip.shape[2:])
-            whole[:, first * width : last * width] = strip[:, (first - start) * width : (last - start) * width]
+                whole = tokens.new_empty(len(tokens), text + height * width, *tokens.shape[2:])
+            words, strip = layout._replace(text_length=text, grids=((end - start, width),)).split(tokens)
+            whole_words, image = layout._replace(text_length=text).split(whole)
+            whole_words.copy_(words)
+            image[:, first * width : last * width] = strip[:, (first - start) * width : (last - start) * width]
         return (*others, whole) if isinstance(result, tuple) else whole
 
     def _around(self, height: int, first: int, last: int) -> tuple[int, int]:

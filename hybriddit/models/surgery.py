@@ -7,7 +7,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attention import HybridAttention, TokenLayout
 from ..config import HybridConfig
 from .family import Family, family_of, is_hybrid
-from .processing import CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
+from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
 
 NOT_IN_PARALLEL = (
@@ -68,7 +68,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
         if hook in (inject_token_layout, read_token_layout):
             del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for module in _checkpointing(model):
-        if isinstance(module._gradient_checkpointing_func, CheckpointWithLayout):
+        if isinstance(module._gradient_checkpointing_func, CheckpointWithLayout | CheckpointWithKwargs):
             module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
     del model._dense_processors, model._dense_mode, model._layout_holder
     values = {key: value for key, value in model.config.items() if key != "hybrid_config"}
@@ -131,10 +131,8 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
         if name in hybrids:
             attn.hybrid = hybrids[name]
         attn.set_processor(_new_processor(model, family, name))
-    if model._layout_holder is not None:
-        for module in _checkpointing(model):
-            checkpoint = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = CheckpointWithLayout(checkpoint, model._layout_holder)
+    for module in _checkpointing(model):
+        module._gradient_checkpointing_func = with_what_it_drops(model, module._gradient_checkpointing_func)
     hook = read_token_layout if family.reads_positions else inject_token_layout
     model.register_forward_pre_hook(hook, with_kwargs=True)
     model.register_to_config(hybrid_config=config.to_dict())
@@ -157,6 +155,14 @@ def convert_dense_layers(model: nn.Module) -> None:
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
     """The modules that recompute their blocks in the backward pass."""
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def with_what_it_drops(model: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradient checkpointing of a hybrid model by which the blocks know their layout."""
+    family = family_of(model)
+    if model._layout_holder is not None:
+        return CheckpointWithLayout(checkpoint, model._layout_holder)
+    return checkpoint if family.checkpoints_kwargs else CheckpointWithKwargs(checkpoint, family.attention_kwargs)
 
 
 def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
@@ -230,6 +236,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     ValueError if a converted layer has lost its processor, because it would silently be dense.
     """
     if model._dense_mode:
+        _keep_for_checkpoints(model, None)
         return None
     check_processors(model)
     if getattr(model, "_parallel_config", None) is not None:
@@ -243,9 +250,17 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     attention_kwargs = inputs.get(family.attention_kwargs) or {}
     if "ip_adapter_image_embeds" in attention_kwargs:
         raise ValueError("hybrid models do not take IP-Adapter images: use them on the dense model")
-    if attention_kwargs.get("token_layout") is None:
-        inputs = with_layout(model, inputs, family.token_layout(model, inputs))
-    return (), family.exact_inputs(inputs, given_layout(model, inputs))
+    token_layout = attention_kwargs.get("token_layout")
+    if token_layout is None:
+        token_layout = family.token_layout(model, inputs)
+    return (), with_layout(model, family.exact_inputs(inputs, token_layout), token_layout)
+
+
+def _keep_for_checkpoints(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> None:
+    """Let gradient checkpointing know what a call's blocks get, where the model drops it there."""
+    checkpoint = getattr(model, "_gradient_checkpointing_func", None)
+    if isinstance(checkpoint, CheckpointWithKwargs):
+        checkpoint.kwargs = attention_kwargs
 
 
 def arguments_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +282,9 @@ def with_layout(model: nn.Module, arguments: dict[str, Any], token_layout: Token
     if name is None:
         model._layout_holder.token_layout = token_layout
         return arguments
-    return {**arguments, name: {**(arguments.get(name) or {}), "token_layout": token_layout}}
+    attention_kwargs = {**(arguments.get(name) or {}), "token_layout": token_layout}
+    _keep_for_checkpoints(model, attention_kwargs)
+    return {**arguments, name: attention_kwargs}
 
 
 @torch.compiler.disable

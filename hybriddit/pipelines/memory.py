@@ -69,7 +69,7 @@ class MemoryPlan:
         for name, size, how in (("transformer", self.transformer, parts), ("VAE", self.decoder, tiles)):
             lines.append(f"    {name:11}  " + ("not counted" if size is None else f"{_gib(size):>7} GiB, {how}"))
         if (times := self.times) is not None:
-            transformer = f"{_time(times.passes * times.forward):>10}, {times.passes} passes of {_time(times.forward)}"
+            transformer = f"{_time(times.passes * times.forward):>10}, {times.passes} x {_time(times.forward)}"
             rates = (
                 f"{times.rates.bytes_per_second / 1e9:.3g} GB/s and {times.rates.flops_per_second / 1e12:.3g} TFLOP/s"
             )
@@ -110,10 +110,10 @@ def plan_memory(
     tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
 
     def refuse(needed: int) -> NoReturn:
-        fits = int((available / needed) ** 0.5 * min(width, height)) // side * side
+        fits = [int((available / needed) ** 0.5 * length) // side * side for length in (width, height)]
         raise ValueError(
             f"{size} need {_gib(needed)} GiB besides the weights, and {_gib(available)} GiB are there"
-            + (f": {fits} x {fits} should fit" if fits else "")
+            + (f": {fits[0]} x {fits[1]} should fit" if all(fits) else "")
         )
 
     if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory

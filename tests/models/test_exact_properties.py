@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import (
+    FLUX_LIKE,
     HEAD_DIM,
     KINDS,
     ONE_BLOCK,
@@ -20,7 +21,7 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX
+from hybriddit.models import FLUX, family_of
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -29,13 +30,13 @@ CLOSE = {"rtol": 0, "atol": 2e-6}
 def masked_dense(model, inputs, image_mask, monkeypatch, text=TEXT):
     """The dense model's output with `image_mask` on every attention between image tokens."""
     length = len(image_mask)
-    masks = {length: image_mask, text + length: joint_mask(image_mask, text, "Flux" in type(model).__name__)}
+    masks = {length: image_mask, text + length: joint_mask(image_mask, text, text_first(model))}
     attention, used = F.scaled_dot_product_attention, []
 
     def masked(query, key, value, attn_mask=None, **kwargs):
         if query.shape[2] == key.shape[2]:
-            assert attn_mask is None
-            attn_mask = masks[query.shape[2]]
+            mask = masks[query.shape[2]]
+            attn_mask = mask if attn_mask is None else attn_mask & mask  # of padded text
             used.append(query.shape[2])
         return attention(query, key, value, attn_mask=attn_mask, **kwargs)
 
@@ -44,6 +45,10 @@ def masked_dense(model, inputs, image_mask, monkeypatch, text=TEXT):
         out = run(model, inputs)
     assert used
     return out
+
+
+def text_first(model):
+    return family_of(model).text_first
 
 
 @pytest.mark.parametrize("gate", ["head", "channel", "token"])
@@ -168,6 +173,8 @@ LAYERS = [
     ("sd35-medium", "attn2", {}),
     ("flux-dev", "attn", {}),
     ("flux-schnell", "attn", {"layers": 0, "single_layers": 1}),
+    ("chroma", "attn", {}),
+    ("chroma", "attn", {"layers": 0, "single_layers": 1}),
 ]
 
 
@@ -231,17 +238,21 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
 
     def keep_joint(module, args, kwargs, out):
         seen["query"], seen["key"], seen["value"], seen["layout"] = args
-        seen["out"] = out
+        seen["out"], seen["text"] = out, kwargs.get("text_mask")
 
     attn.register_forward_pre_hook(keep_input, with_kwargs=True)
     attn.hybrid.register_forward_hook(keep_joint, with_kwargs=True)
     grid, count = (4, 5), 20
     run(model, make_inputs(model, grid))
-    text, text_first = 0 if layer in ("attn1", "attn2") else TEXT, "flux" in kind
-    assert seen["layout"] == TokenLayout(text, (grid,), text_first)
-    image = slice(text, None) if text_first else slice(0, count)
-    words = slice(0, text) if text_first else slice(count, None)
+    text, first = 0 if layer in ("attn1", "attn2") else TEXT, text_first(model)
+    assert seen["layout"] == TokenLayout(text, (grid,), first)
+    image = slice(text, None) if first else slice(0, count)
+    words = slice(0, text) if first else slice(count, None)
     hybrid = attn.hybrid
+    hidden = torch.zeros(text + count, dtype=torch.bool)  # padded text
+    if seen["text"] is not None:
+        hidden[words] = ~seen["text"][0]
+    assert hidden.any() == (kind == "chroma")
 
     with torch.no_grad():
         x = seen["x"][:, image] if sizes else seen["x"]  # a single block's input is text and image
@@ -255,14 +266,15 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
         tables = None
         if config.rotary == "axial":
             tables = axial_tables(grid, HEAD_DIM)
-        elif config.rotary == "auto" and "flux" in kind:
+        elif config.rotary == "auto" and kind in FLUX_LIKE:
             tables = [table[image] for table in seen["tables"]]
         if tables is not None:
             far_query, far_key = rotated(far_query, *tables), rotated(far_key, *tables)
         value = seen["value"][:, image]
         if config.window is None:  # over text too, with the keys as the teacher made them
-            far_key = torch.cat([seen["key"][:, words], far_key], 1)
-            value = torch.cat([seen["value"][:, words], value], 1)
+            shown = ~hidden[words]
+            far_key = torch.cat([seen["key"][:, words][:, shown], far_key], 1)
+            value = torch.cat([seen["value"][:, words][:, shown], value], 1)
         if config.center_keys:
             far_key = far_key - far_key.mean(1, keepdim=True)
         if config.projection != 0:
@@ -278,7 +290,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
         total = weights.sum(-1, keepdim=True) + eps * value.shape[1]
         expected = torch.einsum("bhnm,bmhd->bnhd", weights / total, value)
         if config.window is not None:
-            mask = joint_mask(window_mask(grid, (3, 2)), text, text_first)
+            mask = joint_mask(window_mask(grid, (3, 2)), text, first) & ~hidden
             joint = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
             near = F.scaled_dot_product_attention(*joint, attn_mask=mask).transpose(1, 2)[:, image]
             g = hybrid.gate(x.float()).unsqueeze(-1) if config.gate == "token" else hybrid.gate
@@ -296,7 +308,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
             expected = expected + picture.flatten(2).transpose(1, 2).view_as(expected)
     torch.testing.assert_close(seen["out"][:, image], expected, rtol=0, atol=5e-7)
     dense_text = (seen[name].transpose(1, 2) for name in ("query", "key", "value"))
-    text_out = F.scaled_dot_product_attention(*dense_text).transpose(1, 2)[:, words]
+    text_out = F.scaled_dot_product_attention(*dense_text, attn_mask=~hidden[None]).transpose(1, 2)[:, words]
     torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)
 
 
@@ -305,7 +317,7 @@ def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
     argument = "cross_attention_kwargs" if kind == "pixart" else "joint_attention_kwargs"
-    layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), "flux" in kind)
+    layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
     out = run(model, inputs)
     kwargs = {argument: {"token_layout": layout}}
     assert (run(model, inputs, **kwargs) - out).abs().max() > 1e-4
@@ -321,6 +333,20 @@ def test_positional_arguments():
     with torch.no_grad():
         out = model(*(inputs[name] for name in names), return_dict=False)[0]
     assert torch.equal(out, run(model, inputs))
+
+
+def test_a_mask_of_numbers_hides_padded_text():
+    """As Chroma was trained; diffusers' pipeline passes such a mask, and its dense model adds it to the scores."""
+    model = make("chroma", layers=2)
+    inputs = make_inputs(model, (4, 5), batch=3)
+    dense, mask = run(model, inputs), inputs["attention_mask"]
+    for config in (HybridConfig(window=7), HybridConfig(window=7, layers={"*blocks.0.*": "dense"})):
+        hybrid = hybridize(make("chroma", layers=2), config)
+        for numbers in (mask, mask.double(), mask.long()):
+            torch.testing.assert_close(run(hybrid, {**inputs, "attention_mask": numbers}), dense, **CLOSE)
+        assert (run(hybrid, {**inputs, "attention_mask": None}) - dense).abs().max() > 1e-4
+        with pytest.raises(ValueError, match=r"each token of text and image, \(3, 25\): not \(3, 5\)"):
+            run(hybrid, {**inputs, "attention_mask": mask[:, :TEXT]})
 
 
 def test_flux_grid_from_bf16_ids_past_256():

@@ -12,7 +12,12 @@ from hybriddit import HybridConfig, hybridize
 
 SIDES = (32, 64, 128)
 # every way through the processors: image alone, joint and dual attention, double and single blocks
-CHEAP = {"pixart": {"layers": 1}, "sd35-medium": {"layers": 1}, "flux-dev": {"layers": 1, "single_layers": 1}}
+CHEAP = {
+    "pixart": {"layers": 1},
+    "sd35-medium": {"layers": 1},
+    "flux-dev": {"layers": 1, "single_layers": 1},
+    "chroma": {},
+}
 
 
 def hybrid(kind):

@@ -34,7 +34,13 @@ def allocated(call):
 
 @pytest.mark.parametrize(
     ("kind", "rows", "grids"),
-    [("pixart", None, GRIDS), ("pixart", 8, GRIDS), ("sd35-medium", 8, GRIDS[::2]), ("flux-dev", 8, GRIDS[1:3])],
+    [
+        ("pixart", None, GRIDS),
+        ("pixart", 8, GRIDS),
+        ("sd35-medium", 8, GRIDS[::2]),
+        ("flux-dev", 8, GRIDS[1:3]),
+        ("chroma", None, GRIDS[1:3]),
+    ],
 )
 def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
     model, text = make(kind, dtype=torch.float32), 24

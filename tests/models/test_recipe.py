@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
-from hybriddit.models import FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
+from hybriddit.models import CHROMA, FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
 from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
-RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes}
+RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -34,9 +34,10 @@ def test_flux_times_are_logit_normal_shifted_by_size(tokens, shift):
     assert abs((normal < 1).float().mean() - 0.8413) < 0.01
 
 
+@pytest.mark.parametrize("recipe", ["sd3", "chroma"])
 @pytest.mark.parametrize("tokens, shift", [(4096, 3.0), (1024, 1.5), (16384, 6.0), (64, 1.0)])
-def test_sd3_times_are_logit_normal_shifted_by_size(tokens, shift):
-    normal = draw("sd3", tokens, FlowMatchEulerDiscreteScheduler(shift=3.0)).logit() - math.log(shift)
+def test_sd3_times_are_logit_normal_shifted_by_size(tokens, shift, recipe):
+    normal = draw(recipe, tokens, FlowMatchEulerDiscreteScheduler(shift=3.0)).logit() - math.log(shift)
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
 
 
@@ -106,11 +107,17 @@ def test_the_table_is_the_designs():
         "sd3": (1.0, 0.5, 0.5, 0.1),
         "flux_dev": (1.0, 0.5, 0.5, 0.0),
         "flux_schnell": (0.0, 1.0, 0.5, 0.0),
+        "chroma": (1.0, 0.5, 0.5, 0.1),
     }
 
 
 def test_recipe_is_told_from_the_transformer():
-    for family, name in [("pixart_sigma", "pixart_sigma"), ("sd35", "sd3"), ("flux_schnell", "flux_schnell")]:
+    for family, name in {
+        "pixart_sigma": "pixart_sigma",
+        "sd35": "sd3",
+        "flux_schnell": "flux_schnell",
+        "chroma": "chroma",
+    }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")
     assert recipe_of(flux) is RECIPES["flux_dev"]

@@ -31,7 +31,12 @@ def hybrid(kind, seed=0, **config):
 @pytest.mark.parametrize(
     ("kind", "config"),
     [(kind, "default") for kind in KINDS]
-    + [(kind, config) for kind in ("pixart", "sd35-medium", "flux-dev") for config in CONFIGS if config != "default"],
+    + [
+        (kind, config)
+        for kind in ("pixart", "sd35-medium", "flux-dev", "chroma")
+        for config in CONFIGS
+        if config != "default"
+    ],
 )
 def test_strips_give_the_whole_images_result(kind, config):
     model = hybrid(kind, **CONFIGS[config])
@@ -53,7 +58,7 @@ def test_positions_that_the_layer_rotates_are_those_in_the_whole(kind):
         torch.testing.assert_close(run(model, inputs), whole, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sd35-medium", "flux-dev"])
+@pytest.mark.parametrize("kind", ["pixart", "sd35-medium", "flux-dev", "chroma"])
 def test_layers_see_one_strip_of_one_image(kind):
     grid, rows, window, width = (24, 5), 4, 3, 5
     model = hybrid(kind, window=window)

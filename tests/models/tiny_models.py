@@ -1,7 +1,7 @@
 """Tiny random models of every supported kind, inputs for them, and the mask that a window stands for."""
 
 import torch
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 TEXT = 5
 HEADS, HEAD_DIM = 2, 16
@@ -53,6 +53,22 @@ def flux(layers=1, single_layers=1, **kwargs):
     )
 
 
+def chroma(layers=1, single_layers=1, **kwargs):
+    return ChromaTransformer2DModel(
+        in_channels=8,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+        **kwargs,
+    )
+
+
 KINDS = {
     "pixart": pixart,
     "sd3": sd3,
@@ -60,9 +76,11 @@ KINDS = {
     "sd35-medium": lambda **kwargs: sd3(qk_norm="rms_norm", dual_attention_layers=(0,), **kwargs),
     "flux-dev": lambda **kwargs: flux(guidance_embeds=True, **kwargs),
     "flux-schnell": lambda **kwargs: flux(guidance_embeds=False, **kwargs),
+    "chroma": chroma,
 }
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
-ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if "flux" in kind else {})} for kind in KINDS}
+ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
 
 
@@ -87,19 +105,22 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
     (height, width), config = grid, model.config
-    if isinstance(model, FluxTransformer2DModel):
+    if is_packed(model):
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
         ids[..., 2] += torch.arange(width)
-        return {
+        inputs = {
             "hidden_states": random(batch, height * width, config.in_channels),
             "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
-            "pooled_projections": random(batch, config.pooled_projection_dim),
             "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
             "img_ids": ids.flatten(0, 1).to(model.dtype),
             "txt_ids": torch.zeros(text, 3, dtype=model.dtype),
-            "guidance": torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None,
         }
+        if isinstance(model, ChromaTransformer2DModel):
+            mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
+            return {**inputs, "attention_mask": mask}
+        guidance = torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None
+        return {**inputs, "pooled_projections": random(batch, config.pooled_projection_dim), "guidance": guidance}
     inputs = {
         "hidden_states": random(batch, config.in_channels, 2 * height, 2 * width),
         "timestep": torch.full((batch,), 600, dtype=torch.long),
@@ -112,6 +133,17 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
     return inputs
 
 
+def padded(batch, text, seed):
+    """A mask of texts of several lengths: bool [B, text]."""
+    lengths = torch.tensor([text - (seed + row) % 3 for row in range(batch)])
+    return torch.arange(text) < lengths[:, None]
+
+
+def is_packed(model):
+    """Whether the model takes latents packed to tokens."""
+    return isinstance(model, (FluxTransformer2DModel, ChromaTransformer2DModel))
+
+
 def run(model, inputs, **kwargs):
     with torch.no_grad():
         return model(**inputs, **kwargs).sample
@@ -119,7 +151,7 @@ def run(model, inputs, **kwargs):
 
 def by_token(model, sample, grid):
     """A model's output as [B, height, width, channels] of tokens."""
-    if isinstance(model, FluxTransformer2DModel):
+    if is_packed(model):
         return sample.unflatten(1, grid)
     return sample.unflatten(3, (grid[1], 2)).unflatten(2, (grid[0], 2)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
@@ -127,7 +159,7 @@ def by_token(model, sample, grid):
 def add_to_token(model, inputs, grid, row, column, amount=1.0):
     """The same inputs with one image token changed."""
     latents = inputs["hidden_states"].clone()
-    if isinstance(model, FluxTransformer2DModel):
+    if is_packed(model):
         latents[:, row * grid[1] + column] += amount
     else:
         latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += amount

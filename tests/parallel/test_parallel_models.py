@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from runs import in_processes
-from tiny_models import WIDTH, make, make_inputs, perturb_hybrid, run
+from tiny_models import FLUX_LIKE, WIDTH, make, make_inputs, perturb_hybrid, run
 from torch.distributed.device_mesh import init_device_mesh
 
 from hybriddit import HybridConfig, SiTTransformer2DModel, dense_mode, hybridize
@@ -19,6 +19,7 @@ CONFIGS = {
     "sd35-medium": {"window": (3, 3), "dilation": (2, 1), "center_keys": True, "layers": {"*.1.attn": "linear"}},
     "flux-dev": {"window": (5, 3), "value_conv": 3, "delta_rank": 2, "layers": {"single*": "dense"}},
     "flux-schnell": {"window": (12, 3), "join": "gate", "feature_map": "hedgehog"},
+    "chroma": {"window": (3, 5), "layers": {"single*": "dense"}},
 }
 SIT = {
     "num_attention_heads": 2,
@@ -51,7 +52,7 @@ def make_model(kind):
         return model, {"hidden_states": latents, "timestep": torch.tensor([0.3]), "class_labels": torch.tensor([2, 5])}
     model = perturb_hybrid(hybridize(make(kind), HybridConfig(**CONFIGS[kind])).double())
     inputs = make_inputs(model, GRID, batch=2)
-    if kind.startswith("flux"):  # a ControlNet's residuals
+    if kind in FLUX_LIKE:  # a ControlNet's residuals
         residuals = torch.randn(2, 2, GRID[0] * GRID[1], WIDTH).double()
         inputs |= {"controlnet_block_samples": [residuals[0]], "controlnet_single_block_samples": [residuals[1]]}
     elif kind == "sd3":
@@ -103,7 +104,7 @@ def compare_with_one(rank, kinds):
     "count, kinds",
     [
         (2, ("pixart", "sd35-medium", "flux-dev", "sit")),
-        (3, ("sd3", "flux-schnell", "sit")),
+        (3, ("sd3", "flux-schnell", "chroma", "sit")),
         (4, ("pixart", "flux-dev", "sit")),
     ],
 )
@@ -113,11 +114,11 @@ def test_several_processes_are_one(count, kinds, tmp_path):
     assert codes == [0] * count, (tmp_path / "said.0").read_text()
 
 
-def go_through_modes(rank):
-    model, inputs = make_model("flux-dev")
+def go_through_modes(rank, kind):
+    model, inputs = make_model(kind)
     model.train()
     out, grads = results(model, inputs)
-    teacher = make("flux-dev").train()
+    teacher = make(kind).train()
     with dense_mode(model):
         dense = run(model, inputs)
     mesh = init_device_mesh("cpu", (2,))
@@ -148,6 +149,7 @@ def go_through_modes(rank):
     assert half.dtype == torch.bfloat16 and (half - out).norm() < 1.2 * (one - out).norm()
 
 
-def test_checkpointing_the_teacher_and_bfloat16(tmp_path):
-    codes = in_processes(2, go_through_modes, output=tmp_path / "said")
+@pytest.mark.parametrize("kind", ["flux-dev", "chroma"])
+def test_checkpointing_the_teacher_and_bfloat16(kind, tmp_path):
+    codes = in_processes(2, go_through_modes, kind, output=tmp_path / "said")
     assert codes == [0, 0], (tmp_path / "said.0").read_text()

@@ -7,25 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import of_prompt, tiny_pipeline
 
 import hybriddit
 from hybriddit import HybridConfig, hybridize, load_adapter, restore_dense, save_adapter
 
 CONFIG = HybridConfig(window=3)
-PIPELINES = {"flux_dev": "FluxPipeline", "sd35": "StableDiffusion3Pipeline", "pixart_sigma": "PixArtSigmaPipeline"}
+PIPELINES = {
+    "flux_dev": "FluxPipeline",
+    "sd35": "StableDiffusion3Pipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
+    "chroma": "ChromaPipeline",
+}
 
 
 def generate(pipeline):
     """One picture under classifier-free guidance (FLUX: guidance-distilled), 8 × 12 tokens."""
     extra = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipeline).__name__ else {}
     return pipeline(
-        "a red shoe",
+        **of_prompt(pipeline, "a red shoe", 8),
         height=64,
         width=96,
         num_inference_steps=2,
         guidance_scale=3.0,
-        max_sequence_length=8,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         **extra,
@@ -92,7 +96,7 @@ def test_saved_pipelines_load_in_a_new_process(tmp_path):
     arguments = [str(Path(__file__).parents[1]), str(tmp_path), str(torch.get_num_threads())]
     done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["same"] * 3
+    assert done.stdout.split() == ["same"] * len(PIPELINES)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)

@@ -66,6 +66,12 @@ def test_the_largest_strips_that_fit_are_taken(kind):
     assert plan_memory(pipeline, width, height, available=int(1.1 * half) - 1).rows == 16
     with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* should fit"):
         plan_memory(pipeline, width, height, available=10_000)
+    least = peak_of(pipeline, width, height, 8)
+    with pytest.raises(ValueError, match="should fit") as told:  # of the same shape, and it does
+        plan_memory(pipeline, width, height, available=least)
+    fits = [int(word) for word in str(told.value).split(": ")[-1].split() if word.isdigit()]
+    assert 0.8 < fits[0] / width <= 1 and 0.8 < fits[1] / height <= 1
+    plan_memory(pipeline, *fits, available=least)
 
 
 def test_a_plan_says_how_long_each_stage_takes_at_least():
@@ -76,7 +82,7 @@ def test_a_plan_says_how_long_each_stage_takes_at_least():
     assert (once.times.passes, often.times.passes) == (1, 20) and once.times.forward == often.times.forward
     seconds = 20 * once.times.forward
     said = str(often)
-    assert f"{seconds:.2g} s, 20 passes of {once.times.forward:.2g} s" in said and "1 GB/s and 0.01 TFLOP/s" in said
+    assert f"{seconds:.2g} s, 20 x {once.times.forward:.2g} s" in said and "1 GB/s and 0.01 TFLOP/s" in said
     slower = plan_memory(pipeline, 96, 256, available=2**40, rates=Rates(1e8, 1e9))
     assert slower.times.forward == pytest.approx(10 * once.times.forward)
     assert slower.times.decoder == pytest.approx(10 * once.times.decoder)

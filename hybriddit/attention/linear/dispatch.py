@@ -186,6 +186,7 @@ def begin_sum_keys(
     feature_map: str = "elu",
     query_projection: Tensor | None = None,
     key_projection: Tensor | None = None,
+    key_mask: Tensor | None = None,
     rows: RowShard | None = None,
     backend: str = "auto",
 ) -> Callable[[int], KeySums]:
@@ -197,14 +198,14 @@ def begin_sum_keys(
     Without gradients the projection is held as it is now: offloading gives its parameter other data, once the layer's
     weights may leave.
     """
-    _check(query, key, value, None, None, None, None, query_projection, key_projection)
+    _check(query, key, value, None, None, None, key_mask, query_projection, key_projection)
     query, key, value = autocast((query, key, value))
     check_dtype((query, key, value))
     if query_projection is not None:
         query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
     gradients = torch.is_grad_enabled()
     triton = _choose_triton(backend, query, value, query_projection, feature_map, gradients)
-    begun = _begin_sums(key, value, key_projection, None, feature_map, triton, rows)
+    begun = _begin_sums(key, value, key_projection, key_mask, feature_map, triton, rows)
     if query_projection is not None and not gradients:
         query_projection = query_projection.detach()
     eps = FEATURE_MAPS[feature_map].eps
@@ -212,6 +213,8 @@ def begin_sum_keys(
     def finish(queries: int) -> KeySums:
         state, mean, count = begun()
         if rows is None:
+            if key_mask is not None:  # what is added to the denominator goes on counting the hidden keys
+                state, mean = state * (count / queries), mean * (count / queries)
             return KeySums(query, state, mean, query_projection, eps, feature_map, triton)
         share = count / queries
         return KeySums(query, state * share, mean * share, query_projection, eps * share, feature_map, triton)
