@@ -88,9 +88,8 @@ def rows_of(positions: tuple[str, ...]) -> Iterator[Row]:
         for how in [how for how in positions if how in (first, "interpolated", "yarn")]:
             for way in ("refine", "sdedit"):
                 yield Row(model, 4, way, how)
-    yield Row("dense", 2, "Lanczos", first)
-    yield Row("dense", 4, "Lanczos", first)
     for model in STUDENTS:
+        yield Row(model, 2, "Lanczos", first)
         yield Row(model, 4, "direct", best)
 
 
@@ -255,6 +254,9 @@ def table(out: Path) -> str:
             cells += ["refused: the table of positions ends", *[""] * (len(COLUMNS) - 1)]
         else:
             for column in COLUMNS:
+                if column == "psnr" and record["way"] == "Lanczos":  # to itself
+                    cells.append("")
+                    continue
                 value = record[column] * (100 if column in ("prompt_agreement", "pair_match", "astray") else 1)
                 cells.append(f"{value:.{2 if column in ('sharpness', 'seconds') else 1}f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -273,11 +275,15 @@ def report(folders: list[Path]) -> None:
 
 
 def sheet(out: Path, path: Path) -> None:
-    """The hybrid's images at twice the size: one row for each way and positions."""
+    """The hybrid's images at twice the size (or, as long as it has none, the teacher's): a row for each way."""
     shown = (0, 4, 6, 9, 11)
-    rows = {}
-    for record in read_rows(out):
-        if record["scale"] == 2 and record["model"] == "hybrid" and "refused" not in record:
+    rows, records = {}, [record for record in read_rows(out) if record["scale"] == 2 and "refused" not in record]
+    model = "hybrid" if any(record["model"] == "hybrid" for record in records) else "dense"
+    for record in records:
+        told = (
+            record["way"] == "direct" or record["way"] in SCHEDULES and record["positions"] in ("plain", "interpolated")
+        )
+        if record["model"] == model and told:
             images = np.load(out / f"{Row(*(record[key] for key in ('model', 'scale', 'way', 'positions'))).name}.npy")
             name = f"{record['way'].replace(', ', ',' + chr(10))},\n{record['positions']}"
             rows[name] = [images[number] for number in shown if number < len(images)]

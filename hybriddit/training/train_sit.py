@@ -34,11 +34,13 @@ from .batches import epoch_order, loader_rate, step_generator
 from .checkpoint import ADDED_SIT_FIELDS, gather
 from .frechet import FrechetDistance, as_rgb
 from .loop import Job, fit, start_run, trained_parameters
+from .processes import check_launcher
 from .run_config import SiTConfig, to_dict
 
 
 def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
     """Run a config from start to end: read the images or latents, train, save the pipeline."""
+    check_launcher(config)
     plan_training(config)  # finds errors before a model is made, or a large set read
     accelerator = start_run(config, "pipeline", resume_settings(config), resume=resume)
     model = make_model(config)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType
+from tiny_pipelines import tiny_pipeline
 
 from hybriddit.cli import main
-from hybriddit.training import distill, loop
+from hybriddit.training import distill, loop, train_sit
 from hybriddit.training.processes import check_launcher
 
 SETTINGS = {
@@ -26,11 +27,12 @@ def arguments(request, tmp_path):
 
 @pytest.fixture
 def base_is_there(monkeypatch):
-    """A distillation's base is found, but not loaded."""
+    """A distillation's base and a SiT's images are found, but not loaded."""
+    shapes = tiny_pipeline("flux_dev").transformer.to("meta"), 8
+    base = SimpleNamespace(hybrid_config=lambda: None, file="base.safetensors", shapes=lambda: shapes)
     monkeypatch.setattr(distill, "find_base", lambda *_, **__: None)
-    monkeypatch.setattr(
-        distill, "text_to_image", lambda base: SimpleNamespace(hybrid_config=lambda: None, file="base.safetensors")
-    )
+    monkeypatch.setattr(distill, "text_to_image", lambda _: base)
+    monkeypatch.setattr(train_sit, "plan_training", lambda config: None)
     monkeypatch.setattr(distill, "with_hybrid_of", lambda config, base: config)
 
 

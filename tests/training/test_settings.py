@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ModelMixin
-from PIL import Image
+from runs import noted_grids
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, recipe_of, tiny_data, tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
@@ -363,13 +363,13 @@ def heun_by_hand(model, config, guidance, samples, steps):
     return np.stack(made)
 
 
-def test_the_last_grid_is_the_returned_model_s_guided_samples(sit, tmp_path):
+def test_the_last_grid_is_the_returned_model_s_guided_samples(sit, tmp_path, monkeypatch):
+    grids = noted_grids(monkeypatch)
     settings = {"train.steps": 30, "optim.ema_decay": 0.9, "optim.lr": 3e-2, "output.checkpoint_every": 0}
     settings |= {"output.sample_every": 30, "output.samples": 4, "output.sample_steps": 3, "train.seed": 5}
     model = sit.run(tmp_path, {**settings, "output.guidance": 3.0})
-    with Image.open(tmp_path / "samples" / "step-00000030.png") as grid:
-        pixels = np.array(grid)
-    found = [pixels[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] for y in range(2) for x in range(2)]
+    columns = grids["step-00000030.png"].columns
+    found = [np.array(columns[x][y]) for y in range(2) for x in range(2)]
     config = sit.config(tmp_path, **settings)
     expected = heun_by_hand(model, config, 3.0, 4, 3)
     assert np.abs(np.stack(found).astype(int) - expected).max() <= 1
