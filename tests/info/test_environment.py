@@ -28,9 +28,11 @@ def test_choices_are_those_of_the_dispatch(capsys):
     assert main(["info", "--json"]) == 0
     choices = json.loads(capsys.readouterr().out)["window_choices"]
     assert [(c["family"], c["pixels"]) for c in choices] == [
-        (family, size) for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX") for size in (512, 1024, 4096)
+        (family, size)
+        for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma")
+        for size in (512, 1024, 4096)
     ]
-    flux = choices[-1]
+    flux = choices[-4]
     assert flux["grid"] == [256, 256] and (flux["heads"], flux["head_dim"], flux["text_length"]) == (24, 128, 512)
     for choice in choices:
         case = WindowCase(
