@@ -24,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
 from hybriddit import HybridConfig, hybridize, in_strips
-from hybriddit.attention.rates import clock, probe_rates
+from hybriddit.attention.rates import fastest, probe_rates
 from hybriddit.benchmark.measure import device_to_measure, peak_bytes
 from hybriddit.benchmark.model import random_model
 from hybriddit.benchmark.subjects import find_subject
@@ -91,7 +91,7 @@ def passes(pipeline: PixArtSigmaPipeline, sizes: list[int], rows: int) -> dict:
                 call = lambda inputs=inputs: model(**inputs, return_dict=False)  # noqa: E731
                 call()  # compiles, and makes what is kept
                 held = peak_bytes(call, device) + given
-                seconds = timed(call, device)
+                seconds = fastest(call, device, 0, least=2)
             options = {"device": device, "dtype": dtype, "rows": strip}
             planned = forward_peak(model, (side, side), text, **options)
             least = forward_cost(model, (side, side), text, rates, **options).seconds
@@ -108,20 +108,6 @@ def passes(pipeline: PixArtSigmaPipeline, sizes: list[int], rows: int) -> dict:
             )
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return {"rates": rates._asdict(), "passes": found}
-
-
-def timed(call, device: torch.device) -> float:
-    """Seconds of the faster of two calls."""
-    stamp, between, wait = clock(device)
-    found = []
-    for _ in range(2):
-        wait()
-        before = stamp()
-        call()
-        after = stamp()
-        wait()
-        found.append(between(before, after))
-    return min(found)
 
 
 def image(pipeline: PixArtSigmaPipeline, size: int, gib: float | None, folder: Path) -> dict:

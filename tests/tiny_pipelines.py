@@ -24,6 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from hybriddit import HybridConfig, hybridize
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models import family_of
 
@@ -31,6 +32,14 @@ FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma")
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6
+FLUX_SIZES = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (2, 2, 4),
+}
 
 
 def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
@@ -92,13 +101,8 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
     elif family == "chroma":
         transformer = ChromaTransformer2DModel(
+            **FLUX_SIZES,
             in_channels=4 * latent_channels,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            axes_dims_rope=(2, 2, 4),
             approximator_num_channels=8,
             approximator_hidden_dim=16,
             approximator_layers=1,
@@ -107,15 +111,10 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         pipeline = ChromaPipeline(scheduler, vae, _t5(), _t5_tokenizer(), transformer)
     else:
         transformer = FluxTransformer2DModel(
+            **FLUX_SIZES,
             in_channels=4 * latent_channels,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=16,
             pooled_projection_dim=8,
             guidance_embeds=family == "flux_dev",
-            axes_dims_rope=(2, 2, 4),
         )
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=family == "flux_dev")
         pipeline = FluxPipeline(
@@ -128,6 +127,17 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         if name.endswith(("to_q.weight", "to_k.weight")):
             torch.nn.init.normal_(parameter, std=0.5)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def hybrid_pipeline(family: str, window: int = 3):
+    """A tiny pipeline whose transformer is hybrid, with random far branches and gates in place of fresh ones."""
+    pipeline = tiny_pipeline(family)
+    hybridize(pipeline.transformer, HybridConfig(window=window))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if ".hybrid." in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return pipeline
 
 

@@ -31,9 +31,9 @@ def measure_rates(
     matrix: the number of rows of the matrices. seconds: after the third, no new copy or product starts after this long.
     """
     one, other = (torch.ones(copy_bytes // 4, device=device) for _ in range(2))
-    copy = _fastest(partial(one.copy_, other), device, seconds)
+    copy = fastest(partial(one.copy_, other), device, seconds)
     one, other = (torch.randn(matrix, matrix, device=device).to(dtype) for _ in range(2))
-    product = _fastest(partial(torch.matmul, one, other), device, seconds)
+    product = fastest(partial(torch.matmul, one, other), device, seconds)
     return Rates(2 * copy_bytes / copy, 2 * matrix**3 / product)
 
 
@@ -43,11 +43,12 @@ def probe_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return measure_rates(device, dtype, 2**28 if gpu else 2**26, 4096 if gpu else 512, seconds=0.2)
 
 
-def _fastest(call: Callable[[], Any], device: torch.device, limit: float) -> float:
+def fastest(call: Callable[[], Any], device: torch.device, limit: float, least: int = 3) -> float:
+    """Seconds of the fastest of `least` to 30 calls. limit: after `least`, no call starts this many seconds on."""
     stamp, seconds_between, wait = clock(device)
     samples: list[float] = []
     begin = time.perf_counter()
-    while len(samples) < 3 or (len(samples) < 30 and time.perf_counter() - begin < limit):
+    while len(samples) < least or (len(samples) < 30 and time.perf_counter() - begin < limit):
         wait()
         before = stamp()
         call()

@@ -137,10 +137,9 @@ def plan_cascade(
 ) -> Cascade:
     """The stages up to a size, (width, height) in pixels. image: what is enlarged, else the first stage makes an image.
 
-    positions: see `models.scaled_positions`; None: "interpolated", where the family has it.
-
     first: (width, height) of the first stage, by default the model's own in the shape of `size`. Stages behind an image are
-    not smaller than that either. Raises ValueError for what cannot work, before anything is made.
+    not smaller than that either. scale: see `pipelines.cascade.stage_sizes`. positions: see `models.scaled_positions`; None:
+    "interpolated", where the family has it. Raises ValueError for what cannot work, before anything is made.
     """
     from ..models.family import families, family_of_class
     from ..pipelines.cascade import check_schedule, first_size, native_size, padded_size, stage_sizes
@@ -224,8 +223,9 @@ def make_in_stages(
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
-    The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is
-    told of each stage; None: another process saves them.
+    The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
+    the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
+    each stage; None: another process saves them.
     """
     import torch
 

@@ -39,29 +39,30 @@ def sd3(layers=2, **kwargs):
     )
 
 
+FLUX_SIZES = {
+    "in_channels": 8,
+    "attention_head_dim": HEAD_DIM,
+    "num_attention_heads": HEADS,
+    "joint_attention_dim": 12,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
 def flux(layers=1, single_layers=1, **kwargs):
     return FluxTransformer2DModel(
-        in_channels=8,
+        **FLUX_SIZES,
         num_layers=layers,
         num_single_layers=single_layers,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=12,
         pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
         **kwargs,
     )
 
 
 def chroma(layers=1, single_layers=1, **kwargs):
     return ChromaTransformer2DModel(
-        in_channels=8,
+        **FLUX_SIZES,
         num_layers=layers,
         num_single_layers=single_layers,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 6, 6),
         approximator_num_channels=8,
         approximator_hidden_dim=16,
         approximator_layers=1,

@@ -8,9 +8,9 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from PIL import Image
-from tiny_pipelines import FAMILIES, TEXT_LENGTH, tiny_pipeline
+from tiny_pipelines import FAMILIES, TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
 
-from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize
+from hybriddit import SiTPipeline, SiTTransformer2DModel
 from hybriddit.models import family_of, in_strips, scaled_positions
 from hybriddit.models.positions import rotary_frequencies
 from hybriddit.pipelines.cascade import (
@@ -25,18 +25,6 @@ from hybriddit.pipelines.cascade import (
 from hybriddit.pipelines.memory import plan_memory
 
 PROMPT = "a red shoe"
-
-
-def quiet_pipeline(kind, **settings):
-    pipeline = tiny_pipeline(kind)
-    pipeline.set_progress_bar_config(disable=True)
-    if settings:
-        hybridize(pipeline.transformer, HybridConfig(**settings))
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in pipeline.transformer.named_parameters():
-            if ".hybrid." in name:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return pipeline
 
 
 def picture(width, height, seed=0):
@@ -83,7 +71,7 @@ def test_the_first_stage_has_the_model_s_area_in_the_asked_shape():
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_stage_without_noise_to_speak_of_gives_the_enlarged_image(kind):
     """The noise is nearly none, so that what the model says hardly counts: what is left is Lanczos and the VAE."""
-    pipeline, image = quiet_pipeline(kind), picture(64, 48)
+    pipeline, image = tiny_pipeline(kind), picture(64, 48)
     with repainting(pipeline, image, (128, 96), Schedule(1e-3, 1), torch.Generator().manual_seed(0)) as given:
         made = pipeline(**arguments(pipeline), **given, output_type="latent").images
     pixels = torch.from_numpy(np.asarray(image.resize((128, 96), Image.Resampling.LANCZOS)).copy()).permute(2, 0, 1)
@@ -101,7 +89,7 @@ def test_a_stage_without_noise_to_speak_of_gives_the_enlarged_image(kind):
 @pytest.mark.parametrize("sigma", [0.15, 0.5, 0.9])
 def test_noise_and_image_are_in_the_asked_proportion(kind, sigma):
     """The start is a image + b noise; b / a is sigma / (1 - sigma), and in a DDPM a^2 + b^2 = 1."""
-    pipeline = quiet_pipeline(kind)
+    pipeline = tiny_pipeline(kind)
     with repainting(
         pipeline, picture(64, 64), (128, 128), Schedule(sigma, 3), torch.Generator().manual_seed(0)
     ) as given:
@@ -128,7 +116,7 @@ def test_noise_and_image_are_in_the_asked_proportion(kind, sigma):
 
 @pytest.mark.parametrize("kind", ["pixart_sigma", "sd3", "flux_dev"])
 def test_the_pipeline_s_own_scheduler_is_as_it_was(kind):
-    pipeline = quiet_pipeline(kind)
+    pipeline = tiny_pipeline(kind)
     before, config = pipeline.scheduler, dict(pipeline.scheduler.config)
     for schedule in SCHEDULES.values():
         with repainting(pipeline, picture(64, 64), (96, 96), schedule, torch.Generator()):
@@ -141,7 +129,7 @@ def test_the_pipeline_s_own_scheduler_is_as_it_was(kind):
 
 
 def test_an_image_is_encoded_in_tiles_as_diffusers_does():
-    pipeline = quiet_pipeline("flux_dev")
+    pipeline = tiny_pipeline("flux_dev")
     vae = pipeline.vae
     vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 8
     image = picture(56, 40)
@@ -155,7 +143,7 @@ def test_an_image_is_encoded_in_tiles_as_diffusers_does():
 
 
 def test_what_is_beyond_the_image_is_its_edge_again():
-    pipeline, image = quiet_pipeline("flux_dev"), Image.new("RGB", (24, 24), "red")
+    pipeline, image = tiny_pipeline("flux_dev"), Image.new("RGB", (24, 24), "red")
     whole = encode_enlarged(pipeline, Image.new("RGB", (64, 64), "red"), (64, 64), (64, 64), False)
     assert (encode_enlarged(pipeline, image, (50, 58), (64, 64), False) - whole).abs().max() < 1e-5
 
@@ -164,7 +152,7 @@ def test_what_is_beyond_the_image_is_its_edge_again():
 @pytest.mark.parametrize("guide", ["residual", "low-frequency"])
 def test_a_guide_by_its_formula(kind, guide):
     """A model that says nothing leaves the latents of a flow as they are: what changes them after a step is the guide."""
-    pipeline, image = quiet_pipeline(kind), picture(64, 64)
+    pipeline, image = tiny_pipeline(kind), picture(64, 64)
     packs = kind == "flux_dev"
     with repainting(pipeline, image, (128, 96), Schedule(0.8, 4, guide), torch.Generator().manual_seed(0)) as given:
         start, scheduler = given["latents"], pipeline.scheduler
@@ -194,7 +182,7 @@ def test_a_guide_by_its_formula(kind, guide):
 @pytest.mark.parametrize("guide", ["residual", "low-frequency"])
 def test_a_guide_keeps_the_image(guide):
     """From nearly pure noise an untrained model gives anything; the guided one stays nearer to the image."""
-    pipeline, image = quiet_pipeline("pixart_sigma"), picture(64, 64)
+    pipeline, image = tiny_pipeline("pixart_sigma"), picture(64, 64)
     latents = family_of(pipeline.transformer).model_latents(
         pipeline.vae, encode_enlarged(pipeline, image, (128, 128), (128, 128), False)
     )
@@ -208,7 +196,7 @@ def test_a_guide_keeps_the_image(guide):
 
 
 def test_latents_are_enlarged_instead():
-    pipeline, image = quiet_pipeline("sd3"), picture(64, 64)
+    pipeline, image = tiny_pipeline("sd3"), picture(64, 64)
     schedule = Schedule(1e-4, 1, enlarged_in="latents")
     with repainting(pipeline, image, (128, 128), schedule, torch.Generator().manual_seed(0)) as given:
         start = given["latents"]
@@ -275,7 +263,7 @@ def test_wrong_schedules_and_schedulers():
         repainting(sit_pipeline(), picture(16, 16), (32, 32), SCHEDULES["residual"], torch.Generator()),
     ):
         pass
-    pipeline = quiet_pipeline("flux_dev")
+    pipeline = tiny_pipeline("flux_dev")
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
     with (
         pytest.raises(
@@ -316,7 +304,7 @@ def test_frequencies_against_diffusers_and_by_hand():
     [("flux_dev", "interpolated"), ("flux_dev", "yarn"), ("chroma", "dominant"), ("sd3", "interpolated")],
 )
 def test_positions_change_larger_images_alone(kind, positions):
-    pipeline = quiet_pipeline(kind, window=3)
+    pipeline = hybrid_pipeline(kind)
 
     def image(side):
         generator = torch.Generator().manual_seed(0)
@@ -343,7 +331,7 @@ def test_positions_change_larger_images_alone(kind, positions):
 @pytest.mark.parametrize(("kind", "positions"), [("flux_dev", "yarn"), ("chroma", "plain"), ("sd3", "interpolated")])
 def test_memory_is_planned_with_these_positions(kind, positions):
     """SD3's own table ends at 16 x 16 tokens."""
-    pipeline = quiet_pipeline(kind, window=3)
+    pipeline = hybrid_pipeline(kind)
     with scaled_positions(pipeline.transformer, positions, (8, 8), (128, 128)):
         plan = plan_memory(pipeline, 1024, 1024, available=2**30)
         assert plan_memory(pipeline, 1024, 1024, available=plan.transformer - 1).rows == 64
@@ -354,7 +342,7 @@ def test_memory_is_planned_with_these_positions(kind, positions):
 
 def test_sd3_s_table_is_stretched_from_its_middle():
     """An image twice as large as native: each position is between the two that a bilinear enlargement puts it between."""
-    pipeline = quiet_pipeline("sd3")
+    pipeline = tiny_pipeline("sd3")
     model = pipeline.transformer
     embed, config = model.pos_embed, model.config
     most, native, grid = config.pos_embed_max_size, (6, 8), (12, 24)
@@ -380,7 +368,7 @@ def test_sd3_s_table_is_stretched_from_its_middle():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_and_columns_that_a_dtype_cannot_tell_apart_are_given_exactly(dtype):
     """bfloat16 counts to 256: diffusers' pipelines hand over ids in which column 257 is 256."""
-    pipeline = quiet_pipeline("flux_dev", window=3)
+    pipeline = hybrid_pipeline("flux_dev")
     model, seen = pipeline.transformer, []
     model.pos_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     rows, columns = 2, 300

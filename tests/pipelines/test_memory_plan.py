@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+from tiny_pipelines import TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.attention.rates import Rates
@@ -31,17 +31,6 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
 }
-
-
-def hybrid_pipeline(kind):
-    pipeline = tiny_pipeline(kind)
-    hybridize(pipeline.transformer, HybridConfig(window=3))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in pipeline.transformer.named_parameters():
-        if ".hybrid." in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def peak_of(pipeline, width, height, rows, images=1):
