@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from runs import finish_together
-from tiny_pipelines import TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
+from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
-from hybriddit import SiTPipeline, SiTTransformer2DModel, save_adapter
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
 from hybriddit.cli import main
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
@@ -27,8 +27,14 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     for family in ("pixart_sigma", "sd3"):
         tiny_pipeline(family).save_pretrained(folder / family)
-    tiny_pipeline("flux_dev").save_pretrained(folder / "flux")
-    save_adapter(hybrid_pipeline("flux_dev").transformer, folder / "adapter")
+    pipeline = tiny_pipeline("flux_dev")
+    pipeline.save_pretrained(folder / "flux")
+    hybridize(pipeline.transformer, HybridConfig(window=3))
+    torch.manual_seed(1)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if ".hybrid." in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    save_adapter(pipeline.transformer, folder / "adapter")
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
     Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC).save(folder / "photo.png")
     return folder

@@ -194,5 +194,9 @@ def share_of(rank, folder, cache):
 def test_two_processes_make_the_cache_of_one(folder, tmp_path):
     assert in_two_processes(share_of, folder, tmp_path / "two", output=tmp_path / "out.txt") == [0, 0]
     encode(tiny_pipeline("sd3"), folder, cache=tmp_path / "one")
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    one, two = (
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    )
     assert one == two and len([name for name in one if name.startswith("latents-")]) == 6
+    assert any(name.startswith("text-") for name in one)
