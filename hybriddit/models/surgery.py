@@ -119,7 +119,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
-    hybrids = {name: _hybrid_attention(family, attentions[name], config, config.kind(name), model.dtype)
+    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
         raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
@@ -148,7 +148,7 @@ def convert_dense_layers(model: nn.Module) -> None:
     for name in model._dense_processors:
         attn = model.get_submodule(name)
         if family.converts(name) and not hasattr(attn, "hybrid"):
-            attn.hybrid = _hybrid_attention(family, attn, config, "dense", model.dtype)
+            attn.hybrid = _hybrid_attention(family, name, attn, config, "dense", model.dtype)
             attn.set_processor(_new_processor(model, family, name))
 
 
@@ -190,7 +190,7 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 
 def _hybrid_attention(
-    family: Family, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
+    family: Family, name: str, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
 ) -> HybridAttention:
     """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32)."""
     shape = family.layer_shape(attn)
@@ -205,7 +205,7 @@ def _hybrid_attention(
         shape.head_dim,
         kind=kind,
         kv_heads=shape.kv_heads,
-        window=config.pair("window"),
+        window=config.window_of(name),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
         map_rank=config.map_rank,
@@ -219,12 +219,12 @@ def _hybrid_attention(
     projections = family.projections(attn)
     hybrid.deltas = nn.ModuleDict()
     if config.delta_rank is not None:
-        for name, module in projections.items():
+        for projection, module in projections.items():
             delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
-            hybrid.deltas[delta_name(name)] = delta
+            hybrid.deltas[delta_name(projection)] = delta
     hybrid.to(next(attn.parameters()).device).train(attn.training)
-    for name, parameter in hybrid.named_parameters():
-        if not name.startswith("gate"):
+    for parameter_name, parameter in hybrid.named_parameters():
+        if not parameter_name.startswith("gate"):
             parameter.data = parameter.data.to(dtype)
     return hybrid
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import HybridConfig
+from ..config import HybridConfig, read_plan
 from ..data.buckets import ASPECT
 from ..data.sources import SOURCES, sources_of
 from ..machine import OFFLOADS
@@ -197,7 +197,8 @@ class DistillConfig:
     """Everything about one distillation run.
 
     hybrid: the fields of `hybriddit.HybridConfig`. Left out, they are the teacher's if that is hybrid already, else the
-        defaults; a hybrid teacher with another config is refused.
+        defaults; a hybrid teacher with another config is refused. The section may also have `plan`: the path of a file
+        of such fields, as `hybriddit analyze` writes it, of which those take part that the section itself lacks.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -459,7 +460,17 @@ def load_config(
         raise ValueError(f"{path} is a config of `hybriddit {found}`, not of `hybriddit {job}`")
     if found == "distill" and isinstance(values, dict):
         values.pop("job", None)
+        if isinstance(section := values.get("hybrid"), dict) and "plan" in section:
+            values["hybrid"] = _with_plan(**section)
     return _build(JOBS[found], values, "")
+
+
+def _with_plan(plan: typing.Any, **fields: typing.Any) -> dict[str, typing.Any]:
+    """The `hybrid` section with the fields of a plan's file, where it has none of its own. Raises as `load_config`."""
+    _require(isinstance(plan, str), "hybrid.plan", plan, "the path of a plan's file")
+    HybridConfig.from_plan(plan)  # what is wrong with it is said with its name
+    planned = {name: value for name, value in read_plan(plan).items() if not name.startswith("_")}
+    return {**planned, **fields}
 
 
 def describe_keys(job: str) -> str:
