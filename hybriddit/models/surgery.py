@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention, TokenLayout
 from ..config import HybridConfig
-from .family import Family, family_of, is_hybrid
+from .family import Family, Processors, family_of, is_hybrid
 from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
 
@@ -167,15 +167,21 @@ def with_what_it_drops(model: nn.Module, checkpoint: Callable[..., Any]) -> Call
 
 def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
     """Make the processor of the attention module of this name in a hybrid model, converted or not."""
-    teacher, own = model._dense_processors[name], _own_processor(model, family, name)
     if hasattr(model.get_submodule(name), "hybrid"):
-        processor = own()
+        processor = _own_processor(model, family, name)()
         if model._layout_holder is not None:
             processor.layout_holder = model._layout_holder
         return processor
-    if own is type(teacher):
+    return teacher_processor(model, name)
+
+
+def teacher_processor(model: nn.Module, name: str) -> Any:
+    """The processor with which the attention module of this name, in a call of a hybrid model, computes what it did."""
+    teacher = model._dense_processors[name]
+    dense = _row(model, family_of(model), name).dense
+    if dense is None:
         return teacher
-    processor = own()
+    processor = dense()
     vars(processor).update(vars(teacher))  # keeps its attention backend
     return processor
 
@@ -319,9 +325,14 @@ def reset_processors(model: nn.Module) -> None:
 
 def _own_processor(model: nn.Module, family: Family, name: str) -> type:
     """The class of processor that conversion gives to the attention module of this name."""
+    row = _row(model, family, name)
+    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or row.teacher
+
+
+def _row(model: nn.Module, family: Family, name: str) -> Processors:
+    """The family's processors for the attention module of this name."""
     teacher = type(model._dense_processors[name])
-    row = next(row for row in family.processors if row.teacher is teacher)
-    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or teacher
+    return next(row for row in family.processors if row.teacher is teacher)
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:

@@ -94,6 +94,9 @@ class LossConfig:
         against the outputs of its attention layers.
     prompt_dropout: share of the samples whose prompt is empty.
     window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
+    layer_steps: the first so many of train.steps train every layer by itself, all at once: each towards the output of
+        the teacher's layer on the teacher's own input. They take one pass of the model, and none of the losses above
+        but the layers' errors. Not with FSDP.
     """
 
     task: float | None = None
@@ -101,6 +104,7 @@ class LossConfig:
     layer: float | None = None
     prompt_dropout: float | None = None
     window_dropout: float = 0.0
+    layer_steps: int = 0
 
 
 @dataclass
@@ -240,6 +244,10 @@ class DistillConfig:
         for name in ("task", "output", "layer"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
+        steps = self.loss.layer_steps
+        _require(
+            0 <= steps <= self.train.steps, "loss.layer_steps", steps, f"from 0 to train.steps ({self.train.steps})"
+        )
         for name in ("prompt_dropout", "window_dropout"):
             dropout = getattr(self.loss, name)
             _require(dropout is None or 0 <= dropout <= 1, f"loss.{name}", dropout, "in [0, 1]")
