@@ -562,6 +562,11 @@ def add_compare(commands) -> None:
         help="also the Fréchet distance of the two sets by these features: inception, or package.module:function of "
         "your own, uint8 [B, 3, H, W] to [B, F]",
     )
+    sub.add_argument(
+        "--branches",
+        action="store_true",
+        help="also with the near and the far branch alone, and what each layer is without them",
+    )
     sub.add_argument("--out", type=Path, required=True, help="folder, new or empty, for the images and figures")
     sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
     _add_dtype(sub)

@@ -20,6 +20,7 @@ from ..attention import HybridAttention, TokenLayout
 from ..attention.window.rule import axis_mask
 from ..config import HybridConfig
 from ..models import hybridize, restore_dense
+from ..models.branches import relative_error
 from ..models.family import Family, LayerShape, family_of
 from .candidates import candidate_names, parse_candidate
 
@@ -184,13 +185,6 @@ def make_candidate(shape: LayerShape, name: str, **settings: Any) -> HybridAtten
         gate="token",
         **settings,
     )
-
-
-def relative_error(out: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """Squared error of [B, N, heads, D] over the variance of `dense`, of each head: [heads], the mean over B."""
-    out, dense = out.float(), dense.float()
-    variance = dense.var((1, 3), correction=0).clamp_min(1e-12)
-    return ((out - dense).square().mean((1, 3)) / variance).mean(0)
 
 
 @torch.no_grad()

@@ -10,11 +10,12 @@ from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, tiny_pipel
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.analyze.plan import choose, plan_config
-from hybriddit.analyze.probe import RADII, map_statistics, probed, relative_error
+from hybriddit.analyze.probe import RADII, map_statistics, probed
 from hybriddit.analyze.run import record_calls
 from hybriddit.attention import TokenLayout
 from hybriddit.cli import main
 from hybriddit.generate.images import Task
+from hybriddit.models.branches import relative_error
 
 FLAGS = ["--height", "64", "--width", "64", "--steps", "2", "--max-sequence-length", str(TEXT_LENGTH)]
 FAST = ["--windows", "3", "--fit-steps", "30", "--calls", "1"]
