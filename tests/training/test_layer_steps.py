@@ -1,17 +1,17 @@
 """`loss.layer_steps`: every layer by itself, against a model in which it is the only hybrid layer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from family_calls import call
-from runs import finish_sharded
 from test_distill import GRIDS, logged, tiny_config
 from tiny_pipelines import FAMILIES, recipe_of, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, restore_dense
 from hybriddit.models import family_of
-from hybriddit.training.distill import distill, draw_batches
+from hybriddit.training.distill import check_layer_steps, distill, draw_batches
 from hybriddit.training.losses import converted_layers, layers_alone
 from hybriddit.training.run_config import DistillConfig
 
@@ -112,15 +112,9 @@ def test_more_than_all_steps_is_refused(steps):
         type(config)(**{name: getattr(config, name) for name in vars(config)})
 
 
-def test_fsdp_is_refused_before_any_work(tmp_path):
-    tiny_pipeline("sd3").save_pretrained(tmp_path / "base")
-    (tmp_path / "prompts.txt").write_text("a red shoe\n")
-    (tmp_path / "config.yaml").write_text(
-        f"model: {{path: {tmp_path / 'base'}}}\n"
-        f"data: {{prompts: {tmp_path / 'prompts.txt'}, images: 1, height: 64, width: 64, cache: {tmp_path / 'cache'}}}\n"
-        f"output: {{folder: {tmp_path / 'out'}}}\nloss: {{layer_steps: 1}}\ntrain: {{steps: 2}}\n"
-    )
-    codes = finish_sharded("distill", tmp_path / "config.yaml", output=tmp_path / "said")
-    assert codes == [1, 1]
-    assert "loss.layer_steps trains in one process or with DDP" in (tmp_path / "said.0").read_text()
-    assert not (tmp_path / "cache").exists()
+def test_fsdp_is_refused():
+    config = tiny_config(loss__layer_steps=1)
+    with pytest.raises(ValueError, match="loss.layer_steps trains in one process or with DDP: with FSDP set it to 0"):
+        check_layer_steps(config, SimpleNamespace(is_fsdp2=True))
+    check_layer_steps(config, SimpleNamespace(is_fsdp2=False))
+    check_layer_steps(tiny_config(), SimpleNamespace(is_fsdp2=True))
