@@ -116,6 +116,12 @@ def test_the_knapsack_finds_what_trying_all_finds():
         assert choose(errors, costs, limit) == best, trial
 
 
+def test_the_knapsack_never_goes_beyond_its_limit_by_rounding():
+    costs = {name: {"dense": 3.334, "a": 3.3} for name in "xyz"}
+    errors = {name: {"dense": 0.0, "a": 1.0} for name in "xyz"}
+    assert sorted(choose(errors, costs, 10.0).values()) == ["a", "dense", "dense"]
+
+
 def test_relative_error_is_one_for_the_mean():
     dense = torch.randn(3, 50, 2, 4, generator=torch.Generator().manual_seed(0))
     mean = dense.mean((1, 3), keepdim=True).expand_as(dense)
