@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
@@ -227,6 +228,17 @@ def test_a_stopped_analysis_goes_on_and_another_budget_measures_only_its_plan(co
     assert again["plan"]["change"] == pytest.approx(0, abs=1e-9)
     assert list(again["plan"]["layers"].values()) == ["window:3", "dense", "dense"]  # of equal errors, the cheaper
     assert again["layers"] == resumed["layers"]
+
+
+def test_far_branches_are_fitted_on_other_images_than_those_they_are_measured_on(command, planted, tmp_path):
+    fitted, errors = [], []
+    for number, second in enumerate(PROMPTS[1:3]):
+        (planted / "two.txt").write_text(f"{PROMPTS[0]}\n{second}")
+        code, printed, _ = command("--prompts", "two.txt", "--fit-steps", 3, "--out", tmp_path / str(number), "--json")
+        assert code == 0
+        fitted.append(load_file(tmp_path / str(number) / "fitted.safetensors"))
+        errors.append([layer["errors"]["linear"] for layer in json.loads(printed)["layers"].values()])
+    assert all(torch.equal(x, fitted[1][name]) for name, x in fitted[0].items()) and errors[0] != errors[1]
 
 
 @pytest.mark.parametrize(
