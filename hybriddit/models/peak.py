@@ -96,6 +96,7 @@ def _small_call(
     family, count = family_of(model), len(next(iter(text.values())))
     with torch.device("meta"):
         small = type(model).from_config(model.config).eval()
+    family.make_tables(small)
     blocks = _one_block_of_each_kind(small)
     latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None
