@@ -168,6 +168,9 @@ class Family(ABC):
     def check_config(self, config: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise ValueError for a transformer of the class that is not served. config: its config."""
 
+    def check_shared(self, config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise ValueError for a transformer whose images cannot be spread over processes, for `hybriddit.parallel`."""
+
     # Layers
 
     def attentions(self, model: nn.Module) -> dict[str, nn.Module]:

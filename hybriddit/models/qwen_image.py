@@ -82,12 +82,24 @@ class HybridQwenAttnProcessor:
 
 
 class DenseQwenAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
-    """The teacher's processor, for layers that stay dense: it does not heed `token_layout`."""
+    """The teacher's processor, for layers that stay dense: it does not heed `token_layout`.
+
+    It names all arguments: diffusers drops those that a processor's signature does not.
+    """
 
     def __call__(
-        self, attn: nn.Module, *args: Any, token_layout: TokenLayout | None = None, **kwargs: Any
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotations | None = None,
+        token_layout: TokenLayout | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().__call__(attn, *args, **kwargs)
+        return super().__call__(
+            attn, hidden_states, encoder_hidden_states, encoder_hidden_states_mask, attention_mask, image_rotary_emb
+        )
 
 
 class _Decoding(nn.Module):
@@ -164,6 +176,10 @@ class QwenImage(PackedLatents):
     def check_config(self, config: Mapping[str, Any]) -> None:
         if config.get("guidance_embeds"):
             raise ValueError("guidance_embeds: diffusers' class takes a guidance that it cannot embed; none is published")
+
+    def check_shared(self, config: Mapping[str, Any]) -> None:
+        if config.get("zero_cond_t"):
+            raise ValueError("zero_cond_t: each token of this Qwen-Image has a time, which is not spread over processes")
 
     def idle_projections(self, model: nn.Module, layer: str) -> tuple[str, ...]:
         """The text ends in the last block: its queries there are for nothing."""

@@ -56,6 +56,7 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
             raise ValueError(
                 f"{family.name} does not say where its image tokens leave the model: it needs image_exit (see Family)"
             )
+        family.check_shared(transformer.config)
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in transformer._forward_pre_hooks.values()):
         raise ValueError("the images of this model are spread over processes already")
     if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):
