@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
+from math import prod
 from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
@@ -447,6 +448,10 @@ class Family(ABC):
             tokenizer = name.replace("text_encoder", "tokenizer")
             if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
                 raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of the VAE's latents, for a transformer of this config."""
+        return prod(self.latents_shape(config, (1, 1))) // self.latents_per_token(config) ** 2
 
     def first_layer(self, model: nn.Module) -> LayerShape:
         """Sizes of the first of the model's layers that hybrid attention can replace."""

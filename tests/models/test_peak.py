@@ -103,5 +103,5 @@ def test_each_operation_takes_the_longer_of_its_memory_and_its_arithmetic():
     moved = 4 * (100 * channels + 3 * channels + 3 + 300), 4 * (300 + 300)
     flops = 2 * 100 * channels * 3
     for rates, seconds in ((Rates(10.0, 1e9), sum(moved) / 10), (Rates(1e3, 2.0), flops / 2 + moved[1] / 1e3)):
-        cost = decoder_cost(vae, (10, 10), rates, device=device, dtype=torch.float32)
+        cost = decoder_cost(vae.decoder, (channels, 10, 10), rates, device=device, dtype=torch.float32)
         assert cost == (flops, sum(moved), pytest.approx(seconds))
