@@ -60,6 +60,11 @@ def latents_of(family, vae, pixels, packed=True):
     else:
         shift = 0.0 if family == "pixart_sigma" else 0.1  # PixArt's pipeline adds none before it decodes
         latents = (vae.encode(pixels).latent_dist.mean - shift) * 0.5
-    if packed and family in ("flux_dev", "flux_schnell", "chroma", "qwen_image"):  # 2 x 2 latents a token, channels slowest
+    if packed and family in (
+        "flux_dev",
+        "flux_schnell",
+        "chroma",
+        "qwen_image",
+    ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

@@ -134,6 +134,7 @@ class Family(ABC):
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
         whether that is one call with both.
     guidance_argument: the argument of the pipelines' call that sets the scale of that, or of a guidance embedding.
+    empty_prompt: what such pipelines guide away from where no other prompt is given.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
     recipes: by name; the names are unique among families.
     published: by repository.
@@ -162,6 +163,7 @@ class Family(ABC):
     guided: ClassVar[bool] = True
     guided_together: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "guidance_scale"
+    empty_prompt: ClassVar[str] = ""
     middle_time: ClassVar[float] = 0.5
     recipes: ClassVar[Mapping[str, Recipe]]
     published: ClassVar[Mapping[str, Published]] = {}
@@ -590,7 +592,8 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
         "a tuple of Processors, each of classes",
     ),
     **dict.fromkeys(
-        ("joint", "text_first", "guided", "guided_together"), (lambda family, value: isinstance(value, bool), "True or False")
+        ("joint", "text_first", "guided", "guided_together"),
+        (lambda family, value: isinstance(value, bool), "True or False"),
     ),
     "pipelines": (
         lambda family, value: (

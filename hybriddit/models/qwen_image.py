@@ -72,10 +72,13 @@ class HybridQwenAttnProcessor:
         query, key = norm(attn.norm_q, query), norm(attn.norm_k, key)
         text_query, text_key = norm(attn.norm_added_q, text_query), norm(attn.norm_added_k, text_key)
         if rotate is not None:
-            query, key, text_query, text_key = rotate(query), rotate(key), rotate_text(text_query), rotate_text(text_key)
-        joint = (
-            token_layout.join(*parts) for parts in ((text_query, query), (text_key, key), (text_value, value))
-        )
+            query, key, text_query, text_key = (
+                rotate(query),
+                rotate(key),
+                rotate_text(text_query),
+                rotate_text(text_key),
+            )
+        joint = (token_layout.join(*parts) for parts in ((text_query, query), (text_key, key), (text_value, value)))
         out = attn.hybrid(*joint, token_layout, text_mask=encoder_hidden_states_mask, **far)
         text, image = token_layout.split(out.flatten(2).to(query.dtype))
         return attn.to_out[1](project(attn, "to_out.0", image)), project(attn, "to_add_out", text)
@@ -166,6 +169,7 @@ class QwenImage(PackedLatents):
     vae_class = AutoencoderKLQwenImage
     scheduler = FlowMatchEulerDiscreteScheduler
     guidance_argument = "true_cfg_scale"
+    empty_prompt = " "
     guided_together = False
     recipes = {"qwen_image": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
@@ -175,11 +179,15 @@ class QwenImage(PackedLatents):
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         if config.get("guidance_embeds"):
-            raise ValueError("guidance_embeds: diffusers' class takes a guidance that it cannot embed; none is published")
+            raise ValueError(
+                "guidance_embeds: diffusers' class takes a guidance that it cannot embed; none is published"
+            )
 
     def check_shared(self, config: Mapping[str, Any]) -> None:
         if config.get("zero_cond_t"):
-            raise ValueError("zero_cond_t: each token of this Qwen-Image has a time, which is not spread over processes")
+            raise ValueError(
+                "zero_cond_t: each token of this Qwen-Image has a time, which is not spread over processes"
+            )
 
     def idle_projections(self, model: nn.Module, layer: str) -> tuple[str, ...]:
         """The text ends in the last block: its queries there are for nothing."""
@@ -276,7 +284,9 @@ class QwenImage(PackedLatents):
         The empty prompt is a space, as on the model's card.
         """
         tokens = self.text_length(**length)
-        embeds, mask = pipeline.encode_prompt([prompt or " " for prompt in prompts], max_sequence_length=tokens)
+        embeds, mask = pipeline.encode_prompt(
+            [prompt or self.empty_prompt for prompt in prompts], max_sequence_length=tokens
+        )
         if mask is None:  # diffusers' way to say that nothing is padded
             mask = embeds.new_ones(embeds.shape[:2])
         padding = tokens - embeds.shape[1]

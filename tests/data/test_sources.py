@@ -101,7 +101,9 @@ def test_latents_of_a_folder_decode_to_its_images(family, pipelines, folder, cap
     # in the order of the names: 0.png, 1.png, 2.png, 4.webp, more/3.jpg
     pixels = read_image(folder / "more" / "3.jpg", 64, 64)
     pixels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    torch.testing.assert_close(data.rows([4])["latents"], latents_of(family, pipeline.vae, pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        data.rows([4])["latents"], latents_of(family, pipeline.vae, pixels), rtol=1e-4, atol=1e-5
+    )
     embeds = data.rows([3, 4])["prompt_embeds"]
     expected = tiny_data(pipeline, images=4, steps=1).rows([2, 3])["prompt_embeds"]  # "a red bag", "a blue shoe"
     torch.testing.assert_close(embeds, expected)

@@ -401,10 +401,7 @@ def test_qwen_image_has_a_window_in_each_image(grids, sizes, monkeypatch):
     for height, width in grids:
         places = [(row, column) for row in range(height) for column in range(width)]
         there = [
-            [
-                (2 * row + 1) * h // (2 * height) * w + (2 * column + 1) * w // (2 * width)
-                for row, column in places
-            ]
+            [(2 * row + 1) * h // (2 * height) * w + (2 * column + 1) * w // (2 * width) for row, column in places]
             for h, w in grids
         ]
         masks = [window_mask(grid, (3, 3))[own] for grid, own in zip(grids, there, strict=True)]

@@ -79,7 +79,9 @@ def test_strips_and_fewer_bytes_an_element_lower_the_peak():
     assert peaks[torch.bfloat16, 8] < 0.8 * peaks[torch.float32, 8]
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None)]
+)
 def test_the_flops_that_are_counted_are_those_of_all_blocks(kind, rows):
     model, text, grid = make(kind, dtype=torch.float32, layers=3), 24, (24, 32)
     hybridize(model, HybridConfig(window=6))

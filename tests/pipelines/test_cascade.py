@@ -297,7 +297,13 @@ def test_frequencies_against_diffusers_and_by_hand():
 
 @pytest.mark.parametrize(
     ("kind", "positions"),
-    [("flux_dev", "interpolated"), ("flux_dev", "yarn"), ("chroma", "dominant"), ("qwen_image", "interpolated"), ("sd3", "interpolated")],
+    [
+        ("flux_dev", "interpolated"),
+        ("flux_dev", "yarn"),
+        ("chroma", "dominant"),
+        ("qwen_image", "interpolated"),
+        ("sd3", "interpolated"),
+    ],
 )
 def test_positions_change_larger_images_alone(kind, positions):
     pipeline = hybrid_pipeline(kind)
