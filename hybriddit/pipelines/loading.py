@@ -156,6 +156,8 @@ def load_base(
     # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
     absent = {name for name, kind in component_classes(base.index).items() if kind is None}
     absent |= {name for name in OPTIONAL if name not in base.index} | set(without)
+    if base.file is None:  # a single file may have them
+        absent |= {"vae", "scheduler"} - base.index.keys()
     parts = {name: None for name in inspect.signature(made.__init__).parameters if name in absent}
     options = {"use_safetensors": True, "variant": base.variant}
     try:
@@ -198,7 +200,9 @@ def load_pipeline(
 
 
 def check_parts(
-    kind: type[DiffusionPipeline], components: Mapping[str, Any], needed: Sequence[str] = ("vae", "scheduler")
+    kind: type[DiffusionPipeline],
+    components: Mapping[str, Any],
+    needed: Sequence[str] = ("transformer", "vae", "scheduler"),
 ) -> None:
     """Raise ValueError for a pipeline without a component that is needed, of those that its class takes.
 
@@ -246,6 +250,10 @@ def check_convertible(
 
 def _family(base: Base) -> Family:
     family = family_of_class(base.transformer_class)
+    if base.transformer_class is None:
+        raise ValueError(
+            f"{base.path} is a {base.index.get('_class_name')}, which has no diffusion transformer to distill"
+        )
     if family is None:
         supported = ", ".join(family.dense_class.__name__ for family in families())
         raise ValueError(
