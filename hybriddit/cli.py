@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_generate,
         add_upscale,
         add_compare,
+        add_analyze,
         add_cache,
         add_sample,
         add_evaluate,
@@ -561,6 +562,11 @@ def add_compare(commands) -> None:
         help="also the Fréchet distance of the two sets by these features: inception, or package.module:function of "
         "your own, uint8 [B, 3, H, W] to [B, F]",
     )
+    sub.add_argument(
+        "--branches",
+        action="store_true",
+        help="also with the near and the far branch alone, and what each layer is without them",
+    )
     sub.add_argument("--out", type=Path, required=True, help="folder, new or empty, for the images and figures")
     sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
     _add_dtype(sub)
@@ -570,6 +576,61 @@ def add_compare(commands) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     from .generate.compare import report_text, run
+
+    report = run(**{**_given(options), "quiet": options.quiet or options.json})
+    if options.json:
+        print(json.dumps(report))
+    elif not options.quiet:
+        print(report_text(report, options.out))
+
+
+def add_analyze(commands) -> None:
+    sub = _add_command(
+        commands,
+        "analyze",
+        analyze,
+        "measure what each attention layer of a dense teacher can become, and plan it within a budget",
+        "--model base/ --prompts prompts.txt --budget 0.4 --out plan/",
+    )
+    sub.add_argument("--model", required=True, help="as for compare; dense")
+    _add_files(sub)
+    sub.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
+    sub.add_argument("--budget", type=float, default=0.5, help="share of the dense attention's cost (default: 0.5)")
+    sub.add_argument(
+        "--cost",
+        choices=("flops", "time"),
+        default="flops",
+        help="what the budget counts: FLOPs by formula, or seconds measured here (default: flops)",
+    )
+    sub.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[8, 16],
+        metavar="SIDE",
+        help="to choose from, in tokens (default: 8 16)",
+    )
+    sub.add_argument("--fit-steps", type=int, default=60, help="steps in which far branches learn (default: 60)")
+    sub.add_argument("--calls", type=int, default=2, help="of the transformer, taken of each image (default: 2)")
+    sub.add_argument("--queries", type=int, default=128, help="whose attention maps are measured (default: 128)")
+    sub.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
+    for side in ("height", "width"):
+        sub.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
+    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
+    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    sub.add_argument(
+        "--out", type=Path, required=True, help="folder, new, empty, or of the same analysis, which goes on"
+    )
+    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(sub)
+    sub.add_argument("--quiet", action="store_true", help="print errors only")
+    sub.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
+def analyze(options: argparse.Namespace) -> None:
+    from .analyze.run import report_text, run
 
     report = run(**{**_given(options), "quiet": options.quiet or options.json})
     if options.json:

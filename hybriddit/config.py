@@ -25,6 +25,8 @@ ADDED_FIELDS = {
     "temperature": False,
     "center_keys": False,
     "value_conv": None,
+    "windows": {},
+    "strict_layers": False,
 }
 MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
@@ -59,6 +61,10 @@ class HybridConfig:
         gate * (far - near). With both, a gate of 0 is near alone.
     layers: {fnmatch pattern on module names: "hybrid" | "window" | "linear" | "dense"}; the first match wins, and a
         layer that no pattern matches is "hybrid". Or (pattern, kind) pairs.
+    windows: {fnmatch pattern on module names: window} of the layers whose window is not `window`, likewise; it takes
+        part only where `window` is not None.
+    strict_layers: True refuses a model that has an attention layer which no pattern of `layers` matches. The plans of
+        `hybriddit analyze` name every layer and have it, so that a plan of another model is refused.
     delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
     """
 
@@ -78,24 +84,21 @@ class HybridConfig:
     center_keys: bool = False
     value_conv: int | None = None
     join: str | None = None
+    windows: dict[str, int | tuple[int, int]] = field(default_factory=dict)
+    strict_layers: bool = False
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
             value = getattr(self, name)
-            if name == "window" and value is None:
-                continue
-            sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-            if len(sides) != 2 or not all(_is_count(side) for side in sides):
-                raise ValueError(f"{name} must be a positive integer or a pair of them (rows, columns), not {value!r}")
-            # JSON and YAML give lists: as tuples, both forms of one config are equal
-            object.__setattr__(self, name, sides if isinstance(value, (tuple, list)) else value)
+            if name != "window" or value is not None:
+                object.__setattr__(self, name, _checked_sides(name, value))
         if self.delta_rank is not None and not _is_count(self.delta_rank):
             raise ValueError(f"delta_rank must be a positive integer or None, not {self.delta_rank!r}")
         for name in ("map_rank", "projection"):
             value = getattr(self, name)
             if value is not None and not _is_count(value) and (value != 0 or value is False):
                 raise ValueError(f"{name} must be a positive integer, 0 for none, or None, not {value!r}")
-        for name in ("linear", "temperature", "center_keys"):
+        for name in ("linear", "temperature", "center_keys", "strict_layers"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         side = self.value_conv
@@ -105,11 +108,14 @@ class HybridConfig:
         for name, known in (("gate", GATES), ("join", JOINS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
-        # pairs are what `to_dict` gives
-        pairs = list(self.layers.items()) if isinstance(self.layers, Mapping) else self.layers
-        if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):
-            raise TypeError(f"layers must map name patterns to layer kinds, not {self.layers!r}")
-        object.__setattr__(self, "layers", dict(pairs))
+        for name, values in (("layers", "layer kinds"), ("windows", "windows")):
+            given = getattr(self, name)
+            pairs = list(given.items()) if isinstance(given, Mapping) else given  # pairs are what `to_dict` gives
+            if not isinstance(pairs, (list, tuple)) or not all(map(_is_layer_pair, pairs)):
+                raise TypeError(f"{name} must map name patterns to {values}, not {given!r}")
+            object.__setattr__(self, name, dict(pairs))
+        for pattern, window in self.windows.items():
+            self.windows[pattern] = _checked_sides(f"the window of {pattern!r}", window)
         for pattern, kind in self.layers.items():
             if kind not in LAYER_KINDS:
                 raise ValueError(f"unknown layer kind {kind!r} for {pattern!r}: use one of {', '.join(LAYER_KINDS)}")
@@ -118,8 +124,12 @@ class HybridConfig:
                 raise ValueError("window=None with linear=False leaves no attention: give a window or linear=True")
             if "window" in self.layers.values():
                 raise ValueError('a layer of kind "window" needs a window: window is None')
-        elif any(stride > window for stride, window in zip(self.pair("stride"), self.pair("window"), strict=True)):
-            raise ValueError(f"stride {self.stride} is larger than window {self.window}: use a stride up to the window")
+            if self.windows:
+                raise ValueError("windows of layers need a window for the others: window is None")
+            return
+        for window in (self.window, *self.windows.values()):
+            if any(stride > side for stride, side in zip(self.pair("stride"), _pair(window), strict=True)):
+                raise ValueError(f"stride {self.stride} is larger than window {window}: use a stride up to the window")
 
     def _complete_far_branch(self) -> None:
         """Give the far branch's fields that were left out their values; "linfusion" stands for several."""
@@ -144,8 +154,7 @@ class HybridConfig:
 
     def pair(self, name: str) -> tuple[int, int] | None:
         """`window`, `stride` or `dilation` as (rows, columns); None where the window is None."""
-        value = getattr(self, name)
-        return value if value is None or isinstance(value, tuple) else (value, value)
+        return _pair(getattr(self, name))
 
     @property
     def mixer_settings(self) -> dict[str, Any]:
@@ -154,27 +163,40 @@ class HybridConfig:
 
     def kind(self, layer: str) -> str:
         """The kind that the attention layer of this name gets: one of LAYER_KINDS, with window and linear applied."""
-        (kind,), _ = match_layers(self.layers, [layer])
-        kind = kind or "hybrid"
+        kind = _first_match(self.layers, layer) or "hybrid"
         if kind == "hybrid" and self.window is None:
             return "linear"
         if kind == "hybrid" and not self.linear:
             return "window"
         return kind
 
+    def window_of(self, layer: str) -> tuple[int, int] | None:
+        """The window that the attention layer of this name gets, as (rows, columns)."""
+        return _pair(_first_match(self.windows, layer) or self.window)
+
     def check_layers(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a pattern of `layers` matches none of a model's attention layers.
+        """Raise ValueError if a pattern of `layers` or `windows` matches none of a model's attention layers.
+
+        With `strict_layers`, also if a layer is matched by no pattern of `layers`.
 
         Patterns such as `every_nth_dense` writes (`*blocks.40.*`) may point past the last block, because they are
         written without knowing the model.
         """
         names = list(names)
         written = {BLOCK.format(index) for index in range(MAX_BLOCKS)}
-        for pattern in match_layers(self.layers, names).unmatched:
-            if pattern not in written:
+        for field_name in ("layers", "windows"):
+            for pattern in match_layers(getattr(self, field_name), names).unmatched:
+                if pattern not in written:
+                    raise ValueError(
+                        f"hybrid.{field_name}: {pattern!r} matches no attention layer of this model; they are named "
+                        f"like {names[0]!r} or {names[-1]!r}"
+                    )
+        if self.strict_layers:
+            others = [name for name in names if _first_match(self.layers, name) is None]
+            if others:
                 raise ValueError(
-                    f"hybrid.layers: {pattern!r} matches no attention layer of this model; they are named like "
-                    f"{names[0]!r} or {names[-1]!r}"
+                    f"hybrid.layers names {len(names) - len(others)} of this model's {len(names)} attention layers, "
+                    f"{others[0]!r} not: it was made for another model (strict_layers=false makes the others hybrid)"
                 )
 
     @classmethod
@@ -191,14 +213,9 @@ class HybridConfig:
     @classmethod
     def from_plan(cls, path: str | Path) -> HybridConfig:
         """Read a YAML or JSON file of these fields. Raises FileNotFoundError, or ValueError naming the file."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no plan file {path}")
-        import yaml  # imported here: the config itself needs only the standard library
-
         try:
-            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, yaml.YAMLError) as error:
+            return cls.from_dict(read_plan(path))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     @classmethod
@@ -228,9 +245,24 @@ class HybridConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON would give them back (pairs as lists).
 
-        `layers` is a list of pairs: diffusers sorts the keys of a saved config, and here their order counts.
+        `layers` and `windows` are lists of pairs: diffusers sorts the keys of a saved config, and here their order
+        counts.
         """
-        return json.loads(json.dumps({**asdict(self), "layers": list(self.layers.items())}))
+        ordered = {"layers": list(self.layers.items()), "windows": list(self.windows.items())}
+        return json.loads(json.dumps({**asdict(self), **ordered}))
+
+
+def read_plan(path: str | Path) -> Any:
+    """What a YAML or JSON file of HybridConfig's fields holds, unchecked. Raises FileNotFoundError, or ValueError."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no plan file {path}")
+    import yaml  # imported here: the config itself needs only the standard library
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{' '.join(str(error).split())}") from error
 
 
 class LayerMatch(NamedTuple):
@@ -242,8 +274,27 @@ class LayerMatch(NamedTuple):
 
 def match_layers(patterns: Mapping[str, str], names: Sequence[str]) -> LayerMatch:
     """Apply {fnmatch pattern: kind} to layers of these names, in order; the first pattern that matches wins."""
-    kinds = [next((kind for p, kind in patterns.items() if fnmatchcase(name, p)), None) for name in names]
-    return LayerMatch(kinds, [p for p in patterns if not any(fnmatchcase(name, p) for name in names)])
+    return LayerMatch(
+        [_first_match(patterns, name) for name in names],
+        [p for p in patterns if not any(fnmatchcase(name, p) for name in names)],
+    )
+
+
+def _first_match(patterns: Mapping[str, Any], layer: str) -> Any:
+    """What the first pattern that matches the layer's name is mapped to, or None."""
+    return next((value for pattern, value in patterns.items() if fnmatchcase(layer, pattern)), None)
+
+
+def _pair(sides: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return sides if sides is None or isinstance(sides, tuple) else (sides, sides)
+
+
+def _checked_sides(name: str, value: Any) -> int | tuple[int, int]:
+    """A positive int, or a pair of them as a tuple: JSON and YAML give lists. Raises ValueError for anything else."""
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2 or not all(_is_count(side) for side in sides):
+        raise ValueError(f"{name} must be a positive integer or a pair of them (rows, columns), not {value!r}")
+    return sides if isinstance(value, (tuple, list)) else value
 
 
 def _is_count(value: Any) -> bool:

@@ -22,7 +22,6 @@ import contextlib
 import copy
 import fcntl
 import json
-import math
 import platform
 import re
 import sys
@@ -38,11 +37,12 @@ from torch import nn
 from hybriddit.benchmark.measure import Case, Limits, measure
 from hybriddit.data.sources import make_data
 from hybriddit.demo.judge import Judge
-from hybriddit.demo.run import SHOWN, compare, generate, judged, layout_of, sampling_of, set_gates
+from hybriddit.demo.run import SHOWN, compare, generate, judged, layout_of, sampling_of
 from hybriddit.files import read_json, replacing, write_json
 from hybriddit.images import contact_sheet
 from hybriddit.machine import git_state
 from hybriddit.models import family_of, hybridize
+from hybriddit.models.branches import one_branch
 from hybriddit.models.flops import attention_flops
 from hybriddit.pipelines.loading import load_pipeline
 from hybriddit.training.distill import distill
@@ -204,12 +204,10 @@ class Ablation:
             distill(self.pipeline, self.data, config)
             seconds = time.monotonic() - started
             images, found = self.measure(model, len(IMAGE_SEEDS), name)
-            far_alone = math.inf if config.hybrid.join == "joint" else 1.0
-            for branch, value in (("near_off", far_alone), ("far_off", 0.0)):
+            for off, left in (("near_off", "far"), ("far_off", "near")):
                 if config.hybrid.linear and config.hybrid.window is not None:
-                    off = copy.deepcopy(model)
-                    set_gates(off, value)
-                    found[branch] = self.measure(off, BRANCH_SEEDS, f"{name}, {branch}")[1]["psnr"]
+                    with one_branch(model, left):
+                        found[off] = self.measure(model, BRANCH_SEEDS, f"{name}, {off}")[1]["psnr"]
             found |= {
                 "name": name,
                 "seed": seed,

@@ -367,10 +367,10 @@ def an_adapter_config_that_is_no_json(w):
     return lambda: load_adapter(tiny_pipeline("flux_dev"), w.folder / "adapter")
 
 
-@bad(r"unknown field 'windows'")
+@bad(r"unknown field 'dilations'")
 def an_adapter_config_of_a_newer_version(w):
     path = w.folder / "adapter" / "hybrid_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "windows": 3}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dilations": 3}))
     return lambda: load_adapter(tiny_pipeline("flux_dev"), w.folder / "adapter")
 
 

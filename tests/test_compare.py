@@ -2,6 +2,9 @@
 
 import csv
 import json
+import math
+import re
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize, load_adapter, save_adapter
+from hybriddit.attention import HybridAttention
 from hybriddit.cli import main
 from hybriddit.generate import generate
 from hybriddit.images import open_image, read_record
@@ -94,6 +98,40 @@ def test_a_hybrid_that_is_its_teacher_and_features_of_one_s_own(saved, command, 
     assert code == 0 and report["psnr"]["lowest"] > 50 and report["ssim"]["lowest"] > 0.999
     assert report["features"]["name"] == "test_compare:shades" and report["features"]["frechet_distance"] < 1e-2
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == report
+
+
+def test_branches_and_the_page(saved, command, tmp_path):
+    code, printed, _ = command("--adapter", "adapter", "--branches")
+    out, pipeline = tmp_path / "out", load_adapter(tiny_pipeline("flux_dev"), saved / "adapter")
+    assert code == 0
+    layers = [module for module in pipeline.transformer.modules() if isinstance(module, HybridAttention)]
+    rows, report = list(csv.DictReader((out / "images.csv").open())), json.loads((out / "compare.json").read_text())
+    for branch, gate in (("near", 0.0), ("far", math.inf)):
+        for layer in layers:
+            layer.gate_init = gate
+            layer.init_gate()
+        for row in rows:
+            [(image, _)] = generate(pipeline, row["prompt"], seed=int(row["seed"]), **SIZE)
+            images = {
+                name: np.asarray(open_image(out / name / f"{int(row['image']):05d}.png"), float)
+                for name in ("teacher", f"{branch} alone")
+            }
+            assert np.abs(images[f"{branch} alone"] - np.asarray(image)).max() <= 1
+            psnr = 10 * np.log10(255**2 / ((images["teacher"] - images[f"{branch} alone"]) ** 2).mean())
+            assert float(row[f"{branch}_alone_psnr"]) == pytest.approx(psnr, abs=2e-3)
+        mean = np.mean([float(row[f"{branch}_alone_psnr"]) for row in rows])
+        assert report[f"{branch}_alone_psnr"]["mean"] == pytest.approx(mean, abs=2e-3)
+        assert f"{branch} branch alone {mean:.2f} dB" in " ".join(printed.split())
+    assert len(report["layers"]) == len(layers) == 3
+    assert all(0 < layer["without_far"] < 10 and layer["without_near"] > 0 for layer in report["layers"].values())
+    assert "0 of 3 change by less" in printed
+
+    page = (out / "index.html").read_text()
+    worst = sorted(rows, key=lambda row: float(row["psnr"]))
+    places = [page.index(f"{row['prompt']} <small>seed {row['seed']}<") for row in worst]
+    assert places == sorted(places) and "http" not in page and "<script" not in page
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 8 and all((out / unquote(source)).is_file() for source in sources)
 
 
 @pytest.mark.parametrize(

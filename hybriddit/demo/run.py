@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from ..attention import HybridAttention, TokenLayout
+from ..attention import TokenLayout
 from ..data.sources import make_data
 from ..files import replacing_folder, write_json
 from ..images import contact_sheet
@@ -91,14 +90,6 @@ def layout_of(pipeline, config: DistillConfig) -> TokenLayout:
     pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
     text_length = family.text_length(data.max_sequence_length, pipeline.tokenizer.model_max_length)
     return TokenLayout(text_length, ((data.height // pixels, data.width // pixels),), family.text_first)
-
-
-def set_gates(model: nn.Module, value: float) -> None:
-    """Set every gate to `value` for every token: 0 is the near branch alone, 1 (or, joint, inf) the far branch alone."""
-    for module in model.modules():
-        if isinstance(module, HybridAttention):
-            module.gate_init = value
-            module.init_gate()
 
 
 def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ()) -> dict:

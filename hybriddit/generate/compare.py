@@ -6,13 +6,17 @@ import csv
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
-from ..files import filling, make_folder, write_json
+from ..files import filling, make_folder, replacing, write_json
 from ..images import contact_sheet, open_image, save_png
 from ..machine import find_device, gpu_name
 from ..stored import check_any_base
@@ -22,8 +26,10 @@ from .images import Task, check_settings, make
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+UNUSED = 1e-4  # below this change of its output, a layer does without a branch
 SHOWN = 12  # columns of the contact sheet
 COLUMNS = ("image", "prompt", "seed", "psnr", "ssim", "teacher_seconds", "hybrid_seconds")
+ALONE = {"near": "near alone", "far": "far alone"}  # columns and folders of images with one branch
 
 
 def run(
@@ -34,6 +40,7 @@ def run(
     adapter: str | None = None,
     any_base: bool = False,
     features: str | None = None,
+    branches: bool = False,
     variant: str | None = None,
     config: str | None = None,
     device: str | None = None,
@@ -46,11 +53,13 @@ def run(
     """Make every image twice, by the hybrid and by its dense teacher, which are one model; compare them in pairs.
 
     The new or empty folder `out` gets, whole or not at all, teacher/ and hybrid/ with the images and their records,
-    images.csv with a line an image, sheet.png, and compare.json, which is returned.
+    images.csv with a line an image, sheet.png, index.html with all pairs, the worst first, and compare.json, which is
+    returned.
 
     model, adapter: a dense pipeline with an adapter, or a hybrid pipeline alone. features: also the Fréchet distance of
-    the two sets by these features, see `metrics.features.load_features`; it is small only for large sets. The other
-    arguments are those of `generate.run`. Raises ValueError or OSError, in one line, as far as possible before the
+    the two sets by these features, see `metrics.features.load_features`; it is small only for large sets. branches:
+    also make every image with one branch of the hybrid's layers alone, the near and the far one, and measure, on the
+    first image, how much each layer's output changes without either (see `models.branches`). The other arguments are those of `generate.run`. Raises ValueError or OSError, in one line, as far as possible before the
     model is loaded.
     """
     from ..data.prompts import read_prompts
@@ -70,6 +79,7 @@ def run(
         from ..metrics.features import load_features
         from ..metrics.nearness import nearness
         from ..models import dense_mode
+        from ..models.branches import branch_changes, one_branch
         from ..pipelines.loading import find_base, silence_libraries
         from ..pipelines.prepare import place
 
@@ -87,29 +97,49 @@ def run(
         for note in [] if quiet else notes + more:
             print(f"note: {note}", file=sys.stderr)
 
+        if branches:
+            with one_branch(pipeline.transformer, "near"):
+                pass  # a model without both is refused before images are made
+        ways: dict[str, Callable[[], Any]] = {
+            "teacher": lambda: dense_mode(pipeline.transformer),
+            "hybrid": nullcontext,
+        }
+        for branch, name in ALONE.items() if branches else ():
+            ways[name] = partial(one_branch, pipeline.transformer, branch)
         rows = []
         source = {"model": model, "adapter": adapter, "variant": variant, "config": config}
         for number, task in enumerate(_shown(tasks, quiet), 1):
             images, seconds = {}, {}
-            for name in ("teacher", "hybrid"):
-                with dense_mode(pipeline.transformer) if name == "teacher" else nullcontext():
+            for name, way in ways.items():
+                with way():
                     images[name], seconds[name] = _timed(pipeline, task, folder / name / f"{number:05d}.png", source)
             psnr, ssim = nearness(images["hybrid"], images["teacher"])
             values = (number, task.record["prompt"], task.seed, round(psnr, 3), round(ssim, 4))
-            rows.append(dict(zip(COLUMNS, (*values, seconds["teacher"], seconds["hybrid"]), strict=True)))
+            row = dict(zip(COLUMNS, (*values, seconds["teacher"], seconds["hybrid"]), strict=True))
+            for branch, name in ALONE.items() if branches else ():
+                row[f"{branch}_alone_psnr"] = round(nearness(images[name], images["teacher"])[0], 3)
+            rows.append(row)
+        layers = None
+        if branches:
+            with branch_changes(pipeline.transformer) as found:
+                make(pipeline, tasks[0])
+            layers = {
+                layer: {f"without_{branch}": float(torch.stack(of).mean()) for branch, of in changes.items()}
+                for layer, changes in found.items()
+            }
 
         with open(folder / "images.csv", "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, COLUMNS)
+            table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
         chosen = range(0, len(rows), -(-len(rows) // SHOWN))
         contact_sheet(
-            {name: [_read(folder, name, row) for row in chosen] for name in ("teacher", "hybrid")},
+            {name: [_read(folder, name, row) for row in chosen] for name in ways},
             [rows[row]["prompt"] for row in chosen],
             folder / "sheet.png",
             width=192,
         )
-        report = {**summary(rows), "features": None}
+        report = {**summary(rows), "features": None, "layers": layers}
         if extractor is not None:
             sets = [_all_images(folder, name, len(rows)) for name in ("hybrid", "teacher")]
             with torch.no_grad():
@@ -119,13 +149,15 @@ def run(
         report |= {**source, "prompts": str(prompts), "seed": seed, "num_images": num_images, **made_by}
         report["device"] = gpu_name(where) or where.type
         write_json(folder / "compare.json", report)
+        write_page(folder / "index.html", report, rows, list(ways))
     return report
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of all images: means and extremes of PSNR and SSIM, and the median seconds of an image."""
     figures: dict[str, Any] = {"images": len(rows)}
-    for name, digits in (("psnr", 3), ("ssim", 4)):
+    alone = [name for name in rows[0] if name.endswith("_alone_psnr")]
+    for name, digits in (("psnr", 3), ("ssim", 4), *((name, 3) for name in alone)):
         values = [row[name] for row in rows]
         figures[name] = {"mean": round(float(np.mean(values)), digits), "lowest": min(values), "highest": max(values)}
     names = ("teacher", "hybrid")
@@ -143,11 +175,76 @@ def report_text(report: dict[str, Any], out: Path) -> str:
         f"seconds per image     {seconds['hybrid']:g} hybrid, {seconds['teacher']:g} teacher "
         f"(median, {report['device']})",
     ]
+    for branch in ALONE if report["layers"] else ():
+        figures = report[f"{branch}_alone_psnr"]
+        lines.append(
+            f"{f'{branch} branch alone':21} {figures['mean']:.2f} dB, from {figures['lowest']:.2f} to {figures['highest']:.2f}"
+        )
+    if report["layers"]:
+        unused = [name for name, changes in report["layers"].items() if changes["without_far"] < UNUSED]
+        lines.append(
+            f"layers without far      {len(unused)} of {len(report['layers'])} change by less than {UNUSED:g} of the "
+            f"output's variance{': ' + unused[0] + (', …' if len(unused) > 1 else '') if unused else ''}"
+        )
     if report["features"]:
         lines.append(
             f"Fréchet distance      {report['features']['frechet_distance']:.4f} by {report['features']['name']}"
         )
-    return "\n".join([*lines, f"saved to {out}: images.csv, sheet.png, compare.json, teacher/ and hybrid/"])
+    return "\n".join([*lines, f"saved to {out}: index.html, images.csv, sheet.png, compare.json, and the images"])
+
+
+def write_page(path: Path, report: dict[str, Any], rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """Write a page for a browser, beside the folders of images: all pairs, the worst first, and the layers' branches.
+
+    It is one file that needs no network and no script.
+    """
+    text = "".join(f"<p>{escape(line)}</p>\n" for line in report_text(report, path.parent).splitlines()[:-1])
+    pairs = []
+    for row in sorted(rows, key=lambda row: row["psnr"]):
+        figures = f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"
+        cells = "".join(
+            f'<figure><a href="{quote(name)}/{row["image"]:05d}.png">'
+            f'<img loading="lazy" alt="" src="{quote(name)}/{row["image"]:05d}.png"></a>'
+            f"<figcaption>{name}{' ' + figures if name == 'hybrid' else ''}"
+            f"{_alone_figures(row, name)}</figcaption></figure>"
+            for name in columns
+        )
+        pairs.append(f"<section><h2>{escape(row['prompt'])} <small>seed {row['seed']}</small></h2>{cells}</section>\n")
+    layers = ""
+    if report["layers"]:
+        lines = "".join(
+            f"<tr><td>{escape(name)}</td><td>{changes['without_near']:.2e}</td><td>{changes['without_far']:.2e}</td></tr>\n"
+            for name, changes in report["layers"].items()
+        )
+        layers = (
+            "<h1>Layers</h1><p>Squared change of a layer's output without a branch, over the output's variance "
+            f"(first image).</p><table><tr><th>layer</th><th>without near</th><th>without far</th></tr>\n{lines}</table>\n"
+        )
+    title = f"{report['model']}: hybrid and teacher"
+    page = PAGE.format(title=escape(title), text=text, pairs="".join(pairs), layers=layers)
+    with replacing(path) as new:
+        new.write_text(page, encoding="utf-8")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; max-width: 90em; color: #222; background: #fff; }}
+section {{ border-top: 1px solid #ccc; padding: .5em 0; }}
+h1 {{ font-size: 1.3em; }} h2 {{ font-size: 1em; font-weight: 600; }} small {{ color: #666; font-weight: 400; }}
+figure {{ display: inline-block; margin: 0 1em .5em 0; max-width: 23%; min-width: 8em; vertical-align: top; }}
+img {{ width: 100%; image-rendering: auto; }} figcaption {{ font-size: .85em; color: #444; }}
+td, th {{ padding: .1em .8em .1em 0; text-align: left; font-variant-numeric: tabular-nums; }} p {{ margin: .2em 0; }}
+</style></head><body>
+<h1>{title}</h1>
+{text}<p>Sorted by PSNR, the worst first.</p>
+{pairs}{layers}</body></html>
+"""
+
+
+def _alone_figures(row: dict[str, Any], name: str) -> str:
+    branch = next((branch for branch, column in ALONE.items() if column == name), None)
+    return "" if branch is None else f" {row[f'{branch}_alone_psnr']:.2f} dB"
 
 
 def _timed(pipeline: DiffusionPipeline, task: Task, path: Path, source: dict[str, Any]) -> tuple[np.ndarray, float]:

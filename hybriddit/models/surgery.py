@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention, TokenLayout
 from ..config import HybridConfig
-from .family import Family, family_of, is_hybrid
+from .family import Family, Processors, family_of, is_hybrid
 from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
 
@@ -119,7 +119,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
-    hybrids = {name: _hybrid_attention(family, attentions[name], config, config.kind(name), model.dtype)
+    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype)
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
         raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
@@ -148,7 +148,7 @@ def convert_dense_layers(model: nn.Module) -> None:
     for name in model._dense_processors:
         attn = model.get_submodule(name)
         if family.converts(name) and not hasattr(attn, "hybrid"):
-            attn.hybrid = _hybrid_attention(family, attn, config, "dense", model.dtype)
+            attn.hybrid = _hybrid_attention(family, name, attn, config, "dense", model.dtype)
             attn.set_processor(_new_processor(model, family, name))
 
 
@@ -167,15 +167,21 @@ def with_what_it_drops(model: nn.Module, checkpoint: Callable[..., Any]) -> Call
 
 def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
     """Make the processor of the attention module of this name in a hybrid model, converted or not."""
-    teacher, own = model._dense_processors[name], _own_processor(model, family, name)
     if hasattr(model.get_submodule(name), "hybrid"):
-        processor = own()
+        processor = _own_processor(model, family, name)()
         if model._layout_holder is not None:
             processor.layout_holder = model._layout_holder
         return processor
-    if own is type(teacher):
+    return teacher_processor(model, name)
+
+
+def teacher_processor(model: nn.Module, name: str) -> Any:
+    """The processor with which the attention module of this name, in a call of a hybrid model, computes what it did."""
+    teacher = model._dense_processors[name]
+    dense = _row(model, family_of(model), name).dense
+    if dense is None:
         return teacher
-    processor = own()
+    processor = dense()
     vars(processor).update(vars(teacher))  # keeps its attention backend
     return processor
 
@@ -190,7 +196,7 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 
 def _hybrid_attention(
-    family: Family, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
+    family: Family, name: str, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
 ) -> HybridAttention:
     """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32)."""
     shape = family.layer_shape(attn)
@@ -205,7 +211,7 @@ def _hybrid_attention(
         shape.head_dim,
         kind=kind,
         kv_heads=shape.kv_heads,
-        window=config.pair("window"),
+        window=config.window_of(name),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
         map_rank=config.map_rank,
@@ -219,12 +225,12 @@ def _hybrid_attention(
     projections = family.projections(attn)
     hybrid.deltas = nn.ModuleDict()
     if config.delta_rank is not None:
-        for name, module in projections.items():
+        for projection, module in projections.items():
             delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
-            hybrid.deltas[delta_name(name)] = delta
+            hybrid.deltas[delta_name(projection)] = delta
     hybrid.to(next(attn.parameters()).device).train(attn.training)
-    for name, parameter in hybrid.named_parameters():
-        if not name.startswith("gate"):
+    for parameter_name, parameter in hybrid.named_parameters():
+        if not parameter_name.startswith("gate"):
             parameter.data = parameter.data.to(dtype)
     return hybrid
 
@@ -319,9 +325,14 @@ def reset_processors(model: nn.Module) -> None:
 
 def _own_processor(model: nn.Module, family: Family, name: str) -> type:
     """The class of processor that conversion gives to the attention module of this name."""
+    row = _row(model, family, name)
+    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or row.teacher
+
+
+def _row(model: nn.Module, family: Family, name: str) -> Processors:
+    """The family's processors for the attention module of this name."""
     teacher = type(model._dense_processors[name])
-    row = next(row for row in family.processors if row.teacher is teacher)
-    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or teacher
+    return next(row for row in family.processors if row.teacher is teacher)
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ from .batches import bucket_turn, epoch_order, step_generator, step_of_turn
 from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
-from .losses import captured_outputs, converted_layers, layer_loss
+from .losses import captured_outputs, converted_layers, layer_loss, layers_alone
 from .optimizer import is_gate
 from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
@@ -74,6 +75,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     with torch.device("meta"):
         make_student(model, config)
     accelerator = start_run(config, "adapter", settings, usual, resume=resume)
+    check_layer_steps(config, accelerator)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if processes.count > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
@@ -206,6 +208,7 @@ def distill(
     usual["data.max_sequence_length"] = length
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
+    check_layer_steps(config, accelerator)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -276,27 +279,28 @@ class Distillation(Job):
         self.frechet = self._frechet() if config.metrics.every else None
 
     def make_batch(self, step: int) -> list[tuple]:
-        return list(
-            draw_batches(
-                data=self.data,
-                recipe=self.recipe,
-                config=self.config,
-                step=step,
-                dropout=self.dropout,
-                grids=self.grids,
-                scheduler=self.pipeline.scheduler,
-                rank=self.accelerator.process_index,
-                processes=self.accelerator.num_processes,
-            )
+        """Each part is told whether its step is one of `loss.layer_steps`."""
+        parts = draw_batches(
+            data=self.data,
+            recipe=self.recipe,
+            config=self.config,
+            step=step,
+            dropout=self.dropout,
+            grids=self.grids,
+            scheduler=self.pipeline.scheduler,
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
+        return [(step < self.config.loss.layer_steps, *part) for part in parts]
 
     def losses(self, model: nn.Module, part: tuple) -> torch.Tensor:
         """The losses [loss, task, output, layer] of one part of a batch.
 
         The first is the weighted sum of the others: errors against the noise or velocity, against the teacher's output,
-        and against the outputs of its attention layers.
+        and against the outputs of its attention layers. In the steps of `loss.layer_steps` it is the last one, of layers
+        that see the teacher's own input; the other two are 0.
         """
-        *tensors, grid = part
+        by_layer, *tensors, grid = part
         latents, noise, times, text, far_only = self._to_device(*tensors)
         if self.data.info.states:
             noisy, target = latents, None
@@ -307,9 +311,12 @@ class Distillation(Job):
         def predict(model: nn.Module) -> torch.Tensor:
             return self.family.prediction(model(**inputs, return_dict=False)[0], latents).float()
 
+        self.give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
+        if by_layer:
+            layer = layers_alone(self.model, self.family, len(self.layers), partial(predict, model))
+            return torch.stack((layer, layer.new_zeros(()), layer.new_zeros(()), layer.detach()))
         with torch.no_grad(), dense_mode(self.model), captured_outputs(self.family, self.layers) as teacher_layers:
             teacher = predict(self.model)
-        self.give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
         with captured_outputs(self.family, self.layers) as student_layers:
             student = predict(model)
         losses = torch.stack(
@@ -419,6 +426,12 @@ class Distillation(Job):
         text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
         latents, noise, times = (value.to(device, non_blocking=True) for value in (latents, noise, times))
         return latents.float(), noise, times, text, far_only.to(device, non_blocking=True)
+
+
+def check_layer_steps(config: DistillConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError where `loss.layer_steps` cannot work."""
+    if config.loss.layer_steps and accelerator.is_fsdp2:
+        raise ValueError("loss.layer_steps trains in one process or with DDP: with FSDP set it to 0")
 
 
 def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.family import Family
+from ..models.layerwise import beside_dense
+from ..models.wrapping import with_forward
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,6 +58,34 @@ def layer_loss(
             for name, parts in teacher.items()
         ]
     ).mean()
+
+
+def layers_alone(model: nn.Module, family: Family, count: int, run: Callable[[], Any]) -> torch.Tensor:
+    """`layer_loss` of a hybrid model's layers where each sees the teacher's own input; the mean over `count` layers.
+
+    run: calls the model, or what wraps it, once. Each layer's gradients are computed while it runs, and its intermediate
+    results are gone before the next. The result has these gradients, for all of the model's parameters that are trained
+    (0 for those that take no part), so that it can be backpropagated, accumulated and averaged like any other loss.
+    """
+    gradients = {p: None for name, p in model.named_parameters() if p.requires_grad}
+    losses = []
+
+    def learn(attn: nn.Module, dense: Any, hybrid: Callable[[], Any]) -> None:
+        own = [p for p in attn.hybrid.parameters() if p.requires_grad]
+        with torch.set_grad_enabled(bool(own)):
+            parts = zip(family.layer_outputs(attn, hybrid()), family.layer_outputs(attn, dense), strict=True)
+            loss = torch.stack([_relative_error(s, t) for s, t in parts]).mean() / count
+        losses.append(loss.detach())
+        if own:
+            gradients.update(zip(own, torch.autograd.grad(loss, own, allow_unused=True), strict=True))
+
+    # what wraps the model may need gradients enabled around it; blocks compiled for other passes are not used here
+    quiet = with_forward(model, torch.no_grad()(model.forward))
+    with torch.compiler.set_stance("force_eager"), beside_dense(model, learn), quiet:
+        run()
+    slopes = [(p * (0.0 if gradient is None else gradient)).sum() for p, gradient in gradients.items()]
+    slope = torch.stack(slopes).sum()
+    return torch.stack(losses).sum() + slope - slope.detach()
 
 
 def _relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

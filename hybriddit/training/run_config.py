@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import HybridConfig
+from ..config import HybridConfig, read_plan
 from ..data.buckets import ASPECT
 from ..data.sources import SOURCES, sources_of
 from ..machine import OFFLOADS
@@ -94,6 +94,9 @@ class LossConfig:
         against the outputs of its attention layers.
     prompt_dropout: share of the samples whose prompt is empty.
     window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
+    layer_steps: the first so many of train.steps train every layer by itself, all at once: each towards the output of
+        the teacher's layer on the teacher's own input. They take one pass of the model, and none of the losses above
+        but the layers' errors. Not with FSDP.
     """
 
     task: float | None = None
@@ -101,6 +104,7 @@ class LossConfig:
     layer: float | None = None
     prompt_dropout: float | None = None
     window_dropout: float = 0.0
+    layer_steps: int = 0
 
 
 @dataclass
@@ -197,7 +201,8 @@ class DistillConfig:
     """Everything about one distillation run.
 
     hybrid: the fields of `hybriddit.HybridConfig`. Left out, they are the teacher's if that is hybrid already, else the
-        defaults; a hybrid teacher with another config is refused.
+        defaults; a hybrid teacher with another config is refused. The section may also have `plan`: the path of a file
+        of such fields, as `hybriddit analyze` writes it, of which those take part that the section itself lacks.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -239,6 +244,10 @@ class DistillConfig:
         for name in ("task", "output", "layer"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
+        steps = self.loss.layer_steps
+        _require(
+            0 <= steps <= self.train.steps, "loss.layer_steps", steps, f"from 0 to train.steps ({self.train.steps})"
+        )
         for name in ("prompt_dropout", "window_dropout"):
             dropout = getattr(self.loss, name)
             _require(dropout is None or 0 <= dropout <= 1, f"loss.{name}", dropout, "in [0, 1]")
@@ -459,7 +468,17 @@ def load_config(
         raise ValueError(f"{path} is a config of `hybriddit {found}`, not of `hybriddit {job}`")
     if found == "distill" and isinstance(values, dict):
         values.pop("job", None)
+        if isinstance(section := values.get("hybrid"), dict) and "plan" in section:
+            values["hybrid"] = _with_plan(**section)
     return _build(JOBS[found], values, "")
+
+
+def _with_plan(plan: typing.Any, **fields: typing.Any) -> dict[str, typing.Any]:
+    """The `hybrid` section with the fields of a plan's file, where it has none of its own. Raises as `load_config`."""
+    _require(isinstance(plan, str), "hybrid.plan", plan, "the path of a plan's file")
+    HybridConfig.from_plan(plan)  # what is wrong with it is said with its name
+    planned = {name: value for name, value in read_plan(plan).items() if not name.startswith("_")}
+    return {**planned, **fields}
 
 
 def describe_keys(job: str) -> str:

@@ -4,12 +4,10 @@ import runpy
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from hybriddit.attention import HybridAttention
 from hybriddit.demo.canvas import SCENES
-from hybriddit.demo.run import SEEDS, SHOWN, compare, set_gates, warnings_of
+from hybriddit.demo.run import SEEDS, SHOWN, compare, warnings_of
 from hybriddit.images import contact_sheet
 from hybriddit.training.run_config import load_config
 
@@ -62,18 +60,3 @@ def test_the_rows_of_the_ablation_are_settings(config):
     assert configs["default"] == load_config(f"configs/distill/{config}.yaml")
     names = [name for name in configs if config == "demo" or name != "no rotary embedding"]  # SD3 has none
     assert all(configs[a] != configs[b] for i, a in enumerate(names) for b in names[:i])
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_gates_are_set_for_every_token(value):
-    kinds = {"head": "hybrid", "channel": "hybrid", "token": "hybrid", "none": "linear"}
-    layers = torch.nn.ModuleList(
-        HybridAttention(8, 2, 4, kind=kind, window=(3, 3), gate="head" if gate == "none" else gate)
-        for gate, kind in kinds.items()
-    )
-    for name, parameter in layers.named_parameters():
-        if "gate" in name:
-            torch.nn.init.normal_(parameter)
-    set_gates(layers, value)
-    x = torch.randn(2, 6, 8)
-    assert layers[0].gate.eq(value).all() and layers[1].gate.eq(value).all() and layers[2].gate(x).eq(value).all()

@@ -76,7 +76,7 @@ def test_json_round_trip(config):
     assert HybridConfig.from_dict({**config.to_dict(), "_note": 1}) == config
 
 
-@pytest.mark.parametrize(("name", "hint"), [("windows", "'window'"), ("map_rnak", "'map_rank'"), ("zzz", "fields are")])
+@pytest.mark.parametrize(("name", "hint"), [("windw", "'window'"), ("map_rnak", "'map_rank'"), ("zzz", "fields are")])
 def test_unknown_field_names_the_nearest(name, hint):
     with pytest.raises(ValueError, match=f"unknown field '{name}'.*{hint}"):
         HybridConfig.from_dict({name: 1})

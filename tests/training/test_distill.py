@@ -24,7 +24,6 @@ from hybriddit.attention import HybridAttention
 from hybriddit.cli import main
 from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
-from hybriddit.demo.run import set_gates
 from hybriddit.models.identity import base_digest
 from hybriddit.pipelines.loading import find_base
 from hybriddit.stored import find_adapter
@@ -253,7 +252,9 @@ def test_window_dropout_gives_some_samples_the_far_branch_alone(family, prepared
         torch.manual_seed(config.train.seed)
         hybridize(near, config.hybrid)
     far = copy.deepcopy(near)
-    set_gates(far, math.inf)
+    for layer in (module for module in far.modules() if isinstance(module, HybridAttention)):
+        layer.gate_init = math.inf
+        layer.init_gate()
     recipe = recipe_of(pipeline)
     (batch,) = draw_batches(data, recipe, config, 0, recipe.prompt_dropout, GRIDS, pipeline.scheduler)
     far_only = batch[4]
