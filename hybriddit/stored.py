@@ -173,6 +173,14 @@ def find_adapter(folder: Path) -> Path:
     return chosen
 
 
+def checkpoint_hint(folder: Path) -> str:
+    """Where a SiT's model is, to end a message with, if `folder` is one of its run's checkpoints; else nothing."""
+    run = folder.resolve().parent.parent
+    if not (folder / "state.safetensors").is_file() or not (run / "pipeline" / "model_index.json").is_file():
+        return ""
+    return f"; it is a checkpoint, to resume from: the newest model of its run is {run / 'pipeline'}"
+
+
 def _steps(adapter: Path) -> int:
     """The steps that an adapter was distilled for; 0 where it does not tell them."""
     base = read_json(adapter / ADAPTER_FILES[0]).get("_base")

@@ -126,6 +126,7 @@ def find_place(
     """
     pipeline, described = teacher.pipeline, teacher.describe(components)
     settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
+    settings["max_sequence_length"] = teacher.texts.length
     if not cache:
         return Place(None, {}, settings, described)
     folder = Path(cache)
@@ -134,6 +135,7 @@ def find_place(
         if any(folder.glob("latents-*.safetensors")):
             raise ValueError(f"{folder} has latents but no data.json, which says what they are of: delete it")
         return Place(folder, {}, settings, described)
+    settings = _as_recorded(record, settings, teacher)
     check_settings(folder, record, settings)
     if "teacher" not in record:  # version 0.1 knew a teacher by its place alone
         if Path(record.get("model", "")).resolve() != Path(_name_of(pipeline)).resolve():
@@ -149,6 +151,7 @@ def find_place(
     for other in sorted(folder.glob("teacher-*")):
         found = read_settings(other) or {}
         if not changed_components(found.get("teacher", {}), described):
+            settings = _as_recorded(found, settings, teacher)
             check_settings(other, found, settings)
             own, record = other, found
             break
@@ -157,6 +160,14 @@ def find_place(
     if says:
         say(f"{folder} holds the set of another teacher ({', '.join(changed)} differ): this one's is in {own}")
     return Place(own, record, settings, described)
+
+
+def _as_recorded(record: dict[str, Any], settings: dict[str, Any], teacher: Teacher) -> dict[str, Any]:
+    """The settings, with no text length where a cache's record has none and it is the usual one: that is the same."""
+    length, usual = settings["max_sequence_length"], teacher.texts.family.usual_sequence_length()
+    if record.get("max_sequence_length") is None and length == usual:
+        return {**settings, "max_sequence_length": None}
+    return {**settings, "max_sequence_length": length}
 
 
 def _name_of(pipeline) -> str:

@@ -26,6 +26,7 @@ class Source:
     count: (settings) -> the number of images, found without a model. Raises FileNotFoundError or ValueError for files
         that are missing or unusable. None: only `make` can tell.
     texts: (settings) -> the prompts, or the captions of the images. None: there are none.
+    bare: (settings) -> the number of images that are left out as they have no caption. None: it is none.
     job: the command that uses it, "distill" or "train".
     reads: the setting that names its files: "prompts", "folder" or "path".
     teacher_made: the images are the teacher's own. trajectories: the rows also hold states of the teacher's sampling.
@@ -38,6 +39,7 @@ class Source:
     teacher_made: bool = False
     trajectories: bool = False
     texts: Callable[[Any], list[str]] | None = None
+    bare: Callable[[Any], int] | None = None
 
 
 def teacher(pipeline, settings, progress: bool, processes: Processes, states: int = 0) -> LatentData:
@@ -156,20 +158,29 @@ def _prompts(settings) -> list[str]:
     return read_prompts(settings.prompts)
 
 
-def _captions(settings) -> list[str]:
-    from .captions import read_captions
-    from .image_folder import first_captioned
+def _count_bare(settings) -> int:
+    return sum(not caption for caption in _taken(settings).values())
 
-    captions = first_captioned(read_captions(settings.folder, settings.seed).captions, settings.max_images)
+
+def _captions(settings) -> list[str]:
+    captions = _taken(settings)
     found = [caption for caption in captions.values() if caption]
     if not found:
         raise ValueError(f"none of the {len(captions)} images in {settings.folder} has a caption")
     return found
 
 
+def _taken(settings) -> dict[Path, str | None]:
+    """The images of a folder that are taken, with their captions."""
+    from .captions import read_captions
+    from .image_folder import first_captioned
+
+    return first_captioned(read_captions(settings.folder, settings.seed).captions, settings.max_images)
+
+
 SOURCES = {
     "teacher": Source(teacher, _count_prompted, "distill", "prompts", teacher_made=True, texts=_prompts),
-    "folder": Source(captioned_folder, _count_captioned, "distill", "folder", texts=_captions),
+    "folder": Source(captioned_folder, _count_captioned, "distill", "folder", texts=_captions, bare=_count_bare),
     "trajectories": Source(
         trajectories, _count_prompted, "distill", "prompts", teacher_made=True, trajectories=True, texts=_prompts
     ),

@@ -59,7 +59,8 @@ class PromptEmbeddings(Loaded):
         processes: Processes = ALONE,
     ):
         super().__init__(load)
-        self.family, self.length, self.processes = family, length, processes
+        self._usual = family.usual_sequence_length()
+        self.family, self.length, self.processes = family, self._usual if length is None else length, processes
         self._cache = Path(cache) if cache else None
         self._encoders: dict[str, dict[str, Any]] | None = None
         self._rows: dict[bytes, tuple[Mapping, int]] = {}  # by a prompt's digest: its place in a shard
@@ -129,8 +130,12 @@ class PromptEmbeddings(Loaded):
     def _folder(self) -> Path | None:
         if self._cache is None:
             return None
-        made_by = [self.family.name, self.length, self.encoders]
-        return self._cache / f"text-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]}"
+        names = []
+        for length in (self.length, *([None] if self.length == self._usual else [])):  # None: as callers once left it
+            made_by = [self.family.name, length, self.encoders]
+            names.append(f"text-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]}")
+        folders = [self._cache / name for name in names]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
 
     def _read(self, folder: Path | None) -> None:
         paths = set() if folder is None else set(folder.glob("prompts-*.safetensors")) - self._read_files

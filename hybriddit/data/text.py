@@ -14,6 +14,8 @@ from typing import Any
 SPACES = " \t\r\n"  # stripped from texts; other separators, such as U+2028, are part of a text
 # cells of a .csv that pandas takes for null
 NOTHING = ("None", "null", "NULL", "nan", "NaN", "NA", "<NA>", "N/A", "n/a")
+QUOTED = r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\""""  # a text as Python writes it
+ARRAY = rf"\[(?:{QUOTED})(?:\s+(?:{QUOTED}))+\]"  # texts as NumPy writes them, which pandas takes for a list
 
 
 def read_text(path: Path) -> str:
@@ -38,9 +40,9 @@ def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a .jsonl, .json, .csv or .tsv file, and where each is, such as "captions.csv, line 3".
 
     A row of a .csv or .tsv is {its column's name in lower case: its cell}. A cell is text; None where it is empty, says
-    null as pandas writes it, or is not there; a list where all of it is a list of texts as JSON or Python write it. A row
-    of a .jsonl, or an element of the list in a .json, is any JSON value, the names in an object in lower case, and NaN is
-    null. Raises ValueError for a file that cannot be parsed, and for two columns of one name.
+    null as pandas writes it, or is not there; a list where all of it is a list of texts or nulls as JSON, Python or NumPy
+    write it. A row of a .jsonl, or an element of the list in a .json, is any JSON value, the names in an object in lower
+    case, and NaN is null. Raises ValueError for a file that cannot be parsed, and for two columns of one name.
     """
     ending = path.suffix.lower()
     rows = _json_rows(path, ending == ".jsonl") if ending in (".jsonl", ".json") else _csv_rows(path, ending == ".tsv")
@@ -105,14 +107,21 @@ def _cell(text: str) -> str | list | None:
     if not text or text in NOTHING:
         return None
     if text[0] == "[" and text[-1] == "]":
-        for parse in (json.loads, ast.literal_eval):
+        for parse in (json.loads, _numpy_texts, ast.literal_eval):
             try:
                 values = parse(text)
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
-            if any(isinstance(value, str) for value in values):
+            if is_blank(values) or any(isinstance(value, str) for value in values):
                 return values
     return text
+
+
+def _numpy_texts(text: str) -> list[str]:
+    """The texts of an array as NumPy writes it, which Python would join to one. Raises ValueError where it is none."""
+    if not re.fullmatch(ARRAY, text):
+        raise ValueError("no array of texts")
+    return [ast.literal_eval(quoted) for quoted in re.findall(QUOTED, text)]
 
 
 def first_of(row: dict[str, Any], columns: tuple[str, ...], place: str) -> Any:

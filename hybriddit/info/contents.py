@@ -14,6 +14,7 @@ from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import image_size, read_record
 from ..stored import (
+    checkpoint_hint,
     choose_variant,
     component_classes,
     find_adapter,
@@ -55,7 +56,10 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     try:
         found = find_adapter(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} has no model_index.json or config.json: no pipeline or model; {error}") from None
+        hint = checkpoint_hint(path)
+        raise ValueError(
+            f"{path} has no model_index.json or config.json: no pipeline or model; {error}{hint}"
+        ) from None
     return {"kind": "adapter", "folder": str(found), **_adapter(found)}
 
 

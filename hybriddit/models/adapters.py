@@ -65,8 +65,8 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     fetched.
 
     check_base: refuse a model whose weights are not those that the adapter was distilled from, if it tells them. False
-    loads it into a finetune, or a model with a LoRA fused in. Warns where the model's weights are of a type (float16,
-    quantised) in which that cannot be told.
+    loads it into a finetune, a model with a LoRA fused in, or weights that were stored in float16. Warns where the model's
+    weights are of a type (float16, quantised) in which that cannot be told.
 
     Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits another model; the
     model is then as it was.
@@ -117,7 +117,7 @@ def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
     elif found != base["weights"]:
         raise ValueError(
             f"the adapter in {source} was made from other weights, {name}: load it into those, or, for a finetune of "
-            "them, with check_base=False (--any-base)"
+            "them or their float16 variant, with check_base=False (--any-base)"
         )
 
 

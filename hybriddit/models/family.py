@@ -364,10 +364,12 @@ class Family(ABC):
 
         tokenizer_length: the maximum length of the pipeline's first tokenizer, in tokens.
         """
-        if max_sequence_length is None:
-            call = signature(self.pipelines["text-to-image"].__call__)
-            max_sequence_length = call.parameters["max_sequence_length"].default
-        return max_sequence_length
+        return self.usual_sequence_length() if max_sequence_length is None else max_sequence_length
+
+    def usual_sequence_length(self) -> int | None:
+        """The text-to-image pipeline's max_sequence_length where it is not given; None: its call has no such argument."""
+        arguments = signature(self.pipelines["text-to-image"].__call__).parameters
+        return arguments["max_sequence_length"].default if "max_sequence_length" in arguments else None
 
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int

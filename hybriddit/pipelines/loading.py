@@ -24,8 +24,10 @@ from ..models import SiTTransformer2DModel, families
 from ..models.family import Family, family_of_class
 from ..stored import (
     PICKLED,
+    checkpoint_hint,
     choose_variant,
     component_classes,
+    find_adapter,
     model_folders,
     stored_dtype,
     tensor_headers,
@@ -129,7 +131,7 @@ def find_base(path: str, *, variant: str | None = None, config: str | None = Non
     folder = str(config if file else path)
     if _is_local(folder):
         if not Path(folder, "model_index.json").is_file():
-            raise FileNotFoundError(f"no diffusers pipeline at {folder!r}: it needs a model_index.json")
+            raise FileNotFoundError(f"no diffusers pipeline at {folder!r}: {_what_instead(Path(folder))}")
         index = read_json(Path(folder, "model_index.json"))
         parts = {name: os.listdir(part) for name, part in model_folders(Path(folder), index).items()}
     else:
@@ -154,6 +156,8 @@ def load_base(
     # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
     absent = {name for name, kind in component_classes(base.index).items() if kind is None}
     absent |= {name for name in OPTIONAL if name not in base.index} | set(without)
+    if base.file is None:  # a single file may have them
+        absent |= {"vae", "scheduler"} - base.index.keys()
     parts = {name: None for name in inspect.signature(made.__init__).parameters if name in absent}
     options = {"use_safetensors": True, "variant": base.variant}
     try:
@@ -196,7 +200,9 @@ def load_pipeline(
 
 
 def check_parts(
-    kind: type[DiffusionPipeline], components: Mapping[str, Any], needed: Sequence[str] = ("vae", "scheduler")
+    kind: type[DiffusionPipeline],
+    components: Mapping[str, Any],
+    needed: Sequence[str] = ("transformer", "vae", "scheduler"),
 ) -> None:
     """Raise ValueError for a pipeline without a component that is needed, of those that its class takes.
 
@@ -244,6 +250,10 @@ def check_convertible(
 
 def _family(base: Base) -> Family:
     family = family_of_class(base.transformer_class)
+    if base.transformer_class is None:
+        raise ValueError(
+            f"{base.path} is a {base.index.get('_class_name')}, which has no diffusion transformer to distill"
+        )
     if family is None:
         supported = ", ".join(family.dense_class.__name__ for family in families())
         raise ValueError(
@@ -344,7 +354,9 @@ def load_sit_pipeline(
             missing = "save one with SiTPipeline(transformer, vae).save_pretrained(folder)"
         raise ValueError(f"{str(path)!r} is a {name}, not a SiTPipeline: {missing}")
     if folder is None and _is_local(path):
-        raise FileNotFoundError(f"no SiTPipeline at {str(path)!r}: neither the folder nor pipeline/ in it holds one")
+        raise FileNotFoundError(
+            f"no SiTPipeline at {str(path)!r}: neither the folder nor pipeline/ in it holds one{checkpoint_hint(Path(path))}"
+        )
     if folder is not None:
         parts = model_folders(folder, read_json(folder / "model_index.json"))
         variant, _ = choose_variant({name: os.listdir(part) for name, part in parts.items()}, variant, str(folder))
@@ -397,6 +409,18 @@ def refuse_sit(path: str | os.PathLike) -> None:
             f"{str(path)!r} is a {name}, which makes images of classes (hybriddit generate --class-label): prompts, "
             "convert and distill are for text-to-image pipelines"
         )
+
+
+def _what_instead(folder: Path) -> str:
+    """What a folder without a pipeline needs, or is."""
+    try:
+        find_adapter(folder)
+    except (OSError, ValueError):
+        return "it needs a model_index.json"
+    return (
+        "it holds an adapter, which needs the model that it was distilled from (generate and convert take both: --model "
+        "MODEL --adapter FOLDER)"
+    )
 
 
 def _is_local(path: str | os.PathLike) -> bool:

@@ -68,6 +68,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     config = with_hybrid_of(config, base.hybrid_config())
     # errors are found on shapes, before anything is loaded and before the images are made, which may take days
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
+    config = with_text_length(config, family_of(model).usual_sequence_length())
     images = (source.teacher_made, source.trajectories)
     planned_grids(config, model, vae_scale_factor)
     usual, settings = recipe_settings(config, model, *images), resume_settings(with_recipe(config, model, *images))
@@ -201,7 +202,10 @@ def distill(
     recipe = recipe_for(base, config)
     images = (data.info.teacher_made, bool(data.info.states))
     weights, dropout = loss_settings(recipe, config, *images)
+    length = data.info.max_sequence_length or family_of(base).usual_sequence_length()
+    config = with_text_length(config, length)
     usual, config = recipe_settings(config, base, *images), with_recipe(config, base, *images)
+    usual["data.max_sequence_length"] = length
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     check_layer_steps(config, accelerator)
@@ -507,11 +511,21 @@ def with_recipe(config: DistillConfig, transformer: nn.Module, *images: bool) ->
     return replace(config, model=replace(config.model, recipe=name), loss=loss)
 
 
+def with_text_length(config: DistillConfig, length: int | None) -> DistillConfig:
+    """The config with a number of text tokens where it leaves that out."""
+    given = config.data.max_sequence_length
+    return replace(config, data=replace(config.data, max_sequence_length=length if given is None else given))
+
+
 def recipe_settings(config: DistillConfig, transformer: nn.Module, *images: bool) -> dict[str, Any]:
-    """The settings OF_RECIPE as they are where the config leaves them out. images: as above."""
+    """The settings OF_RECIPE, and the text's length, as they are where a config leaves them out. images: as above."""
     settings = resume_settings(with_recipe(replace(config, loss=LossConfig()), transformer, *images))
-    usual = family_of(transformer).default_recipe(transformer.config)
-    return {**{name: settings[name] for name in OF_RECIPE}, "model.recipe": usual}
+    family = family_of(transformer)
+    usual = {
+        "model.recipe": family.default_recipe(transformer.config),
+        "data.max_sequence_length": family.usual_sequence_length(),
+    }
+    return {**{name: settings[name] for name in OF_RECIPE}, **usual}
 
 
 def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_factor: int) -> dict[Size, Tokens]:

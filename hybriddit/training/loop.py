@@ -254,11 +254,13 @@ def start_folder(folder: Path, first: int, job: Job, config, accelerator: Accele
     settings = to_dict(config)
     starts = read_starts(folder) if first else []
     changed = changed_settings(starts, settings)
+    of_job = job.notes(first)
     if first == 0:
+        ours = [f"# {name} of this model: {value}\n" for name, value in of_job.get("in_force", {}).items()]
         with replacing(folder / "config.yaml") as partial:
-            OmegaConf.save(OmegaConf.create(settings), partial)
+            partial.write_text("".join(ours) + OmegaConf.to_yaml(OmegaConf.create(settings)), encoding="utf-8")
     run = tracked_run(config, starts)
-    notes = {**job.notes(first), "config": settings, "changed": changed, "tracker": run}
+    notes = {**of_job, "config": settings, "changed": changed, "tracker": run}
     record_start(folder, first, accelerator.num_processes, accelerator.device, **notes)
     for name, (before, now) in changed.items():
         print(f"resumed: {name} {before} -> {now} from step {first + 1}", flush=True)

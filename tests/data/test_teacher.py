@@ -1,6 +1,8 @@
 """Embeddings of prompts, each made and kept once; and what of a teacher is in memory while a set is made."""
 
 import gc
+import hashlib
+import json
 import weakref
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_teacher_images import assert_same_rows, files_of
 from tiny_pipelines import PROMPTS, TEXT_LENGTH, tiny_data, tiny_pipeline
 
+from hybriddit.data.identity import describe_components
 from hybriddit.data.image_folder import image_folder
 from hybriddit.data.teacher import PromptEmbeddings
 from hybriddit.models import family_of
@@ -96,6 +99,28 @@ def test_teachers_with_the_same_encoders_share_the_text(pipelines, encoded, tmp_
     assert encoded == ["", *PROMPTS] and len(list(tmp_path.glob("text-*"))) == 2
     tiny_data(pipeline, images=4, cache=tmp_path / "long", max_sequence_length=TEXT_LENGTH + 1)
     assert len(encoded) == 10, "another length is another text"
+
+
+@pytest.mark.parametrize("recorded", [256, None])
+def test_no_length_is_the_pipeline_s_own(recorded, pipelines, encoded, tmp_path):
+    """Left out and given are the same set, also where an earlier version recorded that it was left out."""
+    pipeline = pipelines("sd3")
+    tiny_data(pipeline, images=4, cache=tmp_path, max_sequence_length=None)
+    record = json.loads((tmp_path / "data.json").read_text())
+    assert record["max_sequence_length"] == 256
+    if recorded is None:
+        (tmp_path / "data.json").write_text(json.dumps(record | {"max_sequence_length": None}))
+        [text] = tmp_path.glob("text-*")
+        encoders = describe_components(pipeline, ["text_encoder", "text_encoder_2", "text_encoder_3"])
+        made_by = [family_of(pipeline.transformer).name, None, encoders]
+        text.rename(tmp_path / f"text-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]}")
+    before = files_of(tmp_path)
+    encoded.clear()
+    for length in (256, None):
+        tiny_data(pipeline, images=4, cache=tmp_path, max_sequence_length=length)
+    assert not encoded and files_of(tmp_path) == before
+    with pytest.raises(ValueError, match="other values of max_sequence_length"):
+        tiny_data(pipeline, images=4, cache=tmp_path, max_sequence_length=TEXT_LENGTH)
 
 
 def with_text_in_every_row(cache):

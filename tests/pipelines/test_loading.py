@@ -216,6 +216,19 @@ def test_parts_that_are_needed(part, tmp_path, capsys):
         hybriddit.generate.generate(pipeline, "a red shoe", height=64, width=64, steps=1)
 
 
+@pytest.mark.parametrize("part", ["vae", "scheduler", "transformer"])
+def test_parts_that_an_index_does_not_name(part, tmp_path, capsys):
+    """They are those that it names as null."""
+    base = mixed(tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    del index[part]
+    (base / "model_index.json").write_text(json.dumps(index))
+    code, [line] = generate(capsys, base, tmp_path / "a.png")
+    assert code == 1 and f"this pipeline has no {part}, which a" in line
+    if part != "transformer":
+        assert getattr(load_base(find_base(str(base))), part) is None
+
+
 @pytest.mark.parametrize(("part", "name"), [("transformer", "proj_out.weight"), ("vae", "decoder.conv_out.bias")])
 def test_weights_that_are_missing_from_a_file(part, name, tmp_path, capsys):
     base = mixed(tmp_path / "base")

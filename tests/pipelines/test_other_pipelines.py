@@ -157,7 +157,7 @@ def test_redux_makes_no_images_and_has_no_transformer(command, world):
     for what, message in (
         ("convert", "is a FluxPriorReduxPipeline, which has no diffusion transformer to convert"),
         ("generate", "a FluxPriorReduxPipeline takes no prompt to make images of"),
-        ("distill", "its transformer is a None, which is not supported"),
+        ("distill", "is a FluxPriorReduxPipeline, which has no diffusion transformer to distill"),
     ):
         code, said, _ = command(what, "FluxPriorReduxPipeline")
         assert code == 1 and message in said, said

@@ -16,6 +16,7 @@ from diffusers import (
 )
 
 from hybriddit import SiTPipeline, SiTTransformer2DModel
+from hybriddit.info import describe
 from hybriddit.metrics import to_uint8
 from hybriddit.pipelines import sit as module
 from hybriddit.pipelines.loading import load_sit_pipeline
@@ -380,12 +381,19 @@ def test_what_is_no_sit_pipeline_is_told_in_one_line(tmp_path):
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "model_index.json").write_text("{")
+    tiny().save_pretrained(tmp_path / "whole" / "pipeline")
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.safetensors").touch()
     for folder, message in (
         ("bare", r"is a SiTTransformer2DModel, not a SiTPipeline: save one with SiTPipeline\(transformer, vae\)"),
         ("flux", "is a FluxPipeline, not a SiTPipeline: it takes no class labels, give generate a --prompt"),
         ("run", "no SiTPipeline at '.*run': neither the folder nor pipeline/ in it holds one"),
         ("damaged", "model_index.json is damaged or no JSON"),
+        (checkpoint, "it is a checkpoint, to resume from: the newest model of its run is .*whole.pipeline"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
             load_sit_pipeline(tmp_path / folder)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no pipeline or model; .* the newest model of its run is .*whole.pipeline"):
+        describe(checkpoint)

@@ -25,6 +25,7 @@ from hybriddit.cli import main
 from hybriddit.data.latents import LatentData
 from hybriddit.data.teacher_images import sample
 from hybriddit.models.identity import base_digest
+from hybriddit.pipelines.loading import find_base
 from hybriddit.stored import find_adapter
 from hybriddit.training import checkpoint as checkpoint_module
 from hybriddit.training import distill as distill_module
@@ -386,6 +387,10 @@ def test_a_stopped_run_leaves_an_adapter(prepared, tmp_path, monkeypatch, capsys
     assert not (tmp_path / "adapter").exists()
     distill(pipeline, data, settings(3), resume=True)
     assert find_adapter(tmp_path) == tmp_path / "adapter", "the result, of a finished run"
+    with pytest.raises(
+        FileNotFoundError, match="no diffusers pipeline at .* it holds an adapter, which needs the model"
+    ):
+        find_base(str(tmp_path))
     pipeline, data = prepared("flux_dev")
     distill(pipeline, data, settings(4), resume=True)
     (tmp_path / "adapter" / "hybrid_config.json").unlink()
@@ -400,7 +405,9 @@ def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
     in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "prompt_dropout": 0.0, "window_dropout": 0.0}
     assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
     assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
+    assert written.data.max_sequence_length == begun["config"]["data"]["max_sequence_length"] == TEXT_LENGTH
     assert begun["in_force"] == {"data.text_tokens": TEXT_LENGTH, "hybrid.map_rank": [4], "hybrid.projection": [2]}
+    assert "# hybrid.projection of this model: [2]\n" in (tmp_path / "config.yaml").read_text()
 
     def resumed(steps, **loss):
         pipeline, data = prepared("flux_schnell")
@@ -415,7 +422,7 @@ def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
     state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
     old = json.loads(state.read_text())
     old["settings"] |= {f"loss.{name}": None for name in ("task", "output", "layer", "prompt_dropout")}
-    old["settings"]["model.recipe"] = None
+    old["settings"] |= {"model.recipe": None, "data.max_sequence_length": None}
     state.write_text(json.dumps(old))
     for changed in ({"output": 0.25}, {"task": 0.5}):
         with pytest.raises(ValueError, match=f"other values of loss.{next(iter(changed))}: resume with"):

@@ -262,6 +262,9 @@ def test_images_of_your_own_are_not_made(config_of, tmp_path):
     assert (figures["images"], figures["data_flops"], figures["prompts"]) == (2, 0, None)
     assert "while images are encoded, data.batch_size=4 at a time" in report(figures)
     of_prompt = figures["disk_bytes"]["cache"] - 2 * 4 * 4 * 16 * 16
+    assert "without a caption" not in report(figures)
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "c.png")
+    assert "and 1 without a caption, left out" in report(dry_run(config))
     (tmp_path / "images" / "b.txt").write_text("a bag")
     another = dry_run(config)["disk_bytes"]["cache"] - 2 * 4 * 4 * 16 * 16
     assert another == of_prompt * 3 // 2, "captions that images share are kept once, and the empty one is kept too"
