@@ -9,7 +9,7 @@ from family_calls import call
 from test_distill import GRIDS, logged, tiny_config
 from tiny_pipelines import FAMILIES, recipe_of, tiny_data, tiny_pipeline
 
-from hybriddit import HybridConfig, hybridize, restore_dense
+from hybriddit import HybridConfig, dense_mode, hybridize, restore_dense
 from hybriddit.models import family_of
 from hybriddit.training.distill import check_layer_steps, distill, draw_batches
 from hybriddit.training.losses import converted_layers, layers_alone
@@ -60,8 +60,8 @@ def test_loss_and_gradients_are_those_of_models_with_one_hybrid_layer(family):
             ),
         )
         single.load_state_dict({key: x for key, x in model.state_dict().items() if key in single.state_dict()})
-        with torch.no_grad():
-            wanted = output_of(dense, name, run)
+        with torch.no_grad(), dense_mode(single):
+            wanted = output_of(single, name, run)
         found = output_of(single, name, run)
         loss = sum(
             ((s - t).square().flatten(1).mean(1) / t.flatten(1).var(1, correction=0)).mean()
