@@ -12,9 +12,10 @@ NAMES = {
     "hybriddit": (
         "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
-        "HybridChromaTransformer2DModel "
+        "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel "
         "SiTTransformer2DModel SiTPipeline "
-        "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline"
+        "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline "
+        "HybridQwenImagePipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.flow": (

@@ -1,4 +1,4 @@
-"""How each family's own pipeline calls its transformer, written out: an oracle for ours."""
+"""How each family's own pipeline calls its transformer and its VAE, written out: an oracle for ours."""
 
 import torch
 
@@ -20,6 +20,14 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
             noisy, encoder_hidden_states=embeds, pooled_projections=text["pooled_prompt_embeds"], timestep=times * 1000
         ).sample
     rows, columns = grid
+    if family == "qwen_image":
+        return transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=text["prompt_embeds_mask"],
+            timestep=times,
+            img_shapes=[[(1, rows, columns)]] * len(noisy),
+        ).sample
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
     if family == "chroma":
@@ -41,3 +49,22 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
         txt_ids=torch.zeros(embeds.shape[1], 3),
         guidance=torch.full((len(noisy),), guidance) if family == "flux_dev" else None,
     ).sample
+
+
+def latents_of(family, vae, pixels, packed=True):
+    """The transformer's latents of images [B, 3, height, width] in [-1, 1]; not packed: as the VAE has their channels."""
+    if family == "qwen_image":  # of a film of one frame
+        latents = vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0].clone()
+        for channel, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
+            latents[:, channel] = (latents[:, channel] - mean) / std
+    else:
+        shift = 0.0 if family == "pixart_sigma" else 0.1  # PixArt's pipeline adds none before it decodes
+        latents = (vae.encode(pixels).latent_dist.mean - shift) * 0.5
+    if packed and family in (
+        "flux_dev",
+        "flux_schnell",
+        "chroma",
+        "qwen_image",
+    ):  # 2 x 2 latents a token, channels slowest
+        latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return latents

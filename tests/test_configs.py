@@ -43,6 +43,7 @@ def test_every_family_has_a_config():
         "pixart_sigma_512",
         "pixart_sigma_1024",
         "chroma",
+        "qwen_image",
         "demo",
         "demo_sd3",
     } <= {path.stem for path in SHIPPED}

@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -11,14 +12,21 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AddedToken,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -28,7 +36,7 @@ from hybriddit import HybridConfig, hybridize
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models import family_of
 
-FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma")
+FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma", "qwen_image")
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6
@@ -109,6 +117,24 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         pipeline = ChromaPipeline(scheduler, vae, _t5(), _t5_tokenizer(), transformer)
+    elif family == "qwen_image":
+        vae = AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=latent_channels,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.1 * channel - 0.2 for channel in range(latent_channels)],
+            latents_std=[2.0 + 0.1 * channel for channel in range(latent_channels)],
+        ).eval()
+        sizes = {name: size for name, size in FLUX_SIZES.items() if name != "num_single_layers"}
+        transformer = QwenImageTransformer2DModel(
+            **sizes | {"num_layers": 2}, in_channels=4 * latent_channels, out_channels=latent_channels
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
+        )
+        pipeline = QwenImagePipeline(scheduler, vae, _qwen(), _qwen_tokenizer(), transformer)
     else:
         transformer = FluxTransformer2DModel(
             **FLUX_SIZES,
@@ -143,6 +169,8 @@ def hybrid_pipeline(family: str, window: int = 3):
 
 def of_prompt(pipeline, prompt, length=TEXT_LENGTH):
     """A pipeline's arguments for a prompt. Chroma's own mask is of numbers, which hide no padded text in diffusers."""
+    if isinstance(pipeline, QwenImagePipeline):  # which does not guide without a negative prompt
+        return {"prompt": prompt, "negative_prompt": " ", "max_sequence_length": length}
     if not isinstance(pipeline, ChromaPipeline):
         return {"prompt": prompt, "max_sequence_length": length}
     family = family_of(pipeline.transformer)
@@ -171,6 +199,46 @@ def _t5():
 def _t5_tokenizer():
     pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in WORDS)]
     return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def _qwen():
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": 400,
+                "bos_token_id": None,
+                "eos_token_id": None,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+        )
+    ).eval()
+
+
+def _qwen_tokenizer():
+    """The words of the pipeline's template are a token each, as in the real one, whose first 34 tokens are dropped."""
+    template = (
+        "<|im_start|> system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor , Ġshape Ġsize Ġtexture Ġquantity Ġtext Ġspatial "
+        "Ġrelationships Ġof Ġobjects Ġand Ġbackground : <|im_end|> user"
+    )
+    words = [word.replace("Ġ", " ") for word in template.split()] + ["\n<|im_start|>assistant\n"]
+    words += [form for word in WORDS for form in (word, f" {word}")]
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}, merges=[])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return tokenizer
 
 
 def _clip(cls):

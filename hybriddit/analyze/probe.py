@@ -159,7 +159,9 @@ def probed(model: nn.Module, windows: list[int], seed: int = 0) -> Iterator[dict
             torch.manual_seed(seed)
             for name in filter(family.converts, layers):
                 device = next(layers[name].parameters()).device
-                layers[name].hybrid = probes[name] = make_probe(family, layers[name], windows).to(device)
+                probes[name] = make_probe(family, layers[name], windows).to(device)
+                probes[name].idle = layers[name].hybrid.idle
+                layers[name].hybrid = probes[name]
         yield probes
     finally:
         restore_dense(model)

@@ -100,7 +100,12 @@ def model_cases(
 
 def batch_of(part: str, subject: Subject) -> int:
     """Images in one call of the transformer: 2 in a sampler with guidance, for the prompt and the empty prompt."""
-    return 2 if part == "generation" and subject.guided else 1
+    return 2 if part == "generation" and subject.guided and subject.together else 1
+
+
+def calls_of(part: str, subject: Subject) -> int:
+    """Calls of the transformer in a step: 2 in a sampler with guidance that calls it for each of the two prompts."""
+    return 2 if part == "generation" and subject.guided and not subject.together else 1
 
 
 def model_work(
@@ -122,11 +127,11 @@ def model_work(
         models = {"dense": dense}
         models |= {variant: variant_model(subject, dense, variant, window)[0] for variant in variants}
         outside, inside = subject.flops(models, px)
-    batch, works = batch_of(part, subject), {}
+    batch, calls, works = batch_of(part, subject), calls_of(part, subject), {}
     for variant in variants:
-        weights = sum(p.numel() for p in models[variant].parameters()) * dtype.itemsize
-        forward = Work(weights, batch * (outside + inside[variant]))
-        back = Work(weights, batch * (outside + 2 * inside[variant]))
+        weights = calls * sum(p.numel() for p in models[variant].parameters()) * dtype.itemsize
+        forward = Work(weights, calls * batch * (outside + inside[variant]))
+        back = Work(weights, calls * batch * (outside + 2 * inside[variant]))
         both = Work(weights, forward.flops + back.flops)
         works[variant] = {"forward": forward, "backward": back, "forward + backward": both, "step": forward}
     return works

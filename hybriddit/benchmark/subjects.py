@@ -39,7 +39,7 @@ class Subject(ABC):
     """A published transformer: its attention layer, the model with random weights, its variants and its sampler.
 
     name: in tables and on the command line. source: where it is published. guided: whether a sampler runs the model
-    twice a step, with the prompt and without. prompt: text tokens that the whole transformer receives; those in the
+    twice a step, with the prompt and without; together: whether in one call. prompt: text tokens that the whole transformer receives; those in the
     attention layer are `shape.text`.
     """
 
@@ -52,9 +52,11 @@ class Subject(ABC):
         vae_scale_factor: int,
         guided: bool,
         prompt: int,
+        together: bool = True,
     ):
         self.name, self.source, self.model_class, self.arguments = name, source, model_class, arguments
         self.vae_scale_factor, self.guided, self.prompt = vae_scale_factor, guided, prompt
+        self.together = together
 
     @property
     @abstractmethod
@@ -140,6 +142,7 @@ class FamilySubject(Subject):
             published.vae_scale_factor,
             family.guided,
             family.text_length(),
+            family.guided_together,
         )
         self.family, self.published = family, published
 

@@ -110,17 +110,18 @@ def check_prompts(place: Place, prompts: Sequence[str], images: int) -> dict:
 
 @contextmanager
 def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within the block, collect (latents, times) of every call of the transformer: the last `count` of each batch.
+    """Within the block, collect (latents, times) of every step: what the transformer is called with, the last `count`.
 
-    With classifier-free guidance those are the conditional ones. Times are in the unit of the family's recipes.
+    With classifier-free guidance those are the conditional ones of a batch, or the first of two calls. Times are in the unit of the family's recipes.
     """
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     family = family_of(pipeline.transformer)
 
     def keep(module, arguments, kwargs):
         named = inspect.signature(module.forward).bind(*arguments, **kwargs).arguments
-        latents, times = family.latents_and_times(named)
-        inputs.append((latents[-count:].cpu(), times[-count:].cpu()))
+        found = tuple(value[-count:].cpu() for value in family.latents_and_times(named))
+        if family.guided_together or not inputs or not all(map(torch.equal, found, inputs[-1])):
+            inputs.append(found)
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -145,13 +146,14 @@ def sample(
     """
     device = pipeline._execution_device  # its weights may be offloaded
     text, empty = ({name: value.to(device) for name, value in tensors.items()} for tensors in (text, empty))
-    arguments = family_of(pipeline.transformer).sampling_arguments(text, empty, len(seeds))
+    family = family_of(pipeline.transformer)
+    arguments = family.sampling_arguments(text, empty, len(seeds))
+    arguments[family.guidance_argument] = info.guidance_scale
     return pipeline(
         **arguments,
         height=info.height,
         width=info.width,
         num_inference_steps=info.steps,
-        guidance_scale=info.guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type=output_type,
     ).images

@@ -81,7 +81,7 @@ def generate(
         mask: an image of the same size; white is painted anew, black and transparent are kept.
         settings: a setting that is None or left out has the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
-            true_cfg (FLUX: classifier-free guidance against the negative prompt, above 1, at twice the time),
+            true_cfg (FLUX, Qwen-Image: classifier-free guidance against the negative prompt, above 1, at twice the time),
             max_sequence_length (text tokens), strength (with `image`: from above 0, little change, to 1, pure noise),
             sampler (with class_labels: see SiTPipeline).
 
@@ -359,12 +359,18 @@ def _arguments(
 
     subject: what the images are made from, "prompt" or "class_labels".
     """
+    from ..models.family import family_of_class
+
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if subject == "prompt" and "prompt" not in parameters:
         raise ValueError(f"a {kind} takes no prompt: those are for text-to-image pipelines")
     if subject == "class_labels" and not hasattr(pipeline, "class_names"):
         raise ValueError(f"a {kind} takes no class labels: those are for a SiTPipeline")
     arguments, used = {}, {}
+    family = family_of_class(type(getattr(pipeline, "transformer", None)).__name__)
+    guides = family is not None and family.guidance_argument == "true_cfg_scale"
+    if guides and settings["negative_prompt"] is None and (settings["true_cfg"] is None or settings["true_cfg"] > 1):
+        settings = settings | {"negative_prompt": family.empty_prompt}  # without one the pipeline would not guide
     for name, argument in ARGUMENTS.items():
         if argument in parameters:
             used[name] = parameters[argument].default if settings[name] is None else settings[name]
@@ -380,13 +386,17 @@ def _arguments(
             warnings.warn(f"{name} has no effect: {why}", NoEffectWarning, stacklevel=4)
         used[name] = None
 
+    if guides:
+        no_effect("guidance", f"a {kind} is guided by true_cfg")
     if "true_cfg_scale" in parameters:
-        if used["negative_prompt"] is None:
+        if used["negative_prompt"] is None and guides:
+            pass  # true_cfg is at most 1: it says that nothing guides
+        elif used["negative_prompt"] is None:
             no_effect("true_cfg", "it guides away from a negative prompt, and there is none")
         elif used["true_cfg"] <= 1:
             no_effect("negative_prompt", f"a {kind} heeds it only with a true_cfg above 1, at twice the time")
             no_effect("true_cfg", "it guides only above 1")
-        if getattr(getattr(pipeline, "transformer", None), "config", {}).get("guidance_embeds") is False:
+        if not guides and getattr(getattr(pipeline, "transformer", None), "config", {}).get("guidance_embeds") is False:
             no_effect("guidance", "this model was distilled to need none")
     elif used["guidance"] is not None and used["guidance"] <= 1:
         no_effect("negative_prompt", "guidance works only above 1")

@@ -1,7 +1,7 @@
 """Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
 from .adapters import load_adapter, read_adapter_config, save_adapter
-from .families import CHROMA, FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
+from .families import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
 from .positions import scaled_positions
 from .processing import LowRankDelta
@@ -13,6 +13,7 @@ __all__ = [
     "CHROMA",
     "FLUX",
     "PIXART_SIGMA",
+    "QWEN_IMAGE",
     "STABLE_DIFFUSION_3",
     "LowRankDelta",
     "SiTTransformer2DModel",

@@ -4,9 +4,11 @@ from .chroma import Chroma
 from .family import register
 from .flux import Flux
 from .pixart_sigma import PixArtSigma
+from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
 
 PIXART_SIGMA = register(PixArtSigma)
 STABLE_DIFFUSION_3 = register(StableDiffusion3)
 FLUX = register(Flux)
 CHROMA = register(Chroma)
+QWEN_IMAGE = register(QwenImage)

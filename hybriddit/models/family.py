@@ -11,17 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
+from math import prod
 from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..attention import TokenLayout
 from .recipe import Recipe, flow_noise
 
+# of the AutoencoderKL of the published models
+VAE_BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2} | {
+    f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
+}
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 T5_XXL = 4_762_310_656  # parameters of its encoder, version 1.1
 # with these settings diffusers' schedulers take the sigmas that they are given
@@ -106,6 +111,7 @@ class Family(ABC):
     attention_kwargs: the argument of forward whose entries reach the processors as keywords, `token_layout` included.
         None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
+    block_kwargs: the blocks' name for that argument; None: the same.
     checkpoints_kwargs: whether the model passes these to its blocks under gradient checkpointing, too.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
@@ -114,7 +120,8 @@ class Family(ABC):
     reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
         of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     image_entrance, image_exit: for `hybriddit.parallel`, the modules of the model whose outputs are the image's tokens,
-        [B, N, channels], before the first block and behind the last. No entrance: the tokens are arguments of forward.
+        [B, N, channels], before the first block and behind the last; the entrance's output may also be a tuple that begins
+        with a table of theirs, [N, channels]. No entrance: the tokens are arguments of forward.
         No exit: the model's images cannot be spread over processes.
     positions: the ways in which images larger than those trained on can have their positions, the model's own first; see
         `models.positions.rotary_frequencies`.
@@ -123,7 +130,11 @@ class Family(ABC):
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
-    guided: whether sampling runs the model twice, with the prompt and with an empty or negative one.
+    vae_class: the VAE's usual class.
+    guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
+        whether that is one call with both.
+    guidance_argument: the argument of the pipelines' call that sets the scale of that, or of a guidance embedding.
+    empty_prompt: what such pipelines guide away from where no other prompt is given.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
     recipes: by name; the names are unique among families.
     published: by repository.
@@ -135,6 +146,7 @@ class Family(ABC):
     layers: ClassVar[tuple[str, ...]]
     processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
+    block_kwargs: ClassVar[str | None] = None
     checkpoints_kwargs: ClassVar[bool] = True
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
@@ -146,11 +158,21 @@ class Family(ABC):
     image_arguments: ClassVar[tuple[str, ...]] = ()
     pipelines: ClassVar[Mapping[str, type]]
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     scheduler: ClassVar[type]
     guided: ClassVar[bool] = True
+    guided_together: ClassVar[bool] = True
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    empty_prompt: ClassVar[str] = ""
     middle_time: ClassVar[float] = 0.5
     recipes: ClassVar[Mapping[str, Recipe]]
     published: ClassVar[Mapping[str, Published]] = {}
+
+    def check_config(self, config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise ValueError for a transformer of the class that is not served. config: its config."""
+
+    def check_shared(self, config: Mapping[str, Any]) -> None:  # noqa: B027
+        """Raise ValueError for a transformer whose images cannot be spread over processes, for `hybriddit.parallel`."""
 
     # Layers
 
@@ -172,6 +194,10 @@ class Family(ABC):
         names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         modules = dict(attn.named_modules())
         return {name: modules[name] for name in names if modules.get(name) is not None}
+
+    def idle_projections(self, model: nn.Module, layer: str) -> tuple[str, ...]:
+        """Those of `projections` whose results the model does not use, in the layer of this name: they are not learned."""
+        return ()
 
     def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
         """The layout of the tokens that this layer sees: the model's layout, or the part that reaches the layer."""
@@ -217,6 +243,9 @@ class Family(ABC):
         """For each module that gives tokens their positions, what replaces its forward; see `scaled_positions`."""
         return {}
 
+    def make_tables(self, model: nn.Module) -> None:  # noqa: B027
+        """Make anew what a model that was built on the meta device lacks to be counted, but for weights and buffers."""
+
     def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
         """The arguments of forward of a hybrid, of those for the dense model.
 
@@ -255,15 +284,43 @@ class Family(ABC):
 
         This is the mode of the VAE's posterior, as `model_latents` gives it. Raises ValueError as that does.
         """
-        return self.model_latents(vae, vae.encode(pixels).latent_dist.mode())
+        return self.model_latents(vae, self.vae_encode(vae, pixels))
 
-    def model_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """What the transformer takes, of latents [B, C, h, w] that the VAE gives: shifted, scaled and packed.
+    def vae_encode(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """The mode of the VAE's posterior, [B, C, h, w], of images [B, 3, height, width] in [-1, 1]."""
+        return vae.encode(pixels).latent_dist.mode()
+
+    def vae_decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, height, width] of the VAE's latents [B, C, h, w]."""
+        return vae.decode(latents, return_dict=False)[0]
+
+    def encoder(self, vae: nn.Module) -> nn.Module:
+        """What takes the memory of `vae_encode`: a module that is called with `sample`, the images."""
+        return vae.encoder
+
+    def decoder(self, vae: nn.Module) -> nn.Module:
+        """What takes the memory of `vae_decode`: a module that is called with `sample`, the latents."""
+        return vae.decoder
+
+    def published_vae(self, channels: int) -> nn.Module:
+        """The VAE of the published models, for latents of so many channels."""
+        return AutoencoderKL(**VAE_BLOCKS, latent_channels=channels)
+
+    def latents_scale(self, vae: nn.Module) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+        """(shift, factor): the transformer takes (latents - shift) * factor of what the VAE gives, [B, C, h, w].
 
         Raises ValueError for a VAE with a mean and std per channel, which these families' pipelines do not apply.
         """
         check_latents_scale(vae.config)
-        return self.pack((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+        return vae.config.shift_factor or 0.0, vae.config.scaling_factor
+
+    def model_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """What the transformer takes, of latents [B, C, h, w] that the VAE gives: shifted, scaled and packed.
+
+        Raises ValueError as `latents_scale` does.
+        """
+        shift, factor = (_like(value, latents) for value in self.latents_scale(vae))
+        return self.pack((latents - shift) * factor)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Rearrange the VAE's latents, [B, C, h, w], to what the transformer takes."""
@@ -278,8 +335,8 @@ class Family(ABC):
 
         Raises ValueError as that does.
         """
-        check_latents_scale(vae.config)
-        return self.unpack(latents, grid) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        shift, factor = (_like(value, latents) for value in self.latents_scale(vae))
+        return self.unpack(latents, grid) / factor + shift
 
     # Prompts
 
@@ -396,6 +453,10 @@ class Family(ABC):
             if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
                 raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
 
+    def latent_channels(self, config: Mapping[str, Any]) -> int:
+        """Channels of the VAE's latents, for a transformer of this config."""
+        return prod(self.latents_shape(config, (1, 1))) // self.latents_per_token(config) ** 2
+
     def first_layer(self, model: nn.Module) -> LayerShape:
         """Sizes of the first of the model's layers that hybrid attention can replace."""
         return self.layer_shape(next(attn for name, attn in self.attentions(model).items() if self.converts(name)))
@@ -427,6 +488,10 @@ class Family(ABC):
     def pipeline_name(self) -> str:
         """The name of the text-to-image pipeline's class."""
         return self.pipelines["text-to-image"].__name__
+
+
+def _like(value: float | torch.Tensor, latents: torch.Tensor) -> float | torch.Tensor:
+    return value.to(latents) if isinstance(value, torch.Tensor) else value
 
 
 def check_latents_scale(vae_config: Mapping[str, Any]) -> None:
@@ -529,7 +594,8 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
         "a tuple of Processors, each of classes",
     ),
     **dict.fromkeys(
-        ("joint", "text_first", "guided"), (lambda family, value: isinstance(value, bool), "True or False")
+        ("joint", "text_first", "guided", "guided_together"),
+        (lambda family, value: isinstance(value, bool), "True or False"),
     ),
     "pipelines": (
         lambda family, value: (

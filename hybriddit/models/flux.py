@@ -118,11 +118,28 @@ def position_ids(like: torch.Tensor, text_length: int, grid: tuple[int, int]) ->
     }
 
 
+class PackedLatents(Family):
+    """A family whose pipelines pack 2 x 2 latents to a token; the transformer's patch is one packed latent."""
+
+    def latents_per_token(self, config: Mapping[str, Any]) -> int:
+        return 2
+
+    def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
+        return (grid[0] * grid[1], config["in_channels"])
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        latents = latents.unflatten(2, (-1, 2, 2)).unflatten(1, grid)  # [B, h / 2, w / 2, C, 2, 2]
+        return latents.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
 HybridFluxTransformer2DModel = hybrid_class(FluxTransformer2DModel)
 TEXT = T5_XXL + 123_060_480  # with CLIP's L
 
 
-class Flux(Family):
+class Flux(PackedLatents):
     """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps."""
 
     name = "FLUX"
@@ -204,19 +221,6 @@ class Flux(Family):
         for index, grid in enumerate(grids):
             grid[:, 0] = index
         return {**inputs, "img_ids": torch.cat(grids).float(), "txt_ids": inputs["txt_ids"].float()}
-
-    def latents_per_token(self, config: Mapping[str, Any]) -> int:
-        return 2  # the pipeline packs 2 x 2 latents; the transformer's patch is one packed latent
-
-    def latents_shape(self, config: Mapping[str, Any], grid: tuple[int, int]) -> tuple[int, ...]:
-        return (grid[0] * grid[1], config["in_channels"])
-
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        return FluxPipeline._pack_latents(latents, *latents.shape)
-
-    def unpack(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        latents = latents.unflatten(2, (-1, 2, 2)).unflatten(1, grid)  # [B, h / 2, w / 2, C, 2, 2]
-        return latents.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, **length)

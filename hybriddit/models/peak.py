@@ -96,6 +96,7 @@ def _small_call(
     family, count = family_of(model), len(next(iter(text.values())))
     with torch.device("meta"):
         small = type(model).from_config(model.config).eval()
+    family.make_tables(small)
     blocks = _one_block_of_each_kind(small)
     latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None
@@ -107,10 +108,10 @@ def _small_call(
 
 
 def decoder_peak(
-    vae: nn.Module, latents: tuple[int, int], *, device: torch.device, dtype: torch.dtype, images: int = 1
+    decoder: nn.Module, latents: tuple[int, int, int], *, device: torch.device, dtype: torch.dtype, images: int = 1
 ) -> int:
-    """`forward_peak` of a VAE's decoder, for images of so many (rows, columns) of latents."""
-    return module_peak(vae.decoder, _decoder_call(vae, latents, images), device, dtype)
+    """`forward_peak` of a VAE's decoder (see `Family.decoder`), for images of (channels, rows, columns) of latents."""
+    return module_peak(decoder, _decoder_call(latents, images), device, dtype)
 
 
 def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype) -> int:
@@ -119,14 +120,14 @@ def module_peak(module: nn.Module, arguments: dict[str, Any], device: torch.devi
 
 
 def decoder_cost(
-    vae: nn.Module, latents: tuple[int, int], rates: Rates, *, device: torch.device, dtype: torch.dtype
+    decoder: nn.Module, latents: tuple[int, int, int], rates: Rates, *, device: torch.device, dtype: torch.dtype
 ) -> Cost:
     """`forward_cost` of a VAE's decoder."""
-    return _watched(lambda *held: _Worked(rates, {}), vae.decoder, _decoder_call(vae, latents), device, dtype).cost
+    return _watched(lambda *held: _Worked(rates, {}), decoder, _decoder_call(latents), device, dtype).cost
 
 
-def _decoder_call(vae: nn.Module, latents: tuple[int, int], images: int = 1) -> dict[str, Any]:
-    return {"sample": torch.zeros(()).expand(images, vae.config.latent_channels, *latents)}
+def _decoder_call(latents: tuple[int, int, int], images: int = 1) -> dict[str, Any]:
+    return {"sample": torch.zeros(()).expand(images, *latents)}
 
 
 def _watched(

@@ -100,8 +100,10 @@ def _row(value: Any, i: int, batch: int) -> Any:
     """One image's part of an argument: of tensors with a row for each image; other values are for all of them."""
     if isinstance(value, dict):
         return {name: _row(one, i, batch) for name, one in value.items()}
-    if isinstance(value, list):  # a ControlNet's residuals
-        return [_row(one, i, batch) for one in value]
+    if isinstance(value, list):
+        if len(value) == batch and not any(isinstance(one, torch.Tensor) for one in value):
+            return value[i : i + 1]  # the images' shapes
+        return [_row(one, i, batch) for one in value]  # a ControlNet's residuals
     return value[i : i + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
 
 
@@ -120,13 +122,13 @@ class _InStrips:
         self.model, self.family, self.block, self.layers, self.rows, self.most = (
             model, family, block, layers, rows, most,
         )  # fmt: skip
-        self.forward = block.forward
+        self.forward, self.kwargs = block.forward, family.block_kwargs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = arguments_of(self.block, args, kwargs)
         if self.model._dense_mode:
             return self.forward(**arguments)
-        layout = given_layout(self.model, arguments)
+        layout = given_layout(self.model, arguments, self.kwargs)
         if layout.rows is not None:
             raise ValueError("a model that is spread over processes does not run in strips besides: use one of the two")
         height = layout.grids[0][0]
@@ -151,7 +153,7 @@ class _InStrips:
         finally:
             for layer in self.layers:
                 layer.whole_image = None
-            with_layout(self.model, arguments, layout)
+            with_layout(self.model, arguments, layout, self.kwargs)
 
     def _attend(self, arguments, layout, strips):
         """The block's result for the whole image, from its results for strips with the rows around them."""
@@ -186,4 +188,4 @@ class _InStrips:
             layer.whole_image.first = rows[0]
         part = self.family.strip(arguments, layout, rows)
         grid = rows[1] - rows[0], layout.grids[0][1]
-        return self.forward(**with_layout(self.model, part, layout._replace(grids=(grid,))))
+        return self.forward(**with_layout(self.model, part, layout._replace(grids=(grid,)), self.kwargs))

@@ -104,6 +104,7 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
 def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     """Add hybrid attention to a model without changing its class; for `hybridize` and the Hybrid constructors."""
     family = family_of(model)
+    family.check_config(model.config)
     attentions = family.attentions(model)
     teachers = [row.teacher for row in family.processors]
     for name, attn in attentions.items():
@@ -119,7 +120,8 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
-    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype)
+    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype,
+                                       family.idle_projections(model, name))
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
         raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
@@ -196,9 +198,18 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 
 def _hybrid_attention(
-    family: Family, name: str, attn: nn.Module, config: HybridConfig, kind: str, dtype: torch.dtype
+    family: Family,
+    name: str,
+    attn: nn.Module,
+    config: HybridConfig,
+    kind: str,
+    dtype: torch.dtype,
+    idle: tuple[str, ...] = (),
 ) -> HybridAttention:
-    """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32)."""
+    """Make the added module of one attention layer, on the layer's device, in `dtype` except the gate (fp32).
+
+    idle: projections that get no updates.
+    """
     shape = family.layer_shape(attn)
     rotary = config.rotary
     if rotary == "auto":
@@ -223,11 +234,12 @@ def _hybrid_attention(
         gate=config.gate,
     )
     projections = family.projections(attn)
-    hybrid.deltas = nn.ModuleDict()
+    hybrid.deltas, hybrid.idle = nn.ModuleDict(), idle
     if config.delta_rank is not None:
         for projection, module in projections.items():
-            delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
-            hybrid.deltas[delta_name(projection)] = delta
+            if projection not in idle:
+                delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
+                hybrid.deltas[delta_name(projection)] = delta
     hybrid.to(next(attn.parameters()).device).train(attn.training)
     for parameter_name, parameter in hybrid.named_parameters():
         if not parameter_name.startswith("gate"):
@@ -276,18 +288,24 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
     return arguments
 
 
-def given_layout(model: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
-    """The layout that reaches the attention processors of a hybrid model in a call, of it or a block, with arguments."""
-    name = family_of(model).attention_kwargs
-    return model._layout_holder.token_layout if name is None else arguments[name]["token_layout"]
+def given_layout(model: nn.Module, arguments: dict[str, Any], name: str | None = None) -> TokenLayout:
+    """The layout that reaches the attention processors of a hybrid model in a call with these arguments.
+
+    name: of the attention kwargs among them; None: the model's own name of them.
+    """
+    if model._layout_holder is not None:
+        return model._layout_holder.token_layout
+    return arguments[name or family_of(model).attention_kwargs]["token_layout"]
 
 
-def with_layout(model: nn.Module, arguments: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
-    """The arguments with which another layout reaches them."""
-    name = family_of(model).attention_kwargs
-    if name is None:
+def with_layout(
+    model: nn.Module, arguments: dict[str, Any], token_layout: TokenLayout, name: str | None = None
+) -> dict[str, Any]:
+    """The arguments with which another layout reaches them. name: as of `given_layout`."""
+    if model._layout_holder is not None:
         model._layout_holder.token_layout = token_layout
         return arguments
+    name = name or family_of(model).attention_kwargs
     attention_kwargs = {**(arguments.get(name) or {}), "token_layout": token_layout}
     _keep_for_checkpoints(model, attention_kwargs)
     return {**arguments, name: attention_kwargs}

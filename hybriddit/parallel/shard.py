@@ -56,6 +56,7 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
             raise ValueError(
                 f"{family.name} does not say where its image tokens leave the model: it needs image_exit (see Family)"
             )
+        family.check_shared(transformer.config)
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in transformer._forward_pre_hooks.values()):
         raise ValueError("the images of this model are spread over processes already")
     if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):
@@ -138,9 +139,13 @@ class Spread:
             return (), {**inputs, "token_layout": self.layout}
         return (), with_layout(model, inputs, self.layout)
 
-    def take(self, module: nn.Module, args: tuple, tokens: Tensor) -> Tensor:
-        """Forward hook of the model's entrance: this process's rows of [B, N, width]."""
-        return tokens if self.layout is None else self.layout.own(tokens)
+    def take(self, module: nn.Module, args: tuple, found: Tensor | tuple) -> Tensor | tuple:
+        """Forward hook of the model's entrance: this process's rows of [B, N, width], or of the first of several tables."""
+        if self.layout is None:
+            return found
+        if isinstance(found, tuple):
+            return (self.layout.own(found[0]), *found[1:])
+        return self.layout.own(found)
 
     def check_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of attention: a layer that took its rows for the whole image would be wrong without a word."""

@@ -248,7 +248,13 @@ def encode_enlarged(
     diffusers' own tiled encoding.
     """
     vae, device = pipeline.vae, torch.device(pipeline._execution_device)
-    image = image.convert("L" if (vae or pipeline.transformer).config.in_channels == 1 else "RGB")
+
+    def to_latents(pixels: torch.Tensor) -> torch.Tensor:
+        if isinstance(pipeline, SiTPipeline):
+            return vae.encode(pixels).latent_dist.mode()
+        return family_of(pipeline.transformer).vae_encode(vae, pixels)
+
+    image = image.convert("L" if (vae or pipeline.transformer).config.get("in_channels") == 1 else "RGB")
     across, down = image.width / size[0], image.height / size[1]
     more = [math.ceil((whole - own) * ratio) for whole, own, ratio in zip(padded, size, (across, down), strict=True)]
     if any(more):
@@ -262,7 +268,7 @@ def encode_enlarged(
         part = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
         pixels = torch.from_numpy(np.array(part)).to(device).view(part.height, part.width, -1).permute(2, 0, 1)[None]
         pixels = pixels / 127.5 - 1
-        return pixels if vae is None else vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        return pixels if vae is None else to_latents(pixels.to(vae.dtype))
 
     if not tiles:
         return encode(0, 0, padded).float()

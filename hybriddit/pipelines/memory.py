@@ -17,7 +17,7 @@ from torch import nn
 from ..attention.rates import Rates
 from ..machine import free_bytes
 from ..models import family_of, in_strips
-from ..models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
+from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak
 from ..strips_file import seconds_of_file
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
@@ -163,6 +163,14 @@ def plan_shared(pipeline: Any, width: int, height: int, *, available: int) -> Me
     return MemoryPlan(width, height, None, tiles, None, decoder, available)
 
 
+def _known_decoder(pipeline: Any) -> tuple[nn.Module, int] | None:
+    """What takes the memory of decoding, see `Family.decoder`, and the channels of latents; None for another VAE."""
+    family = family_of(pipeline.transformer)
+    if not isinstance(pipeline.vae, family.vae_class):
+        return None
+    return family.decoder(pipeline.vae), family.latent_channels(pipeline.transformer.config)
+
+
 def _plan_decoder(
     pipeline: Any, width: int, height: int, available: int, whole: bool = True
 ) -> tuple[int | None, bool]:
@@ -170,11 +178,27 @@ def _plan_decoder(
 
     whole: whether it may decode the whole image at once. Raises ValueError where it fits in neither way.
     """
-    vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL):
+    vae, known = pipeline.vae, _known_decoder(pipeline)
+    tiled = isinstance(
+        vae, AutoencoderKL
+    )  # by `decode_in_strips`; others do so by themselves, and are not counted then
+    if known is None or not (tiled or (whole and not vae.use_tiling)):
         return None, False
-    count = partial(decoder_peak, vae, device=torch.device(pipeline._execution_device), dtype=vae.dtype)
+    decoder, channels = known
+    on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
+
+    def count(latents: tuple[int, int]) -> int:
+        return decoder_peak(decoder, (channels, *latents), **on)
+
     latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
+    if not tiled:
+        needed = int(count(latents) * MARGIN)
+        if needed > available:
+            raise ValueError(
+                f"{width} x {height} pixels need {_gib(needed)} GiB where the VAE decodes them at once, and "
+                f"{_gib(available)} GiB are there: let it decode in tiles (vae_tiling)"
+            )
+        return needed, False
     if whole and not vae.use_tiling and (needed := int(count(latents) * MARGIN)) <= available:
         return needed, False
     tile = tuple(min(side, vae.tile_latent_min_size) for side in latents)
@@ -189,11 +213,16 @@ def _plan_decoder(
 
 
 def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates: Rates) -> float | None:
-    vae = pipeline.vae
-    if not isinstance(vae, AutoencoderKL):
+    vae, known = pipeline.vae, _known_decoder(pipeline)
+    if known is None or not (isinstance(vae, AutoencoderKL) or not vae.use_tiling):
         return None
+    decoder, channels = known
+    on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
+
+    def cost(latents: tuple[int, int]) -> Cost:
+        return decoder_cost(decoder, (channels, *latents), rates, **on)
+
     latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-    cost = partial(decoder_cost, vae, rates=rates, device=torch.device(pipeline._execution_device), dtype=vae.dtype)
     if not tiles:
         return cost(latents).seconds
     size = vae.tile_latent_min_size

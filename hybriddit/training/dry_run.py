@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from diffusers import AutoencoderKL
 from torch import nn
 
 from ..config import HybridConfig
@@ -51,18 +50,13 @@ from .estimates import (
 from .run_config import DistillConfig
 from .step_cost import mean_step_cost
 
-# of the VAEs of the published models
-VAE_BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2} | {
-    f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
-}
-
 
 @dataclass(frozen=True)
 class Plan:
     """A pipeline as far as its shapes tell it, on the meta device.
 
-    transformer: dense, or hybrid as it was saved. vae: None where there is none, or one of another class than
-    AutoencoderKL. vae_scale_factor: pixels per latent. tokenizer_length: the first tokenizer's maximum, in tokens.
+    transformer: dense, or hybrid as it was saved. vae: None where there is none, or one of another class than the
+    family's. vae_scale_factor: pixels per latent. tokenizer_length: the first tokenizer's maximum, in tokens.
     text_parameters: of the text encoders together; None where that is not known.
     """
 
@@ -213,7 +207,7 @@ def _without_gradients(
     vae = 0 if plan.vae is None else sum(p.numel() for p in plan.vae.parameters()) * dtype.itemsize
     latents = data.height // plan.vae_scale_factor, data.width // plan.vae_scale_factor
     grid = tuple(side // family.latents_per_token(dense.config) for side in latents)
-    passes = 2 if _guided(family, config) else 1
+    passes = 2 if _guided(family, config) and family.guided_together else 1
 
     def one_pass(model: nn.Module, images: int) -> int:
         return forward_peak(model, grid, text_of(images * passes), **where)
@@ -223,11 +217,12 @@ def _without_gradients(
         making = memory["frozen"] + vae + one_pass(dense, at_once["images"])
     elif plan.vae is not None:
         pixels = torch.zeros(()).expand(at_once["images"], 3, *largest)
-        making = memory["frozen"] + vae + module_peak(plan.vae.encoder, {"sample": pixels}, **where)
+        making = memory["frozen"] + vae + module_peak(family.encoder(plan.vae), {"sample": pixels}, **where)
     if count := at_once["samples"]:
         peaks = [one_pass(model, count) for model in (dense, plan.transformer)]
         if plan.vae is not None:
-            peaks.append(decoder_peak(plan.vae, latents, images=count, **where))
+            shape = family.latent_channels(dense.config), *latents
+            peaks.append(decoder_peak(family.decoder(plan.vae), shape, images=count, **where))
         sampling = memory["frozen"] + memory["trained"] + vae + max(peaks)
     return making, sampling
 
@@ -356,9 +351,7 @@ def plan_model(path: str) -> Plan:
         family, found = published
         with torch.device("meta"):
             model = family.dense_class(**found.arguments)
-            packed = family.latents_per_token(model.config) ** 2
-            channels = prod(family.latents_shape(model.config, (1, 1))) // packed
-            vae = AutoencoderKL(**VAE_BLOCKS, latent_channels=channels)
+            vae = family.published_vae(family.latent_channels(model.config))
         return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
@@ -369,9 +362,10 @@ def plan_model(path: str) -> Plan:
         if kinds.get("tokenizer"):
             tokenizer = base.read_part("tokenizer", "tokenizer_config.json")
             tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
-        if kinds.get("vae") == AutoencoderKL.__name__:
+        made = family_of(model).vae_class
+        if kinds.get("vae") == made.__name__:
             with torch.device("meta"):
-                vae = AutoencoderKL.from_config(base.read_part("vae"))
+                vae = made.from_config(base.read_part("vae"))
         return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base))
     known = ", ".join(repository for family in families() for repository in family.published)
     raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")

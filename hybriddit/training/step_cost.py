@@ -32,6 +32,7 @@ def step_cost(
     the bytes "kept" for the backward pass, and those kept if the blocks are "checkpointed".
     """
     family, dtype = family_of(model), torch.bfloat16 if bf16 else torch.float32
+    family.make_tables(model)
     state = _fake_weights(model, lambda name: ".hybrid." in name, dtype)
     latents = torch.zeros((), dtype=dtype).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None

@@ -18,10 +18,10 @@ from hybriddit.models.sd3 import StableDiffusion3
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The three families at a width and depth that a test can run, under the names of the full-size ones."""
+    """Some of the families at a width and depth that a test can run, under the names of the full-size ones."""
     import tiny_models
 
-    kinds = {"pixart-sigma": "pixart", "sd3.5-medium": "sd35-medium", "flux": "flux-dev"}
+    kinds = {"pixart-sigma": "pixart", "sd3.5-medium": "sd35-medium", "flux": "flux-dev", "qwen-image": "qwen-image"}
     for name, kind in kinds.items():
         subject = find_subject(name)
         made = tiny_models.KINDS[kind]()
@@ -91,8 +91,8 @@ def test_variants_are_what_their_names_say(tiny, name):
         assert layers and {(layer.kind, layer.window) for layer in layers} == {(variant, window)}
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "sit-xl"])
-def test_a_sampler_calls_the_transformer_once_a_step(tiny, name):
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "sit-xl"])
+def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
     dense = model.random_model(subject, 64, 1, torch.float32, CPU)
     [latents, *_] = subject.example(dense, 64).inputs
@@ -103,7 +103,9 @@ def test_a_sampler_calls_the_transformer_once_a_step(tiny, name):
 
     dense.register_forward_pre_hook(see, with_kwargs=True)
     image = subject.sampler(dense, 64, 4)()
-    assert seen == [(model.batch_of("generation", subject), *latents.shape[1:])] * 4
+    assert seen == [(model.batch_of("generation", subject), *latents.shape[1:])] * (
+        4 * model.calls_of("generation", subject)
+    )
     assert image.shape == latents.shape and image.isfinite().all()
 
 
@@ -139,6 +141,7 @@ def test_the_published_shapes():
         "sd3.5-large": (38, 64, 333, False, 16, 333, True),
         "flux": (24, 128, 512, True, 16, 512, False),
         "chroma": (24, 128, 512, True, 16, 512, True),
+        "qwen-image": (24, 128, 512, True, 16, 512, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from family_calls import latents_of
 from PIL import Image, ImageOps
 from runs import in_two_processes
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_pipeline
@@ -118,9 +119,7 @@ def assert_rows_are_of(data, pipeline, family, folder):
             with Image.open(folder / names[row]) as image:
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image), size[::-1], Image.Resampling.LANCZOS)
             pixels = torch.from_numpy(np.array(fitted.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-            wanted = (pipeline.vae.encode(pixels).latent_dist.mean - (0 if family == "pixart_sigma" else 0.1)) * 0.5
-            if latents.ndim == 2:  # 2 x 2 latents a token, channels slowest
-                wanted = wanted.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(latents[None].shape)
+            wanted = latents_of(family, pipeline.vae, pixels)
             torch.testing.assert_close(latents, wanted[0], rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from family_calls import call
+from family_calls import call, latents_of
 from PIL import Image
 from runs import in_two_processes, noted_grids
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, recipe_of, tiny_data, tiny_pipeline
@@ -101,13 +101,9 @@ def test_latents_of_a_folder_decode_to_its_images(family, pipelines, folder, cap
     # in the order of the names: 0.png, 1.png, 2.png, 4.webp, more/3.jpg
     pixels = read_image(folder / "more" / "3.jpg", 64, 64)
     pixels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    latents = pipeline.vae.encode(pixels).latent_dist.mean
-    shift = 0.0 if family == "pixart_sigma" else 0.1  # PixArt's pipeline adds none before it decodes
-    latents = (latents - shift) * 0.5
-    found = data.rows([4])["latents"]
-    if found.ndim == 3:  # 2 x 2 latents a token, channels slowest
-        latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(found.shape)
-    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        data.rows([4])["latents"], latents_of(family, pipeline.vae, pixels), rtol=1e-4, atol=1e-5
+    )
     embeds = data.rows([3, 4])["prompt_embeds"]
     expected = tiny_data(pipeline, images=4, steps=1).rows([2, 3])["prompt_embeds"]  # "a red bag", "a blue shoe"
     torch.testing.assert_close(embeds, expected)
@@ -429,7 +425,8 @@ def test_states_are_what_the_sampler_passes_through(family, pipelines, tmp_path)
         seen.append((tensors["latents"].clone(), float(timestep)))
         return {}
 
-    called = {"height": 64, "width": 64, "num_inference_steps": 5, "guidance_scale": 3.5}
+    called = {"height": 64, "width": 64, "num_inference_steps": 5}
+    called["true_cfg_scale" if family == "qwen_image" else "guidance_scale"] = 3.5
     if family == "pixart_sigma":  # which has the older kind of callback
         called |= {"use_resolution_binning": False}
         called |= {"callback": lambda step, timestep, latents: seen.append((latents.clone(), float(timestep)))}

@@ -8,6 +8,7 @@ from tiny_models import (
     HEAD_DIM,
     KINDS,
     ONE_BLOCK,
+    PADDED,
     TEXT,
     add_to_token,
     by_token,
@@ -19,9 +20,9 @@ from tiny_models import (
     window_mask,
 )
 
-from hybriddit import HybridConfig, dense_mode, hybridize
+from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, family_of
+from hybriddit.models import FLUX, QWEN_IMAGE, family_of
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -93,6 +94,8 @@ def test_layers_stay_dense_where_the_config_says_so(kind, monkeypatch):
     assert names and not any(name.startswith("transformer_blocks.0") for name in names)
     mixed = run(model, inputs)
     assert (mixed - dense).abs().max() > 1e-4
+    wide = hybridize(make(kind), HybridConfig(window=7, layers={first: "dense"}))
+    torch.testing.assert_close(run(wide, inputs), dense, **CLOSE)
     # with the first block masked too it is another model
     everywhere = run(hybridize(make(kind), HybridConfig(window=3)), inputs)
     assert (mixed - everywhere).abs().max() > 1e-4
@@ -110,7 +113,7 @@ def test_dense_layers_take_the_layout_quietly(caplog):
             run(model, make_inputs(model, (4, 4)))
     finally:
         logger.removeHandler(caplog.handler)
-    assert "token_layout" not in caplog.text
+    assert "token_layout" not in caplog.text and "not expected" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +133,9 @@ def test_batch_and_guidance_batch(kind):
     alone = [make_inputs(model, (5, 6), seed=seed) for seed in (1, 2)]
     shared = ("img_ids", "txt_ids")
     batch = {
-        key: value if key in shared or value is None else torch.cat([value, alone[1][key]])
+        key: value
+        if key in shared or value is None
+        else (value + alone[1][key] if isinstance(value, list) else torch.cat([value, alone[1][key]]))
         for key, value in alone[0].items()
     }
     together = run(model, batch)
@@ -175,6 +180,7 @@ LAYERS = [
     ("flux-schnell", "attn", {"layers": 0, "single_layers": 1}),
     ("chroma", "attn", {}),
     ("chroma", "attn", {"layers": 0, "single_layers": 1}),
+    ("qwen-image", "attn", {}),
 ]
 
 
@@ -252,7 +258,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
     hidden = torch.zeros(text + count, dtype=torch.bool)  # padded text
     if seen["text"] is not None:
         hidden[words] = ~seen["text"][0]
-    assert hidden.any() == (kind == "chroma")
+    assert hidden.any() == (kind in PADDED)
 
     with torch.no_grad():
         x = seen["x"][:, image] if sizes else seen["x"]  # a single block's input is text and image
@@ -268,6 +274,9 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
             tables = axial_tables(grid, HEAD_DIM)
         elif config.rotary == "auto" and kind in FLUX_LIKE:
             tables = [table[image] for table in seen["tables"]]
+        elif config.rotary == "auto" and kind == "qwen-image":
+            turns = seen["tables"][0].repeat_interleave(2, 1)
+            tables = turns.real, turns.imag
         if tables is not None:
             far_query, far_key = rotated(far_query, *tables), rotated(far_key, *tables)
         value = seen["value"][:, image]
@@ -316,7 +325,8 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
-    argument = "cross_attention_kwargs" if kind == "pixart" else "joint_attention_kwargs"
+    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs"}
+    argument = named.get(kind, "joint_attention_kwargs")
     layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
     out = run(model, inputs)
     kwargs = {argument: {"token_layout": layout}}
@@ -371,6 +381,71 @@ def test_flux_reference_grids_are_told_apart():
     assert FLUX.token_layout(model, inputs) == TokenLayout(TEXT, ((4, 6), (3, 5)), True)
 
 
+@pytest.mark.parametrize(
+    ("grids", "sizes"),
+    [
+        (((4, 6), (3, 5)), {}),
+        (((4, 6), (3, 5)), {"zero_cond_t": True}),  # Qwen-Image-Edit-2511
+        (((3, 5), (3, 5), (3, 5)), {"use_layer3d_rope": True, "use_additional_t_cond": True}),  # Layered
+    ],
+)
+def test_qwen_image_has_a_window_in_each_image(grids, sizes, monkeypatch):
+    """Reference images, and layers: a token sees those near it, and near its relative place in the others."""
+    model, batch = make("qwen-image", **sizes), 2
+    tokens = [rows * columns for rows, columns in grids]
+    inputs = make_inputs(model, (sum(tokens), 1), batch=batch)
+    inputs["img_shapes"] = [[(1, *grid) for grid in grids]] * batch
+    if model.config.use_additional_t_cond:
+        inputs["additional_t_cond"] = torch.tensor([0, 1])
+    rows = []
+    for height, width in grids:
+        places = [(row, column) for row in range(height) for column in range(width)]
+        there = [
+            [(2 * row + 1) * h // (2 * height) * w + (2 * column + 1) * w // (2 * width) for row, column in places]
+            for h, w in grids
+        ]
+        masks = [window_mask(grid, (3, 3))[own] for grid, own in zip(grids, there, strict=True)]
+        rows.append(torch.cat(masks, 1))
+    dense = run(model, inputs)
+    expected = masked_dense(model, inputs, torch.cat(rows), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    assert QWEN_IMAGE.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_qwen_image_padding_does_not_matter():
+    """Text of any length, padded to another one: positions are counted from the first word."""
+    model = perturb_hybrid(hybridize(make("qwen-image"), HybridConfig(window=3)))
+    inputs = make_inputs(model, (4, 5), batch=2)
+    words = inputs["encoder_hidden_states"]
+    out = run(model, {**inputs, "encoder_hidden_states_mask": None})
+    padded = {
+        **inputs,
+        "encoder_hidden_states": torch.cat([words, torch.randn(2, 4, words.shape[2]).double()], 1),
+        "encoder_hidden_states_mask": torch.arange(TEXT + 4).expand(2, -1) < TEXT,
+    }
+    torch.testing.assert_close(run(model, padded), out, **CLOSE)
+
+
+def test_qwen_image_calls_that_cannot_be_served():
+    model = hybridize(make("qwen-image"), HybridConfig(window=3))
+    inputs = make_inputs(model, (4, 6), batch=2)
+    for shapes, reason in {
+        None: "img_shapes is needed",
+        ((1, 4, 6), (1, 6, 4)): "differ within the batch",
+        ((2, 4, 3),) * 2: "one frame each, and together of 24 tokens",
+        ((1, 4, 5),) * 2: "one frame each, and together of 24 tokens",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            run(model, {**inputs, "img_shapes": shapes and [[shape] for shape in shapes]})
+    with pytest.raises(ValueError, match="guidance_embeds"):
+        HybridQwenImageTransformer2DModel(**dict(make("qwen-image").config, guidance_embeds=True))
+
+
+DELTAS = {"pixart": 4 + 4, "sd3": 8 + 6, "sd35-large": 8 + 6, "sd35-medium": 8 + 4 + 6, "qwen-image": 8 + 6}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_deltas(kind):
     """Fresh deltas change nothing; every one of them counts; the teacher does without."""
@@ -382,7 +457,7 @@ def test_deltas(kind):
     assert torch.equal(run(model, inputs), plain)
 
     ups = {name: p for name, p in model.named_parameters() if ".hybrid.deltas." in name and name.endswith("up.weight")}
-    assert len(ups) == {"pixart": 4 + 4, "sd3": 8 + 6, "sd35-large": 8 + 6, "sd35-medium": 8 + 4 + 6}.get(kind, 8 + 3)
+    assert len(ups) == DELTAS.get(kind, 8 + 3)
     with torch.no_grad():
         for name, parameter in ups.items():
             parameter.add_(1)

@@ -17,6 +17,7 @@ CHEAP = {
     "sd35-medium": {"layers": 1},
     "flux-dev": {"layers": 1, "single_layers": 1},
     "chroma": {},
+    "qwen-image": {"layers": 1},
 }
 
 

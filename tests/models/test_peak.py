@@ -40,6 +40,7 @@ def allocated(call):
         ("sd35-medium", 8, GRIDS[::2]),
         ("flux-dev", 8, GRIDS[1:3]),
         ("chroma", None, GRIDS[1:3]),
+        ("qwen-image", None, GRIDS[1:3]),
     ],
 )
 def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
@@ -78,7 +79,9 @@ def test_strips_and_fewer_bytes_an_element_lower_the_peak():
     assert peaks[torch.bfloat16, 8] < 0.8 * peaks[torch.float32, 8]
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8)])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None)]
+)
 def test_the_flops_that_are_counted_are_those_of_all_blocks(kind, rows):
     model, text, grid = make(kind, dtype=torch.float32, layers=3), 24, (24, 32)
     hybridize(model, HybridConfig(window=6))
@@ -102,5 +105,5 @@ def test_each_operation_takes_the_longer_of_its_memory_and_its_arithmetic():
     moved = 4 * (100 * channels + 3 * channels + 3 + 300), 4 * (300 + 300)
     flops = 2 * 100 * channels * 3
     for rates, seconds in ((Rates(10.0, 1e9), sum(moved) / 10), (Rates(1e3, 2.0), flops / 2 + moved[1] / 1e3)):
-        cost = decoder_cost(vae, (10, 10), rates, device=device, dtype=torch.float32)
+        cost = decoder_cost(vae.decoder, (channels, 10, 10), rates, device=device, dtype=torch.float32)
         assert cost == (flops, sum(moved), pytest.approx(seconds))

@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
-from hybriddit.models import CHROMA, FLUX, PIXART_SIGMA, STABLE_DIFFUSION_3
+from hybriddit.models import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
 from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
-RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes}
+RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -108,6 +108,7 @@ def test_the_table_is_the_designs():
         "flux_dev": (1.0, 0.5, 0.5, 0.0),
         "flux_schnell": (0.0, 1.0, 0.5, 0.0),
         "chroma": (1.0, 0.5, 0.5, 0.1),
+        "qwen_image": (1.0, 0.5, 0.5, 0.1),
     }
 
 
@@ -117,6 +118,7 @@ def test_recipe_is_told_from_the_transformer():
         "sd35": "sd3",
         "flux_schnell": "flux_schnell",
         "chroma": "chroma",
+        "qwen_image": "qwen_image",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -33,7 +33,7 @@ def hybrid(kind, seed=0, **config):
     [(kind, "default") for kind in KINDS]
     + [
         (kind, config)
-        for kind in ("pixart", "sd35-medium", "flux-dev", "chroma")
+        for kind in ("pixart", "sd35-medium", "flux-dev", "chroma", "qwen-image")
         for config in CONFIGS
         if config != "default"
     ],
@@ -58,7 +58,7 @@ def test_positions_that_the_layer_rotates_are_those_in_the_whole(kind):
         torch.testing.assert_close(run(model, inputs), whole, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sd35-medium", "flux-dev", "chroma"])
+@pytest.mark.parametrize("kind", ["pixart", "sd35-medium", "flux-dev", "chroma", "qwen-image"])
 def test_layers_see_one_strip_of_one_image(kind):
     grid, rows, window, width = (24, 5), 4, 3, 5
     model = hybrid(kind, window=window)
@@ -68,7 +68,7 @@ def test_layers_see_one_strip_of_one_image(kind):
         seen.append(args[0].shape if args else kwargs["hidden_states"].shape)
 
     for block in model.transformer_blocks:
-        block.ff.register_forward_pre_hook(note, with_kwargs=True)
+        (block.img_mlp if kind == "qwen-image" else block.ff).register_forward_pre_hook(note, with_kwargs=True)
     with in_strips(model, rows):
         run(model, make_inputs(model, grid, batch=2))
     strips = grid[0] // rows

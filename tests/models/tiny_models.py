@@ -1,7 +1,13 @@
 """Tiny random models of every supported kind, inputs for them, and the mask that a window stands for."""
 
 import torch
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
 TEXT = 5
 HEADS, HEAD_DIM = 2, 16
@@ -70,6 +76,15 @@ def chroma(layers=1, single_layers=1, **kwargs):
     )
 
 
+def qwen_image(layers=2, **kwargs):
+    return QwenImageTransformer2DModel(
+        **FLUX_SIZES,
+        out_channels=2,
+        num_layers=layers,
+        **kwargs,
+    )
+
+
 KINDS = {
     "pixart": pixart,
     "sd3": sd3,
@@ -78,7 +93,9 @@ KINDS = {
     "flux-dev": lambda **kwargs: flux(guidance_embeds=True, **kwargs),
     "flux-schnell": lambda **kwargs: flux(guidance_embeds=False, **kwargs),
     "chroma": chroma,
+    "qwen-image": qwen_image,
 }
+PADDED = ("chroma", "qwen-image")  # a mask hides padded text
 FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
@@ -106,6 +123,14 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
     (height, width), config = grid, model.config
+    if isinstance(model, QwenImageTransformer2DModel):
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "encoder_hidden_states_mask": padded(batch, text, seed),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "img_shapes": [[(1, height, width)]] * batch,
+        }
     if is_packed(model):
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
@@ -142,7 +167,7 @@ def padded(batch, text, seed):
 
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
-    return isinstance(model, (FluxTransformer2DModel, ChromaTransformer2DModel))
+    return isinstance(model, (FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel))
 
 
 def run(model, inputs, **kwargs):

@@ -20,6 +20,7 @@ CONFIGS = {
     "flux-dev": {"window": (5, 3), "value_conv": 3, "delta_rank": 2, "layers": {"single*": "dense"}},
     "flux-schnell": {"window": (12, 3), "join": "gate", "feature_map": "hedgehog"},
     "chroma": {"window": (3, 5), "layers": {"single*": "dense"}},
+    "qwen-image": {"window": (3, 5), "layers": {"*.0.attn": "dense"}},
 }
 SIT = {
     "num_attention_heads": 2,
@@ -55,6 +56,8 @@ def make_model(kind):
     if kind in FLUX_LIKE:  # a ControlNet's residuals
         residuals = torch.randn(2, 2, GRID[0] * GRID[1], WIDTH).double()
         inputs |= {"controlnet_block_samples": [residuals[0]], "controlnet_single_block_samples": [residuals[1]]}
+    elif kind == "qwen-image":
+        inputs["controlnet_block_samples"] = [torch.randn(2, GRID[0] * GRID[1], WIDTH).double()]
     elif kind == "sd3":
         inputs["block_controlnet_hidden_states"] = [torch.randn(2, GRID[0] * GRID[1], WIDTH).double()]
     elif kind == "pixart":
@@ -105,7 +108,7 @@ def compare_with_one(rank, kinds):
     [
         (2, ("pixart", "sd35-medium", "flux-dev", "sit")),
         (3, ("sd3", "flux-schnell", "chroma", "sit")),
-        (4, ("pixart", "flux-dev", "sit")),
+        (4, ("pixart", "flux-dev", "qwen-image", "sit")),
     ],
 )
 def test_several_processes_are_one(count, kinds, tmp_path):
@@ -149,7 +152,7 @@ def go_through_modes(rank, kind):
     assert half.dtype == torch.bfloat16 and (half - out).norm() < 1.2 * (one - out).norm()
 
 
-@pytest.mark.parametrize("kind", ["flux-dev", "chroma"])
+@pytest.mark.parametrize("kind", ["flux-dev", "chroma", "qwen-image"])
 def test_checkpointing_the_teacher_and_bfloat16(kind, tmp_path):
     codes = in_processes(2, go_through_modes, kind, output=tmp_path / "said")
     assert codes == [0, 0], (tmp_path / "said.0").read_text()

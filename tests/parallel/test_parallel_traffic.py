@@ -76,11 +76,13 @@ def test_the_table_of_the_page_is_the_script_s(monkeypatch, capsys):
     communication.main()
     printed, page = capsys.readouterr().out, (ROOT / "docs" / "parallel.md").read_text()
     together = {
-        f"| {name} |": f"| {row} |" for row in ("sd3, sd3.5-medium", "flux, chroma") for name in row.split(", ")
+        f"| {name} |": f"| {row} |"
+        for row in ("sd3, sd3.5-medium", "flux, chroma, qwen-image")
+        for name in row.split(", ")
     }
     for line in printed.splitlines():
         if not line.startswith("| sd3.5-large"):  # which is not on the page
             for name, row in together.items():
                 line = line.replace(name, row)
             assert line in page
-    assert printed.count("\n") == 2 + 6 * 5
+    assert printed.count("\n") == 2 + 7 * 5

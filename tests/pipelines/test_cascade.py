@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from family_calls import latents_of
 from PIL import Image
 from tiny_pipelines import FAMILIES, TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
 
@@ -75,12 +76,7 @@ def test_a_stage_without_noise_to_speak_of_gives_the_enlarged_image(kind):
     with repainting(pipeline, image, (128, 96), Schedule(1e-3, 1), torch.Generator().manual_seed(0)) as given:
         made = pipeline(**arguments(pipeline), **given, output_type="latent").images
     pixels = torch.from_numpy(np.asarray(image.resize((128, 96), Image.Resampling.LANCZOS)).copy()).permute(2, 0, 1)
-    latents = pipeline.vae.encode(pixels[None] / 127.5 - 1).latent_dist.mode()
-    config = pipeline.vae.config
-    shift = 0 if kind == "pixart_sigma" else config.shift_factor
-    expected = (latents - shift) * config.scaling_factor
-    if hasattr(pipeline, "_unpack_latents"):
-        made = pipeline._unpack_latents(made, 96, 128, pipeline.vae_scale_factor)
+    expected = latents_of(kind, pipeline.vae, pixels[None] / 127.5 - 1)
     # DDPM has no step as near to the image as that: its first has a hundredth of noise, of latents that are small here
     assert (made - expected).square().mean().sqrt() < (0.15 if kind == "pixart_sigma" else 0.01) * expected.std()
 
@@ -301,7 +297,13 @@ def test_frequencies_against_diffusers_and_by_hand():
 
 @pytest.mark.parametrize(
     ("kind", "positions"),
-    [("flux_dev", "interpolated"), ("flux_dev", "yarn"), ("chroma", "dominant"), ("sd3", "interpolated")],
+    [
+        ("flux_dev", "interpolated"),
+        ("flux_dev", "yarn"),
+        ("chroma", "dominant"),
+        ("qwen_image", "interpolated"),
+        ("sd3", "interpolated"),
+    ],
 )
 def test_positions_change_larger_images_alone(kind, positions):
     pipeline = hybrid_pipeline(kind)

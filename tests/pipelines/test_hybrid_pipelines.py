@@ -18,18 +18,19 @@ PIPELINES = {
     "sd35": "StableDiffusion3Pipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
     "chroma": "ChromaPipeline",
+    "qwen_image": "QwenImagePipeline",
 }
 
 
 def generate(pipeline):
     """One picture under classifier-free guidance (FLUX: guidance-distilled), 8 × 12 tokens."""
     extra = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipeline).__name__ else {}
+    extra["true_cfg_scale" if "Qwen" in type(pipeline).__name__ else "guidance_scale"] = 3.0
     return pipeline(
         **of_prompt(pipeline, "a red shoe", 8),
         height=64,
         width=96,
         num_inference_steps=2,
-        guidance_scale=3.0,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
         **extra,

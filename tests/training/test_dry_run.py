@@ -182,6 +182,7 @@ def test_activations_grow_with_what_is_kept(family, config_of):
         ("black-forest-labs/FLUX.1-dev", 11.90, None),
         ("black-forest-labs/FLUX.1-schnell", 11.89, None),
         ("lodestones/Chroma1-HD", 8.90, None),
+        ("Qwen/Qwen-Image", 20.43, None),
     ],
 )
 def test_the_known_models_have_their_published_size(repository, billions, with_positions):
