@@ -226,6 +226,8 @@ def distill(
     if accelerator.is_main_process:
         for note in bucket_notes([len(rows) for rows in data.buckets.values()], config):
             say(note)
+        if config.output.sample_every and getattr(pipeline, "vae", None) is None:
+            say("output.sample_every: the teacher's pipeline has no VAE, so no sample grids are drawn")
     compiled = nullcontext()
     if config.train.compile:  # beyond the limit, torch runs a block uncompiled; teacher and student compile it for each
         limit = max(torch._dynamo.config.recompile_limit, 4 * len(grids))

@@ -190,7 +190,7 @@ def test_latents_are_decoded(images, tmp_path):
         run(load_config(config, ["metrics.reference=null", f"output.folder={tmp_path / 'other'}"]))
 
 
-def test_of_a_distillation_it_is_the_distance_to_the_teacher_s_images(tmp_path):
+def test_of_a_distillation_it_is_the_distance_to_the_teacher_s_images(tmp_path, capsys):
     pipeline = tiny_pipeline("flux_dev")
     data, dense = tiny_data(pipeline, images=4), copy.copy(pipeline)
     dense.transformer = copy.deepcopy(pipeline.transformer)
@@ -213,6 +213,9 @@ def test_of_a_distillation_it_is_the_distance_to_the_teacher_s_images(tmp_path):
     with pytest.raises(ValueError, match="metrics.every: the teacher's pipeline has no VAE"):
         config.output.folder = None
         distill(pipeline, data, config)
+    config.metrics.every, config.train.steps, config.output.sample_every = 0, 1, 1
+    distill(pipeline, data, config)
+    assert "no VAE, so no sample grids are drawn" in capsys.readouterr().out
 
 
 def pixels(images):
