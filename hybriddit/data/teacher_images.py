@@ -112,7 +112,8 @@ def check_prompts(place: Place, prompts: Sequence[str], images: int) -> dict:
 def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Within the block, collect (latents, times) of every step: what the transformer is called with, the last `count`.
 
-    With classifier-free guidance those are the conditional ones of a batch, or the first of two calls. Times are in the unit of the family's recipes.
+    With classifier-free guidance those are the conditional ones of a batch, or the first of two calls. Times are in the
+    unit of the family's recipes.
     """
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     family = family_of(pipeline.transformer)
