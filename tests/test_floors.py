@@ -22,6 +22,7 @@ FLOORS = (
     ("data",),
     ("training",),
     ("convert", "generate", "sample", "push", "benchmark", "info", "demo"),
+    ("analyze",),
     ("cli",),
     ("__main__",),
 )
