@@ -507,6 +507,24 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_measured_images(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that make images of a file's prompts and measure with them: compare and analyze."""
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
+    parser.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)"
+    )
+    for side in ("height", "width"):
+        parser.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    parser.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(parser)
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+
 def _add_running(parser: argparse.ArgumentParser) -> None:
     """The options that say where and how images are made."""
     parser.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
@@ -550,14 +568,7 @@ def add_compare(commands) -> None:
     _add_files(sub)
     sub.add_argument("--adapter", help=f"{ADAPTER_HELP}; left out where --model is hybrid")
     _add_any_base(sub)
-    sub.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
-    sub.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
-    for side in ("height", "width"):
-        sub.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
-    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
-    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
+    _add_measured_images(sub)
     sub.add_argument(
         "--features",
         metavar="NAME",
@@ -570,10 +581,6 @@ def add_compare(commands) -> None:
         help="also with the near and the far branch alone, and what each layer is without them",
     )
     sub.add_argument("--out", type=Path, required=True, help="folder, new or empty, for the images and figures")
-    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
-    _add_dtype(sub)
-    sub.add_argument("--quiet", action="store_true", help="print errors only")
-    sub.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -596,7 +603,7 @@ def add_analyze(commands) -> None:
     )
     sub.add_argument("--model", required=True, help="as for compare; dense")
     _add_files(sub)
-    sub.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line, or a table")
+    _add_measured_images(sub)
     sub.add_argument("--budget", type=float, default=0.5, help="share of the dense attention's cost (default: 0.5)")
     sub.add_argument(
         "--cost",
@@ -615,20 +622,9 @@ def add_analyze(commands) -> None:
     sub.add_argument("--fit-steps", type=int, default=60, help="steps in which far branches learn (default: 60)")
     sub.add_argument("--calls", type=int, default=2, help="of the transformer, taken of each image (default: 2)")
     sub.add_argument("--queries", type=int, default=128, help="whose attention maps are measured (default: 128)")
-    sub.add_argument("--num-images", type=int, default=1, help="images per prompt (default: 1)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first image, one more for each next (default: 0)")
-    for side in ("height", "width"):
-        sub.add_argument(f"--{side}", type=int, help="in pixels (default: the pipeline's)")
-    sub.add_argument("--steps", type=int, help="steps of the sampler (default: the pipeline's)")
-    sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    sub.add_argument("--max-sequence-length", type=int, help="text tokens (default: the pipeline's)")
     sub.add_argument(
         "--out", type=Path, required=True, help="folder, new, empty, or of the same analysis, which goes on"
     )
-    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
-    _add_dtype(sub)
-    sub.add_argument("--quiet", action="store_true", help="print errors only")
-    sub.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
 def analyze(options: argparse.Namespace) -> None:
