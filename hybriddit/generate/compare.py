@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..files import filling, make_folder, replacing, write_json
+from ..files import filling, make_folder, write_json
 from ..images import contact_sheet, open_image, save_png
 from ..machine import find_device, gpu_name
 from ..stored import check_any_base
@@ -79,7 +79,7 @@ def run(
         from ..metrics.features import load_features
         from ..metrics.nearness import nearness
         from ..models import dense_mode
-        from ..models.branches import branch_changes, one_branch
+        from ..models.branches import branch_changes, hybrid_layers, one_branch
         from ..pipelines.loading import find_base, silence_libraries
         from ..pipelines.prepare import place
 
@@ -98,8 +98,7 @@ def run(
             print(f"note: {note}", file=sys.stderr)
 
         if branches:
-            with one_branch(pipeline.transformer, "near"):
-                pass  # a model without both is refused before images are made
+            hybrid_layers(pipeline.transformer)  # a model without such is refused before images are made
         ways: dict[str, Callable[[], Any]] = {
             "teacher": lambda: dense_mode(pipeline.transformer),
             "hybrid": nullcontext,
@@ -201,15 +200,19 @@ def write_page(path: Path, report: dict[str, Any], rows: list[dict[str, Any]], c
     text = "".join(f"<p>{escape(line)}</p>\n" for line in report_text(report, path.parent).splitlines()[:-1])
     pairs = []
     for row in sorted(rows, key=lambda row: row["psnr"]):
-        figures = f"{row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"
-        cells = "".join(
-            f'<figure><a href="{quote(name)}/{row["image"]:05d}.png">'
-            f'<img loading="lazy" alt="" src="{quote(name)}/{row["image"]:05d}.png"></a>'
-            f"<figcaption>{name}{' ' + figures if name == 'hybrid' else ''}"
-            f"{_alone_figures(row, name)}</figcaption></figure>"
-            for name in columns
+        figures = {"teacher": "", "hybrid": f" {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"}
+        cells = []
+        for name in columns:
+            if name not in figures:
+                figures[name] = f" {row[f'{name}_psnr'.replace(' ', '_')]:.2f} dB"
+            source = f"{quote(name)}/{row['image']:05d}.png"
+            cells.append(
+                f'<figure><a href="{source}"><img loading="lazy" alt="" src="{source}"></a>'
+                f"<figcaption>{name}{figures[name]}</figcaption></figure>"
+            )
+        pairs.append(
+            f"<section><h2>{escape(row['prompt'])} <small>seed {row['seed']}</small></h2>{''.join(cells)}</section>\n"
         )
-        pairs.append(f"<section><h2>{escape(row['prompt'])} <small>seed {row['seed']}</small></h2>{cells}</section>\n")
     layers = ""
     if report["layers"]:
         lines = "".join(
@@ -222,8 +225,7 @@ def write_page(path: Path, report: dict[str, Any], rows: list[dict[str, Any]], c
         )
     title = f"{report['model']}: hybrid and teacher"
     page = PAGE.format(title=escape(title), text=text, pairs="".join(pairs), layers=layers)
-    with replacing(path) as new:
-        new.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
 
 
 PAGE = """<!doctype html>
@@ -240,11 +242,6 @@ td, th {{ padding: .1em .8em .1em 0; text-align: left; font-variant-numeric: tab
 {text}<p>Sorted by PSNR, the worst first.</p>
 {pairs}{layers}</body></html>
 """
-
-
-def _alone_figures(row: dict[str, Any], name: str) -> str:
-    branch = next((branch for branch, column in ALONE.items() if column == name), None)
-    return "" if branch is None else f" {row[f'{branch}_alone_psnr']:.2f} dB"
 
 
 def _timed(pipeline: DiffusionPipeline, task: Task, path: Path, source: dict[str, Any]) -> tuple[np.ndarray, float]:

@@ -14,13 +14,16 @@ BRANCHES = ("near", "far")
 
 
 def hybrid_layers(model: nn.Module) -> dict[str, HybridAttention]:
-    """The layers that have both branches, by the names of their attention modules."""
+    """The layers that have both branches, by the names of their attention modules. Raises ValueError for none."""
     suffix = ".hybrid"
-    return {
+    layers = {
         name.removesuffix(suffix): module
         for name, module in model.named_modules()
         if isinstance(module, HybridAttention) and module.kind == "hybrid"
     }
+    if not layers:
+        raise ValueError("no layer of this model has both branches: there is none to switch off")
+    return layers
 
 
 @contextmanager
@@ -30,13 +33,10 @@ def one_branch(model: nn.Module, branch: str) -> Iterator[None]:
     The model's weights, and its layers of other kinds, stay as they are. Raises ValueError for another name, and for a
     model without such layers.
     """
-    layers = hybrid_layers(model)
     if branch not in BRANCHES:
         raise ValueError(f"unknown branch {branch!r}: use one of {', '.join(BRANCHES)}")
-    if not layers:
-        raise ValueError("no layer of this model has both branches: there is none to switch off")
     with ExitStack() as stack:
-        for layer in layers.values():
+        for layer in hybrid_layers(model).values():
             stack.enter_context(_alone(layer, branch))
         yield
 
