@@ -126,7 +126,7 @@ class Probe(HybridAttention):
                                                token_layout, settings["scale"], settings["text_mask"])}  # fmt: skip
         copies = {}
         for name, candidate in self.candidates.items():
-            copies[name] = _in_dtype(candidate, query.dtype)
+            copies[name] = copy.deepcopy(candidate).cast(query.dtype)
             calls[name] = lambda name=name: copies[name](
                 *inputs, token_layout, gate=copies[name].far_inputs(hidden_states, None, None)[2], **settings
             )
@@ -256,15 +256,6 @@ def map_statistics(
 
 def _image(tokens: torch.Tensor, token_layout: TokenLayout) -> torch.Tensor:
     return token_layout.split(tokens)[1]
-
-
-def _in_dtype(candidate: HybridAttention, dtype: torch.dtype) -> HybridAttention:
-    """A copy of a candidate in the dtype that a converted model would have it in; the gate stays in float32."""
-    copied = copy.deepcopy(candidate)
-    for name, parameter in copied.named_parameters():
-        if not name.startswith("gate"):
-            parameter.data = parameter.data.to(dtype)
-    return copied
 
 
 def _wait(device: torch.device) -> None:

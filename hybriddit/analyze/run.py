@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +13,7 @@ import numpy as np
 
 from ..config import HybridConfig
 from ..files import make_folder, read_json, read_tensors, write_json, write_tensors
-from ..generate.files import open_pipeline, plan_with_notes
+from ..generate.files import open_to_measure, refuse_processes
 from ..generate.images import Task, check_settings, make
 from ..machine import find_device, gpu_name, running_versions
 from .candidates import candidate_names
@@ -74,8 +72,7 @@ def run(
     """
     from ..data.prompts import read_prompts
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("hybriddit analyze works in one process: start one")
+    refuse_processes("analyze")
     _check(windows, budget, cost, fit_steps, calls, queries)
     subjects = read_prompts(prompts, says=not quiet)
     check_settings(subjects, seed=seed, num_images=num_images, **settings)
@@ -135,12 +132,12 @@ def _measure(
 ) -> dict[str, np.ndarray]:
     """Fill in what the report lacks, its plan too; returns the example maps. What is done is written at once."""
     import torch
+    from accelerate.utils import send_to_device
     from tqdm import tqdm
 
     from ..models.family import family_of
     from ..models.identity import weights_digest
     from ..pipelines.loading import check_convertible, find_base, silence_libraries
-    from ..pipelines.prepare import place
     from .probe import RADII, probed
 
     if quiet:
@@ -148,18 +145,13 @@ def _measure(
     asked = report["settings"]
     windows, files = asked["windows"], {"variant": asked["variant"], "config": asked["config"]}
     check_convertible(find_base(asked["model"], **files), HybridConfig())
-    kind = getattr(torch, asked["dtype"] or ("float32" if where.type == "cpu" else "bfloat16"))
-    pipeline, notes = open_pipeline(asked["model"], kind, **files)
+    given = {name: asked[name] for name in ("model", "dtype", "seed", "num_images")}
+    pipeline, tasks = open_to_measure(
+        device=where, subjects=asked["prompts"], quiet=quiet, **given, **files, **settings
+    )
     digest = weights_digest(pipeline.transformer)
     if report.setdefault("weights", digest) != digest:
         raise ValueError(f"{out} holds an analysis of other weights than {asked['model']} has now: give another folder")
-    place(pipeline, where)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline, tasks, more = plan_with_notes(
-        pipeline, asked["prompts"], seed=asked["seed"], num_images=asked["num_images"], **settings
-    )
-    for note in [] if quiet else notes + more:
-        print(f"note: {note}", file=sys.stderr)
     transformer, family = pipeline.transformer, family_of(pipeline.transformer)
     transformer.requires_grad_(False)
     shown = partial(tqdm, disable=quiet)
@@ -167,7 +159,7 @@ def _measure(
     fitting, measuring = ([call for image in images[first::2] for call in image] for first in (0, 1))
 
     def predict(call: dict[str, Any]) -> torch.Tensor:
-        call = _moved(call, where)
+        call = send_to_device(call, where)
         latents, _ = family.latents_and_times(call)
         return family.prediction(transformer(**{**call, "return_dict": False})[0], latents).float()
 
@@ -239,12 +231,14 @@ def record_calls(pipeline: DiffusionPipeline, task: Task, count: int) -> list[di
 
     Of a pipeline that calls it less often, all. A call is the arguments of forward by name.
     """
+    from accelerate.utils import send_to_device
+
     from ..models.surgery import arguments_of
 
     calls: list[dict[str, Any]] = []
 
     def keep(module, args, kwargs):
-        calls.append(_moved(arguments_of(module, args, kwargs), "cpu"))
+        calls.append(send_to_device(arguments_of(module, args, kwargs), "cpu"))
 
     hook = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -360,12 +354,3 @@ def _tasked(probes: Mapping[str, Probe], task: str, queries: int = 0) -> Iterato
     finally:
         for probe in probes.values():
             probe.task = None
-
-
-def _moved(values: Any, device: Any) -> Any:
-    """Arguments with their tensors on a device, also those in lists and dicts."""
-    if hasattr(values, "to"):
-        return values.to(device)
-    if isinstance(values, dict):
-        return {name: _moved(value, device) for name, value in values.items()}
-    return type(values)(_moved(value, device) for value in values) if isinstance(values, list | tuple) else values

@@ -158,6 +158,13 @@ class HybridAttention(nn.Module):
         elif gate is not None:
             nn.init.constant_(gate, self.gate_init)
 
+    def cast(self, dtype: torch.dtype) -> HybridAttention:
+        """Cast the weights, but for the gate, which stays in float32; in place. Returns the layer."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("gate"):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
     def far_inputs(
         self,
         hidden_states: torch.Tensor,

@@ -39,8 +39,8 @@ class Subject(ABC):
     """A published transformer: its attention layer, the model with random weights, its variants and its sampler.
 
     name: in tables and on the command line. source: where it is published. guided: whether a sampler runs the model
-    twice a step, with the prompt and without; together: whether in one call. prompt: text tokens that the whole transformer receives; those in the
-    attention layer are `shape.text`.
+    twice a step, with the prompt and without; together: whether in one call. prompt: text tokens that the whole
+    transformer receives; those in the attention layer are `shape.text`.
     """
 
     def __init__(

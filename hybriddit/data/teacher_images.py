@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..models import family_of
+from ..models.surgery import arguments_of
 from .latents import LatentData, LatentInfo, Place, build_latents, find_place
 from .prompts import read_prompts
 from .shards import ALONE, Processes, missing_rows, read_settings, shard_rows
@@ -119,7 +119,7 @@ def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, t
     family = family_of(pipeline.transformer)
 
     def keep(module, arguments, kwargs):
-        named = inspect.signature(module.forward).bind(*arguments, **kwargs).arguments
+        named = arguments_of(module, arguments, kwargs)
         found = tuple(value[-count:].cpu() for value in family.latents_and_times(named))
         if family.guided_together or not inputs or not all(map(torch.equal, found, inputs[-1])):
             inputs.append(found)

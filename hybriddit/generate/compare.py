@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,7 +18,7 @@ from ..files import filling, make_folder, write_json
 from ..images import contact_sheet, open_image, save_png
 from ..machine import find_device, gpu_name
 from ..stored import check_any_base
-from .files import open_pipeline, plan_with_notes
+from .files import open_to_measure, refuse_processes
 from .images import Task, check_settings, make
 
 if TYPE_CHECKING:
@@ -64,8 +62,7 @@ def run(
     """
     from ..data.prompts import read_prompts
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("hybriddit compare works in one process: start one, whose times nothing else disturbs")
+    refuse_processes("compare")
     check_any_base(any_base, adapter)
     subjects = read_prompts(prompts, says=not quiet)
     check_settings(subjects, seed=seed, num_images=num_images, **settings)
@@ -81,7 +78,6 @@ def run(
         from ..models import dense_mode
         from ..models.branches import branch_changes, hybrid_layers, one_branch
         from ..pipelines.loading import find_base, silence_libraries
-        from ..pipelines.prepare import place
 
         nearness(*[np.zeros((8, 8, 3), np.uint8)] * 2)  # a missing package is told before all else
         extractor = load_features(features, where, "--features") if features else None
@@ -89,13 +85,11 @@ def run(
             silence_libraries()
         if adapter is None and not find_base(model, variant=variant, config=config).is_hybrid:
             raise ValueError(f"{model} is dense: give the --adapter of a hybrid to compare it with")
-        kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
-        pipeline, notes = open_pipeline(model, kind, adapter, any_base, variant=variant, config=config)
-        place(pipeline, where)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline, tasks, more = plan_with_notes(pipeline, subjects, seed=seed, num_images=num_images, **settings)
-        for note in [] if quiet else notes + more:
-            print(f"note: {note}", file=sys.stderr)
+        source = {"model": model, "adapter": adapter, "variant": variant, "config": config}
+        settings |= {"seed": seed, "num_images": num_images}
+        pipeline, tasks = open_to_measure(
+            device=where, dtype=dtype, subjects=subjects, any_base=any_base, quiet=quiet, **source, **settings
+        )
 
         if branches:
             hybrid_layers(pipeline.transformer)  # a model without such is refused before images are made
@@ -106,7 +100,6 @@ def run(
         for branch, name in ALONE.items() if branches else ():
             ways[name] = partial(one_branch, pipeline.transformer, branch)
         rows = []
-        source = {"model": model, "adapter": adapter, "variant": variant, "config": config}
         for number, task in enumerate(_shown(tasks, quiet), 1):
             images, seconds = {}, {}
             for name, way in ways.items():

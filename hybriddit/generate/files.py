@@ -305,6 +305,43 @@ def plan_with_notes(
     return pipeline, tasks, [str(warning.message) for warning in caught if warning.category is NoEffectWarning]
 
 
+def refuse_processes(command: str) -> None:
+    """Raise ValueError where a launcher has started several processes of a command that works in one."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(f"hybriddit {command} works in one process: start one, whose times nothing else disturbs")
+
+
+def open_to_measure(
+    model: str,
+    device: torch.device,
+    dtype: str | None,
+    subjects: Sequence[str],
+    *,
+    adapter: str | None = None,
+    any_base: bool = False,
+    variant: str | None = None,
+    config: str | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> tuple[DiffusionPipeline, list[Task]]:
+    """`open_pipeline` and `plan_with_notes` for commands that make images to measure: on the device, without bars.
+
+    dtype: such as "bfloat16"; None: that on a GPU, float32 on a CPU. Unless `quiet`, notes go to stderr.
+    """
+    import torch
+
+    from ..pipelines.prepare import place
+
+    kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    pipeline, notes = open_pipeline(model, kind, adapter, any_base, variant=variant, config=config)
+    place(pipeline, device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline, tasks, more = plan_with_notes(pipeline, subjects, **settings)
+    for note in [] if quiet else notes + more:
+        print(f"note: {note}", file=sys.stderr)
+    return pipeline, tasks
+
+
 def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
     """(width, height) of a task's image, in pixels; 0 where that is not known."""
     side = getattr(pipeline, "default_sample_size", 0) * getattr(pipeline, "vae_scale_factor", 0)

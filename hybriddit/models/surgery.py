@@ -240,11 +240,7 @@ def _hybrid_attention(
             if projection not in idle:
                 delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
                 hybrid.deltas[delta_name(projection)] = delta
-    hybrid.to(next(attn.parameters()).device).train(attn.training)
-    for parameter_name, parameter in hybrid.named_parameters():
-        if not parameter_name.startswith("gate"):
-            parameter.data = parameter.data.to(dtype)
-    return hybrid
+    return hybrid.to(next(attn.parameters()).device).train(attn.training).cast(dtype)
 
 
 def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:

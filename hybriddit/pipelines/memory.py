@@ -179,9 +179,8 @@ def _plan_decoder(
     whole: whether it may decode the whole image at once. Raises ValueError where it fits in neither way.
     """
     vae, known = pipeline.vae, _known_decoder(pipeline)
-    tiled = isinstance(
-        vae, AutoencoderKL
-    )  # by `decode_in_strips`; others do so by themselves, and are not counted then
+    # tiled by `decode_in_strips`; others do so by themselves, and are not counted then
+    tiled = isinstance(vae, AutoencoderKL)
     if known is None or not (tiled or (whole and not vae.use_tiling)):
         return None, False
     decoder, channels = known
