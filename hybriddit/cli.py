@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .analyze.candidates import COSTS, WINDOWS
 from .benchmark.shapes import PARTS, VARIANTS
 from .machine import OFFLOADS
 
@@ -607,7 +608,7 @@ def add_analyze(commands) -> None:
     sub.add_argument("--budget", type=float, default=0.5, help="share of the dense attention's cost (default: 0.5)")
     sub.add_argument(
         "--cost",
-        choices=("flops", "time"),
+        choices=COSTS,
         default="flops",
         help="what the budget counts: FLOPs by formula, or seconds measured here (default: flops)",
     )
@@ -615,9 +616,9 @@ def add_analyze(commands) -> None:
         "--windows",
         type=int,
         nargs="+",
-        default=[8, 16],
+        default=list(WINDOWS),
         metavar="SIDE",
-        help="to choose from, in tokens (default: 8 16)",
+        help=f"to choose from, in tokens (default: {' '.join(map(str, WINDOWS))})",
     )
     sub.add_argument("--fit-steps", type=int, default=60, help="steps in which far branches learn (default: 60)")
     sub.add_argument("--calls", type=int, default=2, help="of the transformer, taken of each image (default: 2)")

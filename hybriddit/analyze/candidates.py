@@ -1,8 +1,11 @@
-"""The names of what a layer could become: "dense", "window:W", "hybrid:W", "linear"."""
+"""What a layer could become, by name: "dense", "window:W", "hybrid:W", "linear"; and what that is counted in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+COSTS = ("flops", "time")
+WINDOWS = (8, 16)  # sides to choose from, in tokens, where no others are given
 
 
 def candidate_names(windows: Sequence[int]) -> list[str]:

@@ -21,17 +21,20 @@ def choose(
     """For each layer the option with which the sum of errors is least, where the costs are at most `limit` in sum.
 
     errors, costs: by layer, then by option; the costs are above 0. Costs are rounded up to 1 / STEPS of the limit, so
-    that the limit holds, and a choice within a rounding of it may be missed. Of equally good choices, one that costs
-    less is taken. Raises ValueError where even the cheapest options cost more.
+    that the limit holds, and a choice within a rounding of it may be missed; the cheapest one is not. Of equally good
+    choices, one that costs less is taken. Raises ValueError where even the cheapest options cost more.
     """
     layers = list(errors)
-    cheapest = sum(min(costs[layer].values()) for layer in layers)
+    cheapest = {layer: min(errors[layer], key=costs[layer].get) for layer in layers}
+    lowest = sum(costs[layer][name] for layer, name in cheapest.items())
+    if lowest > limit:
+        raise ValueError(f"the cheapest layers cost {lowest:.4g} in sum, above the limit of {limit:.4g}")
     steps = {
         layer: {name: int(np.ceil(cost / limit * STEPS - 1e-9)) for name, cost in costs[layer].items()}
         for layer in layers
     }
-    if sum(min(steps[layer].values()) for layer in layers) > STEPS:
-        raise ValueError(f"the cheapest layers cost {cheapest:.4g} in sum, above the limit of {limit:.4g}")
+    if sum(min(steps[layer].values()) for layer in layers) > STEPS:  # by rounding
+        return cheapest
     # least[s]: the least error of the layers so far at s steps in sum; they are added one by one
     least = np.full(STEPS + 1, np.inf)
     least[0] = 0.0

@@ -63,7 +63,6 @@ class Probe(HybridAttention):
         self.task: str | None = None
         self.replaced: str | None = None
         self.queries = 0  # how many of the image's queries the statistics of the map are taken over
-        self.losses: dict[str, float] = {}
         self.found: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.hidden_states: torch.Tensor | None = None
@@ -117,7 +116,6 @@ class Probe(HybridAttention):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        self.losses[name] = loss.item()
 
     def _time(self, hidden_states, inputs, token_layout, settings) -> None:
         """The median seconds of each candidate, and of the dense layer, in the model's own dtype, taking turns."""

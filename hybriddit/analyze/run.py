@@ -12,25 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import HybridConfig
-from ..files import make_folder, read_json, read_tensors, write_json, write_tensors
+from ..files import make_folder, read_json, read_tensors, replacing, write_json, write_tensors
 from ..generate.files import open_to_measure, refuse_processes
 from ..generate.images import Task, check_settings, make
 from ..machine import find_device, gpu_name, running_versions
-from .candidates import candidate_names
+from .candidates import COSTS, WINDOWS, candidate_names
 from .figures import draw_all
 from .plan import choose, plan_config, write_plan
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from torch import nn
 
     from ..attention import TokenLayout
-    from ..models.family import Family, LayerShape
+    from ..models.family import Family
     from .probe import Probe
 
-COSTS = ("flops", "time")
 REPORT, PLAN, FITTED, MAPS = "analysis.json", "plan.yaml", "fitted.safetensors", "maps.safetensors"
-WINDOWS = (8, 16)
 
 
 def run(
@@ -172,14 +171,19 @@ def _measure(
         raise ValueError(
             f"a window of {largest[0]} is larger than the grid of {sides} tokens: leave it out, or raise --height"
         )
+    flops = layer_flops(family, transformer, layout, windows)
+    if cost == "flops":  # what cannot be kept is refused before anything is measured
+        choose_within({name: dict.fromkeys(options, 0.0) for name, options in flops.items()}, flops, budget, cost)
     make_folder(out)
+    write_json(out / REPORT, report)  # says what the folder is of, for a run that is stopped before the maps
     with torch.no_grad(), probed(transformer, windows, asked["seed"]) as probes:
         if not (out / FITTED).is_file():
             with _tasked(probes, "fit"):
                 for step in shown(range(asked["fit_steps"]), "fit", unit="step"):
                     predict(fitting[step % len(fitting)])
             weights = {f"{name}|{key}": x for name, probe in probes.items() for key, x in _fitted(probe).items()}
-            write_tensors(out / FITTED, weights)
+            with replacing(out / FITTED) as new:
+                write_tensors(new, weights)
         _load(probes, read_tensors(out / FITTED), out)
         if "layers" not in report:
             with _tasked(probes, "measure", asked["queries"]):
@@ -187,16 +191,11 @@ def _measure(
                     predict(call)
             with _tasked(probes, "time"):
                 predict(measuring[0])
-            write_tensors(out / MAPS, {name: probe.found[0]["map"] for name, probe in probes.items()})
+            with replacing(out / MAPS) as new:
+                write_tensors(new, {name: probe.found[0]["map"] for name, probe in probes.items()})
             report |= {"radii": list(RADII), "grid": list(layout.grids[0]), "text_tokens": layout.text_length}
             report |= {"device": gpu_name(where) or where.type, "versions": running_versions()}
-            attentions = family.attentions(transformer)
-            report["layers"] = {
-                name: _record(
-                    probe, family, family.layer_shape(attentions[name]), family.layer_layout(name, layout), windows
-                )
-                for name, probe in probes.items()
-            }
+            report["layers"] = {name: {**_record(probe), "flops": flops[name]} for name, probe in probes.items()}
             write_json(out / REPORT, report)
 
         dense = [predict(call) for call in measuring]
@@ -259,15 +258,8 @@ def make_plan(report: Mapping[str, Any], budget: float, cost: str) -> dict[str, 
     for name, layer in errors.items():
         if not all(math.isfinite(error) for error in layer.values()):
             raise ValueError(f"{name}: a replacement gives predictions that are not finite: try another --dtype")
+    chosen = choose_within(errors, costs, budget, cost)
     dense = sum(options["dense"] for options in costs.values())
-    try:
-        chosen = choose(errors, costs, budget * dense)
-    except ValueError:
-        least = sum(min(options.values()) for options in costs.values()) / dense
-        raise ValueError(
-            f"the budget of {budget:g} cannot be kept: the cheapest layers take {least:.3g} of the dense attention's "
-            f"{'FLOPs' if cost == 'flops' else 'time'}; raise --budget, or give smaller --windows"
-        ) from None
     spent = sum(costs[name][option] for name, option in chosen.items())
     return {
         "budget": budget,
@@ -276,6 +268,41 @@ def make_plan(report: Mapping[str, Any], budget: float, cost: str) -> dict[str, 
         "layers": chosen,
         "sum_of_changes": sum(errors[name][option] for name, option in chosen.items()),
     }
+
+
+def choose_within(
+    errors: Mapping[str, Mapping[str, float]], costs: Mapping[str, Mapping[str, float]], budget: float, cost: str
+) -> dict[str, str]:
+    """`choose` within a share of what the dense layers cost. Raises ValueError where that cannot be kept."""
+    dense = sum(options["dense"] for options in costs.values())
+    try:
+        return choose(errors, costs, budget * dense)
+    except ValueError:
+        least = sum(min(options.values()) for options in costs.values()) / dense
+        raise ValueError(
+            f"the budget of {budget:g} cannot be kept: the cheapest layers take {least:.3g} of the dense attention's "
+            f"{'FLOPs' if cost == 'flops' else 'time'}; raise --budget, or give smaller --windows"
+        ) from None
+
+
+def layer_flops(
+    family: Family, model: nn.Module, layout: TokenLayout, windows: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    """FLOPs of one image in each layer as it is, "dense", and as each candidate, with HybridConfig's maps."""
+    import torch
+
+    from ..attention.work import dense_flops
+    from .probe import make_candidate
+
+    found, rotary = {}, "model" if family.rotary else "none"
+    for name, attn in family.attentions(model).items():
+        if family.converts(name):
+            own, shape = family.layer_layout(name, layout), family.layer_shape(attn)
+            found[name] = {"dense": dense_flops(own.text_length + own.image_length, shape.heads * shape.head_dim)}
+            with torch.device("meta"):
+                for candidate in candidate_names(windows):
+                    found[name][candidate] = make_candidate(shape, candidate, rotary=rotary).flops(own)
+    return found
 
 
 def report_text(report: Mapping[str, Any], out: Path) -> str:
@@ -308,29 +335,16 @@ def _notes(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _record(
-    probe: Probe, family: Family, shape: LayerShape, layout: TokenLayout, windows: Sequence[int]
-) -> dict[str, Any]:
-    """What the report says of one layer: the means of what its probe found, lists by head, and costs by candidate."""
+def _record(probe: Probe) -> dict[str, Any]:
+    """What the report says of one layer: the means of what its probe found, lists by head, and seconds."""
     import torch
-
-    from ..attention.work import dense_flops
-    from .probe import make_candidate
 
     record: dict[str, Any] = {
         name: torch.stack([found[name] for found in probe.found]).mean(0).tolist()
         for name in ("radius", "text", "window", "entropy", "rest_rank")
     }
     errors = {name: torch.stack([found["errors"][name] for found in probe.found]).mean(0) for name in probe.candidates}
-    record["errors"] = {name: error.tolist() for name, error in errors.items()}
-    record["seconds"] = probe.seconds
-    rotary, tokens = "model" if family.rotary else "none", layout.text_length + layout.image_length
-    with torch.device("meta"):
-        record["flops"] = {
-            "dense": dense_flops(tokens, shape.heads * shape.head_dim),
-            **{name: make_candidate(shape, name, rotary=rotary).flops(layout) for name in candidate_names(windows)},
-        }
-    return record
+    return {**record, "errors": {name: error.tolist() for name, error in errors.items()}, "seconds": probe.seconds}
 
 
 def _fitted(probe: Probe) -> dict[str, torch.Tensor]:

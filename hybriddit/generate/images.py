@@ -81,7 +81,8 @@ def generate(
         mask: an image of the same size; white is painted anew, black and transparent are kept.
         settings: a setting that is None or left out has the pipeline's default.
             negative_prompt, height and width (pixels), steps (1 or more), guidance (0 or more),
-            true_cfg (FLUX, Qwen-Image: classifier-free guidance against the negative prompt, above 1, at twice the time),
+            true_cfg (FLUX, Qwen-Image: classifier-free guidance against the negative prompt, above 1, at twice the
+            time),
             max_sequence_length (text tokens), strength (with `image`: from above 0, little change, to 1, pure noise),
             sampler (with class_labels: see SiTPipeline).
 

@@ -56,7 +56,8 @@ class DataConfig:
     images: how many the teacher makes.
     cache: folder for the latents and prompt embeddings, reused and added to if it holds some of them already; None keeps
         them in memory.
-    height, width: in pixels. steps: of the teacher's sampler. guidance_scale: the pipeline's argument of that name (Qwen-Image: true_cfg_scale).
+    height, width: in pixels. steps: of the teacher's sampler.
+    guidance_scale: the pipeline's argument of that name (Qwen-Image: true_cfg_scale).
     max_sequence_length: text tokens; None is the pipeline's default.
     batch_size: images made, or images or prompts encoded, at a time in each process.
     seed: image i is made from seed + i; for "folder", it draws the caption of an image that has several.
@@ -476,7 +477,7 @@ def load_config(
 def _with_plan(plan: typing.Any, **fields: typing.Any) -> dict[str, typing.Any]:
     """The `hybrid` section with the fields of a plan's file, where it has none of its own. Raises as `load_config`."""
     _require(isinstance(plan, str), "hybrid.plan", plan, "the path of a plan's file")
-    HybridConfig.from_plan(plan)  # what is wrong with it is said with its name
+    HybridConfig.from_plan(plan)  # what is wrong with it is said with its name; the fields that it lacks stay open
     planned = {name: value for name, value in read_plan(plan).items() if not name.startswith("_")}
     return {**planned, **fields}
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, tiny_pipeline
 
 from hybriddit import HybridConfig, hybridize
+from hybriddit.analyze import run as run_module
 from hybriddit.analyze.plan import choose, plan_config
 from hybriddit.analyze.probe import RADII, map_statistics, probed
 from hybriddit.analyze.run import record_calls
@@ -121,6 +122,7 @@ def test_the_knapsack_never_goes_beyond_its_limit_by_rounding():
     costs = {name: {"dense": 3.334, "a": 3.3} for name in "xyz"}
     errors = {name: {"dense": 0.0, "a": 1.0} for name in "xyz"}
     assert sorted(choose(errors, costs, 10.0).values()) == ["a", "dense", "dense"]
+    assert set(choose(errors, costs, sum(layer["a"] for layer in costs.values())).values()) == {"a"}  # at the limit
 
 
 def test_relative_error_is_one_for_the_mean():
@@ -204,19 +206,17 @@ def larger_flux():
 
 
 def test_a_stopped_analysis_goes_on_and_another_budget_measures_only_its_plan(command, tmp_path, monkeypatch):
-    from hybriddit.analyze import run as module
-
     whole = json.loads(command("--out", tmp_path / "whole", "--json")[1])
-    written = module.write_json
+    written = run_module.write_json
 
     def stop_after_a_layer(path, report):
         written(path, report)
         if any("effect" in layer for layer in report.get("layers", {}).values()):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_json", stop_after_a_layer)
+    monkeypatch.setattr(run_module, "write_json", stop_after_a_layer)
     assert command("--out", tmp_path / "stopped")[0] == 130
-    monkeypatch.setattr(module, "write_json", written)
+    monkeypatch.setattr(run_module, "write_json", written)
     half = json.loads((tmp_path / "stopped" / "analysis.json").read_text())
     assert sum("effect" in layer for layer in half["layers"].values()) == 1
     resumed = json.loads(command("--out", tmp_path / "stopped", "--json")[1])
@@ -270,8 +270,38 @@ def test_refused_folders(command, planted, tmp_path):
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(command, tmp_path):
+    """FLOPs are known before anything is fitted, seconds only when they have been measured."""
     code, _, error = command("--out", tmp_path / "out", "--budget", "0.01")
     assert code == 1 and "the budget of 0.01 cannot be kept: the cheapest layers take" in error
+    assert not (tmp_path / "out").exists()
+    code, _, error = command("--out", tmp_path / "out", "--budget", "1e-4", "--cost", "time")
+    assert code == 1 and "of the dense attention's time; raise --budget" in error
+    assert command("--out", tmp_path / "out", "--budget", "1", "--cost", "time")[0] == 0
+
+
+def test_an_analysis_that_was_stopped_while_it_fitted_goes_on(command, tmp_path, monkeypatch):
+    written = run_module.write_tensors
+
+    def stop(path, tensors):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "write_tensors", stop)
+    assert command("--out", tmp_path / "out")[0] == 130
+    monkeypatch.setattr(run_module, "write_tensors", written)
+    assert command("--out", tmp_path / "out", "--seed", 1)[2].endswith("give another folder")
+    assert command("--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("analysis.json", "analysis.json is damaged"), ("fitted.safetensors", "fitted.safetensors is damaged")],
+)
+def test_a_damaged_file_of_an_analysis_is_named(command, tmp_path, name, said):
+    assert command("--out", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:50])
+    code, _, error = command("--out", tmp_path / "out")
+    assert code == 1 and said in error
 
 
 def test_plans_name_each_layer_and_its_window():
