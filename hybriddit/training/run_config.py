@@ -470,12 +470,14 @@ def load_config(
     if found == "distill" and isinstance(values, dict):
         values.pop("job", None)
         if isinstance(section := values.get("hybrid"), dict) and "plan" in section:
-            values["hybrid"] = _with_plan(**section)
+            values["hybrid"] = _with_plan(section)
     return _build(JOBS[found], values, "")
 
 
-def _with_plan(plan: typing.Any, **fields: typing.Any) -> dict[str, typing.Any]:
-    """The `hybrid` section with the fields of a plan's file, where it has none of its own. Raises as `load_config`."""
+def _with_plan(section: dict) -> dict:
+    """The `hybrid` section with the fields of its plan's file, where it has none of its own. Raises as `load_config`."""
+    fields = dict(section)
+    plan = fields.pop("plan")
     _require(isinstance(plan, str), "hybrid.plan", plan, "the path of a plan's file")
     HybridConfig.from_plan(plan)  # what is wrong with it is said with its name; the fields that it lacks stay open
     planned = {name: value for name, value in read_plan(plan).items() if not name.startswith("_")}
