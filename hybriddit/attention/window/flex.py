@@ -333,14 +333,19 @@ def _kept_blocks(layout: Layout, gradients: bool, device: torch.device) -> list[
 # may overwrite an operator's results, hence the copies.
 @torch.library.custom_op("hybriddit::window_blocks", mutates_args=())
 def _window_blocks(
-    rows: Sequence[int], columns: Sequence[int], text_length: int, circle: bool, gradients: bool, device: torch.device
+    rows: Sequence[int],
+    columns: Sequence[int],
+    text_length: int,
+    gradients: bool,
+    device: torch.device,
+    circle: bool = False,
 ) -> list[Tensor]:
     layout = Layout(Axis(*rows), Axis(*columns), text_length, circle)
     return [x.clone() for x in _kept_blocks(layout, gradients, device)]
 
 
 @_window_blocks.register_fake
-def _(rows, columns, text_length, circle, gradients, device):
+def _(rows, columns, text_length, gradients, device, circle=False):
     shapes = _block_shapes(Layout(Axis(*rows), Axis(*columns), text_length, circle), gradients, device.type)
     return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
 
@@ -378,7 +383,7 @@ def attend(query, key, value, text_key, text_value, window, stride, dilation, sc
     settings = layout, scale
     if torch.compiler.is_compiling() or type(query) is not Tensor:
         blocks = torch.ops.hybriddit.window_blocks(
-            list(layout.rows), list(layout.columns), text_length, circle, gradients, query.device
+            list(layout.rows), list(layout.columns), text_length, gradients, query.device, circle
         )
         return _attend(query, key, value, text_key, text_value, blocks, *settings)
     blocks = _kept_blocks(layout, gradients, query.device)
