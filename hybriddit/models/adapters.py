@@ -179,13 +179,16 @@ def _adapter_file(source: str, name: str) -> str:
     """The path of one of an adapter's files, fetched if `source` is not a folder but may be a hub repository."""
     if os.path.isdir(source):
         return str(find_adapter(Path(source)) / name)
-    return hub_file(source, name)
+    return hub_file(source, name, "adapter folder")
 
 
-def hub_file(source: str, name: str) -> str:
-    """The path of a file that is fetched from the hub repository `source`, "owner/name". Raises FileNotFoundError."""
+def hub_file(source: str, name: str, what: str) -> str:
+    """The path of a file that is fetched from the hub repository `source`, "owner/name".
+
+    Raises FileNotFoundError where it cannot be had, and where `source` cannot be a repository: then it is no `what`.
+    """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"no folder {source}")
+        raise FileNotFoundError(f"no {what} {source}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 

@@ -91,7 +91,7 @@ def _file(source: str, window: int, down_factor: int) -> str:
     if not os.path.isfile(source):
         if source.endswith(".safetensors"):
             raise FileNotFoundError(f"no file {source}")
-        return hub_file(source, name)
+        return hub_file(source, name, "file or folder")
     given = FILE.fullmatch(Path(source).name)
     if given and (int(given[1]), int(given[2] or 1)) != (window, down_factor):
         raise ValueError(
