@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from hybriddit.attention import neighborhood_attention
-from hybriddit.attention.window import WindowCase, attention_over_grids, choose_backend, seen_over_grids, seen_pairs
+from hybriddit.attention import HybridAttention, TokenLayout, neighborhood_attention
+from hybriddit.attention.window import (
+    WindowCase,
+    attention_over_grids,
+    choose_backend,
+    key_rows,
+    seen_over_grids,
+    seen_pairs,
+)
 
 # the last but one: wider than tall, a radius that reaches over one axis and not over the other
 CASES = [((5, 7), 2, 0), ((33, 9), 6, 3), ((1, 17), 4, 2), ((20, 35), 23, 130), ((6, 6), 40, 0)]
@@ -103,3 +110,63 @@ def test_what_a_circle_refuses():
     case = WindowCase(torch.device("cpu"), torch.float32, (64, 64), 2, 64, (8, 8), circle=True)
     choice = choose_backend(case)
     assert choice.backend == "tiled" and ("triton", "it has no circular windows") in choice.passed_over
+
+
+def test_rows_around_a_strip_suffice():
+    grid, radius = (23, 6), 5
+    tensors = inputs(grid, 0)
+    whole = attend(tensors, radius)
+    for first, count in ((0, 3), (9, 4), (20, 3)):
+        begin, end = key_rows(first, count, height=grid[0], window=radius, circle=True)
+        assert (begin, end) == (max(0, first - 4), min(23, first + count + 4))
+        part = attend([x[:, begin:end] for x in tensors[:3]] + tensors[3:], radius)
+        own = slice(first - begin, first - begin + count)
+        torch.testing.assert_close(part[:, own], whole[:, first : first + count])
+
+
+@pytest.mark.parametrize("settings", [{"window_shape": "circle"}, {"stride": (2, 1)}], ids=["circle", "square"])
+def test_pooled_keys_of_a_layer(settings):
+    """Of grids that blocks do not divide, beside padded text, with shared key heads, joined with a far branch."""
+    grids, side, words = ((7, 10), (3, 4)), 4, torch.tensor([[True, True, False], [True, False, False]])
+    torch.manual_seed(0)
+    layer = HybridAttention(
+        32, 4, 8, kv_heads=2, window=(3, 3), map_rank=0, pooled_keys=side, gate="head", gate_init=0.7, **settings
+    ).double()
+    bare = HybridAttention(32, 4, 8, kv_heads=2, window=(3, 3), map_rank=0, gate="head", gate_init=0.7, **settings)
+    bare.double().load_state_dict({k: v for k, v in layer.state_dict().items() if "pooled" not in k})
+    with torch.no_grad():
+        layer.pooled.weight.add_(0.1 * torch.randn(side, side))
+    layout = TokenLayout(3, grids, text_first=True)
+    query = torch.randn(2, 85, 4, 8, dtype=torch.float64)
+    key, value = (torch.randn(2, 85, 2, 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
+
+    pools = []
+    for tokens in (key, value):
+        blocks = []
+        for (height, width), image in zip(grids, tokens[:, 3:].split([70, 12], 1), strict=True):
+            for row in range(0, height, side):
+                for column in range(0, width, side):
+                    blocks.append(sum(
+                        layer.pooled.weight[a, b] * image[:, min(row + a, height - 1) * width + min(column + b, width - 1)]
+                        for a in range(side) for b in range(side)
+                    ))  # fmt: skip
+        pools.append(torch.stack(blocks, 1))
+    # pooled keys are as more words that image tokens see, which the layer without them can be given
+    joined = [
+        torch.cat((tokens[:, :3], pool, tokens[:, 3:]), 1) for tokens, pool in zip((key, value), pools, strict=True)
+    ]
+    more = len(pools[0][0])
+    longer = torch.cat((query[:, :3], query.new_zeros(2, more, 4, 8), query[:, 3:]), 1)
+    mask = torch.cat((words, torch.ones(2, more, dtype=torch.bool)), 1)
+    wanted = bare(longer, *joined, TokenLayout(3 + more, grids, text_first=True), text_mask=mask)[:, 3 + more :]
+    out = layer(query, key, value, layout, text_mask=words)
+    torch.testing.assert_close(out[:, 3:], wanted)
+    torch.testing.assert_close(out[:, :3], bare(query, key, value, layout, text_mask=words)[:, :3])  # text sees none
+    leaves = [key, value, layer.pooled.weight]
+    weight = torch.randn_like(wanted)
+    found, right = (torch.autograd.grad((weight * x).sum(), leaves) for x in (out[:, 3:], wanted))
+    torch.testing.assert_close(found, right)
+
+    parts, plain = layer.flops_by_part(layout), bare.flops_by_part(layout)
+    assert more == 2 * 3 + 1 and parts.pop("pooling") == 4 * 82 * 16
+    assert parts.pop("near") - plain.pop("near") == 4 * 82 * more * 32 and parts == plain
