@@ -100,7 +100,7 @@ class HybridConfig:
     strict_layers: bool = False
     window_shape: str = "square"
     pooled_keys: int | None = None
-    delta_projections: tuple[str, ...] | None = None
+    delta_projections: list[str] | None = None
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
@@ -170,7 +170,7 @@ class HybridConfig:
             raise ValueError(f"delta_projections must be a list of names of projections, or None, not {patterns!r}")
         if self.delta_rank is None:
             raise ValueError("delta_projections says which projections get updates, and delta_rank is None: set it too")
-        object.__setattr__(self, "delta_projections", tuple(patterns))
+        object.__setattr__(self, "delta_projections", list(patterns))
 
     def updates(self, projection: str) -> bool:
         """Whether a projection of this name gets an update."""
