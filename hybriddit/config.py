@@ -47,15 +47,16 @@ class HybridConfig:
     window_shape: "square"; or "circle": the tokens nearer than `window`, an int that is then a radius, with neither stride
         nor dilation; at borders it is cut off, where a square window shifts inwards.
     pooled_keys: side in tokens of blocks of the image, whose keys and values are pooled by a learned weight of each
-        place in a block; every image token sees those of all blocks, in one softmax with its window and the text. Their
-        cost grows with the square of the image's tokens, divided by side². None: no pooled keys.
+        place in a block; every image token sees those of all blocks, in one softmax with its window and the text (the
+        mixer "pooled" is a far branch, which the gate joins). The cost grows with the square of the image's tokens,
+        divided by side². None: no pooled keys.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
     map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
         the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
-    mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
-        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none", join
-        "gate".
+    mixer: the far branch's attention over the whole image: "linear"; "blocks", "scan", "multiscale" or "pooled", after
+        other papers (the keys of `attention.mixers.MIXERS`); or "linfusion", which is "linear" with LinFusion's
+        settings: feature_map "elu", projection 0, rotary "none", join "gate".
     feature_map: the function phi of the mixer's queries and keys: "polynomial" (of degree 2, the default), "hedgehog"
         or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
     projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give

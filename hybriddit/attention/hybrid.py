@@ -15,11 +15,10 @@ from .layout import TokenLayout
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
 from .mixers import MIXERS, check_mixer
-from .pooled import PooledKeys
 from .rows import Reach, RowShard
 from .spread import spread_attention
 from .strips import WholeImage, strip_attention
-from .window import attention_over_grids, joined_attention, key_rows, seen_over_grids
+from .window import PooledKeys, attention_over_grids, joined_attention, key_rows, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
@@ -56,7 +55,7 @@ class HybridAttention(nn.Module):
         window_shape: "square", or "circle": W(i) is the tokens nearer than `window`, twice the radius, without stride and
             dilation.
         pooled_keys: side in tokens of blocks of the image whose pooled keys and values hybrid and window layers have in
-            near's softmax besides (see `pooled.PooledKeys`): of all blocks, for every image token. None: none.
+            near's softmax besides (see `window.PooledKeys`): of all blocks, for every image token. None: none.
         map_rank: width of the maps' hidden layer; None is a sixteenth of `width`; 0: no maps.
         maps: "after" or "before" the projection. Both start at zero.
         mixer: the far branch, a key of `mixers.MIXERS`. feature_map, projection, temperature, center_keys: its settings.
@@ -257,7 +256,7 @@ class HybridAttention(nn.Module):
             seen = None
             if text_mask is not None:
                 seen = token_layout.join(text_mask, text_mask.new_ones(len(text_mask), token_layout.image_length))
-            image = self.far(far_query, keys, value, key_mask=seen)
+            image = self.far(far_query, keys, value, key_mask=seen, layout=token_layout)
         else:
             images = image_query, image_key, image_value
             beside = text_key, text_value, text_mask
@@ -268,7 +267,7 @@ class HybridAttention(nn.Module):
                 image = attention_over_grids(*images, grids, **settings)
             else:
                 gate = self.gate if gate is None else gate
-                image = self._joined(images, grids, settings, far_query, far_key, gate)
+                image = self._joined(images, token_layout._replace(text_length=0), settings, far_query, far_key, gate)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -322,12 +321,12 @@ class HybridAttention(nn.Module):
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
-    def _joined(self, images, grids, settings, far_query, far_key, gate):
-        """Near and far, [B, N, heads, D], as `join` says; the first three are the arguments of `attention_over_grids`."""
-        value, joint, lse = images[2], self.join == "joint", None
+    def _joined(self, images, layout, settings, far_query, far_key, gate):
+        """Near and far, [B, N, heads, D], as `join` says. images: query, key and value; layout: of the image alone."""
+        value, joint, lse, grids = images[2], self.join == "joint", None, layout.grids
         sums = None
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
-            sums = self.far(far_query, far_key, value, only_sums=True)
+            sums = self.far(far_query, far_key, value, only_sums=True, layout=layout)
         if sums is not None:
             images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
@@ -335,7 +334,7 @@ class HybridAttention(nn.Module):
         if joint:
             near, lse = near
         gate, lse = self.opened(gate, lse)
-        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
+        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse, layout=layout)
 
     def opened(self, gate: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gate, wide open for the images of `far_only`, and near's log-sum-exp where the gate still needs it."""
