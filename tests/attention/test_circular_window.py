@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from hybriddit.attention import HybridAttention, TokenLayout, neighborhood_attention
 from hybriddit.attention.window import (
     WindowCase,
     attention_over_grids,
     choose_backend,
+    flex,
     key_rows,
     seen_over_grids,
     seen_pairs,
@@ -170,3 +172,19 @@ def test_pooled_keys_of_a_layer(settings):
     parts, plain = layer.flops_by_part(layout), bare.flops_by_part(layout)
     assert more == 2 * 3 + 1 and parts.pop("pooling") == 4 * 82 * 16
     assert parts.pop("near") - plain.pop("near") == 4 * 82 * more * 32 and parts == plain
+
+
+@pytest.mark.parametrize("grid, radius, text", [((20, 35), 23, 130), ((33, 70), 9, 5), ((64, 48), 20, 0)])
+def test_flex_is_given_the_blocks_that_torch_would_make(grid, radius, text):
+    # its CPU path does not heed which blocks are seen wholly, its kernels do
+    layout = flex.best_layout(grid, (radius, radius), (1, 1), (1, 1), text, circle=True)
+    expected = create_block_mask(layout.mask_mod(), None, None, *layout.lengths, device="cpu")
+    found = flex._block_mask(layout, [torch.from_numpy(x) for x in flex.block_arrays(layout, True)])
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, wanted = (getattr(mask, f"{kind}_num_blocks") for mask in (found, expected))
+        assert torch.equal(counts, wanted)
+        for block, count in enumerate(counts[0, 0]):
+            lists = (getattr(mask, f"{kind}_indices")[0, 0, block, :count].tolist() for mask in (found, expected))
+            assert len({tuple(sorted(x)) for x in lists}) == 1
+    whole = int(found.full_kv_num_blocks.sum())
+    assert flex.visited_blocks(layout) == (int(found.kv_num_blocks.sum()) + whole, whole)
