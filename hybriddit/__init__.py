@@ -14,6 +14,7 @@ _HOMES = {
     "save_adapter": ".models",
     "HeldAdapters": ".models",
     "load_adapter": ".models",
+    "load_clear": ".models",
     "push_adapter": ".push",
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",

@@ -1,6 +1,7 @@
 """Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
 from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
+from .clear import load_clear
 from .families import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
 from .positions import scaled_positions
@@ -25,6 +26,7 @@ __all__ = [
     "in_strips",
     "is_hybrid",
     "load_adapter",
+    "load_clear",
     "read_adapter_config",
     "register",
     "restore_dense",
