@@ -378,6 +378,7 @@ def _relabel_in_pipelines(model: nn.Module) -> None:
     pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
     if pipelines is None:
         return
+    name = family_of(model).component
     for held in gc.get_objects():
-        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get("transformer")) is model:
-            held.transformer = vars(held)["transformer"]
+        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get(name)) is model:
+            setattr(held, name, vars(held)[name])
