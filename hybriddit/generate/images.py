@@ -117,6 +117,8 @@ def plan(
     **settings: Any,
 ) -> tuple[DiffusionPipeline, list[Task]]:
     """The pipeline that does the task, and what `generate` of these arguments makes, which raises what this raises."""
+    from ..models.family import denoiser
+
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
     )
