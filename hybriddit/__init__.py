@@ -13,6 +13,7 @@ _HOMES = {
     "in_strips": ".models",
     "save_adapter": ".models",
     "load_adapter": ".models",
+    "load_linfusion": ".models",
     "push_adapter": ".push",
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",

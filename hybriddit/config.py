@@ -14,6 +14,7 @@ LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
 ROTARY = ("model", "axial", "none")
 JOINS = ("gate", "joint")
+FULL = "full"  # a map_rank or delta_rank that is as large as the layer
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
 FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto", "join": "joint"}
 LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none", "join": "gate"}
@@ -40,8 +41,8 @@ class HybridConfig:
 
     window, stride, dilation: int or (rows, columns), in tokens; window=None: linear attention alone.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
-    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
-        the far branch takes the layer's own queries and keys.
+    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; "full": its
+        width; 0: no maps, the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
     mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
         "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none", join
@@ -65,17 +66,18 @@ class HybridConfig:
         part only where `window` is not None.
     strict_layers: True refuses a model that has an attention layer which no pattern of `layers` matches. The plans of
         `hybriddit analyze` name every layer and have it, so that a plan of another model is refused.
-    delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
+    delta_rank: rank of low-rank updates of the layer's projections; "full": updates of any rank, with a bias where the
+        projection has one, as large as the projections themselves; None: the projections stay the teacher's.
     """
 
     window: int | tuple[int, int] | None = 16
     stride: int | tuple[int, int] = 1
     dilation: int | tuple[int, int] = 1
     linear: bool = True
-    map_rank: int | None = None
+    map_rank: int | str | None = None
     gate: str = "token"
     layers: dict[str, str] = field(default_factory=dict)
-    delta_rank: int | None = None
+    delta_rank: int | str | None = None
     mixer: str = "linear"
     feature_map: str | None = None
     projection: int | None = None
@@ -92,12 +94,13 @@ class HybridConfig:
             value = getattr(self, name)
             if name != "window" or value is not None:
                 object.__setattr__(self, name, _checked_sides(name, value))
-        if self.delta_rank is not None and not _is_count(self.delta_rank):
-            raise ValueError(f"delta_rank must be a positive integer or None, not {self.delta_rank!r}")
-        for name in ("map_rank", "projection"):
+        if self.delta_rank not in (None, FULL) and not _is_count(self.delta_rank):
+            raise ValueError(f'delta_rank must be a positive integer, "full" or None, not {self.delta_rank!r}')
+        for name, words in (("map_rank", (None, FULL)), ("projection", (None,))):
             value = getattr(self, name)
-            if value is not None and not _is_count(value) and (value != 0 or value is False):
-                raise ValueError(f"{name} must be a positive integer, 0 for none, or None, not {value!r}")
+            if value not in words and not _is_count(value) and (value != 0 or value is False):
+                full = f', "{FULL}"' if FULL in words else ""
+                raise ValueError(f"{name} must be a positive integer, 0 for none{full}, or None, not {value!r}")
         for name in ("linear", "temperature", "center_keys", "strict_layers"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")

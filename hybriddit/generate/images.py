@@ -331,11 +331,11 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
     """
     from ..models.family import denoiser, family_of_class
 
-    unit = token_pixels(pipeline)
+    unit, taken = token_pixels(pipeline), inspect.signature(type(pipeline).__call__).parameters
     fitted = {}
     for index, side in enumerate(("width", "height")):
         fitted[side] = settings[side]
-        if fitted[side] is None and image is not None:
+        if fitted[side] is None and image is not None and side in taken:  # others take the image's own
             fitted[side] = image.size[index] // unit * unit
             if not fitted[side]:
                 raise ValueError(f"the image is {image.width} x {image.height}: this model needs {unit} pixels or more")

@@ -1,8 +1,9 @@
 """Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
 from .adapters import load_adapter, read_adapter_config, save_adapter
-from .families import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
+from .families import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3, STABLE_DIFFUSION_UNET
 from .family import families, family_of, is_hybrid, register
+from .linfusion import load_linfusion
 from .positions import scaled_positions
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
@@ -15,6 +16,7 @@ __all__ = [
     "PIXART_SIGMA",
     "QWEN_IMAGE",
     "STABLE_DIFFUSION_3",
+    "STABLE_DIFFUSION_UNET",
     "LowRankDelta",
     "SiTTransformer2DModel",
     "dense_mode",
@@ -24,6 +26,7 @@ __all__ = [
     "in_strips",
     "is_hybrid",
     "load_adapter",
+    "load_linfusion",
     "read_adapter_config",
     "register",
     "restore_dense",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
-from ..stored import ADAPTER_FILES, find_adapter, public_name
+from ..stored import ADAPTER_FILES, fetched, find_adapter, public_name
 from .family import family_of, is_hybrid, model_of
 from .identity import base_digest
 from .surgery import hybrid_family, hybridize, restore_dense
@@ -179,13 +178,4 @@ def _adapter_file(source: str, name: str) -> str:
     """The path of one of an adapter's files, fetched if `source` is not a folder but may be a hub repository."""
     if os.path.isdir(source):
         return str(find_adapter(Path(source)) / name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"no adapter folder {source}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    try:
-        return hf_hub_download(source, name)
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise FileNotFoundError(f"no folder {source}, and the hub gave no {name} for it: {reason}") from error
+    return fetched(source, name, "adapter folder")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
+from ..config import FULL
 
 
 class LowRankDelta(nn.Module):
@@ -26,6 +27,22 @@ class LowRankDelta(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.up(self.down(hidden_states))
+
+
+class FullDelta(nn.Linear):
+    """Update of one projection of any rank, zero at the start; with a bias where the projection has one."""
+
+    def __init__(self, projection: nn.Linear):
+        super().__init__(projection.in_features, projection.out_features, projection.bias is not None)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+def make_delta(projection: nn.Linear, rank: int | str) -> nn.Module:
+    """The update of a projection. rank: HybridConfig's delta_rank."""
+    if rank == FULL:
+        return FullDelta(projection)
+    return LowRankDelta(projection.in_features, projection.out_features, rank)
 
 
 def delta_name(projection: str) -> str:

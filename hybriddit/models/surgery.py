@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention, TokenLayout
-from ..config import HybridConfig
+from ..config import FULL, HybridConfig
 from .family import Family, Processors, family_of, is_hybrid
-from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
+from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, delta_name, make_delta
 from .wrapping import unwrapped
 
 NOT_IN_PARALLEL = (
@@ -225,7 +225,7 @@ def _hybrid_attention(
         window=config.window_of(name),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
-        map_rank=config.map_rank,
+        map_rank=shape.width if config.map_rank == FULL else config.map_rank,
         mixer=config.mixer,
         **config.mixer_settings,
         rotary=rotary,
@@ -238,8 +238,7 @@ def _hybrid_attention(
     if config.delta_rank is not None:
         for projection, module in projections.items():
             if projection not in idle:
-                delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
-                hybrid.deltas[delta_name(projection)] = delta
+                hybrid.deltas[delta_name(projection)] = make_delta(module, config.delta_rank)
     return hybrid.to(next(attn.parameters()).device).train(attn.training).cast(dtype)
 
 
