@@ -19,6 +19,7 @@ from typing import Any
 from . import __version__
 from .analyze.candidates import COSTS, WINDOWS
 from .benchmark.shapes import PARTS, VARIANTS
+from .generate.export import BENCHMARKS
 from .machine import OFFLOADS
 
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_generate,
         add_upscale,
         add_compare,
+        add_export,
         add_analyze,
         add_cache,
         add_sample,
@@ -576,6 +578,16 @@ def add_compare(commands) -> None:
         help="also the Fréchet distance of the two sets by these features: inception, or package.module:function of "
         "your own, uint8 [B, 3, H, W] to [B, F]",
     )
+    sub.add_argument("--lpips", action="store_true", help="also LPIPS (AlexNet), by the package lpips")
+    sub.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="also how alike CLIP finds the images, and how well each fits its prompt: folder or repository, such as "
+        "openai/clip-vit-large-patch14",
+    )
+    sub.add_argument(
+        "--dino", metavar="MODEL", help="also how alike DINO finds the images: such as facebook/dinov2-base"
+    )
     sub.add_argument(
         "--branches",
         action="store_true",
@@ -592,6 +604,32 @@ def compare(options: argparse.Namespace) -> None:
         print(json.dumps(report))
     elif not options.quiet:
         print(report_text(report, options.out))
+
+
+def add_export(commands) -> None:
+    sub = _add_command(
+        commands,
+        "export",
+        export,
+        "lay out generated images in the folders that GenEval, T2I-CompBench, HPSv2 or DPG-Bench read",
+        "geneval --prompts evaluation_metadata.jsonl --image outputs/image.png --out outputs/geneval",
+    )
+    sub.add_argument("benchmark", choices=BENCHMARKS)
+    sub.add_argument(
+        "--prompts", type=Path, required=True, help="the benchmark's file or folder, that the images were generated of"
+    )
+    sub.add_argument(
+        "--image", type=Path, required=True, help="what `generate --out` got: its numbered images are read"
+    )
+    sub.add_argument("--num-images", type=int, help="images per prompt (default: what the benchmark's authors ask for)")
+    sub.add_argument("--out", type=Path, required=True, help="folder, new or empty")
+
+
+def export(options: argparse.Namespace) -> None:
+    from .generate.export import run
+
+    counts = run(**_given(options))
+    print(f"{counts['images']} images of {counts['prompts']} prompts are in {options.out}")
 
 
 def add_analyze(commands) -> None:

@@ -14,7 +14,7 @@ LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
 ROTARY = ("model", "axial", "none")
 JOINS = ("gate", "joint")
-FULL = "full"  # a map_rank or delta_rank that is as large as the layer
+FULL = "full"  # in place of a rank
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
 FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto", "join": "joint"}
 LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none", "join": "gate"}
@@ -44,9 +44,9 @@ class HybridConfig:
     map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; "full": its
         width; 0: no maps, the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
-    mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
-        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none", join
-        "gate".
+    mixer: the far branch's attention over the whole image: "linear"; "blocks", "scan", "multiscale" or "pooled", after
+        other papers (the keys of `attention.mixers.MIXERS`); or "linfusion", which is "linear" with LinFusion's
+        settings: feature_map "elu", projection 0, rotary "none", join "gate".
     feature_map: the function phi of the mixer's queries and keys: "polynomial" (of degree 2, the default), "hedgehog"
         or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
     projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give
@@ -66,8 +66,8 @@ class HybridConfig:
         part only where `window` is not None.
     strict_layers: True refuses a model that has an attention layer which no pattern of `layers` matches. The plans of
         `hybriddit analyze` name every layer and have it, so that a plan of another model is refused.
-    delta_rank: rank of low-rank updates of the layer's projections; "full": updates of any rank, with a bias where the
-        projection has one, as large as the projections themselves; None: the projections stay the teacher's.
+    delta_rank: rank of low-rank updates of the layer's projections; "full": updates of their whole matrices and biases;
+        None: the projections stay the teacher's.
     """
 
     window: int | tuple[int, int] | None = 16
@@ -95,7 +95,7 @@ class HybridConfig:
             if name != "window" or value is not None:
                 object.__setattr__(self, name, _checked_sides(name, value))
         if self.delta_rank not in (None, FULL) and not _is_count(self.delta_rank):
-            raise ValueError(f'delta_rank must be a positive integer, "full" or None, not {self.delta_rank!r}')
+            raise ValueError(f'delta_rank must be a positive integer, "{FULL}" or None, not {self.delta_rank!r}')
         for name, words in (("map_rank", (None, FULL)), ("projection", (None,))):
             value = getattr(self, name)
             if value not in words and not _is_count(value) and (value != 0 or value is False):

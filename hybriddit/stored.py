@@ -41,24 +41,6 @@ def model_folders(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     return found
 
 
-def fetched(repository: str, name: str, what: str) -> str:
-    """The path of a file of a hub repository, fetched unless it is there.
-
-    what: what it was to be, for messages. Raises FileNotFoundError, in one line, where `repository` cannot be one, or the
-    hub gives no such file.
-    """
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
-        raise FileNotFoundError(f"no {what} {repository}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    try:
-        return hf_hub_download(repository, name)
-    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise FileNotFoundError(f"no folder {repository}, and the hub gave no {name} for it: {reason}") from error
-
-
 def variants_of(names: Iterable[str]) -> set[str | None]:
     """The variants of weights, such as "fp16", among the names of one component's files; None: those without a name."""
     matches = (WEIGHTS.fullmatch(name) for name in names)

@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
-        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter load_linfusion "
+        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter load_linfusion HeldAdapters "
         "push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridUNet2DConditionModel "

@@ -14,26 +14,40 @@ TABLES = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def read_prompts(prompts: str | Path | Sequence[str], *, says: bool = False) -> list[str]:
-    """Read prompts from a list or from a file, in UTF-8; blank ones are left out, and so are null ones of a table.
+    """Read prompts from a list, a file or a folder of files, in UTF-8; blank ones and a table's null ones are left out.
 
     says: print how many rows of a table are left out.
 
     A file ending in .txt, or in nothing, holds one prompt a line. A .jsonl, .json (a list), .csv or .tsv holds one a
     row, in the first of its columns "prompt", "text" and "caption", in upper or lower case, that is not null or blank;
-    in JSON a row may also be the prompt.
+    in JSON a row may also be the prompt. Of a folder, these files are read in the order of their names, see `prompt_files`.
 
     Raises FileNotFoundError where there is no such file, and ValueError for another ending, where something is no text,
     and where no prompt is left.
     """
     name = "data.prompts"
     if isinstance(prompts, (str, Path)):
-        name, prompts = str(prompts), _read_file(Path(prompts), says)
+        name, files = str(prompts), prompt_files(Path(prompts))
+        prompts = [prompt for file in files for prompt in _read_file(file, says)]
     else:
         prompts = [check_text(prompt, f"prompt {i}", name) for i, prompt in enumerate(prompts, 1)]
     prompts = [prompt.strip(SPACES) for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError(f"{name} holds no prompt")
     return prompts
+
+
+def prompt_files(path: Path) -> list[Path]:
+    """The file of prompts itself, or those of a folder in the order of their names: .txt, .jsonl, .json, .csv, .tsv.
+
+    Raises FileNotFoundError for a folder without any.
+    """
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in (".txt", *TABLES) and file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"no prompt file in {path}: it holds none that ends in .txt, {', '.join(TABLES)}")
+    return files
 
 
 def few_prompts(prompts: int, images: int) -> str | None:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 UNUSED = 1e-4  # below this change of its output, a layer does without a branch
 SHOWN = 12  # columns of the contact sheet
 COLUMNS = ("image", "prompt", "seed", "psnr", "ssim", "teacher_seconds", "hybrid_seconds")
+FIGURES = {  # of `metrics.perceptual`, in words
+    "lpips": "LPIPS to the teacher",
+    "clip_image": "CLIP-I to the teacher",
+    "clip_text": "CLIP-T of the hybrid",
+    "clip_text_teacher": "CLIP-T of the teacher",
+    "dino": "DINO to the teacher",
+}
 ALONE = {"near": "near alone", "far": "far alone"}  # columns and folders of images with one branch
 
 
@@ -38,6 +45,9 @@ def run(
     adapter: str | None = None,
     any_base: bool = False,
     features: str | None = None,
+    lpips: bool = False,
+    clip: str | None = None,
+    dino: str | None = None,
     branches: bool = False,
     variant: str | None = None,
     config: str | None = None,
@@ -55,10 +65,11 @@ def run(
     returned.
 
     model, adapter: a dense pipeline with an adapter, or a hybrid pipeline alone. features: also the Fréchet distance of
-    the two sets by these features, see `metrics.features.load_features`; it is small only for large sets. branches:
-    also make every image with one branch of the hybrid's layers alone, the near and the far one, and measure, on the
-    first image, how much each layer's output changes without either (see `models.branches`). The other arguments are those of `generate.run`. Raises ValueError or OSError, in one line, as far as possible before the
-    model is loaded.
+    the two sets by these features, see `metrics.features.load_features`; it is small only for large sets. lpips, clip,
+    dino: further measures of every pair, see `metrics.perceptual.load_perceptual`. branches: also make every image with
+    one branch of the hybrid's layers alone, the near and the far one, and measure, on the first image, how much each
+    layer's output changes without either (see `models.branches`). The other arguments are those of `generate.run`. Raises
+    ValueError or OSError, in one line, as far as possible before the model is loaded.
     """
     from ..data.prompts import read_prompts
 
@@ -75,15 +86,17 @@ def run(
         from ..metrics import frechet_distance_of
         from ..metrics.features import load_features
         from ..metrics.nearness import nearness
+        from ..metrics.perceptual import load_perceptual
         from ..models import dense_mode
         from ..models.branches import branch_changes, hybrid_layers, one_branch
         from ..models.family import denoiser
         from ..pipelines.loading import find_base, silence_libraries
 
         nearness(*[np.zeros((8, 8, 3), np.uint8)] * 2)  # a missing package is told before all else
-        extractor = load_features(features, where, "--features") if features else None
         if quiet:
             silence_libraries()
+        extractor = load_features(features, where, "--features") if features else None
+        measures = load_perceptual(where, lpips=lpips, clip=clip, dino=dino)
         if adapter is None and not find_base(model, variant=variant, config=config).is_hybrid:
             raise ValueError(f"{model} is dense: give the --adapter of a hybrid to compare it with")
         source = {"model": model, "adapter": adapter, "variant": variant, "config": config}
@@ -109,6 +122,9 @@ def run(
             psnr, ssim = nearness(images["hybrid"], images["teacher"])
             values = (number, task.record["prompt"], task.seed, round(psnr, 3), round(ssim, 4))
             row = dict(zip(COLUMNS, (*values, seconds["teacher"], seconds["hybrid"]), strict=True))
+            for measure in measures:
+                found = measure(images["hybrid"], images["teacher"], task.record["prompt"])
+                row |= {name: round(value, 4) for name, value in found.items()}
             for branch, name in ALONE.items() if branches else ():
                 row[f"{branch}_alone_psnr"] = round(nearness(images[name], images["teacher"])[0], 3)
             rows.append(row)
@@ -138,6 +154,7 @@ def run(
             with torch.no_grad():
                 distance = frechet_distance_of(*sets, extractor, progress=not quiet)
             report["features"] = {"name": features, "frechet_distance": distance}
+        report |= {"lpips_network": "alex" if lpips else None, "clip_model": clip, "dino_model": dino}
         made_by = {key: value for key, value in tasks[0].record.items() if key not in ("prompt", "seed")}
         report |= {**source, "prompts": str(prompts), "seed": seed, "num_images": num_images, **made_by}
         report["device"] = gpu_name(where) or where.type
@@ -147,10 +164,10 @@ def run(
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of all images: means and extremes of PSNR and SSIM, and the median seconds of an image."""
+    """The figures of all images: means and extremes of PSNR, SSIM and the like, and the median seconds of an image."""
     figures: dict[str, Any] = {"images": len(rows)}
-    alone = [name for name in rows[0] if name.endswith("_alone_psnr")]
-    for name, digits in (("psnr", 3), ("ssim", 4), *((name, 3) for name in alone)):
+    for name in (name for name in rows[0] if name in ("psnr", "ssim", *FIGURES) or name.endswith("_alone_psnr")):
+        digits = 3 if name.endswith("psnr") else 4
         values = [row[name] for row in rows]
         figures[name] = {"mean": round(float(np.mean(values)), digits), "lowest": min(values), "highest": max(values)}
     names = ("teacher", "hybrid")
@@ -168,6 +185,9 @@ def report_text(report: dict[str, Any], out: Path) -> str:
         f"seconds per image     {seconds['hybrid']:g} hybrid, {seconds['teacher']:g} teacher "
         f"(median, {report['device']})",
     ]
+    for name, about in FIGURES.items():
+        if name in report:
+            lines.append("{:21} {mean:.3f}, from {lowest:.3f} to {highest:.3f}".format(about, **report[name]))
     for branch in ALONE if report["layers"] else ():
         figures = report[f"{branch}_alone_psnr"]
         lines.append(
@@ -194,7 +214,8 @@ def write_page(path: Path, report: dict[str, Any], rows: list[dict[str, Any]], c
     text = "".join(f"<p>{escape(line)}</p>\n" for line in report_text(report, path.parent).splitlines()[:-1])
     pairs = []
     for row in sorted(rows, key=lambda row: row["psnr"]):
-        figures = {"teacher": "", "hybrid": f" {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}"}
+        more = "".join(f", {name.replace('_', ' ')} {row[name]:.3f}" for name in FIGURES if name in row)
+        figures = {"teacher": "", "hybrid": f" {row['psnr']:.2f} dB, SSIM {row['ssim']:.3f}{more}"}
         cells = []
         for name in columns:
             if name not in figures:

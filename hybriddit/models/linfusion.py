@@ -19,7 +19,8 @@ from torch import nn
 
 from ..config import FULL, HybridConfig
 from ..files import read_json, read_tensors
-from ..stored import PICKLED, fetched
+from ..stored import PICKLED
+from .adapters import hub_file
 from .family import family_of, is_hybrid, model_of
 from .processing import delta_name
 from .surgery import hybridize
@@ -101,9 +102,9 @@ def _find(source: str) -> tuple[Path, Path | None]:
     elif path.is_file():
         file, config = path, path.with_name(CONFIG)
     else:
-        file, config = Path(fetched(source, WEIGHTS, "LinFusion file")), None
+        file, config = Path(hub_file(source, WEIGHTS, "LinFusion file")), None
         try:
-            config = Path(fetched(source, CONFIG, "LinFusion file"))
+            config = Path(hub_file(source, CONFIG, "LinFusion file"))
         except FileNotFoundError:
             return file, None
     # a config of another model may lie beside a single file

@@ -1,4 +1,4 @@
-"""Helpers of all families' attention processors: projections with low-rank updates, far inputs, the token layout."""
+"""Helpers of all families' attention processors: projections with updates, far inputs, the token layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
-from ..config import FULL
 
 
 class LowRankDelta(nn.Module):
@@ -30,19 +29,12 @@ class LowRankDelta(nn.Module):
 
 
 class FullDelta(nn.Linear):
-    """Update of one projection of any rank, zero at the start; with a bias where the projection has one."""
+    """Update of one projection's whole matrix and bias, zero at the start."""
 
-    def __init__(self, projection: nn.Linear):
-        super().__init__(projection.in_features, projection.out_features, projection.bias is not None)
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features, bias)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-
-
-def make_delta(projection: nn.Linear, rank: int | str) -> nn.Module:
-    """The update of a projection. rank: HybridConfig's delta_rank."""
-    if rank == FULL:
-        return FullDelta(projection)
-    return LowRankDelta(projection.in_features, projection.out_features, rank)
 
 
 def delta_name(projection: str) -> str:
@@ -51,7 +43,7 @@ def delta_name(projection: str) -> str:
 
 
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply one projection of the layer, as a module so that LoRA works, and add its low-rank update if it has one."""
+    """Apply one projection of the layer, as a module so that LoRA works, and add its update if it has one."""
     out = attn.get_submodule(name)(hidden_states)
     deltas = attn.hybrid.deltas
     key = delta_name(name)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attention import HybridAttention, TokenLayout
 from ..config import FULL, HybridConfig
 from .family import Family, Processors, family_of, is_hybrid
-from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, delta_name, make_delta
+from .processing import CheckpointWithKwargs, CheckpointWithLayout, FullDelta, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
 
 NOT_IN_PARALLEL = (
@@ -238,7 +238,10 @@ def _hybrid_attention(
     if config.delta_rank is not None:
         for projection, module in projections.items():
             if projection not in idle:
-                hybrid.deltas[delta_name(projection)] = make_delta(module, config.delta_rank)
+                sides = module.in_features, module.out_features
+                full = config.delta_rank == FULL
+                delta = FullDelta(*sides, module.bias is not None) if full else LowRankDelta(*sides, config.delta_rank)
+                hybrid.deltas[delta_name(projection)] = delta
     return hybrid.to(next(attn.parameters()).device).train(attn.training).cast(dtype)
 
 
