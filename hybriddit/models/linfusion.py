@@ -154,9 +154,10 @@ def _updates(attn: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     """What is added to the layer's projections, which makes them the file's."""
     found = {}
     for projection in PROJECTIONS:
-        for kind, own in attn.get_submodule(projection).named_parameters():
-            update = tensors[f"{projection}.{kind}"].to(own.device) - own.detach()
-            found[f"deltas.{delta_name(projection)}.{kind}"] = update
+        for kind in ("weight", "bias"):
+            if (key := f"{projection}.{kind}") in tensors:
+                own = attn.get_parameter(key).detach()
+                found[f"deltas.{delta_name(projection)}.{kind}"] = tensors[key].to(own.device) - own
     return found
 
 

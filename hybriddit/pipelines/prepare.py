@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 
 from ..models.family import component_of, denoiser
 from .loading import check_whole
+
+LORA = r"\.lora[._]"  # behind a layer's name, in keys of diffusers' files; with a point in older ones
 
 
 def check_lora_loader(kind: type[DiffusionPipeline]) -> None:
@@ -48,7 +51,7 @@ def _check_modules(pipeline: DiffusionPipeline, tensors: dict[str, torch.Tensor]
 
     Of the text encoders only that they are there: their layers have other names in some versions of transformers.
     """
-    targets = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    targets = {re.split(LORA, key)[0] for key in tensors if re.search(LORA, key)}
     if not targets:
         raise ValueError("it holds no LoRA")
     layers = {f"{component_of(type(pipeline))}.{name}" for name, _ in denoiser(pipeline).named_modules()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_models import make_inputs, run, unet
 
@@ -130,6 +131,16 @@ def test_its_config_says_which_layer_has_which_number(tmp_path, model):
     torch.testing.assert_close(run(model, make_inputs(model, GRID)), expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="hybrid already"):
         hybriddit.load_linfusion(pipeline, folder)
+
+
+def test_a_lora_stays_beside_it(tmp_path, model):
+    tensors, inputs = published(model), make_inputs(model, GRID)
+    expected = by_formula(model, tensors, inputs)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    hybriddit.load_linfusion(model, write(tensors, tmp_path / "file"))
+    assert (run(model, inputs) - expected).abs().max() > 1e-4
+    model.disable_adapters()
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-9, atol=1e-9)
 
 
 def _without(key):
