@@ -15,7 +15,7 @@ from ..config import FULL, HybridConfig
 from ..files import read_tensors
 from ..stored import PICKLED
 from .adapters import check_fit, hub_file
-from .family import Family, family_of
+from .family import Family, family_of, model_of
 from .processing import delta_name
 from .surgery import hybridize, restore_dense
 from .wrapping import plain_state, unwrapped
@@ -41,7 +41,7 @@ def load_clear(model_or_pipeline: Any, source: str | os.PathLike, *, window: int
     Returns model_or_pipeline. Raises FileNotFoundError where there is no such file, and ValueError for one that is
     pickled, damaged, or does not fit these settings or the model, and as `hybridize`; the model is then as it was.
     """
-    model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+    model = unwrapped(model_of(model_or_pipeline))
     family = family_of(model)
     if family.dense_class is not FluxTransformer2DModel:
         raise ValueError(f"CLEAR's files are for a {FluxTransformer2DModel.__name__}, not for a {type(model).__name__}")
