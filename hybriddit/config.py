@@ -51,8 +51,8 @@ class HybridConfig:
         mixer "pooled" is a far branch, which the gate joins). The cost grows with the square of the image's tokens,
         divided by side². None: no pooled keys.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
-    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
-        the far branch takes the layer's own queries and keys.
+    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; "full": its
+        width; 0: no maps, the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
     mixer: the far branch's attention over the whole image: "linear"; "blocks", "scan", "multiscale" or "pooled", after
         other papers (the keys of `attention.mixers.MIXERS`); or "linfusion", which is "linear" with LinFusion's
@@ -85,7 +85,7 @@ class HybridConfig:
     stride: int | tuple[int, int] = 1
     dilation: int | tuple[int, int] = 1
     linear: bool = True
-    map_rank: int | None = None
+    map_rank: int | str | None = None
     gate: str = "token"
     layers: dict[str, str] = field(default_factory=dict)
     delta_rank: int | str | None = None
@@ -113,10 +113,11 @@ class HybridConfig:
         self._check_delta_projections()
         if self.pooled_keys is not None and (not _is_count(self.pooled_keys) or self.pooled_keys < 2):
             raise ValueError(f"pooled_keys must be an integer of 2 or more, or None, not {self.pooled_keys!r}")
-        for name in ("map_rank", "projection"):
+        for name, words in (("map_rank", (None, FULL)), ("projection", (None,))):
             value = getattr(self, name)
-            if value is not None and not _is_count(value) and (value != 0 or value is False):
-                raise ValueError(f"{name} must be a positive integer, 0 for none, or None, not {value!r}")
+            if value not in words and not _is_count(value) and (value != 0 or value is False):
+                full = f', "{FULL}"' if FULL in words else ""
+                raise ValueError(f"{name} must be a positive integer, 0 for none{full}, or None, not {value!r}")
         for name in ("linear", "temperature", "center_keys", "strict_layers"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")

@@ -10,13 +10,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
-        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter load_clear HeldAdapters "
+        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter load_clear load_linfusion "
+        "HeldAdapters "
         "push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
-        "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel "
+        "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridUNet2DConditionModel "
         "SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline "
-        "HybridQwenImagePipeline"
+        "HybridQwenImagePipeline HybridStableDiffusionPipeline HybridStableDiffusionXLPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.flow": (

@@ -17,7 +17,7 @@ from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
 from ..stored import ADAPTER_FILES, find_adapter, public_name
-from .family import family_of, is_hybrid
+from .family import family_of, is_hybrid, model_of
 from .identity import base_digest
 from .surgery import hybrid_family, hybridize, restore_dense
 from .wrapping import plain_state, unwrapped
@@ -71,7 +71,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits another model; the
     model is then as it was.
     """
-    model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+    model = unwrapped(model_of(model_or_pipeline))
     _apply(model, _read(model, str(folder_or_repo_id)), check_base)
     return model_or_pipeline
 
@@ -92,7 +92,7 @@ class HeldAdapters:
     """
 
     def __init__(self, model_or_pipeline: Any):
-        self._model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+        self._model = unwrapped(model_of(model_or_pipeline))
         if is_hybrid(self._model):
             raise ValueError("the model is hybrid already: give the dense one (restore_dense), and add its adapter")
         family_of(self._model)

@@ -48,6 +48,8 @@ def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterat
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("diffusers' caches keep what blocks gave for the whole image: disable_cache() first")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}
+    if family.skip_connections:
+        raise ValueError(f"the blocks of {family.name} cannot run in strips: they hold convolutions of the whole image")
     forwards: dict[nn.Module, Any] = {}
     with contextlib.ExitStack() as undo:
         for block in transformer_blocks(model):

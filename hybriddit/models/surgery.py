@@ -239,7 +239,7 @@ def _hybrid_attention(
         dilation=config.pair("dilation"),
         window_shape=config.window_shape,
         pooled_keys=config.pooled_keys,
-        map_rank=config.map_rank,
+        map_rank=shape.width if config.map_rank == FULL else config.map_rank,
         mixer=config.mixer,
         **config.mixer_settings,
         rotary=rotary,
@@ -393,6 +393,7 @@ def _relabel_in_pipelines(model: nn.Module) -> None:
     pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
     if pipelines is None:
         return
+    name = family_of(model).component
     for held in gc.get_objects():
-        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get("transformer")) is model:
-            held.transformer = vars(held)["transformer"]
+        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get(name)) is model:
+            setattr(held, name, vars(held)[name])
