@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..attention.window import seen_pairs
 from ..attention.work import Work, attention_work, softmax_flops
 
 BLOCK = 128  # FlexAttention's block size
@@ -66,14 +67,7 @@ def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def circular_pairs(grid: tuple[int, int], radius: int) -> int:
     """Number of pairs of image tokens at a distance below the radius."""
-    height, width = grid
-    reach = range(1 - radius, radius)
-    return sum(
-        max(height - abs(y), 0) * max(width - abs(x), 0)
-        for y in reach
-        for x in reach
-        if x * x + y * y < radius * radius
-    )
+    return seen_pairs(grid, (radius, radius), (1, 1), circle=True)
 
 
 def circular_work(grid: tuple[int, int], text: int, radius: int, width: int, element_size: int) -> dict[str, Work]:
