@@ -150,7 +150,7 @@ def sample(
     family = family_of(pipeline.transformer)
     arguments = family.sampling_arguments(text, empty, len(seeds))
     arguments[family.guidance_argument] = info.guidance_scale
-    return pipeline(
+    images = pipeline(
         **arguments,
         height=info.height,
         width=info.width,
@@ -158,3 +158,4 @@ def sample(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type=output_type,
     ).images
+    return family.sampled_latents(pipeline.vae, images) if output_type == "latent" else images
