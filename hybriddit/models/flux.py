@@ -26,7 +26,6 @@ from .positions import rotary_tables
 from .processing import check_call, far_inputs, project
 from .recipe import Recipe, few_steps, shifted_logit_normal
 
-
 Rotate = Callable[[torch.Tensor], torch.Tensor]
 
 
