@@ -12,6 +12,7 @@ _HOMES = {
     "dense_mode": ".models",
     "in_strips": ".models",
     "save_adapter": ".models",
+    "HeldAdapters": ".models",
     "load_adapter": ".models",
     "push_adapter": ".push",
     "SiTTransformer2DModel": ".models",

@@ -43,9 +43,9 @@ class HybridConfig:
     map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
         the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
-    mixer: the far branch's attention over the whole image: "linear", or another key of `attention.mixers.MIXERS`; or
-        "linfusion", which is "linear" with LinFusion's settings: feature_map "elu", projection 0, rotary "none", join
-        "gate".
+    mixer: the far branch's attention over the whole image: "linear"; "blocks", "scan", "multiscale" or "pooled", after
+        other papers (the keys of `attention.mixers.MIXERS`); or "linfusion", which is "linear" with LinFusion's
+        settings: feature_map "elu", projection 0, rotary "none", join "gate".
     feature_map: the function phi of the mixer's queries and keys: "polynomial" (of degree 2, the default), "hedgehog"
         or "elu". It and the mixer are checked when a model is converted (`attention.mixers`).
     projection: channels m of the learned projection [heads, D, m] before phi, up to 128; 0: none; None: as many as give

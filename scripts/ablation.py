@@ -72,6 +72,11 @@ ROWS: dict[str, list[str]] = {
     "no maps, m = 8": ["hybrid.map_rank=0", "hybrid.projection=8"],
     "maps of rank 6": ["hybrid.map_rank=6"],
     "maps of rank 12": ["hybrid.map_rank=12"],
+    # other papers' far branches
+    "block states": ["hybrid.mixer=blocks"],
+    "multi-scale": ["hybrid.mixer=multiscale"],
+    "pooled keys": ["hybrid.mixer=pooled"],
+    "scans": ["hybrid.mixer=scan"],
     # smaller parts
     "temperature": ["hybrid.temperature=true"],
     "keys centred": ["hybrid.center_keys=true"],

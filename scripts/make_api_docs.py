@@ -10,7 +10,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
-        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter push_adapter load_config "
+        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter HeldAdapters push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel "
         "SiTTransformer2DModel SiTPipeline "

@@ -64,7 +64,7 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
 def latents_of(family, vae, pixels, packed=True):
     """The transformer's latents of images [B, 3, height, width] in [-1, 1]; not packed: as the VAE has their channels."""
     if family.startswith("flux2"):  # normalised once they are packed, if they are
-        latents = vae.encode(pixels).latent_dist.mean
+        latents = vae.encode(pixels).latent_dist.mean.clone()
         mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         if not packed:
             return latents

@@ -44,6 +44,10 @@ def test_every_family_has_a_config():
         "pixart_sigma_1024",
         "chroma",
         "qwen_image",
+        "flux2_dev",
+        "flux2_klein",
+        "flux2_klein_9b",
+        "flux2_klein_base",
         "demo",
         "demo_sd3",
     } <= {path.stem for path in SHIPPED}
@@ -67,6 +71,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
         "sd3_medium": "sd3",
         "sd35_medium": "sd35",
         "sd35_large": "sd35",
+        "flux2_klein_9b": "flux2_klein",
         "demo": "flux_schnell",
         "demo_sd3": "sd35",
     }.get(path.stem)

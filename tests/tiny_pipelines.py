@@ -46,7 +46,17 @@ from hybriddit import HybridConfig, hybridize
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models import family_of
 
-FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma", "qwen_image", "flux2_dev", "flux2_klein_base")
+FAMILIES = (
+    "pixart_sigma",
+    "sd3",
+    "sd35",
+    "flux_dev",
+    "flux_schnell",
+    "chroma",
+    "qwen_image",
+    "flux2_dev",
+    "flux2_klein_base",
+)
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6

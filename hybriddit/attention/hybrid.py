@@ -247,7 +247,7 @@ class HybridAttention(nn.Module):
             seen = None
             if text_mask is not None:
                 seen = token_layout.join(text_mask, text_mask.new_ones(len(text_mask), token_layout.image_length))
-            image = self.far(far_query, keys, value, key_mask=seen)
+            image = self.far(far_query, keys, value, key_mask=seen, layout=token_layout)
         else:
             images = image_query, image_key, image_value
             settings = self.near_settings(scale, text_key, text_value, text_mask)
@@ -255,7 +255,7 @@ class HybridAttention(nn.Module):
                 image = attention_over_grids(*images, grids, **settings)
             else:
                 gate = self.gate if gate is None else gate
-                image = self._joined(images, grids, settings, far_query, far_key, gate)
+                image = self._joined(images, token_layout._replace(text_length=0), settings, far_query, far_key, gate)
         if self.value_conv is not None:
             image = image + self.value_conv(image_value, grids)
         if token_layout.text_length == 0:
@@ -299,12 +299,12 @@ class HybridAttention(nn.Module):
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
-    def _joined(self, images, grids, settings, far_query, far_key, gate):
-        """Near and far, [B, N, heads, D], as `join` says; the first three are the arguments of `attention_over_grids`."""
-        value, joint, lse = images[2], self.join == "joint", None
+    def _joined(self, images, layout, settings, far_query, far_key, gate):
+        """Near and far, [B, N, heads, D], as `join` says. images: query, key and value; layout: of the image alone."""
+        value, joint, lse, grids = images[2], self.join == "joint", None, layout.grids
         sums = None
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
-            sums = self.far(far_query, far_key, value, only_sums=True)
+            sums = self.far(far_query, far_key, value, only_sums=True, layout=layout)
         if sums is not None:
             images = (tokens.unflatten(1, grids[0]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
@@ -312,7 +312,7 @@ class HybridAttention(nn.Module):
         if joint:
             near, lse = near
         gate, lse = self.opened(gate, lse)
-        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse)
+        return self.far(far_query, far_key, value, near=near, gate=gate, joint=joint, lse=lse, layout=layout)
 
     def opened(self, gate: torch.Tensor, lse: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gate, wide open for the images of `far_only`, and near's log-sum-exp where the gate still needs it."""

@@ -1,6 +1,6 @@
 """Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
-from .adapters import load_adapter, read_adapter_config, save_adapter
+from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
 from .families import CHROMA, FLUX, FLUX_2, FLUX_2_KLEIN, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
 from .family import families, family_of, is_hybrid, register
 from .positions import scaled_positions
@@ -10,6 +10,7 @@ from .strips import in_strips
 from .surgery import dense_mode, hybridize, restore_dense
 
 __all__ = [
+    "HeldAdapters",
     "CHROMA",
     "FLUX",
     "FLUX_2",

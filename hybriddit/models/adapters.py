@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,17 +72,91 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     model is then as it was.
     """
     model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+    _apply(model, _read(model, str(folder_or_repo_id)), check_base)
+    return model_or_pipeline
+
+
+class HeldAdapters:
+    """Several adapters of one transformer, read once and held in memory, of which one at a time is in use.
+
+        adapters = HeldAdapters(pipeline)
+        adapters.add("wide", "outputs/window-16")
+        adapters.add("fast", "outputs/window-8")  # which is in use now
+        adapters.use("wide")
+        adapters.use(None)  # the dense model
+
+    names: of those that are held, in the order they came. active: the name of the one in use, None for the dense model.
+    The adapters may differ in every setting. They are held as they were read: training does not change them.
+
+    Raises ValueError for a model that is hybrid by something else.
+    """
+
+    def __init__(self, model_or_pipeline: Any):
+        self._model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+        if is_hybrid(self._model):
+            raise ValueError("the model is hybrid already: give the dense one (restore_dense), and add its adapter")
+        family_of(self._model)
+        self._held: dict[str, _Read] = {}
+        self.active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._held)
+
+    def add(self, name: str, folder_or_repo_id: str | os.PathLike, *, check_base: bool = True) -> None:
+        """Read an adapter and use it; one that is held under this name goes. Arguments and errors are `load_adapter`'s.
+
+        After an error the model is as it was.
+        """
+        read = _read(self._model, str(folder_or_repo_id))
+        before = self.active
+        self.use(None)
+        try:
+            _apply(self._model, read, check_base)
+        except ValueError:
+            self.use(before)
+            raise
+        self._held[name], self.active = read, name
+
+    def use(self, name: str | None) -> None:
+        """Switch to a held adapter, or with None to the dense model. Raises ValueError for an unknown name."""
+        if name is not None and name not in self._held:
+            raise ValueError(f"no adapter {name!r} is held, only {', '.join(self._held) or 'none'}: add it first")
+        if name == self.active:
+            return
+        same = None not in (name, self.active) and self._held[name].config == self._held[self.active].config
+        if self.active is not None and not same:
+            restore_dense(self._model)
+        if name is not None:
+            _apply(self._model, self._held[name], check_base=False)
+        self.active = name
+
+
+class _Read(NamedTuple):
+    """An adapter that was read: where from, its config, what it tells of its base, and its weights."""
+
+    source: str
+    config: HybridConfig
+    base: Mapping[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def _read(model: nn.Module, source: str) -> _Read:
+    """Read an adapter for a model of its class. Raises as `load_adapter` does."""
     family = family_of(model)
-    source = str(folder_or_repo_id)
     config, base_class, base = _read_config(source)
     if base_class != family.dense_class.__name__:
         raise ValueError(f"the adapter in {source} is for {base_class}, the model is a {family.dense_class.__name__}")
     weights_path = _adapter_file(source, WEIGHTS_NAME)
     try:
-        weights = read_tensors(weights_path)
+        return _Read(source, config, base, read_tensors(weights_path))
     except ValueError as error:
         raise ValueError(f"{error}: save or fetch it anew") from error
 
+
+def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
+    """Put an adapter's weights into a model, which is converted if it is dense. Raises as `load_adapter` does."""
+    source, config, base, weights = adapter
     was_hybrid = is_hybrid(model)
     if not was_hybrid:
         hybridize(model, config)
@@ -100,7 +174,6 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    return model_or_pipeline
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
@@ -112,7 +185,7 @@ def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
         warnings.warn(
             f"whether the model is {name}, which the adapter in {source} was made from, cannot be told: its weights "
             "are neither float32 nor bfloat16",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif found != base["weights"]:
         raise ValueError(

@@ -124,8 +124,16 @@ def sampled_few_steps(count: int, tokens: int, scheduler: Any, generator: torch.
 HybridFlux2Transformer2DModel = hybrid_class(Flux2Transformer2DModel)
 MISTRAL_SMALL = 24_011_361_280  # with its eyes
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
-KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
-KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+KLEIN_4B, KLEIN_9B = (
+    {
+        "num_layers": double,
+        "num_single_layers": single,
+        "num_attention_heads": heads,
+        "joint_attention_dim": text,
+        "guidance_embeds": False,
+    }
+    for double, single, heads, text in ((5, 20, 24, 7680), (8, 24, 32, 12288))
+)
 
 
 class Flux2(Flux):
@@ -250,14 +258,9 @@ class Flux2Klein(Flux2):
         "flux2_klein_base": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),
     }
     published = {
-        "black-forest-labs/FLUX.2-klein-4B": Published(KLEIN_4B | {"guidance_embeds": False}, text_parameters=QWEN3_4B),
-        "black-forest-labs/FLUX.2-klein-9B": Published(KLEIN_9B | {"guidance_embeds": False}, text_parameters=QWEN3_8B),
-        "black-forest-labs/FLUX.2-klein-base-4B": Published(
-            KLEIN_4B | {"guidance_embeds": False}, text_parameters=QWEN3_4B
-        ),
-        "black-forest-labs/FLUX.2-klein-base-9B": Published(
-            KLEIN_9B | {"guidance_embeds": False}, text_parameters=QWEN3_8B
-        ),
+        "black-forest-labs/FLUX.2-klein-4B": Published(KLEIN_4B, text_parameters=QWEN3_4B),
+        "black-forest-labs/FLUX.2-klein-9B": Published(KLEIN_9B, text_parameters=QWEN3_8B),
+        "black-forest-labs/FLUX.2-klein-base-4B": Published(KLEIN_4B, text_parameters=QWEN3_4B),
     }
 
     def serves(self, config: Mapping[str, Any]) -> bool:

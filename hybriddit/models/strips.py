@@ -30,8 +30,8 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
     with reference images.
 
     Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far
-    branch's sums over strips do not add up to those over the image: with centred keys, and with feature maps that the
-    backends lack; and, when the model runs, with gradients on.
+    branch's sums over strips do not add up to those over the image: with centred keys, feature maps that the backends
+    lack, and mixers of whole images; and, when the model runs, with gradients on.
     """
     with shown_strips(model, rows):
         yield model
@@ -72,7 +72,8 @@ def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Modul
         if layer.far is not None and not getattr(layer.far, "sums_add_up", False):
             raise ValueError(
                 f"{names[layer]}: the sums of its far branch over strips do not add up to those over the image "
-                "(centred keys, or a feature map without kernels): such a model sees the whole image at once"
+                "(centred keys, a feature map without kernels, or a mixer of whole images): such a model sees the whole image at "
+                "once"
             )
 
 

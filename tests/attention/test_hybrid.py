@@ -413,7 +413,9 @@ def test_another_mixer_is_a_row(monkeypatch):
         def __init__(self, heads, head_dim, **settings):
             super().__init__()
 
-        def forward(self, query, key, value, *, near=None, gate=None, key_mask=None, joint=False, lse=None):
+        def forward(
+            self, query, key, value, *, near=None, gate=None, key_mask=None, joint=False, lse=None, layout=None
+        ):
             return near + gate * (value.mean(1, keepdim=True) - near)
 
         def flops(self, queries, keys):

@@ -306,7 +306,7 @@ def test_frequencies_against_diffusers_and_by_hand():
         ("chroma", "dominant"),
         ("qwen_image", "interpolated"),
         ("sd3", "interpolated"),
-        ("flux2_dev", "ntk"),
+        ("flux2_dev", "yarn"),
     ],
 )
 def test_positions_change_larger_images_alone(kind, positions):

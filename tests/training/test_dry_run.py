@@ -183,6 +183,9 @@ def test_activations_grow_with_what_is_kept(family, config_of):
         ("black-forest-labs/FLUX.1-schnell", 11.89, None),
         ("lodestones/Chroma1-HD", 8.90, None),
         ("Qwen/Qwen-Image", 20.43, None),
+        ("black-forest-labs/FLUX.2-dev", 32.22, None),
+        ("black-forest-labs/FLUX.2-klein-4B", 3.876, None),
+        ("black-forest-labs/FLUX.2-klein-9B", 9.079, None),
     ],
 )
 def test_the_known_models_have_their_published_size(repository, billions, with_positions):

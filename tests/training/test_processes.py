@@ -1,16 +1,21 @@
 """How a run may be distributed: what the loop does not support is refused in one line, before anything is read."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny_pipelines import tiny_pipeline
 
 from hybriddit.cli import main
 from hybriddit.training import distill, loop, train_sit
 from hybriddit.training.processes import check_launcher
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "distill": "{job: distill, model: {path: /nowhere}, data: {prompts: [a shoe]}, output: {folder: FOLDER}}",
     "train": "{job: train, data: {path: /nowhere}, output: {folder: FOLDER}}",
@@ -67,6 +72,34 @@ def test_what_the_launcher_is_given_and_the_loop_does_not_do_is_refused_before_a
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     refused(arguments, message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("ddp", ["--multi_gpu"]),
+        ("fsdp2", ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]),
+    ],
+)
+def test_configs_of_accelerate_say_what_the_flags_say(name, flags, monkeypatch):
+    """By accelerate's own parser; and the loop takes it."""
+
+    def environment(*words):
+        arguments = launch.launch_command_parser().parse_args([*words, "train/distill.py"])
+        arguments, *_ = launch._validate_launch_command(arguments)
+        assert arguments.num_processes == 8
+        return prepare_multi_gpu_env(arguments)
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # accelerate puts the processes' into its own
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    before = dict(os.environ)
+    by_file = environment("--config_file", str(ROOT / f"configs/accelerate/{name}.yaml"))
+    os.environ.clear()
+    os.environ.update(before)
+    assert by_file == environment(*flags, "--num_processes", "8")
+    monkeypatch.setattr(os, "environ", by_file)
+    check_launcher(SimpleNamespace(train=SimpleNamespace(precision="bf16")))
 
 
 def test_the_launcher_s_defaults_are_no_matter(arguments, monkeypatch, capsys):

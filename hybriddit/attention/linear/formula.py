@@ -47,11 +47,20 @@ def linear_attention_formula(
     mean = key.sum(1).unsqueeze(-1) / count  # [B, heads, features, 1]
     numerator, denominator = (torch.einsum("bmhf,bhfe->bmhe", query, sums) for sums in (state, mean))
     denominator = denominator + (phi.eps if eps is None else eps)
-    out = numerator / denominator
+    return join_far(numerator / denominator, denominator * count, near, gate, joint, lse)
+
+
+def join_far(
+    far: Tensor, weights: Tensor, near: Tensor | None, gate: Tensor | None, joint: bool, lse: Tensor | None
+) -> Tensor:
+    """The far branch's result joined with near's, as `linear_attention_formula` says; itself where there is no near.
+
+    far, near: [B, M, heads, E]. weights: the sum of the keys' weights in far, [B, M, heads, 1].
+    """
     if near is None:
-        return out
+        return far
     gate = gate if lse is None else joint_gate(gate, lse)
-    return near + (joint_share(gate * count, denominator) if joint else gate) * (out - near)
+    return near + (joint_share(gate, weights) if joint else gate) * (far - near)
 
 
 def joint_gate(gate: Tensor, lse: Tensor) -> Tensor:

@@ -1,10 +1,4 @@
-"""Far branches: modules that attend to the whole image at a cost linear in its tokens.
-
-A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
-methods of LinearMixer: `forward`, `flops` and `work`. Another mixer takes one file and a row of `MIXERS`. One whose
-sums over parts of the keys add up to those over all of them says so by `sums_add_up`: its layers can be shown an image in
-strips.
-"""
+"""Generalized linear attention, the far branch of the defaults and of LinFusion."""
 
 from __future__ import annotations
 
@@ -13,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .inputs import sum_dtype
-from .linear import FEATURE_MAPS, KeySums, begin_sum_keys, linear_attention, sum_keys
-from .rows import RowShard
-from .work import Work, attention_work
+from ..inputs import sum_dtype
+from ..layout import TokenLayout
+from ..linear import FEATURE_MAPS, KeySums, begin_sum_keys, linear_attention, sum_keys
+from ..rows import RowShard
+from ..work import Work, attention_work
 
 MAX_CHANNELS, MAX_FEATURES = 128, 256  # of the kernels
 
@@ -83,6 +78,7 @@ class LinearMixer(nn.Module):
         lse: torch.Tensor | None = None,
         only_sums: bool = False,
         rows: RowShard | None = None,
+        layout: TokenLayout | None = None,
     ) -> torch.Tensor | KeySums | Callable[[int], KeySums] | None:
         """Attend to all keys: query [B, M, heads, D], key and value [B, N, heads, D] -> [B, M, heads, D].
 
@@ -96,6 +92,8 @@ class LinearMixer(nn.Module):
 
         rows: of an image that is spread over processes, which rows these tokens are, see `linear_attention`. only_sums
         then gives what `begin_sum_keys` does, with gradients.
+
+        layout: of the keys. It makes no difference here: the sums are over all keys, wherever they are.
         """
         if only_sums and not FEATURE_MAPS[self.feature_map].fused:
             return None
@@ -149,14 +147,3 @@ def _cooled(
     if projection is None:
         return x * factor.squeeze(-1).to(x.dtype), None
     return x, projection * factor
-
-
-MIXERS = {"linear": LinearMixer}
-
-
-def check_mixer(mixer: str, **settings) -> None:
-    """Raise ValueError for an unknown mixer, or settings that it does not take at any width of the heads."""
-    if mixer not in MIXERS:
-        raise ValueError(f"unknown mixer {mixer!r}: use one of {', '.join(MIXERS)}")
-    with torch.device("meta"):
-        MIXERS[mixer](1, 1, **settings)

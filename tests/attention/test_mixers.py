@@ -1,0 +1,217 @@
+"""Far branches of other papers against dense float64 weights, written out from their definitions."""
+
+import math
+
+import oracles
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from hybriddit.attention import HybridAttention, TokenLayout
+from hybriddit.attention.mixers import MIXERS, check_mixer
+
+HEADS, HEAD_DIM, TEXT = 3, 12, 4
+GRIDS = {"one": ((7, 6),), "two": ((5, 4), (3, 9))}
+OTHERS = [name for name in MIXERS if name != "linear"]
+
+
+def places(grids):
+    """(grid, row, column, rows, columns) of every token."""
+    return [(g, r, c, *grid) for g, grid in enumerate(grids) for r in range(grid[0]) for c in range(grid[1])]
+
+
+def similarity(mixer, query, key):
+    """phi(q) . phi(k) of projected queries and keys, [B, heads, M, N]."""
+    query, key = (
+        torch.einsum("bnhd,hdm->bnhm", x, matrix)
+        for x, matrix in ((query, mixer.projection_q), (key, mixer.projection_k))
+    )
+    return oracles.similarity(query, key, "polynomial"), query, key
+
+
+def block_weights(mixer, query, key, value, grids):
+    weights, tokens = similarity(mixer, query, key)[0], places(grids)
+    part = torch.tensor([4 * (4 * r // rows) + 4 * c // columns for _, r, c, rows, columns in tokens])
+    return weights * mixer.log_factors.exp()[:, part][:, :, part], value
+
+
+def scan_weights(mixer, query, key, value, grids):
+    weights, tokens = similarity(mixer, query, key)[0], places(grids)
+    projected = torch.einsum("bnhd,hdm->bnhm", key, mixer.projection_k)
+    # distinct products of degree 0, 1 and 2, in the order of phi
+    m = projected.shape[-1]
+    x = torch.cat((torch.ones_like(projected[..., :1]), projected * m**-0.25), -1)
+    pairs = [(i, j) for i in range(m + 1) for j in range(i, m + 1)]
+    scale = torch.tensor([math.sqrt(0.5) if i == j and i else 1.0 for i, j in pairs], dtype=torch.float64)
+    phi = torch.stack([x[..., i] * x[..., j] for i, j in pairs], -1) * scale
+    torch.testing.assert_close(
+        torch.einsum("bnhf,bmhf->bhnm", phi, phi), oracles.similarity(projected, projected, "polynomial")
+    )
+    decay = softplus(torch.einsum("bnhf,hf->bnh", phi, mixer.decay_weight) + mixer.decay_bias)
+    shares = torch.zeros_like(weights)
+    for head in range(HEADS):
+        order = sorted(
+            range(len(tokens)), key=lambda i: (tokens[i][0], tokens[i][1 + head % 2], tokens[i][2 - head % 2])
+        )
+        for i, a in enumerate(order):
+            for j, b in enumerate(order):
+                if tokens[a][0] == tokens[b][0]:
+                    between = order[min(i, j) + 1 : max(i, j) + 1]
+                    shares[:, head, a, b] = torch.exp(-decay[:, between, head].sum(1))
+    return weights * shares, value
+
+
+def multiscale_weights(mixer, query, key, value, grids):
+    def around(x, conv):
+        rows = []
+        for _, (g, r, c, *_) in enumerate(tokens):
+            total = 0
+            for j, (other, s, d, *_) in enumerate(tokens):
+                if other == g and abs(s - r) <= 2 and abs(d - c) <= 2:
+                    kernel = conv.weight[:, 0, s - r + 2, d - c + 2].view(HEADS, HEAD_DIM)
+                    total = total + x[:, j] * kernel
+            rows.append(total)
+        return torch.stack(rows, 1)
+
+    tokens = places(grids)
+    keys = torch.cat((key, around(key, mixer.key_conv)), 1)
+    return similarity(mixer, query, keys)[0], torch.cat((value, around(value, mixer.value_conv)), 1)
+
+
+def pooled_weights(mixer, query, key, value, grids):
+    side, first, keys, values, counts = 3, 0, [], [], []  # the root of 12, rounded
+    for rows, columns in grids:
+        for i in range(side):
+            for j in range(side):
+                inside = [
+                    first + r * columns + c
+                    for r in range(i * rows // side, math.ceil((i + 1) * rows / side))
+                    for c in range(j * columns // side, math.ceil((j + 1) * columns / side))
+                ]
+                keys.append(key[:, inside].mean(1))
+                values.append(value[:, inside].mean(1))
+                counts.append(rows * columns / side**2)
+        first += rows * columns
+    _, query, keys = similarity(mixer, query, torch.stack(keys, 1))
+    scores = torch.einsum("bmhd,bphd->bhmp", query, keys) / math.sqrt(query.shape[-1])
+    return scores.exp() * torch.tensor(counts).double(), torch.stack(values, 1)
+
+
+WEIGHTS = {"blocks": block_weights, "scan": scan_weights, "multiscale": multiscale_weights, "pooled": pooled_weights}
+
+
+def make(name, grids, text, **settings):
+    """A layer with random weights and its inputs, in float64."""
+    torch.manual_seed(0)
+    layer = HybridAttention(8, HEADS, HEAD_DIM, map_rank=0, mixer=name, projection=3, **settings).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layout = TokenLayout(text, grids, True)
+    qkv = [torch.randn(2, text + layout.image_length, HEADS, HEAD_DIM).double().requires_grad_() for _ in range(3)]
+    return layer, layout, qkv
+
+
+def assert_equal(found, expected, leaves):
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    for grads in zip(
+        *(torch.autograd.grad(x, leaves, weight, retain_graph=True) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_joined_with_a_window(name, grids):
+    """One average over window, text and the mixer's weights; values and every gradient."""
+    layer, layout, qkv = make(name, GRIDS[grids], TEXT, window=(3, 3), gate="head")
+    with torch.no_grad():
+        layer.gate.copy_(layer.gate.abs() + 0.1)
+    found = layout.split(layer(*qkv, layout))[1]
+    query, key, value = (layout.split(x)[1] for x in qkv)
+    weights, values = WEIGHTS[name](layer.far, query, key, value, layout.grids)
+    far = torch.einsum("bhmn,bnhd->bmhd", weights, values)
+    scores = torch.einsum("bmhd,bnhd->bhmn", query, qkv[1]) * HEAD_DIM**-0.5
+    seen = torch.ones(layout.image_length, TEXT + layout.image_length, dtype=torch.bool)
+    seen[:, TEXT:] = window_of_grids(layout.grids)
+    near = scores.exp() * seen
+    opening = torch.sinh(layer.gate) / 10  # [heads, 1]
+    count = values.shape[1] if name == "multiscale" else layout.image_length
+    total = weights.sum(-1).transpose(1, 2).unsqueeze(-1) + 1e-8 * count
+    numerator = torch.einsum("bhmn,bnhd->bmhd", near, qkv[2]) + opening * far
+    expected = numerator / (near.sum(-1).transpose(1, 2).unsqueeze(-1) + opening * total)
+    assert_equal(found, expected, [*qkv, *layer.parameters()])
+    with torch.no_grad():
+        torch.testing.assert_close(layout.split(layer(*qkv, layout))[1], found)
+
+
+def window_of_grids(grids):
+    """Which tokens a query sees of its own grid by a window of 3 x 3; of another, around its own relative place."""
+    from hybriddit.attention.window.grids import attention_over_grids
+
+    total = sum(rows * columns for rows, columns in grids)
+    ones = torch.zeros(1, total, 1, total).double()
+    found = attention_over_grids(ones, ones, torch.eye(total).double()[None, :, None], grids, window=(3, 3))
+    return found[0, :, 0] > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_alone_with_text(name, masked):
+    """Layers of kind "linear": text keys have phi(q) . phi(k), or the exponential of their score, alone."""
+    layer, layout, qkv = make(name, GRIDS["one"], TEXT, kind="linear")
+    text_mask = torch.tensor([[True, False, True, True], [False] * 4]) if masked else None
+    found = layout.split(layer(*qkv, layout, text_mask=text_mask))[1]
+    (_, query), (text_key, key), (text_value, value) = map(layout.split, qkv)
+    weights, values = WEIGHTS[name](layer.far, query, key, value, layout.grids)
+    words, projected, projected_key = similarity(layer.far, query, text_key)
+    if name == "pooled":
+        words = torch.exp(torch.einsum("bmhd,bnhd->bhmn", projected, projected_key) / math.sqrt(3))
+    if masked:
+        words = words * text_mask[:, None, None]
+    weights, values = torch.cat((weights, words), -1), torch.cat((values, text_value), 1)
+    expected = torch.einsum("bhmn,bnhd->bmhd", weights / (weights.sum(-1, keepdim=True) + 1e-8), values)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["blocks", "scan"])
+def test_a_fresh_one_is_or_nears_linear_attention(name):
+    """Without factors, and with no decay, the weights are LinearMixer's."""
+    settings = {"kind": "linear", "map_rank": 0, "projection": 3}
+    torch.manual_seed(0)
+    layer = HybridAttention(8, HEADS, HEAD_DIM, mixer=name, **settings)
+    torch.manual_seed(0)
+    plain = HybridAttention(8, HEADS, HEAD_DIM, mixer="linear", **settings)
+    if name == "scan":
+        reach = 1 / softplus(layer.far.decay_bias)
+        torch.testing.assert_close(reach, torch.tensor([16.0, 256.0, 4096.0]), rtol=1e-3, atol=0)
+        torch.nn.init.constant_(layer.far.decay_bias, -100.0)
+    layout = TokenLayout(0, ((150, 2),), True)  # several chunks
+    qkv = [torch.randn(1, 300, HEADS, HEAD_DIM) for _ in range(3)]
+    torch.testing.assert_close(layer(*qkv, layout), plain(*qkv, layout), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_finite_on_large_inputs(name, dtype):
+    layer, layout, qkv = make(name, ((40, 60),), TEXT, window=(3, 3), gate="token")
+    layer, qkv = layer.cast(dtype), [x.detach().to(dtype).mul(20).requires_grad_() for x in qkv]
+    layer.far.to(dtype)
+    gate = layer.gate(torch.randn(2, 2400, 8, dtype=torch.float64)).unsqueeze(-1)
+    out = layer(*qkv, layout, gate=gate)
+    assert out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().square().mean(), qkv))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_cost_grows_with_the_tokens(name):
+    mixer = MIXERS[name](HEADS, HEAD_DIM)
+    small, large = (mixer.flops(n, n) for n in (10_000, 40_000))
+    assert set(small) == {"products", "normalization"}
+    assert large["products"] <= 4 * small["products"] and mixer.work(100, 100, 2)["forward"].flops > 0
+
+
+def test_settings_that_it_has_not():
+    check_mixer("pooled")
+    with pytest.raises(ValueError, match="mixer 'pooled' weighs keys by exp.q . k., without feature map 'elu'"):
+        check_mixer("pooled", feature_map="elu")
