@@ -183,8 +183,10 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
     # a fresh adaLN modulates by almost nothing: make attention matter
     for name, parameter in transformer.named_parameters():
         if name.endswith("to_qkv_mlp_proj.weight"):
-            torch.nn.init.normal_(parameter[:32], std=0.5)
-        if ("norm" in name or "modulation" in name) and name.endswith("linear.weight"):
+            torch.nn.init.normal_(parameter[:48], std=0.5)
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+        if "norm" in name and name.endswith("linear.weight"):
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith(("to_q.weight", "to_k.weight")):
             torch.nn.init.normal_(parameter, std=0.5)
