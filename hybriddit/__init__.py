@@ -14,6 +14,8 @@ _HOMES = {
     "save_adapter": ".models",
     "HeldAdapters": ".models",
     "load_adapter": ".models",
+    "load_clear": ".models",
+    "load_linfusion": ".models",
     "push_adapter": ".push",
     "SiTTransformer2DModel": ".models",
     "SiTPipeline": ".pipelines",
@@ -32,7 +34,8 @@ def _family_classes():
     from .pipelines import hybrid_pipeline
 
     models = [family.hybrid_class for family in families()]
-    pipelines = [hybrid_pipeline(family) for family in families()]
+    kinds = [kind for family in families() for kind in family.pipeline_classes("text-to-image")]
+    pipelines = [hybrid_pipeline(kind) for kind in kinds]
     # of families that share a pipeline, the first gives the class: the last of equal names would win
     return {made.__name__: made for made in reversed((*models, *pipelines))}
 

@@ -14,6 +14,8 @@ LAYER_KINDS = ("hybrid", "window", "linear", "dense")
 GATES = ("head", "channel", "token")
 ROTARY = ("model", "axial", "none")
 JOINS = ("gate", "joint")
+WINDOW_SHAPES = ("square", "circle")
+FULL = "full"  # in place of a rank
 # What the far branch's fields are where they are left out: of today's mixers, and of LinFusion's (arXiv 2409.02097).
 FAR_BRANCH = {"feature_map": "polynomial", "projection": None, "rotary": "auto", "join": "joint"}
 LINFUSION = {"feature_map": "elu", "projection": 0, "rotary": "none", "join": "gate"}
@@ -27,6 +29,9 @@ ADDED_FIELDS = {
     "value_conv": None,
     "windows": {},
     "strict_layers": False,
+    "window_shape": "square",
+    "pooled_keys": None,
+    "delta_projections": None,
 }
 MAX_BLOCKS = 128  # every_nth_dense writes patterns for so many blocks of a stack; the longest today has 38
 BLOCK = "*blocks.{}.*"  # the pattern of one block of every stack, by its index
@@ -39,9 +44,15 @@ class HybridConfig:
     Raises ValueError (TypeError if layers is not a mapping), in one line, where a field cannot work.
 
     window, stride, dilation: int or (rows, columns), in tokens; window=None: linear attention alone.
+    window_shape: "square"; or "circle": the tokens nearer than `window`, an int that is then a radius, with neither stride
+        nor dilation; at borders it is cut off, where a square window shifts inwards.
+    pooled_keys: side in tokens of blocks of the image, whose keys and values are pooled by a learned weight of each
+        place in a block; every image token sees those of all blocks, in one softmax with its window and the text (the
+        mixer "pooled" is a far branch, which the gate joins). The cost grows with the square of the image's tokens,
+        divided by side². None: no pooled keys.
     linear: False leaves the far branch out of "hybrid" layers (window attention alone).
-    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; 0: no maps,
-        the far branch takes the layer's own queries and keys.
+    map_rank: hidden width of the far branch's query and key maps; None is a sixteenth of the layer's width; "full": its
+        width; 0: no maps, the far branch takes the layer's own queries and keys.
     gate: "token", a value per head that is linear in the token (the default); "head" or "channel": one value each.
     mixer: the far branch's attention over the whole image: "linear"; "blocks", "scan", "multiscale" or "pooled", after
         other papers (the keys of `attention.mixers.MIXERS`); or "linfusion", which is "linear" with LinFusion's
@@ -65,17 +76,19 @@ class HybridConfig:
         part only where `window` is not None.
     strict_layers: True refuses a model that has an attention layer which no pattern of `layers` matches. The plans of
         `hybriddit analyze` name every layer and have it, so that a plan of another model is refused.
-    delta_rank: rank of low-rank updates of the layer's projections; None: the projections stay the teacher's.
+    delta_rank: rank of low-rank updates of the layer's projections; "full": updates of their whole matrices and biases;
+        None: the projections stay the teacher's.
+    delta_projections: fnmatch patterns of the names of the projections that get updates, such as "to_q"; None: all.
     """
 
     window: int | tuple[int, int] | None = 16
     stride: int | tuple[int, int] = 1
     dilation: int | tuple[int, int] = 1
     linear: bool = True
-    map_rank: int | None = None
+    map_rank: int | str | None = None
     gate: str = "token"
     layers: dict[str, str] = field(default_factory=dict)
-    delta_rank: int | None = None
+    delta_rank: int | str | None = None
     mixer: str = "linear"
     feature_map: str | None = None
     projection: int | None = None
@@ -86,18 +99,25 @@ class HybridConfig:
     join: str | None = None
     windows: dict[str, int | tuple[int, int]] = field(default_factory=dict)
     strict_layers: bool = False
+    window_shape: str = "square"
+    pooled_keys: int | None = None
+    delta_projections: list[str] | None = None
 
     def __post_init__(self):
         for name in ("window", "stride", "dilation"):
             value = getattr(self, name)
             if name != "window" or value is not None:
                 object.__setattr__(self, name, _checked_sides(name, value))
-        if self.delta_rank is not None and not _is_count(self.delta_rank):
-            raise ValueError(f"delta_rank must be a positive integer or None, not {self.delta_rank!r}")
-        for name in ("map_rank", "projection"):
+        if self.delta_rank not in (None, FULL) and not _is_count(self.delta_rank):
+            raise ValueError(f'delta_rank must be a positive integer, "{FULL}" or None, not {self.delta_rank!r}')
+        self._check_delta_projections()
+        if self.pooled_keys is not None and (not _is_count(self.pooled_keys) or self.pooled_keys < 2):
+            raise ValueError(f"pooled_keys must be an integer of 2 or more, or None, not {self.pooled_keys!r}")
+        for name, words in (("map_rank", (None, FULL)), ("projection", (None,))):
             value = getattr(self, name)
-            if value is not None and not _is_count(value) and (value != 0 or value is False):
-                raise ValueError(f"{name} must be a positive integer, 0 for none, or None, not {value!r}")
+            if value not in words and not _is_count(value) and (value != 0 or value is False):
+                full = f', "{FULL}"' if FULL in words else ""
+                raise ValueError(f"{name} must be a positive integer, 0 for none{full}, or None, not {value!r}")
         for name in ("linear", "temperature", "center_keys", "strict_layers"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -105,7 +125,7 @@ class HybridConfig:
         if side is not None and (not _is_count(side) or side % 2 == 0):
             raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
         self._complete_far_branch()
-        for name, known in (("gate", GATES), ("join", JOINS)):
+        for name, known in (("gate", GATES), ("join", JOINS), ("window_shape", WINDOW_SHAPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use one of {', '.join(known)}")
         for name, values in (("layers", "layer kinds"), ("windows", "windows")):
@@ -126,10 +146,40 @@ class HybridConfig:
                 raise ValueError('a layer of kind "window" needs a window: window is None')
             if self.windows:
                 raise ValueError("windows of layers need a window for the others: window is None")
+            for name in ("window_shape", "pooled_keys"):
+                if getattr(self, name) != ADDED_FIELDS[name]:
+                    raise ValueError(f"{name} is of layers with a window, and window is None: leave it out")
             return
+        if self.window_shape == "circle":
+            self._check_circle()
         for window in (self.window, *self.windows.values()):
             if any(stride > side for stride, side in zip(self.pair("stride"), _pair(window), strict=True)):
                 raise ValueError(f"stride {self.stride} is larger than window {window}: use a stride up to the window")
+
+    def _check_circle(self) -> None:
+        for window in (self.window, *self.windows.values()):
+            if not isinstance(window, int):
+                raise ValueError(f'the window of window_shape "circle" is its radius, one integer, not {window!r}')
+        for name in ("stride", "dilation"):
+            if self.pair(name) != (1, 1):
+                raise ValueError(f'window_shape "circle" has no {name}: leave it out')
+
+    def _check_delta_projections(self) -> None:
+        patterns = self.delta_projections
+        if patterns is None:
+            return
+        if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"delta_projections must be a list of names of projections, or None, not {patterns!r}")
+        if self.delta_rank is None:
+            raise ValueError("delta_projections says which projections get updates, and delta_rank is None: set it too")
+        object.__setattr__(self, "delta_projections", list(patterns))
+
+    def updates(self, projection: str) -> bool:
+        """Whether a projection of this name gets an update."""
+        if self.delta_rank is None:
+            return False
+        patterns = self.delta_projections
+        return patterns is None or any(fnmatchcase(projection, pattern) for pattern in patterns)
 
     def _complete_far_branch(self) -> None:
         """Give the far branch's fields that were left out their values; "linfusion" stands for several."""

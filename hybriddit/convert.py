@@ -45,6 +45,7 @@ def run(
         import torch
 
         from .models import hybridize, load_adapter, read_adapter_config
+        from .models.family import denoiser
         from .pipelines.loading import check_convertible, find_base, load_base, silence_libraries
 
         if quiet:
@@ -60,5 +61,5 @@ def run(
         if adapter:
             load_adapter(pipeline, adapter, check_base=not any_base)
         else:
-            hybridize(pipeline.transformer, chosen)
+            hybridize(denoiser(pipeline), chosen)
         pipeline.save_pretrained(folder)

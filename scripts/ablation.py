@@ -286,11 +286,10 @@ def read_runs(out: Path) -> dict[str, list[dict]]:
     return dict(sorted(runs.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
 
 
-def table(out: Path, runs: dict[str, list[dict]]) -> str:
-    """Means and, from two seeds on, standard deviations of each row of a folder, as Markdown."""
+def table_rows(out: Path, runs: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """The cells of each row of a folder: means and, from two seeds on, standard deviations."""
     times = read_json(out / "times.json") if (out / "times.json").exists() else {}
-    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "time"]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    rows = {}
     for name, records in runs.items():
         cells = [name, " ".join(f"`{x}`" for x in records[0]["overrides"]), str(len(records))]
         for column in COLUMNS:
@@ -301,38 +300,62 @@ def table(out: Path, runs: dict[str, list[dict]]) -> str:
         flops = records[0]["attention_flops"]
         cells.append(f"{flops['hybrid'] / flops['dense']:.2f} of dense")
         cells.append(f"{times[name] / times['default']:.2f}" if name in times else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows[name] = cells
+    return rows
 
 
-def plot(runs: dict[str, list[dict]], path: Path) -> None:
-    """PSNR and pairs of every row, a point a seed, with lines at the default's means."""
+def with_page(rows: dict[str, list[str]], section: str) -> dict[str, list[str]]:
+    """These rows, and those of the page's table that were measured elsewhere or with more seeds, in the order of ROWS."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    there = {
+        cells[0]: cells
+        for line in lines
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] != "---"
+    }
+    for name, cells in there.items():
+        if name not in rows or int(rows[name][2]) < int(cells[2]):
+            print(f"{name}: as the page has it, of {cells[2]} seeds")
+            rows[name] = cells
+        elif not rows[name][-1]:
+            rows[name][-1] = cells[-1]
+    known = list(ROWS)
+    return dict(sorted(rows.items(), key=lambda row: known.index(row[0]) if row[0] in known else len(known)))
+
+
+def table(rows: dict[str, list[str]]) -> str:
+    """The rows as Markdown."""
+    head = ["row", "changes", "seeds", *COLUMNS.values(), "attention FLOPs", "time"]
+    lines = [head, ["---"] * len(head), *rows.values()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def plot(rows: dict[str, list[str]], path: Path) -> None:
+    """PSNR and pairs of every row with their spread over the seeds, and lines at the default's means."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (11, 1.2 + 0.26 * len(runs))
+    size = (11, 1.2 + 0.26 * len(rows))
     figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3, 2), layout="constrained")
     for axis, column, factor in zip(axes, ("psnr", "pair_match"), (1, 100), strict=True):
-        for y, records in enumerate(runs.values()):
-            values = [factor * record[column] for record in records]
-            axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.6, markersize=5)
-            axis.plot(np.mean(values), y, "|", color="black", markersize=12)
-        if "default" in runs:
-            mean = factor * np.mean([record[column] for record in runs["default"]])
-            axis.axvline(mean, color="C1", linewidth=1, zorder=0)
+        place = 3 + list(COLUMNS).index(column)
+        values = [[factor * float(x) for x in cells[place].split("±")] for cells in rows.values()]
+        means, spreads = [x[0] for x in values], [x[1] if len(x) > 1 else 0 for x in values]
+        axis.errorbar(means, range(len(rows)), xerr=spreads, fmt="o", color="C0", markersize=5, capsize=3)
+        if "default" in rows:
+            axis.axvline(means[list(rows).index("default")], color="C1", linewidth=1, zorder=0)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(runs)), list(runs))
+    axes[0].set_yticks(range(len(rows)), list(rows))
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("PSNR to the teacher, dB (a point a seed; orange: default)")
+    axes[0].set_xlabel("PSNR to the teacher, dB (means and spread over seeds; orange: default)")
     axes[1].set_xlabel("pairs right, %")
     figure.savefig(path, dpi=110)
 
 
-def show(out: Path, runs: dict[str, list[dict]], images: Path, rows: Path) -> None:
-    """Draw two pictures of a folder: images of its teacher and main students, and `plot`."""
+def show(out: Path, runs: dict[str, list[dict]], images: Path) -> None:
+    """Draw images of a folder's teacher and main students."""
     shown = {"teacher": np.load(out / "teacher.npy")}
     for name in ("default", "window only", "linear only", "LinFusion's far branch"):
         for record in runs.get(name, [])[:1]:
@@ -340,7 +363,6 @@ def show(out: Path, runs: dict[str, list[dict]], images: Path, rows: Path) -> No
     first = slice(None, None, len(IMAGE_SEEDS))
     sheet = {name.replace(" only", ",\nalone").replace("'s far", "'s\nfar"): x[first] for name, x in shown.items()}
     contact_sheet(sheet, [scene.prompt for scene in SHOWN], images)
-    plot(runs, rows)
 
 
 def record_path(out: Path, name: str, seed: int) -> Path:
@@ -348,7 +370,10 @@ def record_path(out: Path, name: str, seed: int) -> Path:
 
 
 def report(outs: list[Path]) -> None:
-    """Write the tables between the page's marks, and each folder's pictures beside it."""
+    """Write the tables between the page's marks, and each folder's pictures beside it.
+
+    Rows of the page that a folder lacks stay; its picture of images is drawn where the folder has the default.
+    """
     runs_of = {out: read_runs(out) for out in outs}
     for out, runs in runs_of.items():
         if not runs:
@@ -358,12 +383,15 @@ def report(outs: list[Path]) -> None:
         last = max((record for records in runs.values() for record in records), key=lambda record: record["date"])
         common = " ".join(last["common"])
         command = f"python scripts/ablation.py --config {last['config']}" + (f" --set {common}" if common else "")
-        text = f"{table(out, runs)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
         start, end = f"<!-- {out.name} -->", f"<!-- end of {out.name} -->"
         if start not in page or end not in page:
             raise SystemExit(f"{PAGE} has no marks {start} and {end} to write between")
+        rows = with_page(table_rows(out, runs), page[page.index(start) : page.index(end)])
+        text = f"{table(rows)}\n\n`{command}`, {last['date']}, CPU ({last['machine']}), torch {last['torch']}."
         page = page[: page.index(start) + len(start)] + f"\n{text}\n" + page[page.index(end) :]
-        show(out, runs, PAGE.with_name(f"ablation_{out.name}.png"), PAGE.with_name(f"ablation_{out.name}_rows.png"))
+        plot(rows, PAGE.with_name(f"ablation_{out.name}_rows.png"))
+        if "default" in runs:
+            show(out, runs, PAGE.with_name(f"ablation_{out.name}.png"))
     with replacing(PAGE) as new:
         new.write_text(page, encoding="utf-8")
 

@@ -10,12 +10,15 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 # the public names, by the module to import them from
 NAMES = {
     "hybriddit": (
-        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter HeldAdapters push_adapter load_config "
+        "HybridConfig hybridize restore_dense dense_mode in_strips save_adapter load_adapter load_clear load_linfusion "
+        "HeldAdapters "
+        "push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridFlux2Transformer2DModel "
-        "SiTTransformer2DModel SiTPipeline "
+        "HybridUNet2DConditionModel SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline "
-        "HybridQwenImagePipeline HybridFlux2Pipeline HybridFlux2KleinPipeline"
+        "HybridQwenImagePipeline HybridFlux2Pipeline HybridFlux2KleinPipeline "
+        "HybridStableDiffusionPipeline HybridStableDiffusionXLPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.flow": (

@@ -429,9 +429,13 @@ def test_the_help_names_every_sampler():
 
 
 def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
-    """A UNet: no transformer, no tokens, and sizes in multiples of a latent."""
+    """A UNet of another class: no tokens, and sizes in multiples of a latent."""
+
+    class UNet(diffusers.UNet2DConditionModel):
+        pass
+
     flux = tiny_pipeline("flux_dev")
-    unet = diffusers.UNet2DConditionModel(
+    unet = UNet(
         block_out_channels=(4, 8),
         layers_per_block=1,
         sample_size=16,

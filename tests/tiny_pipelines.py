@@ -7,7 +7,9 @@ from diffusers import (
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -20,6 +22,9 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -169,6 +174,8 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         else:
             distilled = family == "flux2_klein"
             pipeline = Flux2KleinPipeline(scheduler, vae, _qwen3(), _qwen3_tokenizer(), transformer, distilled)
+    elif family in ("sd15", "sdxl"):
+        return _unet_pipeline(family, latent_channels)
     else:
         transformer = FluxTransformer2DModel(
             **FLUX_SIZES,
@@ -190,6 +197,47 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith(("to_q.weight", "to_k.weight")):
             torch.nn.init.normal_(parameter, std=0.5)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _unet_pipeline(family: str, latent_channels: int):
+    """Of two levels, with 8 x 8 latents for 64 x 64 pixels; SDXL's kind reads two encoders and is told sizes."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+        mid_block_add_attention=False,
+    )
+    large = family == "sdxl"
+    sizes = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + 8}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=16 if large else 8,
+        attention_head_dim=(1, 2) if large else 2,  # heads, in fact
+        **({"addition_embed_type": "text_time", "use_linear_projection": True, **sizes} if large else {}),
+    )
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("to_q.weight", "to_k.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    first, tokenizer = _clip(CLIPTextModel), _clip_tokenizer()
+    if large:
+        others = _clip(CLIPTextModelWithProjection), tokenizer, _clip_tokenizer(), unet, EulerDiscreteScheduler(**betas)
+        pipeline = StableDiffusionXLPipeline(vae, first, *others)
+    else:
+        scheduler = DDIMScheduler(**betas, clip_sample=False, prediction_type="v_prediction")
+        others = tokenizer, unet, scheduler, None, None
+        pipeline = StableDiffusionPipeline(vae, first, *others, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -134,7 +134,7 @@ def _measure(
     from accelerate.utils import send_to_device
     from tqdm import tqdm
 
-    from ..models.family import family_of
+    from ..models.family import denoiser, family_of
     from ..models.identity import weights_digest
     from ..pipelines.loading import check_convertible, find_base, silence_libraries
     from .probe import RADII, probed
@@ -148,10 +148,11 @@ def _measure(
     pipeline, tasks = open_to_measure(
         device=where, subjects=asked["prompts"], quiet=quiet, **given, **files, **settings
     )
-    digest = weights_digest(pipeline.transformer)
+    transformer = denoiser(pipeline)
+    digest = weights_digest(transformer)
     if report.setdefault("weights", digest) != digest:
         raise ValueError(f"{out} holds an analysis of other weights than {asked['model']} has now: give another folder")
-    transformer, family = pipeline.transformer, family_of(pipeline.transformer)
+    family = family_of(transformer)
     transformer.requires_grad_(False)
     shown = partial(tqdm, disable=quiet)
     images = [record_calls(pipeline, task, asked["calls"]) for task in shown(tasks, "images", unit="image")]
@@ -232,6 +233,7 @@ def record_calls(pipeline: DiffusionPipeline, task: Task, count: int) -> list[di
     """
     from accelerate.utils import send_to_device
 
+    from ..models.family import denoiser
     from ..models.surgery import arguments_of
 
     calls: list[dict[str, Any]] = []
@@ -239,7 +241,7 @@ def record_calls(pipeline: DiffusionPipeline, task: Task, count: int) -> list[di
     def keep(module, args, kwargs):
         calls.append(send_to_device(arguments_of(module, args, kwargs), "cpu"))
 
-    hook = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         make(pipeline, task)
     finally:
@@ -297,7 +299,7 @@ def layer_flops(
     found, rotary = {}, "model" if family.rotary else "none"
     for name, attn in family.attentions(model).items():
         if family.converts(name):
-            own, shape = family.layer_layout(name, layout), family.layer_shape(attn)
+            own, shape = family.layer_layout(model, name, layout), family.layer_shape(attn)
             found[name] = {"dense": dense_flops(own.text_length + own.image_length, shape.heads * shape.head_dim)}
             with torch.device("meta"):
                 for candidate in candidate_names(windows):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import GATES, JOINS, LAYER_KINDS, ROTARY
+from ..config import GATES, JOINS, LAYER_KINDS, ROTARY, WINDOW_SHAPES
 from .layout import TokenLayout
 from .linear.features import LARGEST_SHARE
 from .linear.formula import joint_gate
@@ -18,7 +18,7 @@ from .mixers import MIXERS, check_mixer
 from .rows import Reach, RowShard
 from .spread import spread_attention
 from .strips import WholeImage, strip_attention
-from .window import attention_over_grids, joined_attention, key_rows, seen_over_grids
+from .window import PooledKeys, attention_over_grids, joined_attention, key_rows, seen_over_grids
 from .work import Work, attention_work, dense_flops, softmax_flops
 
 MAPS = ("after", "before")
@@ -52,6 +52,10 @@ class HybridAttention(nn.Module):
             all tokens. Only hybrid and linear layers have weights.
         kv_heads: number of key and value heads, a divisor of `heads` (grouped-query attention); None: as many.
         window, stride, dilation: (rows, columns) in tokens, for hybrid and window layers.
+        window_shape: "square", or "circle": W(i) is the tokens nearer than `window`, twice the radius, without stride and
+            dilation.
+        pooled_keys: side in tokens of blocks of the image whose pooled keys and values hybrid and window layers have in
+            near's softmax besides (see `window.PooledKeys`): of all blocks, for every image token. None: none.
         map_rank: width of the maps' hidden layer; None is a sixteenth of `width`; 0: no maps.
         maps: "after" or "before" the projection. Both start at zero.
         mixer: the far branch, a key of `mixers.MIXERS`. feature_map, projection, temperature, center_keys: its settings.
@@ -85,6 +89,8 @@ class HybridAttention(nn.Module):
         window: tuple[int, int] | None = None,
         stride: tuple[int, int] = (1, 1),
         dilation: tuple[int, int] = (1, 1),
+        window_shape: str = "square",
+        pooled_keys: int | None = None,
         map_rank: int | None = None,
         maps: str = "after",
         mixer: str = "linear",
@@ -105,6 +111,7 @@ class HybridAttention(nn.Module):
             "maps": (maps, MAPS),
             "rotary": (rotary, ROTARY),
             "join": (join, JOINS),
+            "window shape": (window_shape, WINDOW_SHAPES),
         }
         for name, (value, known) in names.items():
             if value not in known:
@@ -124,10 +131,12 @@ class HybridAttention(nn.Module):
         if has_near and window is None:
             raise ValueError(f"a layer of kind {kind!r} needs a window")
         self.window, self.stride, self.dilation = window if has_near else None, stride, dilation
+        self.circle = window_shape == "circle"
         self.maps, self.rotary, self.join = maps, rotary, join
         self.far_only: torch.Tensor | None = None
         self.whole_image: WholeImage | None = None
         self.far = self.map_q = self.map_k = self.value_conv = None
+        self.pooled = PooledKeys(pooled_keys) if has_near and pooled_keys is not None else None
         if not has_far:
             return
         if rotary == "axial" and head_dim % 4:
@@ -250,7 +259,10 @@ class HybridAttention(nn.Module):
             image = self.far(far_query, keys, value, key_mask=seen, layout=token_layout)
         else:
             images = image_query, image_key, image_value
-            settings = self.near_settings(scale, text_key, text_value, text_mask)
+            beside = text_key, text_value, text_mask
+            if self.pooled is not None:
+                beside = self._with_pooled(*beside, image_key, image_value, grids)
+            settings = self.near_settings(scale, *beside)
             if self.far is None:
                 image = attention_over_grids(*images, grids, **settings)
             else:
@@ -263,16 +275,26 @@ class HybridAttention(nn.Module):
         text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
         return token_layout.join(text, image)
 
+    def _with_pooled(self, text_key, text_value, text_mask, image_key, image_value, grids):
+        """What every image token sees: the text and its mask, and after it the image's pooled keys and values."""
+        key, value = self.pooled(image_key, image_value, grids=grids)
+        if text_mask is not None:
+            text_mask = torch.cat((text_mask, text_mask.new_ones(key.shape[:2])), 1)
+        return torch.cat((text_key, key), 1), torch.cat((text_value, value), 1), text_mask
+
     def near_settings(self, scale, text_key, text_value, text_mask) -> dict[str, Any]:
         """The arguments of `neighborhood_attention` besides the image's query, key and value."""
         settings = {"window": self.window, "stride": self.stride, "dilation": self.dilation, "scale": scale}
+        if self.circle:
+            settings["circle"] = True
         if text_key.shape[1] == 0:
             return settings
         return {**settings, "text_key": text_key, "text_value": text_value, "text_mask": text_mask}
 
     def near_reach(self, height: int) -> Reach:
         """For (first, count) rows of an image of this height: the (first row, end) that their windows reach."""
-        return partial(key_rows, height=height, window=self.window[0], stride=self.stride[0], dilation=self.dilation[0])
+        rows = {"window": self.window[0], "stride": self.stride[0], "dilation": self.dilation[0], "circle": self.circle}
+        return partial(key_rows, height=height, **rows)
 
     def far_tokens(self, far_query, far_key, image_query, image_key, token_layout):
         """The far branch's queries and keys, which are the image's own where there are no others, by position."""
@@ -331,7 +353,7 @@ class HybridAttention(nn.Module):
         """FLOPs of each part, by formula. A backend may do more, such as scores of keys that its mask then hides.
 
         "text": text queries over everything. "dense", "near": softmax of image queries over everything, or over their
-        window and the text. "far": the mixer's matrix products. "normalization": the mixer's denominator. "maps": the
+        window, the text and pooled keys. "pooling": of these. "far": the mixer's matrix products. "normalization": the mixer's denominator. "maps": the
         query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and to_k.
         "value_conv": the convolution. Parts that the layer does not have are missing.
         """
@@ -342,6 +364,8 @@ class HybridAttention(nn.Module):
         parts = {"text": softmax_flops(text * (text + image), width)}
         if self.window is not None:
             parts["near"] = softmax_flops(self._near_pairs(token_layout), width)
+        if self.pooled is not None:
+            parts["pooling"] = self.pooled.flops(image, self.kv_heads * self.head_dim)
         if self.far is not None:
             far = self.far.flops(image, image + (text if self.kind == "linear" else 0))
             parts |= {"far": far["products"], "normalization": far["normalization"]}
@@ -357,9 +381,10 @@ class HybridAttention(nn.Module):
         return parts
 
     def _near_pairs(self, token_layout: TokenLayout) -> int:
-        """Number of pairs of an image query and a key in its window or the text."""
-        windows = seen_over_grids(token_layout.grids, self.window, self.dilation)
-        return windows + token_layout.image_length * token_layout.text_length
+        """Number of pairs of an image query and a key in its window, the text or the pooled keys."""
+        windows = seen_over_grids(token_layout.grids, self.window, self.dilation, self.circle)
+        pooled = 0 if self.pooled is None else self.pooled.count(token_layout.grids)
+        return windows + token_layout.image_length * (token_layout.text_length + pooled)
 
     def work(self, token_layout: TokenLayout, element_size: int) -> dict[str, Work]:
         """The work of one image, given q, k, v, q' and k', by direction (see `attention_work`).

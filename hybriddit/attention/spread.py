@@ -38,8 +38,10 @@ def spread_attention(
 ) -> Tensor:
     """The forward of a HybridAttention, which has the arguments, of the text and this process's rows: [B, S, heads, D].
 
-    Raises ValueError for a far branch that cannot be spread.
+    Raises ValueError for a far branch that cannot be spread, and for pooled keys.
     """
+    if layer.pooled is not None:
+        raise ValueError("pooled keys are not computed on an image spread over processes: call the model in one")
     rows, (grid,) = token_layout.rows, token_layout.grids
     (text_query, image_query), (text_key, image_key), (text_value, image_value) = map(
         token_layout.split, (query, key, value)

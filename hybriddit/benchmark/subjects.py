@@ -167,7 +167,7 @@ class FamilySubject(Subject):
     def sampler(self, model: nn.Module, px: int, steps: int) -> Callable[[], Tensor]:
         pipeline_class = self.family.pipelines["text-to-image"]
         parts = dict.fromkeys(name for name in inspect.signature(pipeline_class.__init__).parameters if name != "self")
-        pipeline = pipeline_class(**parts | {"transformer": model, "scheduler": self.family.scheduler()})
+        pipeline = pipeline_class(**parts | {self.family.component: model, "scheduler": self.family.scheduler()})
         pipeline.vae_scale_factor = self.vae_scale_factor  # the pipeline would ask its VAE, and has none
         pipeline.set_progress_bar_config(disable=True)
         text, empty = (

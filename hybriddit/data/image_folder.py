@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from ..files import read_json, write_json
 from ..images import image_size, open_image
 from ..models import family_of
+from ..models.family import denoiser
 from .buckets import MOST_ENLARGED, Size, choose_bucket, describe_buckets
 from .captions import read_captions
 from .image_files import reasons_named, say
@@ -242,4 +243,4 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """Latents of images as the transformer takes them."""
     pixels = pipeline.image_processor.preprocess(list(images)).to(pipeline._execution_device, pipeline.vae.dtype)
-    return family_of(pipeline.transformer).encode_images(pipeline.vae, pixels)
+    return family_of(denoiser(pipeline)).encode_images(pipeline.vae, pixels)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..models import dense_mode, is_hybrid
+from ..models.family import denoiser
 from ..pipelines.loading import quiet
 from .buckets import Size
 from .identity import changed_components
@@ -125,7 +126,7 @@ def find_place(
     Raises ValueError where the cache was made with other settings.
     """
     pipeline, described = teacher.pipeline, teacher.describe(components)
-    settings = {"pipeline": type(pipeline).__name__, "dtype": str(pipeline.transformer.dtype), **settings}
+    settings = {"pipeline": type(pipeline).__name__, "dtype": str(denoiser(pipeline).dtype), **settings}
     settings["max_sequence_length"] = teacher.texts.length
     if not cache:
         return Place(None, {}, settings, described)
@@ -229,7 +230,7 @@ def build_latents(
 
     done = len(order) - sum(map(len, missing))
     with (
-        dense_mode(pipeline.transformer) if is_hybrid(pipeline.transformer) else nullcontext(),
+        dense_mode(denoiser(pipeline)) if is_hybrid(denoiser(pipeline)) else nullcontext(),
         quiet(pipeline),
         tqdm(total=len(order), initial=done, desc=desc, unit="image", disable=not progress) as bar,
     ):

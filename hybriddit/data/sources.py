@@ -64,13 +64,14 @@ def trajectories(pipeline, settings, progress: bool, processes: Processes) -> La
 def captioned_folder(pipeline, settings, progress: bool, processes: Processes) -> LatentData:
     """A folder of images with captions."""
     from ..models import family_of
+    from ..models.family import denoiser
     from .image_folder import image_folder
     from .teacher import Teacher
 
     own = {"seed": settings.seed, "max_images": settings.max_images}
     teacher = Teacher.of(pipeline, settings.max_sequence_length, settings.cache, processes)
     if settings.buckets is not None:
-        family, config = family_of(teacher.pipeline.transformer), teacher.pipeline.transformer.config
+        family, config = family_of(denoiser(teacher.pipeline)), denoiser(teacher.pipeline).config
         side = family.token_pixels(config, teacher.pipeline.vae_scale_factor)
         own["buckets"] = bucket_sizes(settings.buckets, settings.height, settings.width, side)
     return image_folder(teacher, settings.folder, **own, **_common(settings, progress, processes))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..files import make_folder
 from ..models import family_of
-from ..models.family import Family
+from ..models.family import Family, denoiser
 from .identity import describe_components
 from .shards import ALONE, Processes, ShardFile, save_shard
 
@@ -207,7 +207,7 @@ class Teacher(Loaded):
         """The teacher that a whole pipeline is; a teacher is returned as it is. Other arguments: of `PromptEmbeddings`."""
         if isinstance(pipeline, Teacher):
             return pipeline
-        texts = PromptEmbeddings(family_of(pipeline.transformer), lambda: pipeline, length, cache, processes)
+        texts = PromptEmbeddings(family_of(denoiser(pipeline)), lambda: pipeline, length, cache, processes)
         return cls(lambda: pipeline, texts)
 
     @property

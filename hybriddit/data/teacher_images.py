@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..models import family_of
+from ..models.family import denoiser
 from ..models.surgery import arguments_of
 from .latents import LatentData, LatentInfo, Place, build_latents, find_place
 from .prompts import read_prompts
@@ -70,7 +71,9 @@ def teacher_images(
             kept = {"states": torch.stack([x for x, _ in chosen], 1), "times": torch.stack([t for _, t in chosen], 1)}
         return {"latents": latents, **kept}
 
-    place = find_place(teacher, cache, asdict(info), ("transformer", "scheduler"), says=processes.rank == 0)
+    place = find_place(
+        teacher, cache, asdict(info), (teacher.texts.family.component, "scheduler"), says=processes.rank == 0
+    )
     return build_latents(
         teacher,
         info,
@@ -116,7 +119,7 @@ def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, t
     unit of the family's recipes.
     """
     inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    family = family_of(pipeline.transformer)
+    family = family_of(denoiser(pipeline))
 
     def keep(module, arguments, kwargs):
         named = arguments_of(module, arguments, kwargs)
@@ -124,7 +127,7 @@ def captured_inputs(pipeline, count: int) -> Iterator[list[tuple[torch.Tensor, t
         if family.guided_together or not inputs or not all(map(torch.equal, found, inputs[-1])):
             inputs.append(found)
 
-    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         yield inputs
     finally:
@@ -147,7 +150,7 @@ def sample(
     """
     device = pipeline._execution_device  # its weights may be offloaded
     text, empty = ({name: value.to(device) for name, value in tensors.items()} for tensors in (text, empty))
-    family = family_of(pipeline.transformer)
+    family = family_of(denoiser(pipeline))
     arguments = family.sampling_arguments(text, empty, len(seeds))
     arguments[family.guidance_argument] = info.guidance_scale
     images = pipeline(
@@ -158,4 +161,4 @@ def sample(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type=output_type,
     ).images
-    return family.sampled_latents(pipeline.vae, images) if output_type == "latent" else images
+    return family.sampled_latents(getattr(pipeline, "vae", None), images) if output_type == "latent" else images

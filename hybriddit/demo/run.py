@@ -19,6 +19,7 @@ from ..files import replacing_folder, write_json
 from ..images import contact_sheet
 from ..metrics.nearness import nearness
 from ..models import family_of
+from ..models.family import denoiser
 from ..models.flops import attention_flops
 from ..models.surgery import hybridize
 from ..pipelines.loading import load_pipeline
@@ -86,8 +87,8 @@ def sampling_of(config: DistillConfig) -> dict:
 
 def layout_of(pipeline, config: DistillConfig) -> TokenLayout:
     """The tokens of one image of the demo's size and its prompt, in the layers that hybrid attention replaces."""
-    family, data = family_of(pipeline.transformer), config.data
-    pixels = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    family, data = family_of(denoiser(pipeline)), config.data
+    pixels = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
     text_length = family.text_length(data.max_sequence_length, pipeline.tokenizer.model_max_length)
     return TokenLayout(text_length, ((data.height // pixels, data.width // pixels),), family.text_first)
 
@@ -118,8 +119,8 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
-    hybridize(pipeline.transformer, config.hybrid)
-    added = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if ".hybrid." in name)
+    hybridize(denoiser(pipeline), config.hybrid)
+    added = sum(p.numel() for name, p in denoiser(pipeline).named_parameters() if ".hybrid." in name)
     undistilled = generate(pipeline, prompts, seeds, sampling, "undistilled")
 
     say(3, f"{config.train.steps} steps of distillation: {added:,} added parameters learn, the teacher's stay")
@@ -143,7 +144,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
         "height": config.data.height,
         "width": config.data.width,
         "added_parameters": added,
-        "attention_flops": attention_flops(pipeline.transformer, layout),
+        "attention_flops": attention_flops(denoiser(pipeline), layout),
         "undistilled": compare(undistilled, teacher) | judged(undistilled, scenes, judge),
         "distilled": compare(distilled, teacher) | judged(distilled, scenes, judge),
         "teacher": judged(teacher, scenes, judge),

@@ -141,14 +141,14 @@ def plan_cascade(
     not smaller than that either. scale: see `pipelines.cascade.stage_sizes`. positions: see `models.scaled_positions`; None:
     "interpolated", where the family has it. Raises ValueError for what cannot work, before anything is made.
     """
-    from ..models.family import families
+    from ..models.family import denoiser, families
     from ..pipelines.cascade import check_schedule, first_size, native_size, padded_size, stage_sizes
     from ..pipelines.sit import SiTPipeline
 
-    kinds = (SiTPipeline, *(family.pipelines["text-to-image"] for family in families()))
+    kinds = (SiTPipeline, *(kind for family in families() for kind in family.pipeline_classes("text-to-image")))
     if not isinstance(pipeline, kinds):
         raise ValueError(f"images in stages are for text-to-image pipelines and SiTs, not a {type(pipeline).__name__}")
-    model, unit = pipeline.transformer, token_pixels(pipeline)
+    model, unit = denoiser(pipeline), token_pixels(pipeline)
     family = family_of_pipeline(pipeline)
     own = first_size(size, native_size(pipeline), unit)
     own = tuple(given or usual for given, usual in zip(first, own, strict=True))
@@ -229,6 +229,7 @@ def make_in_stages(
     """
     import torch
 
+    from ..models.family import denoiser
     from ..pipelines.cascade import repainting
 
     count = len(cascade.stages)
@@ -240,7 +241,7 @@ def make_in_stages(
     for number in range(there, count):
         stage, started = cascade.stages[number], time.monotonic()
         with contextlib.ExitStack() as within:
-            within.enter_context(cascade.positions_of(pipeline.transformer, number))
+            within.enter_context(cascade.positions_of(denoiser(pipeline), number))
             own = task
             if stage.schedule is not None:
                 generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)

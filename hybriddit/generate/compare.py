@@ -89,6 +89,7 @@ def run(
         from ..metrics.perceptual import load_perceptual
         from ..models import dense_mode
         from ..models.branches import branch_changes, hybrid_layers, one_branch
+        from ..models.family import denoiser
         from ..pipelines.loading import find_base, silence_libraries
 
         nearness(*[np.zeros((8, 8, 3), np.uint8)] * 2)  # a missing package is told before all else
@@ -105,13 +106,13 @@ def run(
         )
 
         if branches:
-            hybrid_layers(pipeline.transformer)  # a model without such is refused before images are made
+            hybrid_layers(denoiser(pipeline))  # a model without such is refused before images are made
         ways: dict[str, Callable[[], Any]] = {
-            "teacher": lambda: dense_mode(pipeline.transformer),
+            "teacher": lambda: dense_mode(denoiser(pipeline)),
             "hybrid": nullcontext,
         }
         for branch, name in ALONE.items() if branches else ():
-            ways[name] = partial(one_branch, pipeline.transformer, branch)
+            ways[name] = partial(one_branch, denoiser(pipeline), branch)
         rows = []
         for number, task in enumerate(_shown(tasks, quiet), 1):
             images, seconds = {}, {}
@@ -129,7 +130,7 @@ def run(
             rows.append(row)
         layers = None
         if branches:
-            with branch_changes(pipeline.transformer) as found:
+            with branch_changes(denoiser(pipeline)) as found:
                 make(pipeline, tasks[0])
             layers = {
                 layer: {f"without_{branch}": float(torch.stack(of).mean()) for branch, of in changes.items()}

@@ -154,6 +154,7 @@ def run(
     import torch  # with diffusers, it takes seconds
 
     from ..attention.rates import probe_rates
+    from ..models.family import denoiser
     from ..pipelines.loading import load_sit_pipeline, silence_libraries
     from ..pipelines.prepare import place, tile_vae
 
@@ -196,7 +197,7 @@ def run(
     else:
         memory = []
         for number, stage in reversed([*enumerate(cascade.stages)]):  # the largest first: it is what may not fit
-            with cascade.positions_of(pipeline.transformer, number):
+            with cascade.positions_of(denoiser(pipeline), number):
                 memory.insert(0, planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
         cascade = cascade.within(memory)
     if memory[-1] is not None:
@@ -364,11 +365,11 @@ def _plan_memory(
     rates: measures the device's, for how long it will take, or gives None. size: (width, height) in pixels. steps: of the
     sampler; None: the task's. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
-    from ..models.family import families, family_of
+    from ..models.family import denoiser, families, family_of
     from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
 
-    model = getattr(pipeline, "transformer", None)
-    from_text = any(isinstance(pipeline, family.pipelines["text-to-image"]) for family in families())
+    model = denoiser(pipeline)
+    from_text = any(isinstance(pipeline, family.pipeline_classes("text-to-image")) for family in families())
     if model is None or model.config.get("hybrid_config") is None or not from_text:
         if gib is not None:
             raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")

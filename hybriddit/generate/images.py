@@ -118,6 +118,8 @@ def plan(
     **settings: Any,
 ) -> tuple[DiffusionPipeline, list[Task]]:
     """The pipeline that does the task, and what `generate` of these arguments makes, which raises what this raises."""
+    from ..models.family import denoiser
+
     check_settings(
         prompt, class_labels=class_labels, seed=seed, num_images=num_images, image=image, mask=mask, **settings
     )
@@ -142,7 +144,7 @@ def plan(
             ({"class_labels": label}, {"class_label": label, "class_name": names.get(label)})
             for label in pipeline.get_label_ids(class_labels)
         ]
-    model = getattr(pipeline, "transformer", None)
+    model = denoiser(pipeline)
     made_by = {
         "pipeline": type(pipeline).__name__,
         "weights": pipeline.config.get("weights"),
@@ -265,7 +267,7 @@ def check_inputs(kind: type, image: bool, mask: bool) -> None:
     name, parameters = kind.__name__, inspect.signature(kind.__call__).parameters
     if "prompt" not in parameters or "num_inference_steps" not in parameters:
         raise ValueError(f"a {name} takes no prompt to make images of: those are for text-to-image pipelines")
-    if any(kind in family.pipelines.values() for family in families()):
+    if any(kind in family.pipeline_classes() for family in families()):
         return  # `for_task` finds the family's pipeline for what is given
     if "control_image" in parameters:
         raise ValueError(f"a {name} needs a control image, for which there is no option: call it in Python")
@@ -284,14 +286,16 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
     """
     task = "inpainting" if mask else "image-to-image" if image else "text-to-image"
     family = family_of_pipeline(pipeline)
-    if family is not None and isinstance(pipeline, tuple(family.pipelines.values())):
-        if task not in family.pipelines:
+    if family is not None and isinstance(pipeline, family.pipeline_classes()):
+        kinds = family.pipelines_like(type(pipeline))
+        if task not in kinds:
             raise ValueError(f"diffusers has no {task} for a {family.pipeline_name}")
-        if isinstance(pipeline, family.pipelines[task]):
+        kind = kinds[task]
+        if isinstance(pipeline, kind):
             return pipeline
-        parameters = inspect.signature(family.pipelines[task].__init__).parameters
-        settings = {name: value for name, value in pipeline.config.items() if name in parameters}
-        made = family.pipelines[task](**{**settings, **pipeline.components})
+        taken = inspect.signature(kind.__init__).parameters
+        options = {name: pipeline.config[name] for name in taken if name in pipeline.config}
+        made = kind(**{**options, **{name: part for name, part in pipeline.components.items() if name in taken}})
     elif not image or "image" in inspect.signature(type(pipeline).__call__).parameters:
         return pipeline
     else:  # diffusers finds its own pipelines by class name
@@ -306,18 +310,19 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
 
 
 def family_of_pipeline(pipeline: DiffusionPipeline) -> Family | None:
-    """The family of a pipeline's transformer; None for a pipeline without one, and for a transformer of none."""
-    from ..models.family import family_of_class
+    """The family of a pipeline's transformer or UNet; None for a pipeline without one, and for a model of none."""
+    from ..models.family import denoiser, family_of_class
 
-    model = getattr(pipeline, "transformer", None)
+    model = denoiser(pipeline)
     return family_of_class(type(model).__name__, lambda: model.config)
 
 
 def _check_model(pipeline: DiffusionPipeline) -> None:
     """Raise ValueError for a pipeline that cannot read prompts, or that its hybrid transformer does not work in."""
+    from ..models.family import denoiser
     from ..pipelines.loading import check_parts, check_takes_hybrid
 
-    model = getattr(pipeline, "transformer", None)
+    model = denoiser(pipeline)
     family = family_of_pipeline(pipeline)
     check_parts(type(pipeline), pipeline.components)
     if family is not None:
@@ -331,17 +336,19 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
     (diffusers would round some of them, with a log line only, and fail on others.)
     """
-    unit = token_pixels(pipeline)
+    from ..models.family import denoiser
+
+    unit, taken = token_pixels(pipeline), inspect.signature(type(pipeline).__call__).parameters
     fitted = {}
     for index, side in enumerate(("width", "height")):
         fitted[side] = settings[side]
-        if fitted[side] is None and image is not None:
+        if fitted[side] is None and image is not None and side in taken:  # others take the image's own
             fitted[side] = image.size[index] // unit * unit
             if not fitted[side]:
                 raise ValueError(f"the image is {image.width} x {image.height}: this model needs {unit} pixels or more")
         elif fitted[side] is not None and fitted[side] % unit:
             raise ValueError(f"{side} {fitted[side]} is no multiple of {unit}, which this model needs")
-    model = getattr(pipeline, "transformer", None)
+    model = denoiser(pipeline)
     family = family_of_pipeline(pipeline)
     if family is not None and None not in fitted.values():
         family.check_grid(model.config, (fitted["height"] // unit, fitted["width"] // unit))
@@ -350,7 +357,9 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
 def token_pixels(pipeline: DiffusionPipeline) -> int:
     """The number that image sides are multiples of: pixels per token, or per latent if there are no tokens."""
-    model, scale = getattr(pipeline, "transformer", None), getattr(pipeline, "vae_scale_factor", 1)
+    from ..models.family import denoiser
+
+    model, scale = denoiser(pipeline), getattr(pipeline, "vae_scale_factor", 1)
     family = family_of_pipeline(pipeline)
     if family is not None:
         return family.token_pixels(model.config, scale)
@@ -364,6 +373,8 @@ def _arguments(
 
     subject: what the images are made from, "prompt" or "class_labels".
     """
+    from ..models.family import denoiser
+
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if subject == "prompt" and "prompt" not in parameters:
         raise ValueError(f"a {kind} takes no prompt: those are for text-to-image pipelines")
@@ -399,7 +410,7 @@ def _arguments(
         elif used["true_cfg"] <= 1:
             no_effect("negative_prompt", f"a {kind} heeds it only with a true_cfg above 1, at twice the time")
             no_effect("true_cfg", "it guides only above 1")
-        if not guides and getattr(getattr(pipeline, "transformer", None), "config", {}).get("guidance_embeds") is False:
+        if not guides and getattr(denoiser(pipeline), "config", {}).get("guidance_embeds") is False:
             no_effect("guidance", "this model was distilled to need none")
     elif pipeline.config.get("is_distilled"):
         no_effect("guidance", "this model was distilled to need none")

@@ -1,8 +1,19 @@
 """Conversion of diffusers transformers (a file for each family, and surgery.py, which all share), adapters; and SiT."""
 
 from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
-from .families import CHROMA, FLUX, FLUX_2, FLUX_2_KLEIN, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
+from .clear import load_clear
+from .families import (
+    CHROMA,
+    FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
+    PIXART_SIGMA,
+    QWEN_IMAGE,
+    STABLE_DIFFUSION_3,
+    STABLE_DIFFUSION_UNET,
+)
 from .family import families, family_of, is_hybrid, register
+from .linfusion import load_linfusion
 from .positions import scaled_positions
 from .processing import LowRankDelta
 from .sit import SiTTransformer2DModel
@@ -18,6 +29,7 @@ __all__ = [
     "PIXART_SIGMA",
     "QWEN_IMAGE",
     "STABLE_DIFFUSION_3",
+    "STABLE_DIFFUSION_UNET",
     "LowRankDelta",
     "SiTTransformer2DModel",
     "dense_mode",
@@ -27,6 +39,8 @@ __all__ = [
     "in_strips",
     "is_hybrid",
     "load_adapter",
+    "load_clear",
+    "load_linfusion",
     "read_adapter_config",
     "register",
     "restore_dense",

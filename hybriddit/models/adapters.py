@@ -17,7 +17,7 @@ from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
 from ..stored import ADAPTER_FILES, find_adapter, public_name
-from .family import family_of, is_hybrid
+from .family import family_of, is_hybrid, model_of
 from .identity import base_digest
 from .surgery import hybrid_family, hybridize, restore_dense
 from .wrapping import plain_state, unwrapped
@@ -71,7 +71,7 @@ def load_adapter(model_or_pipeline: Any, folder_or_repo_id: str | os.PathLike, *
     Raises FileNotFoundError for a missing file and ValueError for a damaged one or one that fits another model; the
     model is then as it was.
     """
-    model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+    model = unwrapped(model_of(model_or_pipeline))
     _apply(model, _read(model, str(folder_or_repo_id)), check_base)
     return model_or_pipeline
 
@@ -92,7 +92,7 @@ class HeldAdapters:
     """
 
     def __init__(self, model_or_pipeline: Any):
-        self._model = unwrapped(getattr(model_or_pipeline, "transformer", model_or_pipeline))
+        self._model = unwrapped(model_of(model_or_pipeline))
         if is_hybrid(self._model):
             raise ValueError("the model is hybrid already: give the dense one (restore_dense), and add its adapter")
         family_of(self._model)
@@ -164,7 +164,7 @@ def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
         raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
     try:
         own = _hybrid_state(model)
-        _check_fit(weights, own, source)
+        check_fit(weights, {name: tensor.shape for name, tensor in own.items()}, f"the adapter in {source}")
         if check_base:
             _check_base(model, base, source)
     except ValueError:
@@ -212,18 +212,18 @@ def _hybrid_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _check_fit(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str) -> None:
+def check_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise ValueError where weights do not have these names and shapes. what: they are, to begin the message with."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
-        what = f"lacks {len(missing)} of its weights ({missing[0]}, …)" if missing else ""
-        what += " and " if missing and unknown else ""
-        what += f"has {len(unknown)} that it has no place for ({unknown[0]}, …)" if unknown else ""
-        raise ValueError(f"the adapter in {source} does not fit this model: it {what}")
+        how = f"lacks {len(missing)} of its weights ({missing[0]}, …)" if missing else ""
+        how += " and " if missing and unknown else ""
+        how += f"has {len(unknown)} that it has no place for ({unknown[0]}, …)" if unknown else ""
+        raise ValueError(f"{what} does not fit this model: it {how}")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
+        if tuple(tensor.shape) != tuple(expected[name]):
             raise ValueError(
-                f"the adapter in {source} does not fit this model: {name} is {tuple(tensor.shape)}, "
-                f"the model's is {tuple(expected[name].shape)}"
+                f"{what} does not fit this model: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name])}"
             )
 
 
@@ -252,8 +252,16 @@ def _adapter_file(source: str, name: str) -> str:
     """The path of one of an adapter's files, fetched if `source` is not a folder but may be a hub repository."""
     if os.path.isdir(source):
         return str(find_adapter(Path(source)) / name)
+    return hub_file(source, name, "adapter folder")
+
+
+def hub_file(source: str, name: str, what: str) -> str:
+    """The path of a file that is fetched from the hub repository `source`, "owner/name".
+
+    Raises FileNotFoundError where it cannot be had, and where `source` cannot be a repository: then it is no `what`.
+    """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise FileNotFoundError(f"no adapter folder {source}")
+        raise FileNotFoundError(f"no {what} {source}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 

@@ -7,6 +7,7 @@ from .flux2 import Flux2, Flux2Klein
 from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
+from .unet import StableDiffusionUNet
 
 PIXART_SIGMA = register(PixArtSigma)
 STABLE_DIFFUSION_3 = register(StableDiffusion3)
@@ -15,3 +16,4 @@ CHROMA = register(Chroma)
 QWEN_IMAGE = register(QwenImage)
 FLUX_2 = register(Flux2)
 FLUX_2_KLEIN = register(Flux2Klein)
+STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)

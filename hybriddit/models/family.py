@@ -99,10 +99,11 @@ class LayerShape(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The sizes of a part of a linear layer that computes several things at once, such as queries and an MLP."""
+    """A part of a linear layer that computes several things at once, such as queries and an MLP: its sizes and bias."""
 
     in_features: int
     out_features: int
+    bias: torch.Tensor | None = None
 
 
 class Family(ABC):
@@ -112,6 +113,7 @@ class Family(ABC):
     are missing. The defaults of the other methods are right for most transformers.
 
     name: in tables and messages, such as "FLUX".
+    component: what its pipelines call the model.
     dense_class, hybrid_class: the diffusers class, and `hybrid_class(dense_class)` of `models.hybrid_model`.
     layers: fnmatch patterns of the attention modules whose cost is quadratic in image tokens.
     processors: of each kind of attention module that the model has.
@@ -124,6 +126,8 @@ class Family(ABC):
         image's.
     rotary: whether the layers rotate queries and keys by position, and the hybrid processor gives `far_inputs` that
         rotation.
+    skip_connections: whether blocks also read what earlier ones gave, as in a UNet: then none of them stands for others when
+        a call is counted, and none runs in strips.
     reads_positions: whether `token_layout` reads the values of tensors. torch.compile cannot trace that: it is left out
         of the graph of a compiled model, and an outer function that calls the model has to pass the layout.
     image_entrance, image_exit: for `hybriddit.parallel`, the modules of the model whose outputs are the image's tokens,
@@ -135,6 +139,7 @@ class Family(ABC):
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
+    other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
     samples_with_vae: whether the pipeline needs its VAE for latents, too.
@@ -149,6 +154,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
+    component: ClassVar[str] = "transformer"
     dense_class: ClassVar[type[nn.Module]]
     hybrid_class: ClassVar[type[nn.Module]]
     layers: ClassVar[tuple[str, ...]]
@@ -159,12 +165,14 @@ class Family(ABC):
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
+    skip_connections: ClassVar[bool] = False
     reads_positions: ClassVar[bool] = False
     image_entrance: ClassVar[str | None] = None
     image_exit: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
     pipelines: ClassVar[Mapping[str, type]]
+    other_pipelines: ClassVar[tuple[Mapping[str, type], ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     scheduler: ClassVar[type]
@@ -215,8 +223,8 @@ class Family(ABC):
         """Those of `projections` whose results the model does not use, in the layer of this name: they are not learned."""
         return ()
 
-    def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
-        """The layout of the tokens that this layer sees: the model's layout, or the part that reaches the layer."""
+    def layer_layout(self, model: nn.Module, layer: str, token_layout: TokenLayout) -> TokenLayout:
+        """The layout of the tokens that this layer sees: the model's layout, or what of it reaches the layer."""
         return token_layout
 
     def layer_outputs(self, attn: nn.Module, output: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
@@ -471,8 +479,6 @@ class Family(ABC):
         """The part of the transformer's output that predicts the target, shaped like `latents`."""
         return output
 
-    # Not to be overridden
-
     def check_encoders(self, components: Mapping[str, Any]) -> None:
         """Raise ValueError for a pipeline that cannot read prompts. components: by name; a missing one is None."""
         for name in self.text_encoders:
@@ -482,6 +488,19 @@ class Family(ABC):
             tokenizer = name.replace("text_encoder", "tokenizer")
             if tokenizer != name and component is not None and components.get(tokenizer, ()) is None:
                 raise ValueError(f"this pipeline has a {name} and no {tokenizer} for it")
+
+    # Not to be overridden
+
+    def pipelines_like(self, kind: type) -> Mapping[str, type]:
+        """The set of pipeline classes by task that `kind`, one of `pipeline_classes`, is in."""
+        return next(
+            found for found in (self.pipelines, *self.other_pipelines) if issubclass(kind, tuple(found.values()))
+        )
+
+    def pipeline_classes(self, task: str | None = None) -> tuple[type, ...]:
+        """diffusers' pipeline classes for the family's models, of one task or of all."""
+        sets = (self.pipelines, *self.other_pipelines)
+        return tuple(kind for found in sets for name, kind in found.items() if task in (None, name))
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         """Channels of the VAE's latents, for a transformer of this config."""
@@ -696,7 +715,8 @@ def family_of(model: nn.Module) -> Family:
         if unsharded_class(model) in (family.dense_class, family.hybrid_class) and family.serves(model.config):
             return family
     supported = ", ".join(dict.fromkeys(family.dense_class.__name__ for family in _FAMILIES))
-    hint = ": pass its .transformer" if hasattr(model, "transformer") else ""
+    held = next((name for name in component_names() if hasattr(model, name)), None)
+    hint = f": pass its .{held}" if held else ""
     raise ValueError(f"{type(model).__name__} is not supported{hint}: hybridize one of {supported}")
 
 
@@ -711,6 +731,29 @@ def family_of_class(name: str | None, config: Callable[[], Mapping[str, Any]] | 
         values = config()
         found = [family for family in found if family.serves(values)]
     return next(iter(found), None)
+
+
+def component_names() -> tuple[str, ...]:
+    """What pipelines call the models that families describe, such as "transformer"."""
+    return tuple(dict.fromkeys(("transformer", *(family.component for family in _FAMILIES))))
+
+
+def component_of(kind: type[DiffusionPipeline]) -> str | None:
+    """What a class of pipelines calls the model that its images come from; None for one that has no such model."""
+    parameters = signature(kind.__init__).parameters
+    return next((name for name in component_names() if name in parameters), None)
+
+
+def denoiser(pipeline: Any) -> Any:
+    """The model that a pipeline's images come from, its transformer or UNet; None where it has none."""
+    found = (getattr(pipeline, name, None) for name in component_names())
+    return next((model for model in found if model is not None), None)
+
+
+def model_of(model_or_pipeline: Any) -> Any:
+    """A pipeline's `denoiser`; a model as it is."""
+    found = None if isinstance(model_or_pipeline, nn.Module) else denoiser(model_or_pipeline)
+    return model_or_pipeline if found is None else found
 
 
 def find_published(repository: str) -> tuple[Family, Published] | None:

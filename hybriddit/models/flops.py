@@ -22,7 +22,7 @@ def attention_flops(model: nn.Module, token_layout: TokenLayout) -> dict[str, in
     for name, attn in family.attentions(model).items():
         if not family.converts(name):
             continue
-        layout, shape = family.layer_layout(name, token_layout), family.layer_shape(attn)
+        layout, shape = family.layer_layout(model, name, token_layout), family.layer_shape(attn)
         full = dense_flops(layout.text_length + layout.image_length, shape.heads * shape.head_dim)
         dense += full
         layer = getattr(attn, "hybrid", None)

@@ -228,7 +228,9 @@ def _is_gate(name: str) -> bool:
 
 
 def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:
-    """Leave one block of each structure in a model's stacks. Returns how many there were of each."""
+    """Leave one block of each structure in a model's stacks. Returns how many there were of each; {}: all are left."""
+    if family_of(model).skip_connections:
+        return {}
     found = {}
     for name, stack in list(model.named_children()):
         if isinstance(stack, nn.ModuleList):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed_from_grid
 
 from ..attention import TokenLayout
-from .family import T5_XXL, Family, Processors, Published, check_latents_scale
+from .ddpm import DDPMFamily
+from .family import T5_XXL, Processors, Published, check_latents_scale
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
-from .recipe import Recipe, ddpm_noise, uniform_steps
+from .recipe import Recipe, uniform_steps
 
 
 class HybridAttnProcessor:
@@ -94,7 +95,7 @@ XL = {
 }
 
 
-class PixArtSigma(Family):
+class PixArtSigma(DDPMFamily):
     """PixArt-Sigma, in all its sizes."""
 
     name = "PixArt-Sigma"
@@ -109,7 +110,6 @@ class PixArtSigma(Family):
     positions = ("interpolated",)  # by the model itself
     pipelines = {"text-to-image": PixArtSigmaPipeline}
     scheduler = DPMSolverMultistepScheduler
-    middle_time = 500
     recipes = {"pixart_sigma": Recipe(uniform_steps, 1.0, 0.5, 0.5, 0.1)}
     published = {
         "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": Published(
@@ -163,23 +163,6 @@ class PixArtSigma(Family):
             "timestep": times,
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
-
-    def add_noise(
-        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ddpm_noise(latents, noise, times, scheduler)
-
-    def times_at(self, sigmas: Sequence[float], scheduler: Any) -> torch.Tensor:
-        keep = scheduler.alphas_cumprod.double()
-        strengths = ((1 - keep) / keep).log() / 2  # of the noise, beside the image's: rising
-        wanted = torch.tensor(sigmas, dtype=torch.float64).logit()
-        above = torch.searchsorted(strengths, wanted).clamp(1, len(strengths) - 1)
-        return torch.where(wanted - strengths[above - 1] < strengths[above] - wanted, above - 1, above)
-
-    def sampling_from(self, scheduler: Any, sigmas: Sequence[float]) -> tuple[Any, dict[str, Any]]:
-        scheduler, _ = super().sampling_from(scheduler, sigmas)
-        steps = self.times_at(sigmas, scheduler).unique().flip(0).tolist()
-        return scheduler, {"timesteps": steps, "num_inference_steps": len(steps)}
 
     def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         # the second half of the channels is a variance

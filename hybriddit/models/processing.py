@@ -1,4 +1,4 @@
-"""Helpers of all families' attention processors: projections with low-rank updates, far inputs, the token layout."""
+"""Helpers of all families' attention processors: projections with updates, far inputs, the token layout."""
 
 from __future__ import annotations
 
@@ -28,18 +28,27 @@ class LowRankDelta(nn.Module):
         return self.up(self.down(hidden_states))
 
 
+class FullDelta(nn.Linear):
+    """Update of one projection's whole matrix and bias, zero at the start."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__(in_features, out_features, bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 def delta_name(projection: str) -> str:
     """The key of a projection's update. It is not the projection's name, else peft would put LoRA on the update too."""
     return projection.replace(".", "_") + "_delta"
 
 
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Apply one projection of the layer, as a module so that LoRA works, and add its low-rank update if it has one."""
+    """Apply one projection of the layer, as a module so that LoRA works, and add its update if it has one."""
     return updated(attn, name, attn.get_submodule(name)(hidden_states), hidden_states)
 
 
 def updated(attn: nn.Module, name: str, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """What a projection, or a part of one, made of hidden_states, with its low-rank update if it has one."""
+    """What a projection, or a part of one, made of hidden_states, with its update if it has one."""
     deltas = attn.hybrid.deltas
     key = delta_name(name)
     return out + deltas[key](hidden_states) if key in deltas else out

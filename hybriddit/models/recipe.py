@@ -35,7 +35,7 @@ class Recipe:
 
 def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
     """DDPM: every step of the teacher's noise schedule equally often; int64."""
-    return torch.randint(len(_alphas(scheduler)), (count,), generator=generator)
+    return torch.randint(len(alphas_of(scheduler)), (count,), generator=generator)
 
 
 def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
@@ -78,7 +78,7 @@ def ddpm_noise(
     latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DDPM: the latents with the schedule's noise at these steps, and what the teacher predicts by the scheduler."""
-    keep = _alphas(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
+    keep = alphas_of(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
     signal, sigma = keep.sqrt(), (1 - keep).sqrt()
     kind = scheduler.config.get("prediction_type", "epsilon")
     targets = {"epsilon": noise, "sample": latents, "v_prediction": signal * noise - sigma * latents}
@@ -87,7 +87,7 @@ def ddpm_noise(
     return signal * latents + sigma * noise, targets[kind]
 
 
-def _alphas(scheduler: Any) -> torch.Tensor:
+def alphas_of(scheduler: Any) -> torch.Tensor:
     """The share of the image at every step of a noise schedule. Raises ValueError for a scheduler that has none."""
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None or getattr(scheduler.config, "use_flow_sigmas", False):

@@ -153,7 +153,7 @@ class StableDiffusion3(Family):
             found.pop("add_q_proj", None)  # the last block drops the output of its text queries
         return found
 
-    def layer_layout(self, layer: str, token_layout: TokenLayout) -> TokenLayout:
+    def layer_layout(self, model: nn.Module, layer: str, token_layout: TokenLayout) -> TokenLayout:
         if layer.endswith(".attn2"):  # 3.5-medium's second attention sees only the image
             return token_layout._replace(text_length=0)
         return token_layout

@@ -31,7 +31,7 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
 
     Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far
     branch's sums over strips do not add up to those over the image: with centred keys, feature maps that the backends
-    lack, and mixers of whole images; and, when the model runs, with gradients on.
+    lack, and mixers of whole images; where layers have pooled keys; and, when the model runs, with gradients on.
     """
     with shown_strips(model, rows):
         yield model
@@ -48,6 +48,8 @@ def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterat
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("diffusers' caches keep what blocks gave for the whole image: disable_cache() first")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}
+    if family.skip_connections:
+        raise ValueError(f"the blocks of {family.name} cannot run in strips: they hold convolutions of the whole image")
     forwards: dict[nn.Module, Any] = {}
     with contextlib.ExitStack() as undo:
         for block in transformer_blocks(model):
@@ -69,6 +71,8 @@ def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Modul
     if block._compiled_call_impl is not None:
         raise ValueError(f"{names[block]} is compiled: strips are for models that are not")
     for layer in layers:
+        if layer.pooled is not None:
+            raise ValueError(f"{names[layer]} has pooled keys: such a model sees the whole image at once")
         if layer.far is not None and not getattr(layer.far, "sums_add_up", False):
             raise ValueError(
                 f"{names[layer]}: the sums of its far branch over strips do not add up to those over the image "

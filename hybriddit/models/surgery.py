@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import HybridAttention, TokenLayout
-from ..config import HybridConfig
+from ..config import FULL, HybridConfig
 from .family import Family, Processors, family_of, is_hybrid
-from .processing import CheckpointWithKwargs, CheckpointWithLayout, LayoutHolder, LowRankDelta, delta_name
+from .processing import CheckpointWithKwargs, CheckpointWithLayout, FullDelta, LayoutHolder, LowRankDelta, delta_name
 from .wrapping import unwrapped
 
 NOT_IN_PARALLEL = (
@@ -120,6 +121,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     if _is_offloaded(model):
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
+    _check_updates(family, config, [attentions[name] for name in layers])
     hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype,
                                        family.idle_projections(model, name))
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
@@ -140,13 +142,23 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     model.register_to_config(hybrid_config=config.to_dict())
 
 
+def _check_updates(family: Family, config: HybridConfig, attentions: list[nn.Module]) -> None:
+    """Raise ValueError if a pattern of `delta_projections` matches no projection of these layers."""
+    known = list(dict.fromkeys(name for attn in attentions for name in family.projections(attn)))
+    for pattern in config.delta_projections or ():
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"hybrid.delta_projections: {pattern!r} matches no projection of this model; they are {', '.join(known)}"
+            )
+
+
 def convert_dense_layers(model: nn.Module) -> None:
     """Let the layers of a hybrid model that stay dense run as HybridAttention of kind "dense", which has no weights.
 
     They compute the same, from query, key, value and the token layout, which diffusers' processors do not heed.
     """
     family = family_of(model)
-    config = replace(HybridConfig.from_saved(model.config.hybrid_config), delta_rank=None)
+    config = replace(HybridConfig.from_saved(model.config.hybrid_config), delta_rank=None, delta_projections=None)
     for name in model._dense_processors:
         attn = model.get_submodule(name)
         if family.converts(name) and not hasattr(attn, "hybrid"):
@@ -225,7 +237,9 @@ def _hybrid_attention(
         window=config.window_of(name),
         stride=config.pair("stride"),
         dilation=config.pair("dilation"),
-        map_rank=config.map_rank,
+        window_shape=config.window_shape,
+        pooled_keys=config.pooled_keys,
+        map_rank=shape.width if config.map_rank == FULL else config.map_rank,
         mixer=config.mixer,
         **config.mixer_settings,
         rotary=rotary,
@@ -235,11 +249,12 @@ def _hybrid_attention(
     )
     projections = family.projections(attn)
     hybrid.deltas, hybrid.idle = nn.ModuleDict(), idle
-    if config.delta_rank is not None:
-        for projection, module in projections.items():
-            if projection not in idle:
-                delta = LowRankDelta(module.in_features, module.out_features, config.delta_rank)
-                hybrid.deltas[delta_name(projection)] = delta
+    for projection, module in projections.items():
+        if config.updates(projection) and projection not in idle:
+            sides = module.in_features, module.out_features
+            full = config.delta_rank == FULL
+            delta = FullDelta(*sides, module.bias is not None) if full else LowRankDelta(*sides, config.delta_rank)
+            hybrid.deltas[delta_name(projection)] = delta
     return hybrid.to(next(attn.parameters()).device).train(attn.training).cast(dtype)
 
 
@@ -378,6 +393,7 @@ def _relabel_in_pipelines(model: nn.Module) -> None:
     pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
     if pipelines is None:
         return
+    name = family_of(model).component
     for held in gc.get_objects():
-        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get("transformer")) is model:
-            held.transformer = vars(held)["transformer"]
+        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get(name)) is model:
+            setattr(held, name, vars(held)[name])

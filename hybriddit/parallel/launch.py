@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from ..models.family import denoiser
 from .shard import shard
 from .tiles import spread_tiles
 
@@ -24,7 +25,7 @@ def together(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[dist
     device: where the pipeline is, a CPU or a GPU of this process's own. Yields the group of all processes. Raises as
     `shard`, and ValueError for fewer GPUs than processes and for other devices.
     """
-    transformer = getattr(pipeline, "transformer", None)
+    transformer = denoiser(pipeline)
     if transformer is None:
         raise ValueError(f"a {type(pipeline).__name__} has no transformer whose image could be shared")
     backends = {"cpu": "gloo", "cuda": "nccl"}

@@ -21,6 +21,7 @@ from PIL import Image
 from ..flow.path import interpolate, time_of_noise
 from ..flow.sample import sampling_interval
 from ..models import family_of
+from ..models.family import denoiser
 from .memory import blended_rows
 from .sit import SiTPipeline
 
@@ -71,7 +72,7 @@ SCHEDULES = {
 
 def native_size(pipeline: Any) -> int:
     """The side, in pixels, of the images that a pipeline makes where no size is asked for."""
-    latents = pipeline.transformer.config.get("sample_size") or getattr(pipeline, "default_sample_size", 0)
+    latents = denoiser(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", 0)
     return latents * pipeline.vae_scale_factor
 
 
@@ -110,7 +111,7 @@ def padded_size(size: tuple[int, int], unit: int) -> tuple[int, int]:
 def check_schedule(pipeline: Any, schedule: Schedule) -> None:
     """Raise ValueError for a schedule that a pipeline cannot follow."""
     if not isinstance(pipeline, SiTPipeline):
-        family_of(pipeline.transformer).sampling_from(pipeline.scheduler, schedule.sigmas())
+        family_of(denoiser(pipeline)).sampling_from(pipeline.scheduler, schedule.sigmas())
     elif schedule.guide:
         raise ValueError(f"the guide {schedule.guide!r} is for text-to-image pipelines, not for a SiT")
 
@@ -137,7 +138,7 @@ def repainting(
     if isinstance(pipeline, SiTPipeline):
         yield _repainting_sit(pipeline, image, size, schedule, generator, tiles)
         return
-    model, own = pipeline.transformer, pipeline.scheduler
+    model, own = denoiser(pipeline), pipeline.scheduler
     family = family_of(model)
     side, scale = family.token_pixels(model.config, pipeline.vae_scale_factor), pipeline.vae_scale_factor
     padded = padded_size(size, side)
@@ -253,9 +254,9 @@ def encode_enlarged(
     def to_latents(pixels: torch.Tensor) -> torch.Tensor:
         if isinstance(pipeline, SiTPipeline):
             return vae.encode(pixels).latent_dist.mode()
-        return family_of(pipeline.transformer).vae_encode(vae, pixels)
+        return family_of(denoiser(pipeline)).vae_encode(vae, pixels)
 
-    image = image.convert("L" if (vae or pipeline.transformer).config.get("in_channels") == 1 else "RGB")
+    image = image.convert("L" if (vae or denoiser(pipeline)).config.get("in_channels") == 1 else "RGB")
     across, down = image.width / size[0], image.height / size[1]
     more = [math.ceil((whole - own) * ratio) for whole, own, ratio in zip(padded, size, (across, down), strict=True)]
     if any(more):

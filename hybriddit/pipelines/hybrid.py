@@ -9,7 +9,6 @@ import os
 from diffusers import DiffusionPipeline
 
 from ..models import load_adapter
-from ..models.family import Family
 
 
 class _AdapterPipelineMixin:
@@ -44,9 +43,8 @@ class _AdapterPipelineMixin:
 
 
 @functools.cache
-def hybrid_pipeline(family: Family) -> type[DiffusionPipeline]:
-    """Make the class `Hybrid<pipeline>`: the family's text-to-image pipeline with a hybrid transformer."""
-    dense = family.pipelines["text-to-image"]
+def hybrid_pipeline(dense: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """Make the class `Hybrid<pipeline>` of a family's text-to-image pipeline: it has a hybrid transformer."""
     doc = f"{dense.__name__} over a hybrid transformer."
     members = {"__doc__": doc, "__module__": "hybriddit", "_dense_pipeline": dense}
     return type(f"Hybrid{dense.__name__}", (_AdapterPipelineMixin, dense), members)

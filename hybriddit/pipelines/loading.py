@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..config import HybridConfig
 from ..files import read_json
 from ..models import SiTTransformer2DModel, families
-from ..models.family import Family, family_of_class
+from ..models.family import Family, component_names, family_of_class
 from ..stored import (
     PICKLED,
     checkpoint_hint,
@@ -62,16 +62,22 @@ class Base:
     def pipeline_class(self) -> type[DiffusionPipeline]:
         """The class that model_index.json names. Raises ValueError where neither diffusers nor a family has it."""
         name = self.index.get("_class_name")
-        known = {made.__name__: made for family in families() for made in family.pipelines.values()}
+        known = {made.__name__: made for family in families() for made in family.pipeline_classes()}
         found = known.get(str(name)) or getattr(diffusers, str(name), None)
         if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
             raise ValueError(f"{self.path} is a {name}, which diffusers {diffusers.__version__} does not have")
         return found
 
     @property
+    def component(self) -> str:
+        """What the pipeline calls its transformer or UNet."""
+        kinds = component_classes(self.index)
+        return next((name for name in component_names() if name in kinds), "transformer")
+
+    @property
     def transformer_class(self) -> str | None:
         """The name of the transformer's class; None for a pipeline without a transformer."""
-        return component_classes(self.index).get("transformer")
+        return component_classes(self.index).get(self.component)
 
     @property
     def is_hybrid(self) -> bool:
@@ -82,13 +88,13 @@ class Base:
     @property
     def family(self) -> Family | None:
         """The family of its transformer. Raises what `read_part` does where it has to read the transformer's config."""
-        return family_of_class(self.transformer_class, lambda: self.read_part("transformer"))
+        return family_of_class(self.transformer_class, lambda: self.read_part(self.component))
 
     def hybrid_config(self) -> HybridConfig | None:
         """The config of a pipeline that is hybrid already; None for a dense one."""
         if not self.is_hybrid:
             return None
-        return HybridConfig.from_saved(self.read_part("transformer").get("hybrid_config") or {})
+        return HybridConfig.from_saved(self.read_part(self.component).get("hybrid_config") or {})
 
     def read_part(self, name: str, file: str = "config.json") -> dict[str, Any]:
         """What a component's JSON file holds. Raises FileNotFoundError where the folder does not have it."""
@@ -104,7 +110,7 @@ class Base:
 
         Raises ValueError for a transformer of no family, and where its config is damaged.
         """
-        family, values = _family(self), self.read_part("transformer")
+        family, values = _family(self), self.read_part(self.component)
         made = family.hybrid_class if self.is_hybrid else family.dense_class
         pixels = 8  # what diffusers' pipelines go by without a VAE
         if component_classes(self.index).get("vae"):
@@ -142,7 +148,7 @@ def find_base(path: str, *, variant: str | None = None, config: str | None = Non
     else:
         index, parts = _read_repository(folder)
     if file:  # what the folder lacks is in the file
-        parts = {name: files for name, files in parts.items() if name != "transformer" and variants_of(files)}
+        parts = {name: files for name, files in parts.items() if name not in component_names() and variants_of(files)}
     base = Base(path, folder, file, index, *choose_variant(parts, variant, folder))
     if file and base.is_hybrid:
         raise ValueError(f"{folder} is a hybrid pipeline, and the config of a single file is a dense one")
@@ -207,13 +213,13 @@ def load_pipeline(
 def check_parts(
     kind: type[DiffusionPipeline],
     components: Mapping[str, Any],
-    needed: Sequence[str] = ("transformer", "vae", "scheduler"),
+    needed: Sequence[str] | None = None,
 ) -> None:
     """Raise ValueError for a pipeline without a component that is needed, of those that its class takes.
 
-    components: by name; a missing one is None.
+    components: by name; a missing one is None. needed: None: its model, VAE and scheduler.
     """
-    for name in needed:
+    for name in needed or (*component_names(), "vae", "scheduler"):
         if name in inspect.signature(kind.__init__).parameters and components.get(name) is None:
             raise ValueError(f"this pipeline has no {name}, which a {kind.__name__} needs")
 
@@ -224,12 +230,13 @@ def text_to_image(base: Base) -> Base:
     Raises ValueError for a transformer of no family, and for pipelines that do something else with it.
     """
     family, kind = _family(base), base.pipeline_class
-    if kind not in family.pipelines.values():
+    if kind not in family.pipeline_classes():
         raise ValueError(
             f"{base.path} is a {kind.__name__}: distillation is for the text-to-image pipeline of its transformer, "
             f"{family.pipeline_name}"
         )
-    return replace(base, index={**base.index, "_class_name": family.pipeline_name})
+    made = family.pipelines_like(kind)["text-to-image"]
+    return replace(base, index={**base.index, "_class_name": made.__name__})
 
 
 def check_convertible(
@@ -298,19 +305,19 @@ def _load_single_file(
     if not hasattr(kind, "from_single_file"):
         name = base.pipeline_class.__name__ if whole else base.transformer_class
         raise ValueError(f"diffusers loads no {name} from a single file")
-    if not whole and "transformer" in parts:  # left out: the file is not read
+    if not whole and base.component in parts:  # left out: the file is not read
         return base.pipeline_class.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
-    dtype = dtypes["transformer"] if isinstance(dtypes, dict) else dtypes
+    dtype = dtypes[base.component] if isinstance(dtypes, dict) else dtypes
     local = {"config": base.folder, "local_files_only": Path(base.folder).is_dir()}
     try:
         if whole:
             return kind.from_single_file(str(base.file), dtype=dtype, **local, **parts)
-        transformer = kind.from_single_file(str(base.file), dtype=dtype, subfolder="transformer", **local)
+        transformer = kind.from_single_file(str(base.file), dtype=dtype, subfolder=base.component, **local)
     except Exception as error:  # diffusers' conversion fails in any way on a file of another model
         reason = str(error).partition("\n")[0]
         raise ValueError(f"no {kind.__name__} in it: {type(error).__name__}: {reason}") from error
     check_whole(transformer, f"a {kind.__name__} in it")
-    parts = {**parts, "transformer": transformer}
+    parts = {**parts, base.component: transformer}
     return base.pipeline_class.from_pretrained(base.folder, dtype=dtypes, **options, **parts)
 
 
@@ -321,7 +328,7 @@ def _stored_dtypes(folder: Path, base: Base) -> dict[str, torch.dtype]:
         files = {name: part for name, part in files.items() if variants_of(os.listdir(part))}
     found = {name: stored_dtype(weight_files(part, base.variant)) for name, part in files.items()}
     if base.file is not None:
-        found["transformer"] = stored_dtype([base.file])
+        found[base.component] = stored_dtype([base.file])
     return {name: getattr(torch, dtype) for name, dtype in found.items()}
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..attention.rates import Rates
 from ..machine import free_bytes
 from ..models import family_of, in_strips
+from ..models.family import denoiser
 from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak
 from ..strips_file import seconds_of_file
 
@@ -101,7 +102,7 @@ def plan_memory(
     none does, or if the VAE does not fit, in tiles if it can decode in those. Found by counting tensors, not by running
     anything, in seconds.
     """
-    model, size = pipeline.transformer, f"{width} x {height} pixels"
+    model, size = denoiser(pipeline), f"{width} x {height} pixels"
     if available <= 0:
         raise ValueError(f"{size}: no memory is left on the device beside the weights")
     family, device = family_of(model), torch.device(pipeline._execution_device)
@@ -165,10 +166,10 @@ def plan_shared(pipeline: Any, width: int, height: int, *, available: int) -> Me
 
 def _known_decoder(pipeline: Any) -> tuple[nn.Module, int] | None:
     """What takes the memory of decoding, see `Family.decoder`, and the channels of latents; None for another VAE."""
-    family = family_of(pipeline.transformer)
+    family = family_of(denoiser(pipeline))
     if not isinstance(pipeline.vae, family.vae_class):
         return None
-    return family.decoder(pipeline.vae), family.latent_channels(pipeline.transformer.config)
+    return family.decoder(pipeline.vae), family.latent_channels(denoiser(pipeline).config)
 
 
 def _plan_decoder(
@@ -250,13 +251,13 @@ def strips_within(
     decode: see `decode_in_strips`. arguments: of the call. The transformer has done its part when this returns; the VAE
     decodes while the strips are taken. Raises ValueError, of a strip too, where pixels are not finite.
     """
-    strips = contextlib.nullcontext() if plan.rows is None else in_strips(pipeline.transformer, plan.rows)
+    strips = contextlib.nullcontext() if plan.rows is None else in_strips(denoiser(pipeline), plan.rows)
     with strips:
         if not isinstance(pipeline.vae, AutoencoderKL):
             return iter([np.asarray(pipeline(**arguments).images[0])])
         latents = pipeline(**arguments, output_type="latent").images
-    family = family_of(pipeline.transformer)
-    side = family.token_pixels(pipeline.transformer.config, pipeline.vae_scale_factor)
+    family = family_of(denoiser(pipeline))
+    side = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
     latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
     return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)
 

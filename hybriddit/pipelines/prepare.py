@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from ..models.family import component_of, denoiser
 from .loading import check_whole
+
+LORA = r"\.lora[._]"  # behind a layer's name, in keys of diffusers' files; with a point in older ones
 
 
 def check_lora_loader(kind: type[DiffusionPipeline]) -> None:
     """Raise ValueError for a class of pipelines without a transformer that diffusers loads a LoRA into."""
-    if not hasattr(kind, "load_lora_weights") or "transformer" not in inspect.signature(kind.__init__).parameters:
+    if not hasattr(kind, "load_lora_weights") or component_of(kind) is None:
         raise ValueError(f"diffusers loads no LoRA into the transformer of a {kind.__name__}")
 
 
@@ -31,9 +34,10 @@ def add_loras(pipeline: DiffusionPipeline, loras: Sequence[tuple[Path, float]]) 
     for name, (path, _) in zip(names, loras, strict=True):
         where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
         try:
-            _check_modules(pipeline, pipeline.lora_state_dict(use_safetensors=True, **where))
+            found = pipeline.lora_state_dict(use_safetensors=True, **where)
+            _check_modules(pipeline, found[0] if isinstance(found, tuple) else found)  # with alphas, of a UNet
             pipeline.load_lora_weights(adapter_name=name, use_safetensors=True, **where)
-            check_whole(pipeline.transformer, "it")
+            check_whole(denoiser(pipeline), "it")
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             reason = " ".join(str(error).split("\n")[:2])
             raise ValueError(f"the LoRA {path} does not fit this {type(pipeline).__name__}: {reason}") from error
@@ -47,10 +51,10 @@ def _check_modules(pipeline: DiffusionPipeline, tensors: dict[str, torch.Tensor]
 
     Of the text encoders only that they are there: their layers have other names in some versions of transformers.
     """
-    targets = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    targets = {re.split(LORA, key)[0] for key in tensors if re.search(LORA, key)}
     if not targets:
         raise ValueError("it holds no LoRA")
-    layers = {f"transformer.{name}" for name, _ in pipeline.transformer.named_modules()}
+    layers = {f"{component_of(type(pipeline))}.{name}" for name, _ in denoiser(pipeline).named_modules()}
     encoders = tuple(f"{name}." for name in pipeline.components if name.startswith("text_encoder"))
     strange = sorted(name for name in targets if name not in layers and not name.startswith(encoders))
     if strange:

@@ -32,7 +32,7 @@ from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
-from ..models.family import unsharded_class
+from ..models.family import denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
@@ -89,11 +89,11 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     texts = prompt_embeddings(base, config, accelerator.device, processes)
     teacher = load_teacher(base, config, accelerator.device, config.data.offload, texts)
     if resume:
-        settings = {**settings, "model.weights": teacher.describe(["transformer"])["transformer"]["weights"]}
+        settings = {**settings, "model.weights": teacher.describe([base.component])[base.component]["weights"]}
         read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
     progress = config.train.progress and accelerator.is_main_process
     data = make_data(teacher, config.data, progress=progress, processes=processes)
-    digest = teacher.describe(["transformer"])["transformer"]["weights"]
+    digest = teacher.describe([base.component])[base.component]["weights"]
     if config.data.offload:  # to train, its weights stay on the device
         teacher.free()
         teacher = load_teacher(base, config, accelerator.device, None, teacher.texts)
@@ -115,9 +115,10 @@ def prompt_embeddings(
     data = config.data
 
     def load() -> Any:
-        pipeline = load_part(base, config, device, data.offload, ("transformer", "vae"))
+        pipeline = load_part(base, config, device, data.offload, (base.component, "vae"))
         # all that pipelines read of it to encode prompts, such as SD3's without T5
-        pipeline.transformer = SimpleNamespace(config=base.shapes()[0].config, dtype=weights_dtype(config))
+        model = SimpleNamespace(config=base.shapes()[0].config, dtype=weights_dtype(config))
+        setattr(pipeline, base.component, model)
         return pipeline
 
     return PromptEmbeddings(base.family, load, data.max_sequence_length, data.cache, processes)
@@ -175,7 +176,7 @@ def with_hybrid_of(config: DistillConfig, own: HybridConfig | None) -> DistillCo
 def distill(
     pipeline, data: LatentData, config: DistillConfig, *, resume: bool = False, digest: str | None = None
 ) -> nn.Module:
-    """Train the hybrid layers of `pipeline.transformer` towards the dense model it was converted from.
+    """Train the hybrid layers of a pipeline's transformer towards the dense model it was converted from.
 
     The transformer is converted in place with `config.hybrid` unless it is converted already, which must be with the
     same config; its dense weights are never changed. `config.model.path` and `config.data` are not used here: `data` is
@@ -195,7 +196,7 @@ def distill(
     ValueError for settings that cannot work, and FloatingPointError, naming the step, when the loss stops being finite;
     earlier checkpoints are kept.
     """
-    base = pipeline.transformer
+    base = denoiser(pipeline)
     check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
     recipe = recipe_for(base, config)
@@ -267,7 +268,7 @@ class Distillation(Job):
     ):
         self.pipeline, self.data, self.config, self.accelerator = pipeline, data, config, accelerator
         self.recipe, self.weights, self.dropout, self.grids = recipe, weights, dropout, grids
-        self.model = pipeline.transformer
+        self.model = denoiser(pipeline)
         content = {"model.weights": digest, "data.content": data.content}
         self.settings, self.usual = {**resume_settings(config), **content}, usual
         self.family, self.dtype = family_of(self.model), self.model.dtype
@@ -545,7 +546,7 @@ def planned_grids(config: DistillConfig, transformer: nn.Module, vae_scale_facto
 
 def token_grids(pipeline, data: LatentData) -> dict[Size, Tokens]:
     """(rows, columns) in tokens of each size of the set's images. Raises ValueError if its latents are not of that grid."""
-    family, config = family_of(pipeline.transformer), pipeline.transformer.config
+    family, config = family_of(denoiser(pipeline)), denoiser(pipeline).config
     side = family.token_pixels(config, pipeline.vae_scale_factor)
     grids = {size: (size[0] // side, size[1] // side) for size in data.buckets}
     for size, grid in grids.items():

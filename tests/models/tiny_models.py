@@ -8,6 +8,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
 )
 
 TEXT = 5
@@ -96,6 +97,22 @@ def qwen_image(layers=2, **kwargs):
     )
 
 
+def unet(layers=1, **kwargs):
+    """Two levels of other widths; "layers" of a level's blocks."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=layers,
+        block_out_channels=(WIDTH // 2, WIDTH),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        **{"attention_head_dim": HEADS, **kwargs},
+    )
+
+
 KINDS = {
     "pixart": pixart,
     "sd3": sd3,
@@ -137,6 +154,15 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
     (height, width), config = grid, model.config
+    if isinstance(model, UNet2DConditionModel):
+        inputs = {
+            "sample": random(batch, config.in_channels, height, width),
+            "timestep": torch.full((batch,), 600, dtype=torch.long),
+            "encoder_hidden_states": random(batch, text, config.cross_attention_dim),
+        }
+        if config.addition_embed_type is not None:
+            inputs["added_cond_kwargs"] = {"text_embeds": random(batch, 8), "time_ids": random(batch, 6)}
+        return inputs
     if isinstance(model, QwenImageTransformer2DModel):
         return {
             "hidden_states": random(batch, height * width, config.in_channels),

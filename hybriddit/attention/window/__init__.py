@@ -4,10 +4,12 @@ from .case import WindowCase
 from .dispatch import BACKENDS, choose_backend, joined_attention, neighborhood_attention
 from .flex import aligned_window
 from .grids import attention_over_grids, seen_over_grids
+from .pooled import PooledKeys
 from .rule import key_rows, seen_pairs
 
 __all__ = [
     "BACKENDS",
+    "PooledKeys",
     "WindowCase",
     "aligned_window",
     "attention_over_grids",

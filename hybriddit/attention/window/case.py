@@ -14,7 +14,8 @@ MASK_ELEMENTS = 2**26
 class WindowCase(NamedTuple):
     """What decides which backend runs.
 
-    Sizes are in tokens, pairs are (rows, columns), and window and stride are clamped to the grid.
+    Sizes are in tokens, pairs are (rows, columns), and window and stride are clamped to the grid, but for a circle, of
+    which window is the radius, twice.
     """
 
     device: torch.device
@@ -27,6 +28,7 @@ class WindowCase(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     text_length: int = 0
     gradients: bool = False
+    circle: bool = False
 
     @property
     def on_gpu(self) -> bool:

@@ -29,6 +29,7 @@ def neighborhood_attention(
     window: int | tuple[int, int],
     stride: int | tuple[int, int] = 1,
     dilation: int | tuple[int, int] = 1,
+    circle: bool = False,
     scale: float | None = None,
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
@@ -45,6 +46,8 @@ def neighborhood_attention(
     Args:
         query, key, value: [B, H, W, heads, D].
         window, stride, dilation: int or (rows, columns), in tokens.
+        circle: the window is the tokens at a Euclidean distance below `window`, an int, and of less at borders. It has
+            neither stride nor dilation.
         scale: factor on the scores; None is D ** -0.5.
         text_key, text_value: [B, S, heads, D], both or neither.
         text_mask: bool [B, S], False for padded text, which no query sees; None sees all text.
@@ -65,7 +68,7 @@ def neighborhood_attention(
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown window attention backend {backend!r}: use one of auto, {', '.join(BACKENDS)}")
-    window, stride, dilation = _pairs(window, stride, dilation)
+    window, stride, dilation = _pairs(window, stride, dilation, circle)
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
@@ -73,13 +76,13 @@ def neighborhood_attention(
         out = F.scaled_dot_product_attention(query, key, value)  # no work, but it keeps autograd's graph
         return (out, out.sum(-1).to(sum_dtype(out.dtype))) if return_lse else out
     text_mask = None if text_key is None else text_mask
-    if _serves_any_size(backend, query, key, value, text_key, text_value):
+    if _serves_any_size(backend, circle, query, key, value, text_key, text_value):
         out, lse = attention_of_any_size(
-            query, key, value, text_key, text_value, text_mask, window, stride, dilation, scale, backend
+            query, key, value, text_key, text_value, text_mask, window, stride, dilation, circle, scale, backend
         )
         return (out, lse) if return_lse else out
     take = _traced(_take)
-    case = _case(query, key, value, text_key, text_value, window, stride, dilation)
+    case = _case(query, key, value, text_key, text_value, window, stride, dilation, circle)
     taken, has_lse = take(backend, return_lse, *case)
     hidden = text_mask is not None and not (BACKENDS[taken].masks_text and (has_lse or not return_lse))
     if hidden:
@@ -87,12 +90,14 @@ def neighborhood_attention(
         query, key, value, text_key, text_value = hide_padded_text(query, key, value, *text, scale)
         taken, has_lse = take(backend, return_lse, *case[:4], operator.index(query.shape[4]), *case[5:])
     if return_lse and not has_lse:
-        settings = {"window": window, "stride": stride, "dilation": dilation, "scale": scale, "backend": backend}
+        settings = {"window": window, "stride": stride, "dilation": dilation, "circle": circle}
+        settings |= {"scale": scale, "backend": backend}
         out, lse = lse_by_one_more_key(neighborhood_attention, query, key, value, text_key, text_value, **settings)
     else:
         attend = BACKENDS[taken].attend_with_lse if return_lse else BACKENDS[taken].attend
-        text_mask = {} if text_mask is None or hidden else {"text_mask": text_mask}
-        out = attend(query, key, value, text_key, text_value, *case[5:8], scale, **text_mask)
+        options = {} if text_mask is None or hidden else {"text_mask": text_mask}
+        options |= {"circle": True} if circle else {}
+        out = attend(query, key, value, text_key, text_value, *case[5:8], scale, **options)
         out, lse = out if return_lse else (out, None)
     out = out[..., :head_dim] if hidden else out
     return (out, lse) if return_lse else out
@@ -109,6 +114,7 @@ def joined_attention(
     window: int | tuple[int, int],
     stride: int | tuple[int, int] = 1,
     dilation: int | tuple[int, int] = 1,
+    circle: bool = False,
     scale: float | None = None,
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
@@ -129,7 +135,7 @@ def joined_attention(
     """
     if torch.is_grad_enabled():
         raise ValueError("joined_attention has no gradients: call it under torch.no_grad()")
-    window, stride, dilation = _pairs(window, stride, dilation)
+    window, stride, dilation = _pairs(window, stride, dilation, circle)
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
     text_mask = None if text_key is None else text_mask
     batch, height, width, heads, head_dim = query.shape
@@ -141,18 +147,18 @@ def joined_attention(
     check_dtype((query, sums.query))
     check_device((query, sums.query, sums.state, gate))
     scale = head_dim**-0.5 if scale is None else scale
-    settings = window, stride, dilation, scale
+    settings = window, stride, dilation, circle, scale
     near = query, key, value, text_key, text_value
-    if _serves_any_size(backend, *near):
+    if _serves_any_size(backend, circle, *near):
         return joined_of_any_size(*near, text_mask, *sums, gate, joint, *settings, backend)
     taken = None
     if gate.shape[-1] == 1 and query.numel():
         channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
-        case = _case(*near, window, stride, dilation)
+        case = _case(*near, window, stride, dilation, circle)
         taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
     if taken is None:
         text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-        text |= {"window": window, "stride": stride, "dilation": dilation, "scale": scale}
+        text |= {"window": window, "stride": stride, "dilation": dilation, "circle": circle, "scale": scale}
         out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text)
         out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
         return join_sums(sums, out.flatten(1, 2), gate, joint, lse).view(query.shape)
@@ -160,7 +166,7 @@ def joined_attention(
     return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
 
 
-def _serves_any_size(backend: str, *inputs: Tensor | None) -> bool:
+def _serves_any_size(backend: str, circle: bool, *inputs: Tensor | None) -> bool:
     """Whether torch.compile traces a graph for several sizes of these inputs, in which one operator is to serve them all.
 
     inputs: query, key, value, text key and text value, or None in place of these two.
@@ -172,15 +178,19 @@ def _serves_any_size(backend: str, *inputs: Tensor | None) -> bool:
     query, text_key = inputs[0], inputs[3]
     sizes = query.shape[1:3] if text_key is None else (*query.shape[1:3], text_key.shape[1])
     kind = query.device, query.dtype, operator.index(query.shape[4])
-    return not _gradients(*inputs) and are_symbolic(*sizes) and constant(_takes_any_size, backend, *kind)
+    return not _gradients(*inputs) and are_symbolic(*sizes) and constant(_takes_any_size, backend, circle, *kind)
 
 
 def _gradients(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def _pairs(window, stride, dilation):
+def _pairs(window, stride, dilation, circle):
     window, stride, dilation = pair("window", window), pair("stride", stride), pair("dilation", dilation)
+    if circle and (window[0] != window[1] or stride != (1, 1) or dilation != (1, 1)):
+        raise ValueError(
+            f"a circle has one radius and neither stride nor dilation, got {window}, {stride} and {dilation}"
+        )
     if stride[0] > window[0] or stride[1] > window[1]:
         raise ValueError(f"stride {stride} is larger than window {window}: tokens would be skipped; lower the stride")
     return window, stride, dilation
@@ -195,7 +205,7 @@ def _traced(function: Callable) -> Callable:
     return partial(constant, function)
 
 
-def _case(query, key, value, text_key, text_value, window, stride, dilation) -> tuple:
+def _case(query, key, value, text_key, text_value, window, stride, dilation, circle) -> tuple:
     """The fields of a `WindowCase`."""
     # plain ints: torch.compile keeps one graph a size, whose backend is chosen for it
     grid, heads = tuple(map(operator.index, query.shape[1:3])), operator.index(query.shape[3])
@@ -205,17 +215,18 @@ def _case(query, key, value, text_key, text_value, window, stride, dilation) -> 
         grid,
         heads,
         operator.index(query.shape[4]),
-        (min(window[0], grid[0]), min(window[1], grid[1])),
+        window if circle else (min(window[0], grid[0]), min(window[1], grid[1])),
         (min(stride[0], window[0], grid[0]), min(stride[1], window[1], grid[1])),
         dilation,
         0 if text_key is None else operator.index(text_key.shape[1]),
         _gradients(query, key, value, text_key, text_value),
+        circle,
     )
 
 
-def _takes_any_size(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def _takes_any_size(backend: str, circle: bool, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the backend for large grids runs within an operator that serves all sizes."""
-    large = WindowCase(device, dtype, (128, 128), 1, head_dim, (16, 16))
+    large = WindowCase(device, dtype, (128, 128), 1, head_dim, (16, 16), circle=circle)
     return BACKENDS[_taken(backend, large)].any_size
 
 
@@ -232,6 +243,7 @@ def attention_of_any_size(
     window: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
+    circle: bool,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -243,6 +255,7 @@ def attention_of_any_size(
         window=tuple(window),
         stride=tuple(stride),
         dilation=tuple(dilation),
+        circle=circle,
         scale=scale,
         text_key=text_key,
         text_value=text_value,
@@ -278,6 +291,7 @@ def joined_of_any_size(
     window: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
+    circle: bool,
     scale: float,
     backend: str,
 ) -> Tensor:
@@ -292,6 +306,7 @@ def joined_of_any_size(
         window=tuple(window),
         stride=tuple(stride),
         dilation=tuple(dilation),
+        circle=circle,
         scale=scale,
         text_key=text_key,
         text_value=text_value,
@@ -345,6 +360,7 @@ class Backend(NamedTuple):
 
     attend: (query, key, value, text_key, text_value, window, stride, dilation, scale) -> [B, H, W, heads, D]; image
         tensors are [B, H, W, heads, D], text [B, S, heads, D] or None, the others pairs (rows, columns) and a number.
+        For a circular window, where `refusal` allows one, it and attend_with_lse are given circle=True besides.
     refusal: (case) -> why the backend cannot do it, or None.
     slower: (case) -> why another backend is faster, or None.
     attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), on lse_devices (their types; None is any).
@@ -372,7 +388,7 @@ class Backend(NamedTuple):
 
 def choose_backend(case: WindowCase, *, tried: bool = False) -> Choice:
     """Choose a backend as `neighborhood_attention` does with "auto". tried: also run the backends' small cases."""
-    if covers(case.grid, case.window, case.dilation):
+    if covers(case.grid, case.window, case.dilation, case.circle):
         return Choice("dense", "the window covers the grid", ())
     passed_over = []
     for name, backend in BACKENDS.items():

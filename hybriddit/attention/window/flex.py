@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..trial import TOLERANCE, triton_requirements
 from .case import WindowCase
-from .rule import class_windows, pair
+from .rule import class_windows, distance_limit, pair
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # takes seconds to import: only where it is used
@@ -55,7 +55,7 @@ def slower(case: WindowCase) -> str | None:
     """Why another backend is faster, or None."""
     if not case.on_gpu:
         return "on a CPU it is not compiled"
-    layout = best_layout(case.grid, case.window, case.stride, case.dilation, case.text_length)
+    layout = best_layout(case.grid, case.window, case.stride, case.dilation, case.text_length, case.circle)
     return case.too_much_work(visited_blocks(layout)[0] * BLOCK**2 / case.dense_pairs, BREAK_EVEN)
 
 
@@ -99,6 +99,7 @@ class Layout(NamedTuple):
     rows: Axis
     columns: Axis
     text_length: int
+    circle: bool = False
 
     @property
     def image_blocks(self) -> int:
@@ -115,7 +116,7 @@ class Layout(NamedTuple):
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """FlexAttention's mask function: whether a query sees a key, given their places in the reordered tokens."""
-        rows, columns, text_length = self
+        rows, columns, text_length, circle = self
         image = self.lengths[0]
 
         def place(token):
@@ -126,6 +127,15 @@ class Layout(NamedTuple):
 
         def seen(batch, head, query, key):
             (query_row, query_column), (row, column) = place(query), place(key)
+            if circle:
+                # a padding position sees what the last real one does, and is seen by none
+                down, across = (
+                    query_row.clip(max=rows.length - 1) - row,
+                    query_column.clip(max=columns.length - 1) - column,
+                )
+                near = down * down + across * across < distance_limit(rows.window, circle)
+                near = near & (row < rows.length) & (column < columns.length)
+                return near | ((key >= image) & (key < image + text_length)) if text_length else near
             (first_row, height), (first_column, width) = (
                 axis_windows(rows, query_row),
                 axis_windows(columns, query_column),
@@ -167,40 +177,59 @@ def _pad(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 class _Tiles(NamedTuple):
-    """Which tiles of an axis see which, bool [query tiles, key tiles].
+    """How far tiles of an axis are from each other, as in `rule.axis_distances`: integers [query tiles, key tiles].
 
-    seen: some query sees some key. whole: every query sees every key.
+    nearest, farthest: of all their queries and keys. A block of two axes' tiles is seen where the sum of both nearest is
+    below the limit, and seen wholly where that of both farthest is.
     """
 
-    seen: np.ndarray
-    whole: np.ndarray
+    nearest: np.ndarray
+    farthest: np.ndarray
+    limit: int
 
     @property
     def transposed(self) -> _Tiles:
-        return _Tiles(self.seen.T, self.whole.T)
+        return _Tiles(self.nearest.T, self.farthest.T, self.limit)
 
 
 @lru_cache(maxsize=256)
-def _axis_tiles(axis: Axis) -> _Tiles:
+def _axis_tiles(axis: Axis, circle: bool) -> _Tiles:
+    limit = distance_limit(axis.window, circle)
+    if circle:
+        low = np.arange(axis.tiles, dtype=np.int32) * axis.tile
+        high, whole = np.minimum(low + axis.tile, axis.length) - 1, low + axis.tile <= axis.length
+        apart = low[None] - high[:, None], low[:, None] - high[None]
+        nearest = np.maximum(np.maximum(*apart), 0) ** 2
+        return _Tiles(nearest, np.where(whole, np.minimum(*apart) ** 2, np.int32(limit)), limit)
     start, count = axis_windows(axis, np.arange(axis.tiles * axis.tile))
     start, stop = (x.reshape(axis.tiles, axis.tile, 1) for x in (start, start + count))
     edges = np.arange(axis.tiles) * axis.tile
     seen = (start < edges + axis.tile) & (stop > edges)
     whole = (start <= edges) & (stop >= edges + axis.tile)
-    return _Tiles(seen.any(1), whole.all(1))
+    return _Tiles((~seen.any(1)).astype(np.uint8), (~whole.all(1)).astype(np.uint8), limit)
+
+
+def _tiles(layout: Layout) -> tuple[_Tiles, _Tiles]:
+    return _axis_tiles(layout.rows, layout.circle), _axis_tiles(layout.columns, layout.circle)
 
 
 def visited_blocks(layout: Layout) -> tuple[int, int]:
     """The number of (query block, key block) pairs that are computed, and of those among them that need no mask."""
-    rows, columns = _axis_tiles(layout.rows), _axis_tiles(layout.columns)
+    rows, columns = _tiles(layout)
     text, whole_text = layout.image_blocks * layout.text_blocks, layout.image_blocks * (layout.text_length // BLOCK)
-    seen, whole = (int(r.sum()) * int(c.sum()) for r, c in zip(rows, columns, strict=True))
+    seen, whole = (_below(rows.limit, *pair) for pair in zip(rows[:2], columns[:2], strict=True))
     return seen + text, whole + whole_text
 
 
-def best_layout(grid, window, stride, dilation, text_length: int) -> Layout:
-    """The layout with the least work. Takes ints and pairs of ints, the window and stride clamped to the grid."""
-    case = grid, window, stride, dilation, text_length
+def _below(limit: int, rows: np.ndarray, columns: np.ndarray) -> int:
+    """The number of pairs, of a number of each, whose sum is below the limit."""
+    (rows, counts), columns = np.unique(rows, return_counts=True), np.sort(columns, axis=None)
+    return int(counts @ np.searchsorted(columns, limit - rows))
+
+
+def best_layout(grid, window, stride, dilation, text_length: int, circle: bool = False) -> Layout:
+    """The layout with the least work. Takes ints and pairs of ints, window and stride as in a WindowCase."""
+    case = grid, window, stride, dilation, text_length, circle
     if torch.compiler.is_compiling():
         from ..tracing import constant
 
@@ -208,10 +237,10 @@ def best_layout(grid, window, stride, dilation, text_length: int) -> Layout:
     return _layout(*case, best_tile(*case))
 
 
-def _layout(grid, window, stride, dilation, text_length, tile) -> Layout:
+def _layout(grid, window, stride, dilation, text_length, circle, tile) -> Layout:
     dilation = [min(d, n) for d, n in zip(dilation, grid, strict=True)]
     rows, columns = (Axis(*axis) for axis in zip(grid, window, stride, dilation, tile, strict=True))
-    return Layout(rows, columns, text_length)
+    return Layout(rows, columns, text_length, circle)
 
 
 def best_tile(*case) -> tuple[int, int]:
@@ -232,17 +261,16 @@ def _lists(rows: _Tiles, columns: _Tiles) -> tuple[np.ndarray, np.ndarray, np.nd
     """For each block: which blocks it may see [blocks, k], which of these it sees, and which it sees wholly."""
 
     def neighbors(tiles):
-        count = tiles.seen.sum(1)
-        index = np.argsort(~tiles.seen, axis=1, kind="stable")[:, : count.max()]
-        valid = np.arange(index.shape[1]) < count[:, None]
-        return index, valid, valid & np.take_along_axis(tiles.whole, index, axis=1)
+        seen = tiles.nearest < tiles.limit
+        index = np.argsort(~seen, axis=1, kind="stable")[:, : seen.sum(1).max()]
+        return index, *(np.take_along_axis(distances, index, axis=1) for distances in tiles[:2])
 
-    def outer(combine, row, column):
-        return combine(row[:, None, :, None], column[None, :, None, :]).reshape(len(row) * len(column), -1)
+    def outer(row, column):
+        return (row[:, None, :, None] + column[None, :, None, :]).reshape(len(row) * len(column), -1)
 
     row, column = neighbors(rows), neighbors(columns)
-    index = outer(np.add, row[0] * columns.seen.shape[1], column[0])
-    return index, *(outer(np.logical_and, r, c) for r, c in zip(row[1:], column[1:], strict=True))
+    index = outer(row[0] * columns.nearest.shape[1], column[0])
+    return index, *(outer(r, c) < rows.limit for r, c in zip(row[1:], column[1:], strict=True))
 
 
 def _counted(index: np.ndarray, *kinds: np.ndarray, width: int = 1) -> list[np.ndarray]:
@@ -268,7 +296,7 @@ def block_arrays(layout: Layout, gradients: bool, all_columns: bool = False) -> 
     kernel requires, as wide as the number of key blocks. Text is seen by all queries: with it, the lists for gradients
     hold a number for every pair of blocks (4 bytes per 16,384 pairs of tokens).
     """
-    rows, columns = _axis_tiles(layout.rows), _axis_tiles(layout.columns)
+    rows, columns = _tiles(layout)
     blocks, whole_text, text = layout.image_blocks, layout.text_length // BLOCK, layout.text_blocks
     index, seen, whole = _lists(rows, columns)
     if text:
@@ -305,15 +333,20 @@ def _kept_blocks(layout: Layout, gradients: bool, device: torch.device) -> list[
 # may overwrite an operator's results, hence the copies.
 @torch.library.custom_op("hybriddit::window_blocks", mutates_args=())
 def _window_blocks(
-    rows: Sequence[int], columns: Sequence[int], text_length: int, gradients: bool, device: torch.device
+    rows: Sequence[int],
+    columns: Sequence[int],
+    text_length: int,
+    gradients: bool,
+    device: torch.device,
+    circle: bool = False,
 ) -> list[Tensor]:
-    layout = Layout(Axis(*rows), Axis(*columns), text_length)
+    layout = Layout(Axis(*rows), Axis(*columns), text_length, circle)
     return [x.clone() for x in _kept_blocks(layout, gradients, device)]
 
 
 @_window_blocks.register_fake
-def _(rows, columns, text_length, gradients, device):
-    shapes = _block_shapes(Layout(Axis(*rows), Axis(*columns), text_length), gradients, device.type)
+def _(rows, columns, text_length, gradients, device, circle=False):
+    shapes = _block_shapes(Layout(Axis(*rows), Axis(*columns), text_length, circle), gradients, device.type)
     return [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
 
 
@@ -338,19 +371,19 @@ def _block_mask(layout: Layout, blocks: list[Tensor]) -> BlockMask:
     )
 
 
-def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale, circle=False) -> Tensor:
     """Compute window attention (see `dispatch.Backend`); on a CPU without gradients."""
     text_length = 0 if text_key is None else operator.index(text_key.shape[1])
     grid = tuple(operator.index(n) for n in query.shape[1:3])
     inputs = [x for x in (query, key, value, text_key, text_value) if x is not None]
     gradients = query.device.type != "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    layout = best_layout(grid, window, stride, dilation, text_length)
+    layout = best_layout(grid, window, stride, dilation, text_length, circle)
     if query.device.type == "cpu":  # there FlexAttention refuses inputs with requires_grad, even under no_grad
         query, key, value = query.detach(), key.detach(), value.detach()
     settings = layout, scale
     if torch.compiler.is_compiling() or type(query) is not Tensor:
         blocks = torch.ops.hybriddit.window_blocks(
-            list(layout.rows), list(layout.columns), text_length, gradients, query.device
+            list(layout.rows), list(layout.columns), text_length, gradients, query.device, circle
         )
         return _attend(query, key, value, text_key, text_value, blocks, *settings)
     blocks = _kept_blocks(layout, gradients, query.device)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .dispatch import neighborhood_attention
-from .rule import class_lengths, seen_pairs
+from .rule import circle_pairs, class_lengths, seen_pairs
 
 Grid = tuple[int, int]
 
@@ -78,15 +79,22 @@ def _places(length: int, other: int, device: torch.device) -> tuple[tuple[Tensor
     return (there, position - torch.searchsorted(there, there)), -(-length // other)
 
 
-def seen_over_grids(grids: Sequence[Grid], window: Grid, dilation: Grid) -> int:
+def seen_over_grids(grids: Sequence[Grid], window: Grid, dilation: Grid, circle: bool = False) -> int:
     """The number of pairs of a token and a token that it sees, as in `attention_over_grids`."""
     return sum(
-        seen_pairs(grid, window, dilation)
+        seen_pairs(grid, window, dilation, circle)
         if number == place
+        else circle_pairs(*map(_there, grid, other), other, window[0])
+        if circle
         else math.prod(_seen_of_axis(*axis) for axis in zip(grid, other, window, dilation, strict=True))
         for number, grid in enumerate(grids)
         for place, other in enumerate(grids)
     )
+
+
+def _there(length: int, other: int) -> np.ndarray:
+    """Where the positions of an axis are on another one, as in `_places`."""
+    return (2 * np.arange(length) + 1) * other // (2 * length)
 
 
 def _seen_of_axis(length: int, other: int, window: int, dilation: int) -> int:

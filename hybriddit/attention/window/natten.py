@@ -71,6 +71,8 @@ def head_width(device: torch.device, dtype: torch.dtype, head_dim: int, gradient
 
 def refusal(case: WindowCase) -> str | None:
     """Why natten cannot do a case, or None."""
+    if case.circle:
+        return "it has no circular windows"
     if case.device.type != "cuda" or torch.version.hip:
         return f"it needs an NVIDIA GPU, and the tensors are on {case.device}"
     try:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..inputs import sum_dtype
 from .case import WindowCase
-from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_mask, class_lengths
+from .rule import KEPT_MASK_ELEMENTS, additive_mask, axis_distances, class_lengths, distance_limit
 
 TILES = ((8, 8), (8, 16), (16, 16), (32, 32))
 # The cost of gathering one key for a tile, and of one step of the loop over rows of tiles, measured on a CPU; the unit
@@ -31,16 +31,18 @@ GATHER_ELEMENTS = 2**20
 BREAK_EVEN = {"cpu": 0.65, "gpu": 0.5}
 
 
-def attend(query, key, value, text_key, text_value, window, stride, dilation, scale) -> Tensor:
+def attend(query, key, value, text_key, text_value, window, stride, dilation, scale, circle=False) -> Tensor:
     """Compute window attention (see `dispatch.Backend`)."""
     settings = (list(x) for x in (window, stride, dilation))
-    return tiled_attention(query, key, value, text_key, text_value, *settings, scale)[0]
+    return tiled_attention(query, key, value, text_key, text_value, *settings, scale, circle)[0]
 
 
-def attend_with_lse(query, key, value, text_key, text_value, window, stride, dilation, scale) -> tuple[Tensor, Tensor]:
+def attend_with_lse(
+    query, key, value, text_key, text_value, window, stride, dilation, scale, circle=False
+) -> tuple[Tensor, Tensor]:
     """The same, and its log-sum-exp [B, H, W, heads], which has no gradients."""
     settings = (list(x) for x in (window, stride, dilation))
-    out, log_sum = tiled_attention(query, key, value, text_key, text_value, *settings, scale)
+    out, log_sum = tiled_attention(query, key, value, text_key, text_value, *settings, scale, circle)
     return out, log_sum.squeeze(-1)
 
 
@@ -52,7 +54,7 @@ def refusal(case: WindowCase) -> str | None:
 def slower(case: WindowCase) -> str | None:
     """Why dense attention is faster, or None."""
     shape = 1, *case.grid, case.heads, case.head_dim
-    settings = case.window, case.stride, case.dilation
+    settings = case.window, case.stride, case.dilation, case.circle
     dense = case.heads * case.head_dim / 64 * case.tokens**2  # in the CPU's cost model, as for the tiles
     share = tiled_cost(shape, *settings, best_tile(shape, *settings)) / dense
     return case.too_much_work(share, BREAK_EVEN["gpu" if case.on_gpu else "cpu"])
@@ -62,7 +64,7 @@ class AxisTiles(NamedTuple):
     """Equal tiles of one axis: `len(keys)` tiles of `size` queries, from position `start` on.
 
     Tile t sees `span` keys from keys[t] on.
-    masks [patterns, size, span] bool holds the distinct masks, pattern[t] says which one is tile t's.
+    distances [patterns, size, span] holds the distinct `axis_distances`, pattern[t] says which ones are tile t's.
     """
 
     start: int
@@ -70,7 +72,7 @@ class AxisTiles(NamedTuple):
     span: int
     keys: tuple[int, ...]
     pattern: tuple[int, ...]
-    masks: Tensor
+    distances: Tensor
 
     def queries(self, first: int, count: int = 1) -> slice:
         return slice(self.start + first * self.size, self.start + (first + count) * self.size)
@@ -80,32 +82,34 @@ class AxisTiles(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tile_axis(length: int, window: int, stride: int, dilation: int, tile: int) -> tuple[AxisTiles, ...]:
+def tile_axis(length: int, window: int, stride: int, dilation: int, circle: bool, tile: int) -> tuple[AxisTiles, ...]:
     """The full tiles of an axis, and the shorter last one where the tile does not divide the axis."""
-    mask, tile = axis_mask(length, window, stride, dilation), min(tile, length)
+    distances, tile = axis_distances(length, window, stride, dilation, circle), min(tile, length)
+    limit = distance_limit(window, circle)
     full = length // tile
     parts = [(0, tile, full)] + [(full * tile, length % tile, 1)] * (length % tile > 0)
-    return tuple(_equal_tiles(mask, *part) for part in parts)
+    return tuple(_equal_tiles(distances, limit, *part) for part in parts)
 
 
-def _equal_tiles(mask: Tensor, start: int, size: int, count: int) -> AxisTiles:
-    rows = mask[start : start + size * count].unflatten(0, (count, size))
-    seen = [row.any(0).nonzero() for row in rows]
+def _equal_tiles(distances: Tensor, limit: int, start: int, size: int, count: int) -> AxisTiles:
+    rows = distances[start : start + size * count].unflatten(0, (count, size))
+    seen = [(row < limit).any(0).nonzero() for row in rows]
     firsts, ends = [int(s[0]) for s in seen], [int(s[-1]) + 1 for s in seen]
     span = max(end - first for first, end in zip(firsts, ends, strict=True))
-    keys = tuple(min(first, mask.shape[1] - span) for first in firsts)  # a shorter span is widened, inwards
-    masks, pattern = torch.stack([row[:, k : k + span] for row, k in zip(rows, keys, strict=True)]).unique(
+    keys = tuple(min(first, distances.shape[1] - span) for first in firsts)  # a shorter span is widened, inwards
+    distinct, pattern = torch.stack([row[:, k : k + span] for row, k in zip(rows, keys, strict=True)]).unique(
         dim=0, return_inverse=True
     )
-    return AxisTiles(start, size, span, keys, tuple(pattern.tolist()), masks)
+    return AxisTiles(start, size, span, keys, tuple(pattern.tolist()), distinct)
 
 
-def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
+def tiled_work(grid, window, stride, dilation, circle, tile) -> tuple[int, int, int]:
     """Work per head: query-key pairs computed, masked ones included; keys gathered; steps over rows of tiles."""
     pairs = keys = 1
     counts = []
     for length, size, step, spread, cut in zip(grid, window, stride, dilation, tile, strict=True):
-        parts = [p for n, d in _residue_lengths(length, spread, cut) for p in tile_axis(n, size, step, d, cut)]
+        lengths = _residue_lengths(length, spread, cut)
+        parts = [part for n, d in lengths for part in tile_axis(n, size, step, d, circle, cut)]
         pairs *= sum(part.size * part.span * len(part.keys) for part in parts)
         keys *= sum(part.span * len(part.keys) for part in parts)
         counts.append((sum(len(part.keys) for part in parts), len(parts)))
@@ -113,16 +117,16 @@ def tiled_work(grid, window, stride, dilation, tile) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=256)
-def tiled_cost(shape, window, stride, dilation, tile) -> float:
+def tiled_cost(shape, window, stride, dilation, circle, tile) -> float:
     """Estimated cost for a query [B, H, W, heads, D] of this shape, in query-key pairs of one head of width 64."""
     batch, height, width, heads, head_dim = shape
-    pairs, keys, steps = tiled_work((height, width), window, stride, dilation, tile)
+    pairs, keys, steps = tiled_work((height, width), window, stride, dilation, circle, tile)
     return batch * (heads * head_dim / 64 * (pairs + GATHER_COST * keys) + STEP_COST * steps)
 
 
-def best_tile(shape, window, stride, dilation) -> tuple[int, int]:
+def best_tile(shape, window, stride, dilation, circle=False) -> tuple[int, int]:
     """The one of TILES, (rows, columns), with the lowest estimated cost."""
-    return min(TILES, key=lambda tile: tiled_cost(tuple(shape), window, stride, dilation, tile))
+    return min(TILES, key=lambda tile: tiled_cost(tuple(shape), window, stride, dilation, circle, tile))
 
 
 def _residues(length: int, dilation: int, tile: int) -> int:
@@ -148,9 +152,9 @@ class _Item(NamedTuple):
     mask: Tensor | None  # additive, [tiles or 1, 1, queries, keys + text]
 
 
-def _items(query: Tensor, window, stride, dilation, tile, text_length: int):
+def _items(query: Tensor, window, stride, dilation, circle, tile, text_length: int):
     batch, heads, head_dim, dtype = query.shape[0], *query.shape[3:], _tile_dtype(query)
-    row_axis, column_axis = zip(query.shape[1:3], window, stride, dilation, tile, strict=True)
+    row_axis, column_axis = zip(query.shape[1:3], window, stride, dilation, (circle, circle), tile, strict=True)
     for r, row_part in enumerate(tile_axis(*row_axis)):
         for c, column_part in enumerate(tile_axis(*column_axis)):
             count, keys = len(column_part.keys), row_part.span * column_part.span
@@ -177,10 +181,11 @@ def _items(query: Tensor, window, stride, dilation, tile, text_length: int):
 
 @lru_cache(maxsize=32)
 def _mask(row_axis, row_part, column_axis, column_part, row, columns, text_length, dtype, device) -> Tensor | None:
-    """Additive [tiles, 1, queries, keys + text] for mask patterns of two `tile_axis` parts; None where all is seen."""
-    rows = tile_axis(*row_axis)[row_part].masks[row].to(device)
-    columns = tile_axis(*column_axis)[column_part].masks[list(columns)].to(device)
-    seen = (rows[None, :, None, :, None] & columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2).unsqueeze(1)
+    """Additive [tiles, 1, queries, keys + text] for patterns of two `tile_axis` parts; None where all is seen."""
+    rows = tile_axis(*row_axis)[row_part].distances[row].to(device)
+    columns = tile_axis(*column_axis)[column_part].distances[list(columns)].to(device)
+    seen = rows[None, :, None, :, None] + columns[:, None, :, None, :] < distance_limit(row_axis[1], row_axis[4])
+    seen = seen.flatten(3, 4).flatten(1, 2).unsqueeze(1)
     if seen.all():
         return None
     return additive_mask(seen, text_length, dtype)
@@ -325,11 +330,12 @@ def _forward(
     stride: list[int],
     dilation: list[int],
     scale: float,
+    circle: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, W, heads, D], and its log-sum-exp [B, H, W, heads, 1] for the backward."""
     out = query.new_empty(query.shape)
     log_sum = query.new_empty(*query.shape[:4], 1, dtype=sum_dtype(query.dtype))
-    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation))
+    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation), circle)
     with_tiles = text_key is not None and _text_joins_tiles(text_key.shape[1], query.shape[1:3], tile)
     tile_text = (text_key, text_value) if with_tiles else (None, None)
     text_length = text_key.shape[1] if with_tiles else 0
@@ -338,7 +344,7 @@ def _forward(
         grids, dilation = _residue_grids(query.shape[1:3], dilation, tile)
         for rows, columns in grids:
             q, k, v, o, s = (x[:, rows, columns] for x in (query, key, value, out, log_sum))
-            for item in _items(q, window, stride, dilation, tile, text_length):
+            for item in _items(q, window, stride, dilation, circle, tile, text_length):
                 tile_out, tile_log_sum = attend_keys(
                     _gather_queries(q, item),
                     _gather_keys(k, item, tile_text[0], key_buffers),
@@ -372,13 +378,14 @@ def _backward(
     stride: list[int],
     dilation: list[int],
     scale: float,
+    circle: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, text_key, text_value; the last two are empty where there is no text."""
     grad_query = query.new_empty(query.shape)
     # tiles overlap in their keys: their shares are summed in at least float32
     grad_key, grad_value = (x.new_zeros(x.shape, dtype=log_sum.dtype) for x in (key, value))
     grad_text = [query.new_zeros(0 if x is None else x.shape, dtype=log_sum.dtype) for x in (text_key, text_value)]
-    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation))
+    tile = best_tile(query.shape, tuple(window), tuple(stride), tuple(dilation), circle)
     with_tiles = text_key is not None and _text_joins_tiles(text_key.shape[1], query.shape[1:3], tile)
     tile_text = (text_key, text_value, *grad_text) if with_tiles else (None,) * 4
     text_length = text_key.shape[1] if with_tiles else 0
@@ -388,7 +395,7 @@ def _backward(
         for rows, columns in grids:
             q, k, v, o, s, g = (x[:, rows, columns] for x in (query, key, value, out, log_sum, grad_out))
             grad_q, grad_k, grad_v = (x[:, rows, columns] for x in (grad_query, grad_key, grad_value))
-            for item in _items(q, window, stride, dilation, tile, text_length):
+            for item in _items(q, window, stride, dilation, circle, tile, text_length):
                 tile_grads = attend_keys_backward(
                     _gather_queries(g, item),
                     _gather_queries(q, item),
@@ -456,10 +463,10 @@ tiled_attention.register_autograd(_autograd, setup_context=_setup_context)
 # torch's FLOP counter cannot look into custom operators.
 @register_flop_formula(torch.ops.hybriddit.tiled_attention)
 def _forward_flops(
-    query, key, value, text_key, text_value, window, stride, dilation, scale, *, out_shape=None, **kwargs
+    query, key, value, text_key, text_value, window, stride, dilation, scale, circle=False, *, out_shape=None, **kwargs
 ):
     batch, height, width, heads, head_dim = query
-    settings = tuple(window), tuple(stride), tuple(dilation)
+    settings = tuple(window), tuple(stride), tuple(dilation), circle
     pairs, _, _ = tiled_work((height, width), *settings, best_tile(query, *settings))
     pairs += height * width * (text_key[1] if text_key else 0)
     return 4 * batch * heads * head_dim * pairs  # scores, and their product with the values

@@ -60,6 +60,8 @@ def joined_refusal(case: WindowCase, feature_map: str, channels: int | None) -> 
 
 def refusal(case: WindowCase) -> str | None:
     """Why the kernels cannot do a case, or None."""
+    if case.circle:
+        return "it has no circular windows"
     return kernel_refusal(_kernels, case.device.type, case.dtype, case.head_dim)
 
 
