@@ -161,7 +161,7 @@ class Flux2(Flux):
     }
 
     def serves(self, config: Mapping[str, Any]) -> bool:
-        return bool(config["guidance_embeds"])
+        return bool(config.get("guidance_embeds", True))  # as the class has it
 
     def layer_shape(self, attn: nn.Module) -> LayerShape:
         return LayerShape(attn.query_dim, attn.heads, attn.heads, attn.head_dim)
@@ -264,7 +264,7 @@ class Flux2Klein(Flux2):
     }
 
     def serves(self, config: Mapping[str, Any]) -> bool:
-        return not config["guidance_embeds"]
+        return not super().serves(config)
 
     def sampled_latents(self, vae: nn.Module | None, latents: torch.Tensor) -> torch.Tensor:
         """The pipeline gives what the VAE decodes."""
