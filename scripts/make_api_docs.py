@@ -14,17 +14,18 @@ NAMES = {
         "HeldAdapters "
         "push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
-        "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridUNet2DConditionModel "
-        "SiTTransformer2DModel SiTPipeline "
+        "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridFlux2Transformer2DModel "
+        "HybridUNet2DConditionModel SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline "
-        "HybridQwenImagePipeline HybridStableDiffusionPipeline HybridStableDiffusionXLPipeline"
+        "HybridQwenImagePipeline HybridFlux2Pipeline HybridFlux2KleinPipeline "
+        "HybridStableDiffusionPipeline HybridStableDiffusionXLPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",
     "hybriddit.flow": (
         "coefficients interpolate target convert shift_times draw_times flow_loss training_interval "
         "sample_ode sample_sde sampling_interval guided log_likelihood"
     ),
-    "hybriddit.models.family": "Family Published LayerShape register unregister families family_of is_hybrid",
+    "hybriddit.models.family": "Family Published LayerShape Part register unregister families family_of is_hybrid",
     "hybriddit.models.positions": "scaled_positions rotary_frequencies",
     "hybriddit.models.recipe": "Recipe",
     "hybriddit.models.flops": "attention_flops",

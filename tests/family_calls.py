@@ -28,6 +28,16 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
             timestep=times,
             img_shapes=[[(1, rows, columns)]] * len(noisy),
         ).sample
+    if family.startswith("flux2"):
+        places = [(0, row, column, 0) for row in range(rows) for column in range(columns)]
+        return transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            timestep=times,
+            img_ids=torch.tensor([places] * len(noisy)),
+            txt_ids=torch.tensor([[(0, 0, 0, place) for place in range(embeds.shape[1])]] * len(noisy)),
+            guidance=torch.full((len(noisy),), guidance) if family == "flux2_dev" else None,
+        ).sample
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
     if family == "chroma":
@@ -53,7 +63,16 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
 
 def latents_of(family, vae, pixels, packed=True):
     """The transformer's latents of images [B, 3, height, width] in [-1, 1]; not packed: as the VAE has their channels."""
-    if family == "qwen_image":  # of a film of one frame
+    if family.startswith("flux2"):  # normalised once they are packed, if they are
+        latents = vae.encode(pixels).latent_dist.mean.clone()
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        if not packed:
+            return latents
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            place = 2 * row + column
+            part = latents[:, :, row::2, column::2]
+            latents[:, :, row::2, column::2] = (part - mean[place::4, None, None]) / std[place::4, None, None]
+    elif family == "qwen_image":  # of a film of one frame
         latents = vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0].clone()
         for channel, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
             latents[:, channel] = (latents[:, channel] - mean) / std
@@ -65,6 +84,8 @@ def latents_of(family, vae, pixels, packed=True):
         "flux_schnell",
         "chroma",
         "qwen_image",
+        "flux2_dev",
+        "flux2_klein_base",
     ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

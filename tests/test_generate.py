@@ -219,6 +219,37 @@ def test_image_to_image_and_inpainting(family):
     assert one(pipeline, image=picture(0, (100, 70)), **settings)[1]["width"] == 96
 
 
+@pytest.mark.parametrize("family", ["flux2_dev", "flux2_klein"])
+def test_flux2_edits_an_image_and_klein_paints(family):
+    """An image to start from is a reference; klein's inpainting pipeline knows that the model is distilled."""
+    pipeline = opened(tiny_pipeline(family))
+    start, settings = picture(0), {"steps": 2, "height": None, "width": None, "guidance": None}
+    image, record = one(pipeline, image=start, **settings)
+    call = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": TEXT_LENGTH}
+    call |= {"generator": torch.Generator().manual_seed(0)}
+    expected = pipeline(prompt="a red shoe", image=start, **call).images[0]
+    np.testing.assert_array_equal(image, np.asarray(expected, int))
+    assert abs(one(pipeline, image=picture(1), **settings)[0] - image).max() > 2
+    with pytest.raises(ValueError, match="takes no strength"):
+        one(pipeline, image=start, strength=0.5, **settings)
+    left = Image.new("L", start.size)
+    left.paste(255, (0, 0, 48, 64))
+    if family == "flux2_dev":
+        assert record["guidance"] == 4.0
+        with pytest.raises(ValueError, match="diffusers has no inpainting for a Flux2Pipeline"):
+            one(pipeline, image=start, mask=left, **settings)
+        return
+    assert record["guidance"] is None
+    painting = for_task(pipeline, True, True)
+    assert type(painting) is diffusers.Flux2KleinInpaintPipeline and painting.config.is_distilled
+    prompts = ("a red shoe", "a blue bag")
+    painted = [one(pipeline, prompt, image=start, mask=left, strength=1.0, **settings)[0] for prompt in prompts]
+    change = abs(painted[0] - painted[1]).mean(axis=(0, 2))
+    assert change[:48].mean() > 2 * change[64:].mean()  # the decoder's norms mix a little
+    with pytest.warns(NoEffectWarning, match="guidance has no effect: this model was distilled to need none"):
+        one(pipeline, **settings | {"guidance": 3.0})
+
+
 def test_what_is_transparent_is_white_and_in_a_mask_black(tmp_path):
     """From Python and from files; the colour under it does not count."""
     pipeline, settings = tiny_pipeline("sd3", latent_channels=16), {"steps": 2, "height": None, "width": None}

@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -10,6 +11,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -29,9 +33,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -41,7 +51,17 @@ from hybriddit import HybridConfig, hybridize
 from hybriddit.data.teacher_images import teacher_images
 from hybriddit.models import family_of
 
-FAMILIES = ("pixart_sigma", "sd3", "sd35", "flux_dev", "flux_schnell", "chroma", "qwen_image")
+FAMILIES = (
+    "pixart_sigma",
+    "sd3",
+    "sd35",
+    "flux_dev",
+    "flux_schnell",
+    "chroma",
+    "qwen_image",
+    "flux2_dev",
+    "flux2_klein_base",
+)
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
 TEXT_LENGTH = 6
@@ -140,6 +160,20 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
         )
         pipeline = QwenImagePipeline(scheduler, vae, _qwen(), _qwen_tokenizer(), transformer)
+    elif family in ("flux2_dev", "flux2_klein", "flux2_klein_base"):
+        vae = _flux2_vae(latent_channels)
+        transformer = Flux2Transformer2DModel(
+            **FLUX_SIZES | {"axes_dims_rope": (2, 2, 2, 2), "joint_attention_dim": 3 * 8},
+            in_channels=4 * latent_channels,
+            timestep_guidance_channels=8,
+            guidance_embeds=family == "flux2_dev",
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        if family == "flux2_dev":
+            pipeline = Flux2Pipeline(scheduler, vae, _mistral(), _pixtral(), transformer)
+        else:
+            distilled = family == "flux2_klein"
+            pipeline = Flux2KleinPipeline(scheduler, vae, _qwen3(), _qwen3_tokenizer(), transformer, distilled)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
@@ -155,6 +189,10 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
     # a fresh adaLN modulates by almost nothing: make attention matter
     for name, parameter in transformer.named_parameters():
+        if name.endswith("to_qkv_mlp_proj.weight"):
+            torch.nn.init.normal_(parameter[:48], std=0.5)
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
         if "norm" in name and name.endswith("linear.weight"):
             torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith(("to_q.weight", "to_k.weight")):
@@ -273,6 +311,73 @@ def _qwen():
             },
         )
     ).eval()
+
+
+def _flux2_vae(latent_channels):
+    """With statistics that are not those of a fresh batch norm."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    ).eval()
+    vae.bn.running_mean.copy_(0.1 * torch.arange(4 * latent_channels) - 0.2)
+    vae.bn.running_var.copy_(2 + 0.1 * torch.arange(4 * latent_channels))
+    return vae
+
+
+# of language models whose layers 10, 20 and 30, or 9, 18 and 27, are read
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+SAID = "{%- for message in messages -%}{%- if message.role == 'user' -%}"
+ENDED = "{%- endif -%}{%- endfor -%}"
+
+
+def _mistral():
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "num_hidden_layers": 30, "pad_token_id": None, **SMALL},
+        vision_config={"model_type": "pixtral", "image_size": 28, "patch_size": 14, **vision},
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
+
+
+def _pixtral():
+    tokenizer = _byte_tokenizer()
+    return PixtralProcessor(
+        PixtralImageProcessor(), tokenizer, chat_template=SAID + "{{ message.content[0].text }}" + ENDED
+    )
+
+
+def _qwen3():
+    return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=27, **SMALL)).eval()
+
+
+def _qwen3_tokenizer():
+    tokenizer = _byte_tokenizer()
+    tokenizer.chat_template = SAID + "{{ message.content }}" + ENDED
+    return tokenizer
+
+
+def _byte_tokenizer():
+    """A tokenizer of words, and of letters where there is none."""
+    letters = sorted(ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    words = [form for word in WORDS for form in (word, f" {word}")] + ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return tokenizer
 
 
 def _qwen_tokenizer():

@@ -153,7 +153,7 @@ def sample(
     family = family_of(denoiser(pipeline))
     arguments = family.sampling_arguments(text, empty, len(seeds))
     arguments[family.guidance_argument] = info.guidance_scale
-    return pipeline(
+    images = pipeline(
         **arguments,
         height=info.height,
         width=info.width,
@@ -161,3 +161,4 @@ def sample(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         output_type=output_type,
     ).images
+    return family.sampled_latents(getattr(pipeline, "vae", None), images) if output_type == "latent" else images

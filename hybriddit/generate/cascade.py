@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..images import open_image
 from ..strips_file import save_image, write_strips
-from .images import MAX_SEED, Task, make, make_strips, token_pixels
+from .images import MAX_SEED, Task, family_of_pipeline, make, make_strips, token_pixels
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -141,7 +141,7 @@ def plan_cascade(
     not smaller than that either. scale: see `pipelines.cascade.stage_sizes`. positions: see `models.scaled_positions`; None:
     "interpolated", where the family has it. Raises ValueError for what cannot work, before anything is made.
     """
-    from ..models.family import denoiser, families, family_of_class
+    from ..models.family import denoiser, families
     from ..pipelines.cascade import check_schedule, first_size, native_size, padded_size, stage_sizes
     from ..pipelines.sit import SiTPipeline
 
@@ -149,7 +149,7 @@ def plan_cascade(
     if not isinstance(pipeline, kinds):
         raise ValueError(f"images in stages are for text-to-image pipelines and SiTs, not a {type(pipeline).__name__}")
     model, unit = denoiser(pipeline), token_pixels(pipeline)
-    family = family_of_class(type(model).__name__)
+    family = family_of_pipeline(pipeline)
     own = first_size(size, native_size(pipeline), unit)
     own = tuple(given or usual for given, usual in zip(first, own, strict=True))
     for name, side in zip(("width", "height"), first, strict=True):

@@ -417,13 +417,12 @@ def _check_base(
 
     hybrid: the config of the adapter, and the class that it is for.
     """
-    from ..models.family import family_of_class
     from ..pipelines.loading import check_convertible, check_parts, check_takes_hybrid
     from ..pipelines.prepare import check_lora_loader
     from ..stored import component_classes
 
     check_inputs(base.pipeline_class, image, mask)
-    family = family_of_class(base.transformer_class)
+    family = base.family
     if base.file is None:
         components = component_classes(base.index)
         check_parts(base.pipeline_class, components)

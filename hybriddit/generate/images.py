@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from ..models.family import Family
     from ..pipelines.memory import Decode, MemoryPlan
 
 MAX_SEED = 2**63 - 1
@@ -283,10 +284,8 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
 
     image, mask: whether there is an image to start from, and a mask. Raises ValueError where diffusers has none.
     """
-    from ..models.family import denoiser, family_of_class
-
     task = "inpainting" if mask else "image-to-image" if image else "text-to-image"
-    family = family_of_class(type(denoiser(pipeline)).__name__)
+    family = family_of_pipeline(pipeline)
     if family is not None and isinstance(pipeline, family.pipeline_classes()):
         kinds = family.pipelines_like(type(pipeline))
         if task not in kinds:
@@ -310,13 +309,21 @@ def for_task(pipeline: DiffusionPipeline, image: bool, mask: bool) -> DiffusionP
     return made
 
 
+def family_of_pipeline(pipeline: DiffusionPipeline) -> Family | None:
+    """The family of a pipeline's transformer or UNet; None for a pipeline without one, and for a model of none."""
+    from ..models.family import denoiser, family_of_class
+
+    model = denoiser(pipeline)
+    return family_of_class(type(model).__name__, lambda: model.config)
+
+
 def _check_model(pipeline: DiffusionPipeline) -> None:
     """Raise ValueError for a pipeline that cannot read prompts, or that its hybrid transformer does not work in."""
-    from ..models.family import denoiser, family_of_class
+    from ..models.family import denoiser
     from ..pipelines.loading import check_parts, check_takes_hybrid
 
     model = denoiser(pipeline)
-    family = family_of_class(type(model).__name__)
+    family = family_of_pipeline(pipeline)
     check_parts(type(pipeline), pipeline.components)
     if family is not None:
         family.check_encoders(pipeline.components)
@@ -329,7 +336,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
     (diffusers would round some of them, with a log line only, and fail on others.)
     """
-    from ..models.family import denoiser, family_of_class
+    from ..models.family import denoiser
 
     unit, taken = token_pixels(pipeline), inspect.signature(type(pipeline).__call__).parameters
     fitted = {}
@@ -342,7 +349,7 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
         elif fitted[side] is not None and fitted[side] % unit:
             raise ValueError(f"{side} {fitted[side]} is no multiple of {unit}, which this model needs")
     model = denoiser(pipeline)
-    family = family_of_class(type(model).__name__)
+    family = family_of_pipeline(pipeline)
     if family is not None and None not in fitted.values():
         family.check_grid(model.config, (fitted["height"] // unit, fitted["width"] // unit))
     return settings | fitted
@@ -350,10 +357,10 @@ def _fit_size(pipeline: DiffusionPipeline, settings: dict[str, Any], image: Imag
 
 def token_pixels(pipeline: DiffusionPipeline) -> int:
     """The number that image sides are multiples of: pixels per token, or per latent if there are no tokens."""
-    from ..models.family import denoiser, family_of_class
+    from ..models.family import denoiser
 
     model, scale = denoiser(pipeline), getattr(pipeline, "vae_scale_factor", 1)
-    family = family_of_class(type(model).__name__)
+    family = family_of_pipeline(pipeline)
     if family is not None:
         return family.token_pixels(model.config, scale)
     return scale * (getattr(model, "config", {}).get("patch_size") or 1)
@@ -366,7 +373,7 @@ def _arguments(
 
     subject: what the images are made from, "prompt" or "class_labels".
     """
-    from ..models.family import denoiser, family_of_class
+    from ..models.family import denoiser
 
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if subject == "prompt" and "prompt" not in parameters:
@@ -374,7 +381,7 @@ def _arguments(
     if subject == "class_labels" and not hasattr(pipeline, "class_names"):
         raise ValueError(f"a {kind} takes no class labels: those are for a SiTPipeline")
     arguments, used = {}, {}
-    family = family_of_class(type(denoiser(pipeline)).__name__)
+    family = family_of_pipeline(pipeline)
     guides = family is not None and family.guidance_argument == "true_cfg_scale"
     if guides and settings["negative_prompt"] is None and (settings["true_cfg"] is None or settings["true_cfg"] > 1):
         settings = settings | {"negative_prompt": family.empty_prompt}  # without one the pipeline would not guide
@@ -405,6 +412,8 @@ def _arguments(
             no_effect("true_cfg", "it guides only above 1")
         if not guides and getattr(denoiser(pipeline), "config", {}).get("guidance_embeds") is False:
             no_effect("guidance", "this model was distilled to need none")
+    elif pipeline.config.get("is_distilled"):
+        no_effect("guidance", "this model was distilled to need none")
     elif used["guidance"] is not None and used["guidance"] <= 1:
         no_effect("negative_prompt", "guidance works only above 1")
     if "sampler" in parameters:

@@ -102,7 +102,7 @@ def _model(folder: Path, variant: str | None) -> dict[str, Any]:
     sizes = {key: size for key, (_, size) in headers.items()}
     model = {
         "class": name,
-        "family": _family_name(name),
+        "family": _family_name(name, values),
         "parameters": sum(sizes.values()),
         "bytes": sum(file.stat().st_size for file in files),
     }
@@ -195,14 +195,14 @@ def _converted_layers(model_class: str, sizes: dict[str, int]) -> list[str]:
     return sorted(name for name in modules if family.converts(name))
 
 
-def _family_name(model_class: str | None) -> str | None:
-    """The name of the family that has a model class of this name; "SiT" for a SiT; else None."""
+def _family_name(model_class: str | None, config: dict[str, Any] | None = None) -> str | None:
+    """The name of the family of a model; "SiT" for a SiT; else None. config: None: the first that has the class."""
     from ..models import SiTTransformer2DModel
     from ..models.family import family_of_class
 
     if model_class == SiTTransformer2DModel.__name__:
         return "SiT"
-    family = family_of_class(model_class)
+    family = family_of_class(model_class, None if config is None else lambda: config)
     return family and family.name
 
 

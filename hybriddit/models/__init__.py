@@ -2,7 +2,16 @@
 
 from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
 from .clear import load_clear
-from .families import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3, STABLE_DIFFUSION_UNET
+from .families import (
+    CHROMA,
+    FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
+    PIXART_SIGMA,
+    QWEN_IMAGE,
+    STABLE_DIFFUSION_3,
+    STABLE_DIFFUSION_UNET,
+)
 from .family import families, family_of, is_hybrid, register
 from .linfusion import load_linfusion
 from .positions import scaled_positions
@@ -15,6 +24,8 @@ __all__ = [
     "HeldAdapters",
     "CHROMA",
     "FLUX",
+    "FLUX_2",
+    "FLUX_2_KLEIN",
     "PIXART_SIGMA",
     "QWEN_IMAGE",
     "STABLE_DIFFUSION_3",

@@ -3,6 +3,7 @@
 from .chroma import Chroma
 from .family import register
 from .flux import Flux
+from .flux2 import Flux2, Flux2Klein
 from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
@@ -13,4 +14,6 @@ STABLE_DIFFUSION_3 = register(StableDiffusion3)
 FLUX = register(Flux)
 CHROMA = register(Chroma)
 QWEN_IMAGE = register(QwenImage)
+FLUX_2 = register(Flux2)
+FLUX_2_KLEIN = register(Flux2Klein)
 STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)

@@ -98,6 +98,14 @@ class LayerShape(NamedTuple):
     head_dim: int
 
 
+class Part(NamedTuple):
+    """A part of a linear layer that computes several things at once, such as queries and an MLP: its sizes and bias."""
+
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None = None
+
+
 class Family(ABC):
     """One kind of transformer: its layers, its tokens, its prompts, and how its teacher was trained.
 
@@ -134,6 +142,7 @@ class Family(ABC):
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
+    samples_with_vae: whether the pipeline needs its VAE for latents, too.
     vae_class: the VAE's usual class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
         whether that is one call with both.
@@ -167,6 +176,7 @@ class Family(ABC):
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     scheduler: ClassVar[type]
+    samples_with_vae: ClassVar[bool] = False
     guided: ClassVar[bool] = True
     guided_together: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "guidance_scale"
@@ -174,6 +184,10 @@ class Family(ABC):
     middle_time: ClassVar[float] = 0.5
     recipes: ClassVar[Mapping[str, Recipe]]
     published: ClassVar[Mapping[str, Published]] = {}
+
+    def serves(self, config: Mapping[str, Any]) -> bool:
+        """Whether a transformer of the class is of this family: for families that share one. config: its config."""
+        return True
 
     def check_config(self, config: Mapping[str, Any]) -> None:  # noqa: B027
         """Raise ValueError for a transformer of the class that is not served. config: its config."""
@@ -196,8 +210,11 @@ class Family(ABC):
         head_dim = attn.to_q.out_features // attn.heads
         return LayerShape(attn.to_q.in_features, attn.heads, attn.to_k.out_features // head_dim, head_dim)
 
-    def projections(self, attn: nn.Module) -> dict[str, nn.Linear]:
-        """The linear layers of an attention module that get low-rank updates, by their names within it."""
+    def projections(self, attn: nn.Module) -> dict[str, nn.Linear | Part]:
+        """The linear layers of an attention module that get low-rank updates, by their names within it.
+
+        Parts of a layer have names of their own, under which the hybrid processor adds their updates, with `updated`.
+        """
         names = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         modules = dict(attn.named_modules())
         return {name: modules[name] for name in names if modules.get(name) is not None}
@@ -344,6 +361,20 @@ class Family(ABC):
         """
         shift, factor = (_like(value, latents) for value in self.latents_scale(vae))
         return self.unpack(latents, grid) / factor + shift
+
+    def given_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """What the pipeline's argument `latents` takes, of latents as the transformer takes them.
+
+        grid: (rows, columns) in tokens.
+        """
+        return latents
+
+    def sampled_latents(self, vae: nn.Module | None, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the transformer takes them, of what the pipeline gives with output_type="latent".
+
+        vae: the pipeline's, which may have none unless `samples_with_vae`.
+        """
+        return latents
 
     # Prompts
 
@@ -550,6 +581,8 @@ def register(family_class: type[Family]) -> Family:
                 )
     for other in _FAMILIES:
         own, theirs = _unique_names(family_class), _unique_names(other)
+        if family_class.hybrid_class is other.hybrid_class and family_class.serves is not Family.serves:
+            own["model class"] = set()  # `serves` tells their models apart
         taken = [f"{kind} {name}" for kind in own for name in sorted(own[kind] & theirs[kind])]
         if taken:
             raise ValueError(f"the family {named} repeats {', '.join(taken)} of the family {other.name}")
@@ -679,17 +712,25 @@ def families() -> Sequence[Family]:
 def family_of(model: nn.Module) -> Family:
     """The family of this model's class, dense or hybrid. Raises ValueError for any other class, subclasses included."""
     for family in _FAMILIES:
-        if unsharded_class(model) in (family.dense_class, family.hybrid_class):
+        if unsharded_class(model) in (family.dense_class, family.hybrid_class) and family.serves(model.config):
             return family
-    supported = ", ".join(family.dense_class.__name__ for family in _FAMILIES)
+    supported = ", ".join(dict.fromkeys(family.dense_class.__name__ for family in _FAMILIES))
     held = next((name for name in component_names() if hasattr(model, name)), None)
     hint = f": pass its .{held}" if held else ""
     raise ValueError(f"{type(model).__name__} is not supported{hint}: hybridize one of {supported}")
 
 
-def family_of_class(name: str | None) -> Family | None:
-    """The family that has a model class of this name, dense or hybrid, or None."""
-    return next((f for f in _FAMILIES if name in (f.dense_class.__name__, f.hybrid_class.__name__)), None)
+def family_of_class(name: str | None, config: Callable[[], Mapping[str, Any]] | None = None) -> Family | None:
+    """The family that has a model class of this name, dense or hybrid, or None.
+
+    config: gives the model's config, which tells families apart that share a class, and is not called for others; None:
+    the first of them.
+    """
+    found = [f for f in _FAMILIES if name in (f.dense_class.__name__, f.hybrid_class.__name__)]
+    if len(found) > 1 and config is not None:
+        values = config()
+        found = [family for family in found if family.serves(values)]
+    return next(iter(found), None)
 
 
 def component_names() -> tuple[str, ...]:

@@ -26,6 +26,28 @@ from .positions import rotary_tables
 from .processing import check_call, far_inputs, project
 from .recipe import Recipe, few_steps, shifted_logit_normal
 
+Rotate = Callable[[torch.Tensor], torch.Tensor]
+
+
+def rotations(
+    tables: tuple[torch.Tensor, torch.Tensor] | None, token_layout: TokenLayout
+) -> tuple[Rotate, Rotate] | tuple[None, None]:
+    """What rotates all tokens, and the image's, [B, tokens, heads, D], by (cos, sin), [S, D] each; None without tables."""
+    if tables is None:
+        return None, None
+    of_image = [token_layout.split(table[None])[1][0] for table in tables]  # [N, D] each
+    return tuple(partial(apply_rotary_emb, freqs_cis=chosen, sequence_dim=1) for chosen in (tables, of_image))
+
+
+def shown(
+    attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, token_layout: TokenLayout | None
+) -> torch.Tensor | None:
+    """The mask of keys, [B, 1, 1, S], that a dense processor needs for a text's mask; attention_mask without one."""
+    if text_mask is None:
+        return attention_mask
+    image_mask = text_mask.new_ones(len(text_mask), token_layout.image_length)
+    return token_layout.join(text_mask, image_mask)[:, None, None]
+
 
 class HybridFluxAttnProcessor:
     """FluxAttnProcessor with hybrid attention in place of softmax over all tokens."""
@@ -49,11 +71,8 @@ class HybridFluxAttnProcessor:
         image = (hidden_states, query, key)
         if encoder_hidden_states is None:  # a single block, where text and image are already one sequence
             image = (token_layout.split(tokens)[1] for tokens in image)
-        rotate = None
-        if image_rotary_emb is not None:
-            image_positions = [token_layout.split(table[None])[1][0] for table in image_rotary_emb]  # [N, D] each
-            rotate = partial(apply_rotary_emb, freqs_cis=image_positions, sequence_dim=1)
-        far = far_inputs(attn, *image, rotate=rotate)
+        rotate, rotate_image = rotations(image_rotary_emb, token_layout)
+        far = far_inputs(attn, *image, rotate=rotate_image)
 
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
@@ -63,9 +82,8 @@ class HybridFluxAttnProcessor:
             query = token_layout.join(attn.norm_added_q(text_query), query)
             key = token_layout.join(attn.norm_added_k(text_key), key)
             value = token_layout.join(text_value, value)
-        if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if rotate is not None:
+            query, key = rotate(query), rotate(key)
 
         out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2).to(query.dtype)
         if encoder_hidden_states is None:
@@ -87,9 +105,7 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
         token_layout: TokenLayout | None = None,
         text_mask: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if text_mask is not None:
-            image_mask = text_mask.new_ones(len(text_mask), token_layout.image_length)
-            attention_mask = token_layout.join(text_mask, image_mask)[:, None, None]  # of keys: [B, 1, 1, S]
+        attention_mask = shown(attention_mask, text_mask, token_layout)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
@@ -179,8 +195,8 @@ class Flux(PackedLatents):
     def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
         """Text length and image grids of one call.
 
-        img_ids [N, 3] hold (image index, row, column): 0 for the image, 1 and up for reference images (Kontext). The
-        width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
+        img_ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
+        a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
         Pipelines pass the same tensor at every step, and it is read once. Raises ValueError if the ids are not a
         sequence of whole grids.
         """
@@ -212,7 +228,7 @@ class Flux(PackedLatents):
     def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:
         """With exact `img_ids` where their dtype does not tell all rows and columns apart: in bfloat16, beyond 256."""
         ids = inputs["img_ids"]
-        if max(map(max, token_layout.grids)) <= 2 / torch.finfo(ids.dtype).eps:
+        if not ids.is_floating_point() or max(map(max, token_layout.grids)) <= 2 / torch.finfo(ids.dtype).eps:
             return inputs
         grids = [
             torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))

@@ -90,14 +90,17 @@ def rotary_tables(
     native: tuple[int, int],
     grid: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), float32 [S, sum of dims] each, as FluxPosEmbed gives them, for `ids` [S, 3]: (index, row, column).
+    """(cos, sin), float32 [S, sum of dims] each, as FluxPosEmbed gives them, for `ids` [S, 3]: (index, row, column), or
+    more numbers behind these.
 
     dims, theta: the embedding's. native, grid: see `scaled_positions`. "yarn" makes queries and keys longer, each times
     1 + 0.1 ln(ratio of the sides).
     """
+    others = [1] * (len(dims) - 3)  # which do not grow with the image
+    sizes = zip(ids.double().unbind(1), dims, (1, *native, *others), (1, *grid, *others), strict=True)
     angles = [
         torch.outer(place, rotary_frequencies(dim, theta, positions, own, length).to(ids.device))
-        for place, dim, own, length in zip(ids.double().unbind(1), dims, (1, *native), (1, *grid), strict=True)
+        for place, dim, own, length in sizes
     ]
     angle = torch.cat([part.repeat_interleave(2, 1) for part in angles], 1)
     ratio = math.sqrt(math.prod(max(1.0, length / own) for length, own in zip(grid, native, strict=True)))

@@ -44,7 +44,11 @@ def delta_name(projection: str) -> str:
 
 def project(attn: nn.Module, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     """Apply one projection of the layer, as a module so that LoRA works, and add its update if it has one."""
-    out = attn.get_submodule(name)(hidden_states)
+    return updated(attn, name, attn.get_submodule(name)(hidden_states), hidden_states)
+
+
+def updated(attn: nn.Module, name: str, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What a projection, or a part of one, made of hidden_states, with its update if it has one."""
     deltas = attn.hybrid.deltas
     key = delta_name(name)
     return out + deltas[key](hidden_states) if key in deltas else out

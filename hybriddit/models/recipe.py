@@ -48,7 +48,11 @@ def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generato
 def shifted_logit_normal(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
     """Flow matching: logit-normal times (SD3, arXiv 2403.03206), moved towards noise as images grow."""
     sigma = torch.randn(count, generator=generator).sigmoid()
-    shift = scheduler_shift(tokens, scheduler.config)
+    return moved(sigma, scheduler_shift(tokens, scheduler.config))
+
+
+def moved(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times at which sigma / (1 - sigma) is `shift` times as large."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

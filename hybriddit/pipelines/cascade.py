@@ -170,6 +170,7 @@ def repainting(
     start = noisy(schedule.sigma)
     pipeline.scheduler = scheduler
     try:
+        start = family.given_latents(start, (padded[1] // side, padded[0] // side))
         yield {"width": padded[0], "height": padded[1], "latents": start, **arguments}
     finally:
         pipeline.scheduler = own

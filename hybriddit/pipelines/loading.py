@@ -85,6 +85,11 @@ class Base:
         family = family_of_class(self.transformer_class)
         return family is not None and self.transformer_class == family.hybrid_class.__name__
 
+    @property
+    def family(self) -> Family | None:
+        """The family of its transformer. Raises what `read_part` does where it has to read the transformer's config."""
+        return family_of_class(self.transformer_class, lambda: self.read_part(self.component))
+
     def hybrid_config(self) -> HybridConfig | None:
         """The config of a pipeline that is hybrid already; None for a dense one."""
         if not self.is_hybrid:
@@ -256,13 +261,13 @@ def check_convertible(
 
 
 def _family(base: Base) -> Family:
-    family = family_of_class(base.transformer_class)
+    family = base.family
     if base.transformer_class is None:
         raise ValueError(
             f"{base.path} is a {base.index.get('_class_name')}, which has no diffusion transformer to distill"
         )
     if family is None:
-        supported = ", ".join(family.dense_class.__name__ for family in families())
+        supported = ", ".join(dict.fromkeys(family.dense_class.__name__ for family in families()))
         raise ValueError(
             f"{base.path}: its transformer is a {base.transformer_class}, which is not supported: {supported} are"
         )

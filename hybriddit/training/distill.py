@@ -32,7 +32,7 @@ from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
-from ..models.family import denoiser, family_of_class, unsharded_class
+from ..models.family import denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.wrapping import check_unwrapped, has_lora
@@ -62,9 +62,9 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     base = text_to_image(find_base(config.model.path, variant=config.model.variant, config=config.model.config))
     if base.file is None:  # of a single file's parts, some are in the file
         components = component_classes(base.index)
-        family_of_class(base.transformer_class).check_encoders(components)
-        reads_images = not SOURCES[config.data.source].teacher_made
-        check_parts(base.pipeline_class, components, ("scheduler", "vae") if reads_images else ("scheduler",))
+        base.family.check_encoders(components)
+        needs_vae = base.family.samples_with_vae or not SOURCES[config.data.source].teacher_made
+        check_parts(base.pipeline_class, components, ("scheduler", "vae") if needs_vae else ("scheduler",))
     config = with_hybrid_of(config, base.hybrid_config())
     # errors are found on shapes, before anything is loaded and before the images are made, which may take days
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
@@ -121,8 +121,7 @@ def prompt_embeddings(
         setattr(pipeline, base.component, model)
         return pipeline
 
-    family = family_of_class(base.transformer_class)
-    return PromptEmbeddings(family, load, data.max_sequence_length, data.cache, processes)
+    return PromptEmbeddings(base.family, load, data.max_sequence_length, data.cache, processes)
 
 
 def load_part(

@@ -19,7 +19,7 @@ from ..data.sources import SOURCES
 from ..data.teacher import encoder_names
 from ..files import read_json
 from ..models import families, family_of, is_hybrid
-from ..models.family import Family, family_of_class, find_published
+from ..models.family import Family, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..pipelines.loading import Base, refuse_sit, text_to_image
 from ..stored import component_classes
@@ -374,7 +374,7 @@ def plan_model(path: str) -> Plan:
 def _text_parameters(base: Base) -> int | None:
     """The parameters of a pipeline's text encoders together; None where one is not of transformers' classes."""
     count, kinds = 0, component_classes(base.index)
-    for name in encoder_names(family_of_class(base.transformer_class), kinds):
+    for name in encoder_names(base.family, kinds):
         if kinds[name] is None:
             continue
         made = getattr(transformers, kinds[name], None)

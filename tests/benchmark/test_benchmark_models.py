@@ -21,7 +21,13 @@ def tiny(monkeypatch):
     """Some of the families at a width and depth that a test can run, under the names of the full-size ones."""
     import tiny_models
 
-    kinds = {"pixart-sigma": "pixart", "sd3.5-medium": "sd35-medium", "flux": "flux-dev", "qwen-image": "qwen-image"}
+    kinds = {
+        "pixart-sigma": "pixart",
+        "sd3.5-medium": "sd35-medium",
+        "flux": "flux-dev",
+        "qwen-image": "qwen-image",
+        "flux2": "flux2",
+    }
     for name, kind in kinds.items():
         subject = find_subject(name)
         made = tiny_models.KINDS[kind]()
@@ -91,7 +97,7 @@ def test_variants_are_what_their_names_say(tiny, name):
         assert layers and {(layer.kind, layer.window) for layer in layers} == {(variant, window)}
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "sit-xl"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "sit-xl"])
 def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
     dense = model.random_model(subject, 64, 1, torch.float32, CPU)
@@ -142,6 +148,7 @@ def test_the_published_shapes():
         "flux": (24, 128, 512, True, 16, 512, False),
         "chroma": (24, 128, 512, True, 16, 512, True),
         "qwen-image": (24, 128, 512, True, 16, 512, True),
+        "flux2": (48, 128, 512, True, 16, 512, False),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

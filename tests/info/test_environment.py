@@ -29,7 +29,7 @@ def test_choices_are_those_of_the_dispatch(capsys):
     choices = json.loads(capsys.readouterr().out)["window_choices"]
     assert [(c["family"], c["pixels"]) for c in choices] == [
         (family, size)
-        for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image")
+        for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image", "FLUX.2")
         for size in (512, 1024, 4096)
     ]
     flux = choices[-4]

@@ -10,6 +10,7 @@ from tiny_models import (
     ONE_BLOCK,
     PADDED,
     TEXT,
+    WIDTH,
     add_to_token,
     by_token,
     joint_mask,
@@ -22,7 +23,7 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, QWEN_IMAGE, family_of
+from hybriddit.models import FLUX, FLUX_2_KLEIN, QWEN_IMAGE, family_of
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -181,6 +182,8 @@ LAYERS = [
     ("chroma", "attn", {}),
     ("chroma", "attn", {"layers": 0, "single_layers": 1}),
     ("qwen-image", "attn", {}),
+    ("flux2", "attn", {}),
+    ("flux2", "attn", {"layers": 0, "single_layers": 1}),
 ]
 
 
@@ -229,6 +232,11 @@ def similarity(query, key, config):
     return parts[0] + parts[1]
 
 
+def parts_of(fused):
+    """A single block's queries and keys in FLUX.2, of the first rows of the layer that they share with the MLP."""
+    return [lambda x, rows=fused.weight[i * WIDTH : (i + 1) * WIDTH]: x @ rows.T for i in range(2)]
+
+
 @pytest.mark.parametrize("far", OPEN)
 @pytest.mark.parametrize(("kind", "layer", "sizes"), LAYERS)
 def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
@@ -264,7 +272,8 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
         x = seen["x"][:, image] if sizes else seen["x"]  # a single block's input is text and image
         norms = (attn.norm_q or torch.nn.Identity(), attn.norm_k or torch.nn.Identity())
         maps = (hybrid.map_q, hybrid.map_k) if config.map_rank != 0 else (torch.zeros_like, torch.zeros_like)
-        pairs = zip((attn.to_q, attn.to_k), maps, norms, strict=True)
+        projections = (attn.to_q, attn.to_k) if hasattr(attn, "to_q") else parts_of(attn.to_qkv_mlp_proj)
+        pairs = zip(projections, maps, norms, strict=True)
         far_query, far_key = (
             norm((project(x) + (up_down(x) if config.map_rank != 0 else 0)).unflatten(-1, (-1, HEAD_DIM)))
             for project, up_down, norm in pairs
@@ -381,6 +390,20 @@ def test_flux_reference_grids_are_told_apart():
     assert FLUX.token_layout(model, inputs) == TokenLayout(TEXT, ((4, 6), (3, 5)), True)
 
 
+def reference_mask(grids):
+    """[N, N] of the tokens of several images: windows of 3 x 3 at their relative places in each."""
+    rows = []
+    for height, width in grids:
+        places = [(row, column) for row in range(height) for column in range(width)]
+        there = [
+            [(2 * row + 1) * h // (2 * height) * w + (2 * column + 1) * w // (2 * width) for row, column in places]
+            for h, w in grids
+        ]
+        masks = [window_mask(grid, (3, 3))[own] for grid, own in zip(grids, there, strict=True)]
+        rows.append(torch.cat(masks, 1))
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize(
     ("grids", "sizes"),
     [
@@ -397,21 +420,41 @@ def test_qwen_image_has_a_window_in_each_image(grids, sizes, monkeypatch):
     inputs["img_shapes"] = [[(1, *grid) for grid in grids]] * batch
     if model.config.use_additional_t_cond:
         inputs["additional_t_cond"] = torch.tensor([0, 1])
-    rows = []
-    for height, width in grids:
-        places = [(row, column) for row in range(height) for column in range(width)]
-        there = [
-            [(2 * row + 1) * h // (2 * height) * w + (2 * column + 1) * w // (2 * width) for row, column in places]
-            for h, w in grids
-        ]
-        masks = [window_mask(grid, (3, 3))[own] for grid, own in zip(grids, there, strict=True)]
-        rows.append(torch.cat(masks, 1))
     dense = run(model, inputs)
-    expected = masked_dense(model, inputs, torch.cat(rows), monkeypatch)
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
     assert (expected - dense).abs().max() > 1e-3
     hybridize(model, HybridConfig(window=3))
     assert QWEN_IMAGE.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
     torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_flux2_has_a_window_in_each_image(monkeypatch):
+    """Reference images, whose first number counts in tens; each image of the batch has ids, of which the first's count."""
+    model, grids = make("flux2", guidance_embeds=False), ((4, 6), (3, 5))
+    inputs = make_inputs(model, (sum(rows * columns for rows, columns in grids), 1), batch=2)
+    ids = [
+        (10 * image, row, column, 0)
+        for image, (rows, columns) in enumerate(grids)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    inputs["img_ids"] = torch.tensor([ids, ids])
+    dense = run(model, inputs)
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    assert FLUX_2_KLEIN.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_flux2_calls_that_cannot_be_served():
+    model = hybridize(make("flux2", dtype=torch.float32), HybridConfig(window=3))
+    with pytest.raises(ValueError, match="no keys and values of reference images"):
+        run(model, make_inputs(model, (4, 6)), kv_cache_mode="extract", num_ref_tokens=2)
+    inputs = make_inputs(model, (300, 2))
+    with pytest.raises(ValueError, match="img_ids in torch.bfloat16 do not tell all rows"):
+        run(model, {**inputs, "img_ids": inputs["img_ids"].bfloat16()})
+    assert torch.equal(run(model, {**inputs, "img_ids": inputs["img_ids"].float()}), run(model, inputs))
 
 
 def test_qwen_image_padding_does_not_matter():
@@ -443,7 +486,14 @@ def test_qwen_image_calls_that_cannot_be_served():
         HybridQwenImageTransformer2DModel(**dict(make("qwen-image").config, guidance_embeds=True))
 
 
-DELTAS = {"pixart": 4 + 4, "sd3": 8 + 6, "sd35-large": 8 + 6, "sd35-medium": 8 + 4 + 6, "qwen-image": 8 + 6}
+DELTAS = {
+    "pixart": 4 + 4,
+    "sd3": 8 + 6,
+    "sd35-large": 8 + 6,
+    "sd35-medium": 8 + 4 + 6,
+    "qwen-image": 8 + 6,
+    "flux2": 8 + 4,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,6 +41,7 @@ def allocated(call):
         ("flux-dev", 8, GRIDS[1:3]),
         ("chroma", None, GRIDS[1:3]),
         ("qwen-image", None, GRIDS[1:3]),
+        ("flux2", 8, GRIDS[1:2]),
     ],
 )
 def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):

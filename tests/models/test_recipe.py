@@ -7,11 +7,12 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
-from hybriddit.models import CHROMA, FLUX, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
+from hybriddit.models import CHROMA, FLUX, FLUX_2, FLUX_2_KLEIN, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
 from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -100,6 +101,26 @@ def test_flow_target_leads_from_image_to_noise():
     torch.testing.assert_close(noisy + (1 - sigma).view(3, 1, 1) * velocity, noise)
 
 
+@pytest.mark.parametrize("kind", ["flux2_dev", "flux2_klein"])
+def test_flux2_learns_at_the_times_of_its_pipelines_schedules(kind):
+    """The steps of klein, and the middle of dev's times: what its pipeline calls the transformer with."""
+    pipeline = tiny_pipeline(kind)
+    called = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: called.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    steps = 4 if kind == "flux2_klein" else 50
+    pipeline(
+        prompt="a bag", height=64, width=64, num_inference_steps=steps, max_sequence_length=6, output_type="latent"
+    )
+    generator = torch.Generator().manual_seed(0)
+    times = recipe_of(pipeline).draw_times(4000, 64, pipeline.scheduler, generator)
+    if kind == "flux2_klein":
+        assert {round(time, 4) for time in called} <= {round(time, 4) for time in times.tolist()}
+    else:
+        assert times.median() == pytest.approx(called[25], abs=0.01)
+
+
 def test_the_table_is_the_designs():
     weights = {name: (r.task, r.output, r.layer, r.prompt_dropout) for name, r in RECIPES.items()}
     assert weights == {
@@ -109,6 +130,9 @@ def test_the_table_is_the_designs():
         "flux_schnell": (0.0, 1.0, 0.5, 0.0),
         "chroma": (1.0, 0.5, 0.5, 0.1),
         "qwen_image": (1.0, 0.5, 0.5, 0.1),
+        "flux2_dev": (1.0, 0.5, 0.5, 0.0),
+        "flux2_klein": (0.0, 1.0, 0.5, 0.0),
+        "flux2_klein_base": (1.0, 0.5, 0.5, 0.1),
     }
 
 
@@ -119,6 +143,8 @@ def test_recipe_is_told_from_the_transformer():
         "flux_schnell": "flux_schnell",
         "chroma": "chroma",
         "qwen_image": "qwen_image",
+        "flux2_dev": "flux2_dev",
+        "flux2_klein": "flux2_klein",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

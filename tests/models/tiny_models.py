@@ -3,6 +3,7 @@
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -65,6 +66,16 @@ def flux(layers=1, single_layers=1, **kwargs):
     )
 
 
+def flux2(layers=1, single_layers=1, **kwargs):
+    return Flux2Transformer2DModel(
+        **FLUX_SIZES | {"axes_dims_rope": (4, 4, 4, 4)},
+        num_layers=layers,
+        num_single_layers=single_layers,
+        timestep_guidance_channels=8,
+        **kwargs,
+    )
+
+
 def chroma(layers=1, single_layers=1, **kwargs):
     return ChromaTransformer2DModel(
         **FLUX_SIZES,
@@ -111,9 +122,10 @@ KINDS = {
     "flux-schnell": lambda **kwargs: flux(guidance_embeds=False, **kwargs),
     "chroma": chroma,
     "qwen-image": qwen_image,
+    "flux2": flux2,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma")  # packed latents, text first, single blocks
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
@@ -129,6 +141,8 @@ def make(kind, seed=0, dtype=torch.float64, **kwargs):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             if name.endswith(("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
                 parameter.mul_(3)  # sharp attention: a wrong mask shows
+            if name.endswith("to_qkv_mlp_proj.weight"):
+                parameter[: 2 * WIDTH].mul_(3)
     return model
 
 
@@ -156,6 +170,16 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
             "encoder_hidden_states_mask": padded(batch, text, seed),
             "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
             "img_shapes": [[(1, height, width)]] * batch,
+        }
+    if isinstance(model, Flux2Transformer2DModel):
+        guidance = torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "img_ids": torch.tensor([(0, row, column, 0) for row in range(height) for column in range(width)]),
+            "txt_ids": torch.tensor([(0, 0, 0, place) for place in range(text)]),
+            "guidance": guidance,
         }
     if is_packed(model):
         ids = torch.zeros(height, width, 3)
@@ -193,7 +217,8 @@ def padded(batch, text, seed):
 
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
-    return isinstance(model, (FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel))
+    packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
+    return isinstance(model, packed)
 
 
 def run(model, inputs, **kwargs):

@@ -19,6 +19,8 @@ PIPELINES = {
     "pixart_sigma": "PixArtSigmaPipeline",
     "chroma": "ChromaPipeline",
     "qwen_image": "QwenImagePipeline",
+    "flux2_dev": "Flux2Pipeline",
+    "flux2_klein_base": "Flux2KleinPipeline",
 }
 
 
