@@ -19,11 +19,12 @@ from typing import Any
 from . import __version__
 from .analyze.candidates import COSTS, WINDOWS
 from .benchmark.shapes import PARTS, VARIANTS
-from .generate.export import BENCHMARKS
 from .machine import OFFLOADS
 
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
+# a copy of the keys of `generate.export.BENCHMARKS`, whose import would load numpy (tests/test_export.py compares them)
+EXPORTS = ("geneval", "t2i-compbench", "hpsv2", "dpg-bench")
 DTYPES = ("float32", "bfloat16", "float16")
 # options of images in stages, and what StageSettings calls them
 STAGES = {
@@ -616,7 +617,7 @@ def add_export(commands) -> None:
         "lay out generated images in the folders that GenEval, T2I-CompBench, HPSv2 or DPG-Bench read",
         "geneval --prompts evaluation_metadata.jsonl --image outputs/image.png --out outputs/geneval",
     )
-    sub.add_argument("benchmark", choices=BENCHMARKS)
+    sub.add_argument("benchmark", choices=EXPORTS)
     sub.add_argument(
         "--prompts", type=Path, required=True, help="the benchmark's file or folder, that the images were generated of"
     )

@@ -85,4 +85,4 @@ def test_the_table_of_the_page_is_the_script_s(monkeypatch, capsys):
             for name, row in together.items():
                 line = line.replace(name, row)
             assert line in page
-    assert printed.count("\n") == 2 + 7 * 5
+    assert printed.count("\n") == 2 + 8 * 5
