@@ -353,9 +353,9 @@ class HybridAttention(nn.Module):
         """FLOPs of each part, by formula. A backend may do more, such as scores of keys that its mask then hides.
 
         "text": text queries over everything. "dense", "near": softmax of image queries over everything, or over their
-        window, the text and pooled keys. "pooling": of these. "far": the mixer's matrix products. "normalization": the mixer's denominator. "maps": the
-        query and key maps; with maps "before" in a hybrid layer also the second projection by to_q and to_k.
-        "value_conv": the convolution. Parts that the layer does not have are missing.
+        window, the text and pooled keys. "pooling": of these. "far": the mixer's matrix products. "normalization": the
+        mixer's denominator. "maps": the query and key maps; with maps "before" in a hybrid layer also the second
+        projection by to_q and to_k. "value_conv": the convolution. Parts that the layer does not have are missing.
         """
         text, image = token_layout.text_length, token_layout.image_length
         width = self.heads * self.head_dim

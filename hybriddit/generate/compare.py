@@ -105,14 +105,15 @@ def run(
             device=where, dtype=dtype, subjects=subjects, any_base=any_base, quiet=quiet, **source, **settings
         )
 
+        transformer = denoiser(pipeline)
         if branches:
-            hybrid_layers(denoiser(pipeline))  # a model without such is refused before images are made
+            hybrid_layers(transformer)  # a model without such is refused before images are made
         ways: dict[str, Callable[[], Any]] = {
-            "teacher": lambda: dense_mode(denoiser(pipeline)),
+            "teacher": lambda: dense_mode(transformer),
             "hybrid": nullcontext,
         }
         for branch, name in ALONE.items() if branches else ():
-            ways[name] = partial(one_branch, denoiser(pipeline), branch)
+            ways[name] = partial(one_branch, transformer, branch)
         rows = []
         for number, task in enumerate(_shown(tasks, quiet), 1):
             images, seconds = {}, {}
@@ -130,7 +131,7 @@ def run(
             rows.append(row)
         layers = None
         if branches:
-            with branch_changes(denoiser(pipeline)) as found:
+            with branch_changes(transformer) as found:
                 make(pipeline, tasks[0])
             layers = {
                 layer: {f"without_{branch}": float(torch.stack(of).mean()) for branch, of in changes.items()}

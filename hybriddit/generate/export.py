@@ -34,12 +34,12 @@ class Entry(NamedTuple):
 class Benchmark(NamedTuple):
     """How a benchmark wants its images.
 
-    images: of each prompt, as published. write: puts those of one prompt into the folder.
+    images: of each prompt, as published. write: puts those of all prompts into the folder.
     prompts: what of the benchmark's repository --prompts takes.
     """
 
     images: int
-    write: Callable[[Entry, Path], None]
+    write: Callable[[Sequence[Entry], Path], None]
     prompts: str
 
 
@@ -73,60 +73,66 @@ def run(benchmark: str, image: Path, prompts: Path, out: Path, *, num_images: in
                     f"{entry.prompt!r}: take the file, and the --num-images, that it was made with"
                 )
     with filling(out) as folder:
-        for entry in entries:
-            layout.write(entry, folder)
+        layout.write(entries, folder)
     return {"prompts": len(entries), "images": len(paths)}
 
 
-def _geneval(entry: Entry, folder: Path) -> None:
+def _geneval(entries: Sequence[Entry], folder: Path) -> None:
     """00000/metadata.jsonl with the prompt's line, and 00000/samples/0000.png, …"""
-    lines = [line for line in lines_of(read_text(entry.file)) if line.strip()]
-    row = json.loads(lines[entry.row]) if entry.file.suffix == ".jsonl" else None
-    if not isinstance(row, dict) or "tag" not in row or row.get("prompt") != entry.prompt:
-        raise ValueError(
-            f"{entry.file} is not GenEval's list of prompts with tags: take {BENCHMARKS['geneval'].prompts}"
-        )
-    samples = folder / f"{entry.number:05d}" / "samples"
-    samples.mkdir(parents=True)
-    (samples.parent / "metadata.jsonl").write_text(lines[entry.row] + "\n", encoding="utf-8")
-    for number, image in enumerate(entry.images):
-        _copy(image, samples / f"{number:04d}.png")
+    files = {entry.file for entry in entries}
+    lines = {file: [line for line in lines_of(read_text(file)) if line.strip()] for file in files}
+    for entry in entries:
+        line = lines[entry.file][entry.row]
+        row = json.loads(line) if entry.file.suffix == ".jsonl" else None
+        if not isinstance(row, dict) or "tag" not in row or row.get("prompt") != entry.prompt:
+            raise ValueError(
+                f"{entry.file} is not GenEval's list of prompts with tags: take {BENCHMARKS['geneval'].prompts}"
+            )
+        samples = folder / f"{entry.number:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
+        for number, image in enumerate(entry.images):
+            _copy(image, samples / f"{number:04d}.png")
 
 
-def _t2i_compbench(entry: Entry, folder: Path) -> None:
+def _t2i_compbench(entries: Sequence[Entry], folder: Path) -> None:
     """samples/PROMPT_000000.png, numbered through all prompts: the benchmark reads the prompt from the name."""
-    if bad := [letter for letter in "/\\_\0" if letter in entry.prompt]:
-        raise ValueError(
-            f"T2I-CompBench reads prompts from names of files, which cannot hold {bad[0]!r}: {entry.prompt!r}"
-        )
-    (folder / "samples").mkdir(exist_ok=True)
-    for i, image in enumerate(entry.images):
-        _copy(image, folder / "samples" / f"{entry.prompt}_{entry.number * len(entry.images) + i:06d}.png")
+    for entry in entries:
+        if bad := [letter for letter in "/\\_\0" if letter in entry.prompt]:
+            raise ValueError(
+                f"T2I-CompBench reads prompts from names of files, which cannot hold {bad[0]!r}: {entry.prompt!r}"
+            )
+    (folder / "samples").mkdir()
+    named = ((entry.prompt, image) for entry in entries for image in entry.images)
+    for number, (prompt, image) in enumerate(named):
+        _copy(image, folder / "samples" / f"{prompt}_{number:06d}.png")
 
 
-def _hpsv2(entry: Entry, folder: Path) -> None:
+def _hpsv2(entries: Sequence[Entry], folder: Path) -> None:
     """STYLE/00000.jpg: a folder for each of the benchmark's files of prompts."""
-    if len(entry.images) > 1:
-        raise ValueError("HPSv2 takes one image of each prompt: leave --num-images out")
-    style = folder / entry.file.stem
-    style.mkdir(exist_ok=True)
-    # the least that JPEG changes
-    open_image(entry.images[0]).save(style / f"{entry.row:05d}.jpg", quality=100, subsampling=0)
+    for entry in entries:
+        if len(entry.images) > 1:
+            raise ValueError("HPSv2 takes one image of each prompt: leave --num-images out")
+        style = folder / entry.file.stem
+        style.mkdir(exist_ok=True)
+        # the least that JPEG changes
+        open_image(entry.images[0]).save(style / f"{entry.row:05d}.jpg", quality=100, subsampling=0)
 
 
-def _dpg_bench(entry: Entry, folder: Path) -> None:
+def _dpg_bench(entries: Sequence[Entry], folder: Path) -> None:
     """NAME.png, of the prompt's file: its four images in two rows."""
-    if entry.row:
-        raise ValueError(f"{entry.file} holds several prompts, and DPG-Bench has a file for each")
-    images = [open_image(path) for path in entry.images]
-    side = images[0].width
-    if len(images) not in (1, 4) or any(image.size != (side, side) for image in images):
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        raise ValueError(f"DPG-Bench takes four square images of one size, or one, of each prompt, not {sizes}")
-    sheet = Image.new("RGB", (2 * side, 2 * side) if len(images) == 4 else (side, side))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % 2 * side, i // 2 * side))
-    sheet.save(folder / f"{entry.file.stem}.png")
+    for entry in entries:
+        if entry.row:
+            raise ValueError(f"{entry.file} holds several prompts, and DPG-Bench has a file for each")
+        images = [open_image(path) for path in entry.images]
+        side = images[0].width
+        if len(images) not in (1, 4) or any(image.size != (side, side) for image in images):
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise ValueError(f"DPG-Bench takes four square images of one size, or one, of each prompt, not {sizes}")
+        sheet = Image.new("RGB", (2 * side, 2 * side) if len(images) == 4 else (side, side))
+        for i, image in enumerate(images):
+            sheet.paste(image, (i % 2 * side, i // 2 * side))
+        sheet.save(folder / f"{entry.file.stem}.png")
 
 
 def _copy(image: Path, place: Path) -> None:

@@ -23,10 +23,10 @@ def load_perceptual(
 ) -> list[Measure]:
     """The measures that are asked for.
 
-    lpips: LPIPS with AlexNet, 0 for equal images. clip, dino: folders or repositories of transformers' models. CLIP gives
-    clip_image, the cosine of the embeddings of an image and its reference, in [-1, 1], and clip_text and
-    clip_text_teacher, those of the prompt (of which CLIP reads 77 tokens) with either of them; DINO gives dino, the cosine of the two
-    images' class tokens in the last layer.
+    lpips: LPIPS with AlexNet, 0 for equal images. clip, dino: folders or repositories of transformers' models. CLIP
+    gives clip_image, the cosine of the embeddings of an image and its reference, in [-1, 1], and clip_text and
+    clip_text_teacher, those of the prompt (of which CLIP reads 77 tokens) with either of them; DINO gives dino, the
+    cosine of the two images' class tokens in the last layer.
 
     Raises ModuleNotFoundError without the package lpips, and ValueError for a model that is not there or of another kind.
     """

@@ -16,7 +16,7 @@ from ..files import read_tensors
 from ..stored import PICKLED
 from .adapters import check_fit, hub_file
 from .family import Family, family_of, model_of
-from .processing import delta_name
+from .processing import delta_name, full_update
 from .surgery import hybridize, restore_dense
 from .wrapping import plain_state, unwrapped
 
@@ -135,11 +135,7 @@ def _take_weights(model: nn.Module, family: Family, found: dict[str, torch.Tenso
         for projection in family.projections(attn):
             for part, update in _update(attn, projection):
                 key = f"{name}.{projection}.{part}"
-                weight = own[key]
-                if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
-                    raise ValueError(f"{key} is quantised or offloaded: load CLEAR's file before that")
-                exact = torch.promote_types(weight.dtype, torch.float32)
-                update.copy_(found[key].to(weight.device, exact) - weight.to(exact))
+                update.copy_(full_update(own[key], found[key], key))
         if attn.hybrid.pooled is not None:
             pooling = attn.hybrid.pooled.weight
             pooling.copy_(found[f"{name}.{POOLING}"].view_as(pooling))

@@ -196,9 +196,10 @@ class Flux(PackedLatents):
         """Text length and image grids of one call.
 
         img_ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
-        a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart.
-        Pipelines pass the same tensor at every step, and it is read once. Raises ValueError if the ids are not a
-        sequence of whole grids.
+        a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width
+        is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart. Pipelines pass
+        the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
+        grids.
         """
         img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
         if img_ids.is_inference():  # a change in place would not show

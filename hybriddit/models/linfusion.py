@@ -22,7 +22,7 @@ from ..files import read_json, read_tensors
 from ..stored import PICKLED
 from .adapters import hub_file
 from .family import family_of, is_hybrid, model_of
-from .processing import delta_name
+from .processing import delta_name, full_update
 from .surgery import hybridize
 from .wrapping import unwrapped
 
@@ -71,7 +71,7 @@ def load_linfusion(model_or_pipeline: Any, source: str | os.PathLike) -> Any:
             f"{file} does not fit this model: it has {len(theirs)} layers, and the model has {len(layers)} self-attentions "
             f"({lacking[0]} is not in it)"
         )
-    updates = {name: _updates(layers[name], tensors) for name, tensors in theirs.items()}
+    updates = {name: _updates(name, layers[name], tensors) for name, tensors in theirs.items()}
     changed = any(bool(update.any()) for found in updates.values() for update in found.values())
     ranks = {name: len(tensors["to_q_.0.weight"]) for name, tensors in theirs.items()}
     widths = {name: family.layer_shape(attn).width for name, attn in layers.items()}
@@ -150,14 +150,14 @@ def _check_layer(name: str, attn: nn.Module, tensors: Mapping[str, torch.Tensor]
             )
 
 
-def _updates(attn: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is added to the layer's projections, which makes them the file's."""
+def _updates(name: str, attn: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is added to the projections of the layer of this name, which makes them the file's."""
     found = {}
     for projection in PROJECTIONS:
         for kind in ("weight", "bias"):
             if (key := f"{projection}.{kind}") in tensors:
-                own = attn.get_parameter(key).detach()
-                found[f"deltas.{delta_name(projection)}.{kind}"] = tensors[key].to(own.device) - own
+                update = full_update(attn.get_parameter(key), tensors[key], f"{name}.{key}")
+                found[f"deltas.{delta_name(projection)}.{kind}"] = update
     return found
 
 

@@ -37,6 +37,17 @@ class FullDelta(nn.Linear):
             nn.init.zeros_(parameter)
 
 
+def full_update(own: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
+    """What a FullDelta adds to a projection's weight or bias, `name`, to make it `wanted`; in float32 at least.
+
+    Raises ValueError where the projection's own is no ordinary tensor.
+    """
+    if type(own) not in (torch.Tensor, nn.Parameter) or not own.is_floating_point() or own.is_meta:
+        raise ValueError(f"{name} is quantised or offloaded: load the published file before that")
+    exact = torch.promote_types(own.dtype, torch.float32)
+    return wanted.to(own.device, exact) - own.detach().to(exact)
+
+
 def delta_name(projection: str) -> str:
     """The key of a projection's update. It is not the projection's name, else peft would put LoRA on the update too."""
     return projection.replace(".", "_") + "_delta"

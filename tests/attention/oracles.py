@@ -34,6 +34,30 @@ def window_mask(grid, window, stride=(1, 1), dilation=(1, 1)):
     return mask
 
 
+def place_on(i, length, other):
+    """The position of the other axis in which the middle of position i falls: i covers [i, i + 1] / length."""
+    return next(j for j in range(other) if (2 * i + 1) * other < 2 * length * (j + 1))
+
+
+def mask_over_grids(grids, window, stride=(1, 1), dilation=(1, 1)):
+    """[N, N] bool: the own window, and of each other grid that of its token at the query's relative position."""
+    blocks = []
+    for number, (height, width) in enumerate(grids):
+        row = []
+        for place, (other_height, other_width) in enumerate(grids):
+            seen = window_mask((other_height, other_width), window, stride, dilation)
+            if number != place:
+                tokens = [
+                    place_on(y, height, other_height) * other_width + place_on(x, width, other_width)
+                    for y in range(height)
+                    for x in range(width)
+                ]
+                seen = seen[tokens]
+            row.append(seen)
+        blocks.append(torch.cat(row, 1))
+    return torch.cat(blocks)
+
+
 def softmax_attention(query, key, value, mask=None, scale=None):
     """[B, N, heads, D] in float64; mask [N, M] bool."""
     query, key, value = (x.double() for x in (query, key, value))

@@ -133,7 +133,7 @@ def test_joined_with_a_window(name, grids):
     far = torch.einsum("bhmn,bnhd->bmhd", weights, values)
     scores = torch.einsum("bmhd,bnhd->bhmn", query, qkv[1]) * HEAD_DIM**-0.5
     seen = torch.ones(layout.image_length, TEXT + layout.image_length, dtype=torch.bool)
-    seen[:, TEXT:] = window_of_grids(layout.grids)
+    seen[:, TEXT:] = oracles.mask_over_grids(layout.grids, (3, 3))
     near = scores.exp() * seen
     opening = torch.sinh(layer.gate) / 10  # [heads, 1]
     count = values.shape[1] if name == "multiscale" else layout.image_length
@@ -143,16 +143,6 @@ def test_joined_with_a_window(name, grids):
     assert_equal(found, expected, [*qkv, *layer.parameters()])
     with torch.no_grad():
         torch.testing.assert_close(layout.split(layer(*qkv, layout))[1], found)
-
-
-def window_of_grids(grids):
-    """Which tokens a query sees of its own grid by a window of 3 x 3; of another, around its own relative place."""
-    from hybriddit.attention.window.grids import attention_over_grids
-
-    total = sum(rows * columns for rows, columns in grids)
-    ones = torch.zeros(1, total, 1, total).double()
-    found = attention_over_grids(ones, ones, torch.eye(total).double()[None, :, None], grids, window=(3, 3))
-    return found[0, :, 0] > 0
 
 
 @pytest.mark.parametrize("masked", [False, True])

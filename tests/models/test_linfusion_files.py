@@ -176,3 +176,9 @@ def test_nothing_pickled_is_loaded(tmp_path, model):
         hybriddit.load_linfusion(model, tmp_path)
     with pytest.raises(FileNotFoundError, match="no LinFusion file"):
         hybriddit.load_linfusion(model, tmp_path / "nothing")
+
+
+def test_an_offloaded_model_is_refused(tmp_path, model):
+    folder = write(published(model), tmp_path / "file")
+    with pytest.raises(ValueError, match="weight is quantised or offloaded: load the published file before that"):
+        hybriddit.load_linfusion(model.to("meta"), folder)

@@ -98,9 +98,9 @@ class LinearMixer(nn.Module):
         if only_sums and not FEATURE_MAPS[self.feature_map].fused:
             return None
         if self.center_keys:
-            key = key - _mean(key, key_mask, rows)
-        query, query_projection = _cooled(query, self.projection_q, self.log_temperature_q)
-        key, key_projection = _cooled(key, self.projection_k, self.log_temperature_k)
+            key = key - mean_key(key, key_mask, rows)
+        query, query_projection = cooled(query, self.projection_q, self.log_temperature_q)
+        key, key_projection = cooled(key, self.projection_k, self.log_temperature_k)
         phi = {"feature_map": self.feature_map, "query_projection": query_projection, "key_projection": key_projection}
         if only_sums and rows is not None:
             return begin_sum_keys(query, key, value, rows=rows, **phi)
@@ -125,7 +125,7 @@ class LinearMixer(nn.Module):
         return attention_work(inputs, outputs, self.flops(queries, keys)["products"], element_size)
 
 
-def _mean(key: torch.Tensor, key_mask: torch.Tensor | None, rows: RowShard | None) -> torch.Tensor:
+def mean_key(key: torch.Tensor, key_mask: torch.Tensor | None, rows: RowShard | None) -> torch.Tensor:
     """The mean of the keys that are not masked, of all processes: [B, N, heads, D] -> [B, 1, heads, D]."""
     if key_mask is None and rows is None:
         return key.mean(1, keepdim=True)
@@ -137,7 +137,7 @@ def _mean(key: torch.Tensor, key_mask: torch.Tensor | None, rows: RowShard | Non
     return (total / count).to(key.dtype)
 
 
-def _cooled(
+def cooled(
     x: torch.Tensor, projection: torch.Tensor | None, log_temperature: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Divide by the temperature: the projection where there is one, as it is smaller, else x [B, N, heads, D]."""

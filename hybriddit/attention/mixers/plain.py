@@ -11,7 +11,7 @@ from ..linear import FEATURE_MAPS
 from ..linear.features import LARGEST
 from ..linear.formula import join_far
 from ..rows import RowShard
-from .linear import LinearMixer, _cooled, _mean
+from .linear import LinearMixer, cooled, mean_key
 
 
 class PlainMixer(LinearMixer):
@@ -76,7 +76,7 @@ class PlainMixer(LinearMixer):
         if only_sums:
             return None
         if self.center_keys:
-            key = key - _mean(key, key_mask, None)
+            key = key - mean_key(key, key_mask, None)
         dtype = value.dtype
         query, key, value, *beside = autocast((query, key, value) if near is None else (query, key, value, near))
         with torch.autocast(query.device.type, enabled=False):
@@ -88,8 +88,8 @@ class PlainMixer(LinearMixer):
                     else torch.einsum("bnhd,hdm->bnhm", x.clamp(-LARGEST, LARGEST), matrix.to(x.dtype))
                 )
                 for x, matrix in (
-                    _cooled(query, self.projection_q, self.log_temperature_q),
-                    _cooled(key, self.projection_k, self.log_temperature_k),
+                    cooled(query, self.projection_q, self.log_temperature_q),
+                    cooled(key, self.projection_k, self.log_temperature_k),
                 )
             )
             text_mask = None if key_mask is None else layout.split(key_mask)[0].to(key.dtype)[:, :, None, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from .dispatch import neighborhood_attention
 from .rule import circle_pairs, class_lengths, seen_pairs
 
 Grid = tuple[int, int]
+Positions = TypeVar("Positions", Tensor, np.ndarray)
 
 
 def attention_over_grids(
@@ -75,7 +76,7 @@ def _places(length: int, other: int, device: torch.device) -> tuple[tuple[Tensor
     Positions that fall on the same one are in different layers.
     """
     position = torch.arange(length, device=device)
-    there = (2 * position + 1) * other // (2 * length)
+    there = _there(position, length, other)
     return (there, position - torch.searchsorted(there, there)), -(-length // other)
 
 
@@ -84,7 +85,7 @@ def seen_over_grids(grids: Sequence[Grid], window: Grid, dilation: Grid, circle:
     return sum(
         seen_pairs(grid, window, dilation, circle)
         if number == place
-        else circle_pairs(*map(_there, grid, other), other, window[0])
+        else circle_pairs(*(_there(np.arange(n), n, m) for n, m in zip(grid, other, strict=True)), other, window[0])
         if circle
         else math.prod(_seen_of_axis(*axis) for axis in zip(grid, other, window, dilation, strict=True))
         for number, grid in enumerate(grids)
@@ -92,9 +93,9 @@ def seen_over_grids(grids: Sequence[Grid], window: Grid, dilation: Grid, circle:
     )
 
 
-def _there(length: int, other: int) -> np.ndarray:
-    """Where the positions of an axis are on another one, as in `_places`."""
-    return (2 * np.arange(length) + 1) * other // (2 * length)
+def _there(position: Positions, length: int, other: int) -> Positions:
+    """Where positions of an axis are on another one: where the middle of each falls."""
+    return (2 * position + 1) * other // (2 * length)
 
 
 def _seen_of_axis(length: int, other: int, window: int, dilation: int) -> int:

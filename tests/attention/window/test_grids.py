@@ -24,30 +24,6 @@ SETTINGS = [
 ]
 
 
-def place_on(i, length, other):
-    """The position of the other axis in which the middle of position i falls: i covers [i, i + 1] / length."""
-    return next(j for j in range(other) if (2 * i + 1) * other < 2 * length * (j + 1))
-
-
-def mask_over_grids(grids, window, stride, dilation):
-    """[N, N] bool: the own window, and of each other grid that of its token at the query's relative position."""
-    blocks = []
-    for number, (height, width) in enumerate(grids):
-        row = []
-        for place, (other_height, other_width) in enumerate(grids):
-            seen = oracles.window_mask((other_height, other_width), window, stride, dilation)
-            if number != place:
-                tokens = [
-                    place_on(y, height, other_height) * other_width + place_on(x, width, other_width)
-                    for y in range(height)
-                    for x in range(width)
-                ]
-                seen = seen[tokens]
-            row.append(seen)
-        blocks.append(torch.cat(row, 1))
-    return torch.cat(blocks)
-
-
 def random_inputs(grids, text, batch=2, heads=2, width=8):
     generator = torch.Generator().manual_seed(0)
     image = sum(rows * columns for rows, columns in grids)
@@ -57,7 +33,7 @@ def random_inputs(grids, text, batch=2, heads=2, width=8):
 
 def expected_of(inputs, grids, text_mask=None, **settings):
     query, key, value, text_key, text_value = inputs
-    mask = mask_over_grids(grids, **settings)
+    mask = oracles.mask_over_grids(grids, **settings)
     text = torch.ones(len(mask), text_key.shape[1], dtype=torch.bool) if text_mask is None else text_mask[None]
     mask = torch.cat((mask, text.expand(len(mask), -1)), 1)
     key, value = torch.cat((key, text_key), 1), torch.cat((value, text_value), 1)
