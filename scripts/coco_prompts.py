@@ -29,6 +29,8 @@ def rows(annotations: Path, count: int, seed: int) -> list[dict]:
             captions.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{annotations} has not the lists of a captions_*.json of MS-COCO ({error})") from None
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
     if count > len(captions):
         raise ValueError(f"{annotations} has captions of {len(captions)} images: draw at most as many (--count)")
     draw = random.Random(seed)

@@ -187,3 +187,4 @@ def test_prompts_of_coco(tmp_path):
     assert read_prompts(tmp_path / "p.jsonl") == [row["prompt"] for row in rows]
     done = draw("--count", "9")
     assert done.stderr == "coco_prompts.py: captions.json has captions of 8 images: draw at most as many (--count)\n"
+    assert draw("--count", "0").stderr == "coco_prompts.py: --count must be at least 1, not 0\n"
