@@ -35,7 +35,7 @@ from ..models.adapters import describe_base
 from ..models.family import denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
-from ..models.wrapping import check_unwrapped, has_lora
+from ..models.wrapping import check_unwrapped, has_lora, is_plain
 from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, text_to_image
 from ..pipelines.prepare import place
 from ..stored import component_classes
@@ -209,6 +209,7 @@ def distill(
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     check_layer_steps(config, accelerator)
+    check_quantised(base, accelerator)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -428,6 +429,12 @@ class Distillation(Job):
         text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
         latents, noise, times = (value.to(device, non_blocking=True) for value in (latents, noise, times))
         return latents.float(), noise, times, text, far_only.to(device, non_blocking=True)
+
+
+def check_quantised(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ValueError where FSDP would have to shard quantised weights."""
+    if accelerator.is_fsdp2 and not all(is_plain(weight) for weight in model.parameters()):
+        raise ValueError("FSDP does not shard quantised weights: train with DDP, where each process has all of them")
 
 
 def check_layer_steps(config: DistillConfig, accelerator: Accelerator) -> None:
