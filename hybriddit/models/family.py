@@ -16,13 +16,14 @@ from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..attention import TokenLayout
 from .recipe import Recipe, flow_noise
 
+TILED_VAES = (AutoencoderKL, AutoencoderKLFlux2)  # whose `tiled_decode` cuts and blends in the same way
 # of the AutoencoderKL of the published models
 VAE_BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2} | {
     f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
