@@ -50,12 +50,14 @@ class Published:
     shape: its name in `hybriddit benchmark`; None: the benchmark does not have it.
     vae_scale_factor: pixels per latent, along each axis.
     text_parameters: of the text encoders together; None: not known.
+    recipe: that its pipeline's config tells, see `Family.pipeline_recipe`.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     shape: str | None = None
     vae_scale_factor: int = 8
     text_parameters: int | None = None
+    recipe: str | None = None
 
 
 class Processors(NamedTuple):
@@ -424,6 +426,10 @@ class Family(ABC):
     def default_recipe(self, config: Mapping[str, Any]) -> str:
         """The name of the recipe that fits a transformer of this config."""
         return next(iter(self.recipes))
+
+    def pipeline_recipe(self, config: Mapping[str, Any]) -> str | None:
+        """The name of the recipe that a pipeline's own config tells, from its model_index.json; None: it tells none."""
+        return None
 
     def takes_guidance(self, config: Mapping[str, Any]) -> bool:
         """Whether the guidance scale is an input of the transformer."""

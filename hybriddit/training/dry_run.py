@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Plan:
     transformer: dense, or hybrid as it was saved. vae: None where there is none, or one of another class than the
     family's. vae_scale_factor: pixels per latent. tokenizer_length: the first tokenizer's maximum, in tokens.
     text_parameters: of the text encoders together; None where that is not known. quantised: the bytes of the
-    transformer's files, where its weights are quantised; None where they are not.
+    transformer's files, where its weights are quantised; None where they are not. recipe: that the pipeline tells.
     """
 
     transformer: nn.Module
@@ -67,6 +67,7 @@ class Plan:
     tokenizer_length: int
     text_parameters: int | None
     quantised: int | None = None
+    recipe: str | None = None
 
 
 def dry_run(config: DistillConfig) -> dict:
@@ -85,6 +86,7 @@ def dry_run(config: DistillConfig) -> dict:
     plan = plan_model(config.model.config or config.model.path)
     model = plan.transformer
     config = with_hybrid_of(config, HybridConfig.from_saved(model.config.hybrid_config) if is_hybrid(model) else None)
+    config = replace(config, model=replace(config.model, recipe=config.model.recipe or plan.recipe))
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss = loss_in_force(recipe, config, source.teacher_made, source.trajectories)
@@ -359,7 +361,7 @@ def plan_model(path: str) -> Plan:
         with torch.device("meta"):
             model = family.dense_class(**found.arguments)
             vae = family.published_vae(family.latent_channels(model.config))
-        return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters)
+        return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters, recipe=found.recipe)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         base = text_to_image(Base(path, path, None, index, None, None))
@@ -369,11 +371,12 @@ def plan_model(path: str) -> Plan:
         if kinds.get("tokenizer"):
             tokenizer = base.read_part("tokenizer", "tokenizer_config.json")
             tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
+        told = family_of(model).pipeline_recipe(index)
         made = family_of(model).vae_class
         if kinds.get("vae") == made.__name__:
             with torch.device("meta"):
                 vae = made.from_config(base.read_part("vae"))
-        return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base), _quantised(base))
+        return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base), _quantised(base), told)
     known = ", ".join(repository for family in families() for repository in family.published)
     raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
 
