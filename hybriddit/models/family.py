@@ -138,6 +138,7 @@ class Family(ABC):
         `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
+    image_lists: arguments of forward that are lists with an element for each image of the batch.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
@@ -171,6 +172,7 @@ class Family(ABC):
     image_exit: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
+    image_lists: ClassVar[tuple[str, ...]] = ()
     pipelines: ClassVar[Mapping[str, type]]
     other_pipelines: ClassVar[tuple[Mapping[str, type], ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -475,8 +477,8 @@ class Family(ABC):
         scheduler = type(scheduler).from_config(scheduler.config, **plain)
         return scheduler, {"sigmas": list(sigmas), "num_inference_steps": len(sigmas)}
 
-    def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The part of the transformer's output that predicts the target, shaped like `latents`."""
+    def prediction(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        """What of the transformer's output predicts the target, shaped like `latents`."""
         return output
 
     def check_encoders(self, components: Mapping[str, Any]) -> None:
