@@ -183,7 +183,7 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
             inputs["added_cond_kwargs"] = {"text_embeds": random(batch, 8), "time_ids": random(batch, 6)}
         return inputs
     if isinstance(model, ZImageTransformer2DModel):  # texts of different lengths, in 32s
-        lengths = [text + 32 * ((seed + row) % 2) for row in range(batch)]
+        lengths = [text + 32 * ((seed + row + 1) % 2) for row in range(batch)]
         return {
             "x": list(random(batch, config.in_channels, 1, 2 * height, 2 * width)),
             "t": torch.full((batch,), 0.4, dtype=model.dtype),
