@@ -121,6 +121,7 @@ class ZImage(Family):
     joint = True
     rotary = True
     image_lists = ("x", "cap_feats")
+    block_arguments = ("n_layers",)
     positions = ("plain", "interpolated", "ntk", "yarn", "dominant")
     pipelines = {
         "text-to-image": ZImagePipeline,
@@ -128,6 +129,7 @@ class ZImage(Family):
         "inpainting": ZImageInpaintPipeline,
     }
     scheduler = FlowMatchEulerDiscreteScheduler
+    guides_above = 0.0
     recipes = {
         "z_image": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),
         "z_image_turbo": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0),

@@ -108,7 +108,7 @@ def z_image(layers=2, refiners=1, **kwargs):
         n_kv_heads=HEADS,
         cap_feat_dim=12,
         axes_dims=[4, 6, 6],
-        axes_lens=[256, 128, 128],
+        axes_lens=[256, 256, 256],
         **kwargs,
     )
 
