@@ -150,6 +150,11 @@ class ZImage(Family):
                 f"diffusers' pipelines run Z-Image with patches of {PATCH} and 1, which this model has no weights for"
             )
 
+    def check_shared(self, config: Mapping[str, Any]) -> None:
+        raise ValueError(
+            "images of Z-Image are not spread over processes: its model joins image and text of each sample by itself"
+        )
+
     def layer_layout(self, model: nn.Module, layer: str, token_layout: TokenLayout) -> TokenLayout:
         if layer.startswith("noise_refiner."):  # the image, filled up
             return token_layout._replace(text_length=-token_layout.image_length % SEQ_MULTI_OF)

@@ -24,7 +24,7 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, FLUX_2_KLEIN, QWEN_IMAGE, family_of
+from hybriddit.models import FLUX, FLUX_2_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -526,3 +526,24 @@ def test_deltas(kind):
             parameter.add_(1)
     with dense_mode(model):
         assert torch.equal(run(model, inputs), dense)
+
+
+def test_z_image_calls_that_cannot_be_served():
+    model = hybridize(make("z-image"), HybridConfig(window=3))
+    inputs = make_inputs(model, (4, 6), batch=2)
+    assert Z_IMAGE.token_layout(model, inputs) == TokenLayout(8 + 64, ((4, 6),), False)  # filled up: 24 to 32, 37 to 64
+    films = [image.expand(-1, 2, -1, -1) for image in inputs["x"]]
+    for match, changed in {
+        "for omni calls, restore_dense": {"x": [[image] for image in inputs["x"]]},
+        r"one size in a call, not \[\(1, 8, 8\), \(1, 8, 12\)\]": {"x": [inputs["x"][0][..., :8], inputs["x"][1]]},
+        "of one frame": {"x": films},
+        "captions of 256 tokens are too long: this model has positions for 254": {"cap_feats": [torch.ones(230, 12)] * 2},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            run(model, {**inputs, **changed})
+    with pytest.raises(ValueError, match="reads images .omni. is not served"):
+        hybridize(make("z-image", siglip_feat_dim=8), HybridConfig(window=3))
+    with pytest.raises(ValueError, match=r"all_patch_size \[4\].*no weights for"):
+        hybridize(make("z-image", all_patch_size=(4,)), HybridConfig(window=3))
+    with pytest.raises(ValueError, match="an image of 300 x 4 tokens is too large: this model has positions for 256 x 256"):
+        Z_IMAGE.check_grid(model.config, (300, 4))
