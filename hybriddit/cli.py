@@ -368,12 +368,13 @@ def add_generate(commands) -> None:
         help="SiT: name or index of a class; may be given repeatedly",
     )
     sub.add_argument(
-        "--image", type=Path, help="image to start from (SD3, FLUX, Chroma, Qwen-Image), or to edit (FLUX.2)"
+        "--image", type=Path, help="image to start from (SD3, FLUX, Chroma, Qwen-Image, Z-Image), or to edit (FLUX.2)"
     )
     sub.add_argument(
         "--mask",
         type=Path,
-        help="image of that size: white is painted anew, black is kept (SD3, FLUX, Chroma, Qwen-Image, FLUX.2 klein)",
+        help="image of that size: white is painted anew, black is kept (SD3, FLUX, Chroma, Qwen-Image, Z-Image, FLUX.2 "
+        "klein)",
     )
     sub.add_argument("--strength", type=float, help="how far from --image, above 0 to 1 (default: the pipeline's)")
     sub.add_argument("--height", type=int, help="in pixels (default: the image's, else the pipeline's)")
@@ -826,7 +827,7 @@ def add_benchmark(commands) -> None:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, sit-xl and those of "
+        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, z-image, sit-xl and those of "
         "families of your own (default: all; two of them on a CPU)",
     )
     sub.add_argument(

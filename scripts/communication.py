@@ -44,6 +44,8 @@ def main():
     print("| | pixels | window | far | text | hybrid, sum | Ulysses | ring |")
     print("|---|---|---|---|---|---|---|---|")
     for family in families():
+        if family.image_exit is None:  # its images are not spread over processes
+            continue
         for published in family.published.values():
             if published.shape is not None:
                 for px, *sizes in rows(family.attention_shape(published), options.processes, options.window):

@@ -20,6 +20,10 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
             noisy, encoder_hidden_states=embeds, pooled_projections=text["pooled_prompt_embeds"], timestep=times * 1000
         ).sample
     rows, columns = grid
+    if family == "z_image":  # films of one frame; the time runs the other way, and so does what it gives
+        captions = [words[mask] for words, mask in zip(embeds, text["prompt_embeds_mask"], strict=True)]
+        films = transformer([image[:, None] for image in noisy], 1 - times, captions).sample
+        return -torch.stack([film[:, 0] for film in films])
     if family == "qwen_image":
         return transformer(
             noisy,

@@ -49,6 +49,8 @@ def test_every_family_has_a_config():
         "flux2_klein",
         "flux2_klein_9b",
         "flux2_klein_base",
+        "z_image",
+        "z_image_turbo",
         "sd15",
         "sdxl",
         "demo",
@@ -111,7 +113,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
     rate = optim.lr * decay
     assert line["step"] == 2 and line["lr"] == pytest.approx(rate * min(1, 2 / max(1, optim.warmup_steps)), rel=1e-6)
     assert line["gate_lr"] == pytest.approx(rate * optim.gate_lr_factor, rel=1e-6)
-    weights = dict.fromkeys(("flux_schnell", "flux2_klein", "flux2_klein_9b"), (0, 1, 0.5))
+    weights = dict.fromkeys(("flux_schnell", "flux2_klein", "flux2_klein_9b", "z_image_turbo"), (0, 1, 0.5))
     weights = (weights | {"demo": (0, 2, 0), "demo_sd3": (0, 2, 0)}).get(path.stem, (1, 0.5, 0.5))
     total = sum(weight * line[name] for weight, name in zip(weights, ("task", "output", "layer"), strict=True))
     assert line["loss"] == pytest.approx(total, rel=1e-5) and line["output"] > 0 and line["layer"] > 0

@@ -22,6 +22,7 @@ FAMILIES = {
     "sd3": hybriddit.HybridStableDiffusion3Pipeline,
     "pixart_sigma": hybriddit.HybridPixArtSigmaPipeline,
     "qwen_image": hybriddit.HybridQwenImagePipeline,
+    "z_image": hybriddit.HybridZImagePipeline,
 }
 SIZE = {"height": 64, "width": 96, "max_sequence_length": TEXT_LENGTH}
 SETTINGS = {**SIZE, "steps": 2, "guidance": 3.0}
@@ -172,7 +173,7 @@ def picture(seed, size=(96, 64)):
     return Image.fromarray(grey).resize(size, Image.Resampling.NEAREST)
 
 
-@pytest.mark.parametrize("family", ["flux_dev", "sd3", "qwen_image"])
+@pytest.mark.parametrize("family", ["flux_dev", "sd3", "qwen_image", "z_image"])
 def test_image_to_image_and_inpainting(family):
     """Of a hybrid pipeline: what diffusers' own class makes of its components, and each argument matters."""
     pipeline = FAMILIES[family](**opened(tiny_pipeline(family, latent_channels=16)).components)

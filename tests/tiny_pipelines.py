@@ -25,6 +25,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -61,6 +63,7 @@ FAMILIES = (
     "qwen_image",
     "flux2_dev",
     "flux2_klein_base",
+    "z_image",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -174,6 +177,22 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         else:
             distilled = family == "flux2_klein"
             pipeline = Flux2KleinPipeline(scheduler, vae, _qwen3(), _qwen3_tokenizer(), transformer, distilled)
+    elif family in ("z_image", "z_image_turbo"):
+        transformer = ZImageTransformer2DModel(
+            in_channels=latent_channels,
+            dim=16,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[2, 2, 4],
+            axes_lens=[128, 128, 128],
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0 if family == "z_image" else 3.0)
+        tokenizer = _qwen3_tokenizer()
+        tokenizer.chat_template = SAID + "{{ message.content }} bag" + ENDED  # the real one, too, is never empty
+        pipeline = ZImagePipeline(scheduler, vae, _qwen3(), tokenizer, transformer)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:

@@ -40,7 +40,8 @@ class Subject(ABC):
 
     name: in tables and on the command line. source: where it is published. guided: whether a sampler runs the model
     twice a step, with the prompt and without; together: whether in one call. prompt: text tokens that the whole
-    transformer receives; those in the attention layer are `shape.text`.
+    transformer receives; those in the attention layer are `shape.text`. block_arguments: see
+    `Family`.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Subject(ABC):
         guided: bool,
         prompt: int,
         together: bool = True,
+        block_arguments: tuple[str, ...] = ("num_layers", "num_single_layers"),
     ):
         self.name, self.source, self.model_class, self.arguments = name, source, model_class, arguments
         self.vae_scale_factor, self.guided, self.prompt = vae_scale_factor, guided, prompt
-        self.together = together
+        self.together, self.block_arguments = together, block_arguments
 
     @property
     @abstractmethod
@@ -88,9 +90,9 @@ class Subject(ABC):
             raise ValueError(f"--layers {layers}: {self.source} has 1 to {self.blocks} blocks")
 
     def _block_counts(self) -> dict[str, int]:
-        """The number of blocks by the argument that sets it, under diffusers' usual names."""
-        defaults = inspect.signature(self.model_class.__init__).parameters
-        names = [name for name in ("num_layers", "num_single_layers") if {"num_layers", name} <= defaults.keys()]
+        """The number of blocks by the argument that sets it; none where there is not the first kind's."""
+        defaults, known = inspect.signature(self.model_class.__init__).parameters, self.block_arguments
+        names = [name for name in known if {known[0], name} <= defaults.keys()]
         return {name: self.arguments.get(name, defaults[name].default) for name in names}
 
     def _with_blocks(self, layers: int | None) -> dict[str, Any]:
@@ -99,10 +101,11 @@ class Subject(ABC):
         if not counts or layers is None:
             return arguments
         self.check_layers(layers)
-        first = max(1, round(layers * counts["num_layers"] / self.blocks))
-        arguments["num_layers"] = first
-        if "num_single_layers" in counts:
-            arguments["num_single_layers"] = layers - first
+        (name, of_first), *others = counts.items()
+        first = max(1, round(layers * of_first / self.blocks))
+        arguments[name] = first
+        for name, _ in others:
+            arguments[name] = layers - first
         if "dual_attention_layers" in arguments:
             arguments["dual_attention_layers"] = tuple(i for i in arguments["dual_attention_layers"] if i < first)
         return arguments
@@ -143,6 +146,7 @@ class FamilySubject(Subject):
             family.guided,
             family.text_length(),
             family.guided_together,
+            family.block_arguments,
         )
         self.family, self.published = family, published
 

@@ -376,7 +376,8 @@ def _plan_memory(
         return None
     if gib is None and size[0] * size[1] < LARGE and not vae_tiling:
         return None
-    guided = family_of(model).guided and (task.record.get("guidance") or 0) > 1
+    family = family_of(model)
+    guided = family.guided and (task.record.get("guidance") or 0) > family.guides_above
     available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
     if parallel:
         return plan_shared(pipeline, *size, available=available)

@@ -414,8 +414,10 @@ def _arguments(
             no_effect("guidance", "this model was distilled to need none")
     elif pipeline.config.get("is_distilled"):
         no_effect("guidance", "this model was distilled to need none")
-    elif used["guidance"] is not None and used["guidance"] <= 1:
-        no_effect("negative_prompt", "guidance works only above 1")
+    elif used["guidance"] is not None:
+        above = 1.0 if family is None else family.guides_above
+        if used["guidance"] <= above:
+            no_effect("negative_prompt", f"guidance works only above {above:g}")
     if "sampler" in parameters:
         used["sampler"] = settings["sampler"] or pipeline.default_sampler
         if used["sampler"] == "dopri5":

@@ -11,6 +11,7 @@ from .families import (
     QWEN_IMAGE,
     STABLE_DIFFUSION_3,
     STABLE_DIFFUSION_UNET,
+    Z_IMAGE,
 )
 from .family import families, family_of, is_hybrid, register
 from .linfusion import load_linfusion
@@ -30,6 +31,7 @@ __all__ = [
     "QWEN_IMAGE",
     "STABLE_DIFFUSION_3",
     "STABLE_DIFFUSION_UNET",
+    "Z_IMAGE",
     "LowRankDelta",
     "SiTTransformer2DModel",
     "dense_mode",

@@ -8,6 +8,7 @@ from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
 from .unet import StableDiffusionUNet
+from .z_image import ZImage
 
 PIXART_SIGMA = register(PixArtSigma)
 STABLE_DIFFUSION_3 = register(StableDiffusion3)
@@ -17,3 +18,4 @@ QWEN_IMAGE = register(QwenImage)
 FLUX_2 = register(Flux2)
 FLUX_2_KLEIN = register(Flux2Klein)
 STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)
+Z_IMAGE = register(ZImage)

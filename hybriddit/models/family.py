@@ -141,6 +141,8 @@ class Family(ABC):
         `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
+    image_lists: arguments of forward that are lists with an element for each image of the batch.
+    block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
@@ -148,7 +150,7 @@ class Family(ABC):
     samples_with_vae: whether the pipeline needs its VAE for latents, too.
     vae_class: the VAE's usual class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
-        whether that is one call with both.
+        whether that is one call with both; guides_above: the scale above which it does so.
     guidance_argument: the argument of the pipelines' call that sets the scale of that, or of a guidance embedding.
     empty_prompt: what such pipelines guide away from where no other prompt is given.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
@@ -174,6 +176,8 @@ class Family(ABC):
     image_exit: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
+    image_lists: ClassVar[tuple[str, ...]] = ()
+    block_arguments: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
     pipelines: ClassVar[Mapping[str, type]]
     other_pipelines: ClassVar[tuple[Mapping[str, type], ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -182,6 +186,7 @@ class Family(ABC):
     samples_with_vae: ClassVar[bool] = False
     guided: ClassVar[bool] = True
     guided_together: ClassVar[bool] = True
+    guides_above: ClassVar[float] = 1.0
     guidance_argument: ClassVar[str] = "guidance_scale"
     empty_prompt: ClassVar[str] = ""
     middle_time: ClassVar[float] = 0.5
@@ -482,8 +487,8 @@ class Family(ABC):
         scheduler = type(scheduler).from_config(scheduler.config, **plain)
         return scheduler, {"sigmas": list(sigmas), "num_inference_steps": len(sigmas)}
 
-    def prediction(self, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The part of the transformer's output that predicts the target, shaped like `latents`."""
+    def prediction(self, output: Any, latents: torch.Tensor) -> torch.Tensor:
+        """What of the transformer's output predicts the target, shaped like `latents`."""
         return output
 
     def check_encoders(self, components: Mapping[str, Any]) -> None:

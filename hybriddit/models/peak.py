@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..attention.rates import Rates
@@ -154,12 +154,15 @@ def _watched(
         name: empty(tensor, torch.float32 if _is_gate(name) else dtype)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
-    for name, value in arguments.items():  # whole numbers, such as labels, are looked at where they can be
+
+    def given(value: Any) -> Any:  # whole numbers, such as labels, are looked at where they can be
         looked_at = isinstance(value, torch.Tensor) and not value.is_floating_point() and not absent
-        arguments = {**arguments, name: value.to(device) if looked_at else empty(value)}
+        return value.to(device) if looked_at else empty(value)
+
+    arguments = tree_map(given, arguments)
     with torch.no_grad(), fake if absent else contextlib.nullcontext():
         functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
-        with watcher(weights.values(), arguments.values()) as seen:
+        with watcher(weights.values(), tree_leaves(arguments)) as seen:
             functional_call(module, weights, (), arguments)
     return seen
 

@@ -161,6 +161,7 @@ class QwenImage(PackedLatents):
     image_exit = "proj_out"
     positions = ("plain", "interpolated")
     image_arguments = ("hidden_states", "controlnet_block_samples")
+    image_lists = ("img_shapes",)
     pipelines = {
         "text-to-image": QwenImagePipeline,
         "image-to-image": QwenImageImg2ImgPipeline,

@@ -61,7 +61,7 @@ def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterat
             forwards[block] = _InStrips(model, family, block, layers, rows, most)
         if not forwards:
             raise ValueError("no block of the model can run in strips: each has a layer that stayed dense")
-        forwards |= {model: _OneByOne(model), **family.strip_forwards(model, rows)}
+        forwards |= {model: _OneByOne(model, family), **family.strip_forwards(model, rows)}
         for module, forward in forwards.items():
             undo.enter_context(with_forward(module, forward))
         yield
@@ -84,20 +84,24 @@ def _check(block: nn.Module, layers: list[HybridAttention], names: dict[nn.Modul
 class _OneByOne:
     """The forward of a model, for one image of the batch at a time."""
 
-    def __init__(self, model: nn.Module):
-        self.model, self.forward = model, model.forward
+    def __init__(self, model: nn.Module, family: Family):
+        self.model, self.family, self.forward = model, family, model.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = arguments_of(self.model, args, kwargs)
-        batch = len(arguments["hidden_states"])
+        batch = len(self.family.latents_and_times(arguments)[0])
         if batch == 1:
             return self.forward(**arguments)
         return_dict = arguments.pop("return_dict", True)
         found = []
         for i in range(batch):
-            own = {name: _row(value, i, batch) for name, value in arguments.items()}
+            own = {
+                name: value[i : i + 1] if name in self.family.image_lists else _row(value, i, batch)
+                for name, value in arguments.items()
+            }
             found.append(self.forward(**own, return_dict=False)[0])
-        sample = torch.cat(found)
+        listed = isinstance(found[0], list)
+        sample = [image for images in found for image in images] if listed else torch.cat(found)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
@@ -106,8 +110,6 @@ def _row(value: Any, i: int, batch: int) -> Any:
     if isinstance(value, dict):
         return {name: _row(one, i, batch) for name, one in value.items()}
     if isinstance(value, list):
-        if len(value) == batch and not any(isinstance(one, torch.Tensor) for one in value):
-            return value[i : i + 1]  # the images' shapes
         return [_row(one, i, batch) for one in value]  # a ControlNet's residuals
     return value[i : i + 1] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
 

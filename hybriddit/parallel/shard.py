@@ -52,11 +52,11 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
         family = family_of(transformer)
         if not is_hybrid(transformer):
             raise ValueError(f"the {type(transformer).__name__} is not hybrid: hybridize it first")
+        family.check_shared(transformer.config)
         if family.image_exit is None:
             raise ValueError(
                 f"{family.name} does not say where its image tokens leave the model: it needs image_exit (see Family)"
             )
-        family.check_shared(transformer.config)
     if any(isinstance(getattr(hook, "__self__", None), Spread) for hook in transformer._forward_pre_hooks.values()):
         raise ValueError("the images of this model are spread over processes already")
     if any(isinstance(parameter, DTensor) for parameter in transformer.parameters()):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
@@ -411,7 +412,7 @@ class Distillation(Job):
         text = {name: _cast(value, dtype) for name, value in tensors.items()}
         pipeline.vae.to(self.accelerator.device)
         # accelerate returns outputs in fp32, which the pipeline's bf16 decoder does not take
-        cast = self.model.register_forward_hook(lambda module, args, output: tuple(x.to(dtype) for x in output))
+        cast = self.model.register_forward_hook(lambda module, args, output: tree_map(lambda x: x.to(dtype), output))
         try:
             with quiet(pipeline):
                 seeds = [self.config.train.seed + row for row in rows]

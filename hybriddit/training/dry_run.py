@@ -238,7 +238,7 @@ def _without_gradients(
 
 def _guided(family: Family, config: DistillConfig) -> bool:
     """Whether a step of the sampler has two passes."""
-    return family.guided and config.data.guidance_scale > 1
+    return family.guided and config.data.guidance_scale > family.guides_above
 
 
 def _sampled_at_once(config: DistillConfig) -> int:

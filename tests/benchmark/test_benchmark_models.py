@@ -27,6 +27,7 @@ def tiny(monkeypatch):
         "flux": "flux-dev",
         "qwen-image": "qwen-image",
         "flux2": "flux2",
+        "z-image": "z-image",
     }
     for name, kind in kinds.items():
         subject = find_subject(name)
@@ -97,7 +98,7 @@ def test_variants_are_what_their_names_say(tiny, name):
         assert layers and {(layer.kind, layer.window) for layer in layers} == {(variant, window)}
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "sit-xl"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "z-image", "sit-xl"])
 def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
     dense = model.random_model(subject, 64, 1, torch.float32, CPU)
@@ -105,7 +106,10 @@ def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     seen = []
 
     def see(module, args, kwargs):
-        seen.append(kwargs.get("hidden_states", args[0] if args else None).shape)
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(given, list):  # of films of one frame
+            given = torch.stack(given)[:, :, 0]
+        seen.append(given.shape)
 
     dense.register_forward_pre_hook(see, with_kwargs=True)
     image = subject.sampler(dense, 64, 4)()
@@ -134,7 +138,8 @@ def test_the_shapes_are_those_of_the_models():
     for subject in subjects().values():
         with torch.device("meta"):
             config = subject.make(1024, 1).config
-        assert subject.shape[:2] == (config.num_attention_heads, config.attention_head_dim)
+        heads, width = config.get("num_attention_heads"), config.get("attention_head_dim")
+        assert subject.shape[:2] == ((heads, width) if heads else (config.n_heads, config.dim // config.n_heads))
         assert subject.shape.text in (0, subject.prompt)
 
 
@@ -149,6 +154,7 @@ def test_the_published_shapes():
         "chroma": (24, 128, 512, True, 16, 512, True),
         "qwen-image": (24, 128, 512, True, 16, 512, True),
         "flux2": (48, 128, 512, True, 16, 512, False),
+        "z-image": (30, 128, 512, False, 16, 512, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

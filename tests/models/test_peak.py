@@ -7,6 +7,7 @@ import torch
 from tiny_models import make, make_inputs, perturb_hybrid
 from tiny_pipelines import tiny_pipeline
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybriddit import HybridConfig, hybridize, in_strips
@@ -42,6 +43,7 @@ def allocated(call):
         ("chroma", None, GRIDS[1:3]),
         ("qwen-image", None, GRIDS[1:3]),
         ("flux2", 8, GRIDS[1:2]),
+        ("z-image", 8, GRIDS[1:2]),
     ],
 )
 def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
@@ -52,7 +54,7 @@ def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
     for grid in grids:
         counted = forward_peak(model, grid, example, device=torch.device("cpu"), dtype=torch.float32, rows=rows)
         inputs = make_inputs(model, grid, text=text)
-        given = sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
+        given = sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
         with in_strips(model, rows) if rows else contextlib.nullcontext():
             assert counted == pytest.approx(given + allocated(lambda inputs=inputs: model(**inputs)), rel=0.1), grid
 
@@ -81,7 +83,7 @@ def test_strips_and_fewer_bytes_an_element_lower_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None)]
+    ("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None), ("z-image", 8)]
 )
 def test_the_flops_that_are_counted_are_those_of_all_blocks(kind, rows):
     model, text, grid = make(kind, dtype=torch.float32, layers=3), 24, (24, 32)

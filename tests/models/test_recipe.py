@@ -7,12 +7,21 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
-from hybriddit.models import CHROMA, FLUX, FLUX_2, FLUX_2_KLEIN, PIXART_SIGMA, QWEN_IMAGE, STABLE_DIFFUSION_3
+from hybriddit.models import (
+    CHROMA,
+    FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
+    PIXART_SIGMA,
+    QWEN_IMAGE,
+    STABLE_DIFFUSION_3,
+    Z_IMAGE,
+)
 from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -121,6 +130,21 @@ def test_flux2_learns_at_the_times_of_its_pipelines_schedules(kind):
         assert times.median() == pytest.approx(called[25], abs=0.01)
 
 
+@pytest.mark.parametrize("recipe", ["z_image", "z_image_turbo"])
+def test_z_image_learns_at_the_times_of_its_pipelines_schedule(recipe):
+    """The steps of Turbo, and the middle of Z-Image's times: what the pipeline calls the transformer with, from 1 on."""
+    pipeline, called = tiny_pipeline(recipe), []
+    pipeline.transformer.register_forward_pre_hook(lambda module, args: called.append(1 - float(args[1][0])))
+    steps = 8 if recipe == "z_image_turbo" else 50
+    sizes = {"height": 64, "width": 64, "num_inference_steps": steps, "max_sequence_length": 6}
+    pipeline(prompt="a bag", guidance_scale=0.0, output_type="latent", **sizes)
+    times = recipe_of(pipeline, recipe).draw_times(4000, 64, pipeline.scheduler, torch.Generator().manual_seed(0))
+    if recipe == "z_image_turbo":
+        assert {round(time, 4) for time in called} <= {round(time, 4) for time in times.tolist()}
+    else:
+        assert times.median() == pytest.approx(called[25], abs=0.01)
+
+
 def test_the_table_is_the_designs():
     weights = {name: (r.task, r.output, r.layer, r.prompt_dropout) for name, r in RECIPES.items()}
     assert weights == {
@@ -133,6 +157,8 @@ def test_the_table_is_the_designs():
         "flux2_dev": (1.0, 0.5, 0.5, 0.0),
         "flux2_klein": (0.0, 1.0, 0.5, 0.0),
         "flux2_klein_base": (1.0, 0.5, 0.5, 0.1),
+        "z_image": (1.0, 0.5, 0.5, 0.1),
+        "z_image_turbo": (0.0, 1.0, 0.5, 0.0),
     }
 
 
@@ -146,6 +172,7 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "flux2_dev": "flux2_dev",
         "flux2_klein": "flux2_klein",
         "flux2_klein_base": "flux2_klein_base",
+        "z_image_turbo": "z_image_turbo",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -9,6 +9,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 
 TEXT = 5
@@ -97,6 +98,21 @@ def qwen_image(layers=2, **kwargs):
     )
 
 
+def z_image(layers=2, refiners=1, **kwargs):
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=layers,
+        n_refiner_layers=refiners,
+        n_heads=HEADS,
+        n_kv_heads=HEADS,
+        cap_feat_dim=12,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 256, 256],
+        **kwargs,
+    )
+
+
 def unet(layers=1, **kwargs):
     """Two levels of other widths; "layers" of a level's blocks."""
     return UNet2DConditionModel(
@@ -123,11 +139,14 @@ KINDS = {
     "chroma": chroma,
     "qwen-image": qwen_image,
     "flux2": flux2,
+    "z-image": z_image,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
 FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
+ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
+FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*"}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
 
 
@@ -137,7 +156,7 @@ def make(kind, seed=0, dtype=torch.float64, **kwargs):
     model = KINDS[kind](**kwargs).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "norm" in name:  # biases and norms: drop their zeros and ones
+            if parameter.ndim == 1 or "norm" in name or "pad_token" in name:  # drop their zeros and ones
                 parameter.add_(0.1 * torch.randn_like(parameter))
             if name.endswith(("to_q.weight", "to_k.weight", "add_q_proj.weight", "add_k_proj.weight")):
                 parameter.mul_(3)  # sharp attention: a wrong mask shows
@@ -163,6 +182,13 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         if config.addition_embed_type is not None:
             inputs["added_cond_kwargs"] = {"text_embeds": random(batch, 8), "time_ids": random(batch, 6)}
         return inputs
+    if isinstance(model, ZImageTransformer2DModel):  # texts of different lengths, in 32s
+        lengths = [text + 32 * ((seed + row + 1) % 2) for row in range(batch)]
+        return {
+            "x": list(random(batch, config.in_channels, 1, 2 * height, 2 * width)),
+            "t": torch.full((batch,), 0.4, dtype=model.dtype),
+            "cap_feats": [random(length, config.cap_feat_dim) for length in lengths],
+        }
     if isinstance(model, QwenImageTransformer2DModel):
         return {
             "hidden_states": random(batch, height * width, config.in_channels),
@@ -223,7 +249,12 @@ def is_packed(model):
 
 def run(model, inputs, **kwargs):
     with torch.no_grad():
-        return model(**inputs, **kwargs).sample
+        return together(model(**inputs, **kwargs).sample)
+
+
+def together(sample):
+    """A model's output as one tensor: Z-Image gives a list of films of one frame."""
+    return torch.stack(list(sample))[:, :, 0] if isinstance(sample, list) else sample
 
 
 def by_token(model, sample, grid):
@@ -235,6 +266,11 @@ def by_token(model, sample, grid):
 
 def add_to_token(model, inputs, grid, row, column, amount=1.0):
     """The same inputs with one image token changed."""
+    if isinstance(model, ZImageTransformer2DModel):
+        images = [image.clone() for image in inputs["x"]]
+        for image in images:
+            image[..., 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += amount
+        return {**inputs, "x": images}
     latents = inputs["hidden_states"].clone()
     if is_packed(model):
         latents[:, row * grid[1] + column] += amount

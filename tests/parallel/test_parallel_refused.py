@@ -37,6 +37,7 @@ def try_everything(rank):
     refused("is not hybrid: hybridize it first", shard, make("pixart"), world)
     timed = hybridize(make("qwen-image", zero_cond_t=True), HybridConfig(window=3))
     refused("zero_cond_t: each token of this Qwen-Image has a time", shard, timed, world)
+    refused("images of Z-Image are not spread over processes", shard, hybrid("z-image"), world)
     refused("2 dimensions: give the one that shares an image", shard, hybrid(), init_device_mesh("cpu", (1, 2)))
     refused("is within OptimizedModule", shard, torch.compile(hybrid()), world)
     refused("2 processes cannot share an image of 1 rows of tokens", run, spread, make_inputs(spread, (1, 4)))

@@ -307,6 +307,7 @@ def test_frequencies_against_diffusers_and_by_hand():
         ("qwen_image", "interpolated"),
         ("sd3", "interpolated"),
         ("flux2_dev", "yarn"),
+        ("z_image", "dominant"),
     ],
 )
 def test_positions_change_larger_images_alone(kind, positions):

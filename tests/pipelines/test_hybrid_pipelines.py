@@ -21,6 +21,7 @@ PIPELINES = {
     "qwen_image": "QwenImagePipeline",
     "flux2_dev": "Flux2Pipeline",
     "flux2_klein_base": "Flux2KleinPipeline",
+    "z_image": "ZImagePipeline",
 }
 
 

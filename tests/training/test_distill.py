@@ -53,7 +53,9 @@ def attention_outputs(family, transformer, *arguments):
     """Output of the model, and of every attention layer over image tokens, by hooks of our own."""
     outputs, handles = [], []
     for name, module in transformer.named_modules():
-        if name.split(".")[-1] in (("attn1",) if family == "pixart_sigma" else ("attn", "attn2")):
+        if name.startswith("context_refiner."):  # of the text alone
+            continue
+        if name.split(".")[-1] in (("attn1",) if family == "pixart_sigma" else ("attn", "attn2", "attention")):
             last = name == {"qwen_image": "transformer_blocks.1.attn"}.get(family, "transformer_blocks.2.attn")
             handles.append(
                 module.register_forward_hook(
@@ -130,7 +132,8 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
     scalars = logged(tmp_path)
     for name, value in zip(("task", "output", "layer"), losses, strict=True):
         assert scalars[name][0] == pytest.approx(value.item(), rel=1e-4), name
-    weights = (0, 1, 0.5) if family == "flux_schnell" else (1, 0.5, 0.5)  # as told by the config
+    few_steps = ("flux_schnell", "z_image")  # as told by the config
+    weights = (0, 1, 0.5) if family in few_steps else (1, 0.5, 0.5)
     total = sum(weight * value.item() for weight, value in zip(weights, losses, strict=True))
     assert scalars["loss"][0] == pytest.approx(total, rel=1e-4)
 
