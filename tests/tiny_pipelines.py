@@ -16,6 +16,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -64,6 +66,7 @@ FAMILIES = (
     "flux2_dev",
     "flux2_klein_base",
     "z_image",
+    "ovis_image",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -193,6 +196,12 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         tokenizer = _qwen3_tokenizer()
         tokenizer.chat_template = SAID + "{{ message.content }} bag" + ENDED  # the real one, too, is never empty
         pipeline = ZImagePipeline(scheduler, vae, _qwen3(), tokenizer, transformer)
+    elif family == "ovis_image":
+        transformer = OvisImageTransformer2DModel(
+            **FLUX_SIZES | {"joint_attention_dim": 8}, in_channels=4 * latent_channels, out_channels=4 * latent_channels
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipeline = OvisImagePipeline(scheduler, vae, _qwen3().model, _ovis_tokenizer(), transformer)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
@@ -387,6 +396,16 @@ def _qwen3():
 def _qwen3_tokenizer():
     tokenizer = _byte_tokenizer()
     tokenizer.chat_template = SAID + "{{ message.content }}" + ENDED
+    return tokenizer
+
+
+def _ovis_tokenizer():
+    """What comes before the prompt is 28 tokens, as in the real one, which the pipeline drops."""
+    tokenizer = _byte_tokenizer()
+    words = "Describe the image by detailing color quantity text shape size texture spatial relationships of objects and"
+    told = [f" {word}" for word in words.split()] + ["Describe", ",", " background", ": ", "<|im_start|>", "user\n"]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in told])
+    tokenizer.chat_template = SAID + "<|im_start|>user\n{{ message.content }}" + ENDED
     return tokenizer
 
 
