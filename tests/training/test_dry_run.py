@@ -67,7 +67,9 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     assert (1 - spared) * figures["step_flops"] <= counter.get_total_flops() <= figures["step_flops"]
     added = sum(p.numel() for name, p in student.named_parameters() if ".hybrid." in name)
     assert (figures["parameters"], figures["trained_parameters"]) == (parameters, added)
-    text = {"pixart_sigma": 0, "sd3": TEXT_LENGTH + 16, "sd35": TEXT_LENGTH + 16, "z_image": 32}.get(family, TEXT_LENGTH)
+    text = {"pixart_sigma": 0, "sd3": TEXT_LENGTH + 16, "sd35": TEXT_LENGTH + 16, "z_image": 32}.get(
+        family, TEXT_LENGTH
+    )
     layout = TokenLayout(text, ((8, 8),), "flux" in family)
     assert figures["attention_flops"] == attention_flops(student, layout)
     assert figures["tokens"] == {"grid": [8, 8], "image": 64, "text": text or TEXT_LENGTH}
