@@ -162,7 +162,7 @@ def test_the_table_is_the_designs():
     }
 
 
-def test_recipe_is_told_from_the_transformer():
+def test_recipe_is_told_from_the_transformer_or_the_pipeline():
     for family, name in {
         "pixart_sigma": "pixart_sigma",
         "sd35": "sd3",
@@ -171,6 +171,7 @@ def test_recipe_is_told_from_the_transformer():
         "qwen_image": "qwen_image",
         "flux2_dev": "flux2_dev",
         "flux2_klein": "flux2_klein",
+        "flux2_klein_base": "flux2_klein_base",
         "z_image_turbo": "z_image_turbo",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
