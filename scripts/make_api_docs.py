@@ -15,9 +15,9 @@ NAMES = {
         "push_adapter load_config "
         "HybridPixArtTransformer2DModel HybridSD3Transformer2DModel HybridFluxTransformer2DModel "
         "HybridChromaTransformer2DModel HybridQwenImageTransformer2DModel HybridFlux2Transformer2DModel "
-        "HybridUNet2DConditionModel SiTTransformer2DModel SiTPipeline "
+        "HybridZImageTransformer2DModel HybridUNet2DConditionModel SiTTransformer2DModel SiTPipeline "
         "HybridPixArtSigmaPipeline HybridStableDiffusion3Pipeline HybridFluxPipeline HybridChromaPipeline "
-        "HybridQwenImagePipeline HybridFlux2Pipeline HybridFlux2KleinPipeline "
+        "HybridQwenImagePipeline HybridFlux2Pipeline HybridFlux2KleinPipeline HybridZImagePipeline "
         "HybridStableDiffusionPipeline HybridStableDiffusionXLPipeline"
     ),
     "hybriddit.attention": "linear_attention neighborhood_attention aligned_window TokenLayout HybridAttention",

@@ -44,6 +44,10 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
         ).sample
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    if family == "ovis_image":
+        places = torch.arange(embeds.shape[1])
+        text_ids = torch.stack((0 * places, places, places), dim=1).float()
+        return transformer(noisy, encoder_hidden_states=embeds, timestep=times, img_ids=ids, txt_ids=text_ids).sample
     if family == "chroma":
         mask = text["prompt_attention_mask"]
         return transformer(
@@ -90,6 +94,7 @@ def latents_of(family, vae, pixels, packed=True):
         "qwen_image",
         "flux2_dev",
         "flux2_klein_base",
+        "ovis_image",
     ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

@@ -38,9 +38,7 @@ def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Gene
     return torch.randint(len(alphas_of(scheduler)), (count,), generator=generator)
 
 
-def few_steps(
-    count: int, tokens: int, scheduler: Any, generator: torch.Generator, *, most: int = 4
-) -> torch.Tensor:
+def few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator, *, most: int = 4) -> torch.Tensor:
     """The times of schedules of 1 to `most` steps: first the schedule is drawn, then one of its steps."""
     steps = torch.randint(1, most + 1, (count,), generator=generator)
     step = (torch.rand(count, generator=generator) * steps).floor()

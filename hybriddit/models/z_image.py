@@ -168,7 +168,9 @@ class ZImage(Family):
         """
         images, patch = inputs["x"], inputs.get("patch_size", PATCH)
         if isinstance(images[0], list):
-            raise ValueError("hybrid Z-Image makes one image a sample of text alone: for omni calls, restore_dense(model)")
+            raise ValueError(
+                "hybrid Z-Image makes one image a sample of text alone: for omni calls, restore_dense(model)"
+            )
         sizes = sorted({tuple(image.shape[1:]) for image in images})  # (frames, height, width)
         if len(sizes) > 1 or sizes[0][0] != 1:
             raise ValueError(f"hybrid Z-Image takes images of one frame and one size in a call, not {sizes}")

@@ -24,7 +24,7 @@ def lora(request, tmp_path):
     return request.param, tmp_path
 
 
-@pytest.mark.parametrize("lora", ["sd35", "flux_dev"], indirect=True)
+@pytest.mark.parametrize("lora", ["sd35", "flux_dev", "z_image"], indirect=True)
 def test_lora(lora):
     kind, folder = lora
     trio = pipelines(kind)

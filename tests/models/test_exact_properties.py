@@ -537,7 +537,9 @@ def test_z_image_calls_that_cannot_be_served():
         "for omni calls, restore_dense": {"x": [[image] for image in inputs["x"]]},
         r"one size in a call, not \[\(1, 8, 8\), \(1, 8, 12\)\]": {"x": [inputs["x"][0][..., :8], inputs["x"][1]]},
         "of one frame": {"x": films},
-        "captions of 256 tokens are too long: this model has positions for 254": {"cap_feats": [torch.ones(230, 12)] * 2},
+        "captions of 256 tokens are too long: this model has positions for 254": {
+            "cap_feats": [torch.ones(230, 12)] * 2
+        },
     }.items():
         with pytest.raises(ValueError, match=match):
             run(model, {**inputs, **changed})
@@ -545,5 +547,7 @@ def test_z_image_calls_that_cannot_be_served():
         hybridize(make("z-image", siglip_feat_dim=8), HybridConfig(window=3))
     with pytest.raises(ValueError, match=r"all_patch_size \[4\].*no weights for"):
         hybridize(make("z-image", all_patch_size=(4,)), HybridConfig(window=3))
-    with pytest.raises(ValueError, match="an image of 300 x 4 tokens is too large: this model has positions for 256 x 256"):
+    with pytest.raises(
+        ValueError, match="an image of 300 x 4 tokens is too large: this model has positions for 256 x 256"
+    ):
         Z_IMAGE.check_grid(model.config, (300, 4))

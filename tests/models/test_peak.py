@@ -83,7 +83,8 @@ def test_strips_and_fewer_bytes_an_element_lower_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None), ("z-image", 8)]
+    ("kind", "rows"),
+    [("pixart", None), ("pixart", 8), ("sd35-medium", None), ("flux-dev", 8), ("qwen-image", None), ("z-image", 8)],
 )
 def test_the_flops_that_are_counted_are_those_of_all_blocks(kind, rows):
     model, text, grid = make(kind, dtype=torch.float32, layers=3), 24, (24, 32)

@@ -159,6 +159,7 @@ def test_the_table_is_the_designs():
         "flux2_klein_base": (1.0, 0.5, 0.5, 0.1),
         "z_image": (1.0, 0.5, 0.5, 0.1),
         "z_image_turbo": (0.0, 1.0, 0.5, 0.0),
+        "ovis_image": (1.0, 0.5, 0.5, 0.1),
     }
 
 
@@ -173,6 +174,7 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "flux2_klein": "flux2_klein",
         "flux2_klein_base": "flux2_klein_base",
         "z_image_turbo": "z_image_turbo",
+        "ovis_image": "ovis_image",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -22,6 +22,7 @@ PIPELINES = {
     "flux2_dev": "Flux2Pipeline",
     "flux2_klein_base": "Flux2KleinPipeline",
     "z_image": "ZImagePipeline",
+    "ovis_image": "OvisImagePipeline",
 }
 
 

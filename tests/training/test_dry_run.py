@@ -67,7 +67,9 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     assert (1 - spared) * figures["step_flops"] <= counter.get_total_flops() <= figures["step_flops"]
     added = sum(p.numel() for name, p in student.named_parameters() if ".hybrid." in name)
     assert (figures["parameters"], figures["trained_parameters"]) == (parameters, added)
-    text = {"pixart_sigma": 0, "sd3": TEXT_LENGTH + 16, "sd35": TEXT_LENGTH + 16, "z_image": 32}.get(family, TEXT_LENGTH)
+    text = {"pixart_sigma": 0, "sd3": TEXT_LENGTH + 16, "sd35": TEXT_LENGTH + 16, "z_image": 32}.get(
+        family, TEXT_LENGTH
+    )
     layout = TokenLayout(text, ((8, 8),), "flux" in family)
     assert figures["attention_flops"] == attention_flops(student, layout)
     assert figures["tokens"] == {"grid": [8, 8], "image": 64, "text": text or TEXT_LENGTH}
@@ -77,8 +79,8 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     # a prompt's mask is of integers
     assert figures["disk_bytes"] == {"cache": pytest.approx(kept, rel=0.01), "checkpoints": 5 * 20 * added}
     assert (figures["prompts"], figures["epochs"]) == (1, 4 / 3)
-    few_steps = ("flux_schnell", "z_image")  # as the transformer's config tells
-    assert figures["loss"]["task"] == (0 if family in few_steps else 1) and figures["loss"]["layer"] == 0.5
+    few_steps = family in ("flux_schnell", "z_image")  # as the transformer's config tells
+    assert figures["loss"]["task"] == (0 if few_steps else 1) and figures["loss"]["layer"] == 0.5
     memory = figures["memory_bytes"]
     assert (memory["frozen"], memory["trained"]) == (4 * weights, 20 * added)
     assert memory["total"] == memory["frozen"] + memory["trained"] + memory["activations"]
