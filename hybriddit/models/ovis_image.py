@@ -55,6 +55,12 @@ class OvisImage(Flux):
     ) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": make(count, length, config["joint_attention_dim"])}
 
+    def sampling_arguments(
+        self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, Any]:
+        # its own negative prompt is an empty one, which it does not take beside an encoded one
+        return {**super().sampling_arguments(text, empty, count), "negative_prompt": None}
+
     def default_recipe(self, config: Mapping[str, Any]) -> str:
         return "ovis_image"
 

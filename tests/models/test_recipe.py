@@ -12,6 +12,7 @@ from hybriddit.models import (
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
+    OVIS_IMAGE,
     PIXART_SIGMA,
     QWEN_IMAGE,
     STABLE_DIFFUSION_3,
@@ -21,7 +22,7 @@ from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
