@@ -459,3 +459,12 @@ def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
         assert type(for_task(pipeline, True, mask is not None)).__name__ == f"StableDiffusion{task}Pipeline"
     with pytest.raises(ValueError, match="diffusers has no inpainting for a DDPMPipeline"):
         for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), True, mask is not None)
+
+
+def test_z_image_guides_from_0_on():
+    """Its pipeline counts from 0: a guidance of 0.5 heeds the negative prompt, and one of 0 does not."""
+    pipeline = tiny_pipeline("z_image")
+    guided, record = one(pipeline, guidance=0.5, negative_prompt="a blue bag")
+    assert record["negative_prompt"] == "a blue bag" and abs(guided - one(pipeline, guidance=0.5)[0]).max() > 2
+    with pytest.warns(NoEffectWarning, match="negative_prompt has no effect: guidance works only above 0"):
+        assert one(pipeline, guidance=0.0, negative_prompt="a blue bag")[1]["negative_prompt"] is None
