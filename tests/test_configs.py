@@ -51,6 +51,7 @@ def test_every_family_has_a_config():
         "flux2_klein_base",
         "z_image",
         "z_image_turbo",
+        "ovis_image",
         "sd15",
         "sdxl",
         "demo",
