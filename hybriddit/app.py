@@ -7,8 +7,8 @@ import gc
 import secrets
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,17 @@ FIELDS = {
     "true_cfg": "True CFG",
     "max_sequence_length": "Text tokens",
 }
+HINT = (
+    '<div class="figures"><small>Compare makes an image by the dense teacher and by the hybrid, from the same noise, and '
+    "measures both. Fields left empty have the grey value.</small></div>"
+)
 FONTS = ("system-ui", "sans-serif")  # the page fetches nothing, fonts included
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-#title h1 { font-size: 1.7rem; font-weight: 700; letter-spacing: -.02em; margin: .2em 0 0; }
+#title { gap: 0; }
+#title h1 { font-size: 1.7rem; font-weight: 700; letter-spacing: -.02em; margin: 0; }
 #title p { color: var(--body-text-color-subdued); margin: 0; }
+#seeds { align-items: end; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .figures { display: grid; gap: .9em; padding: .2em .1em; }
 .figures .row { display: grid; grid-template-columns: 5.5em 1fr 7em; gap: .8em; align-items: center; }
@@ -188,8 +194,7 @@ def _bars(title: str, values: dict[str, float], form: str) -> str:
 def _told() -> Iterator[None]:
     """What the user can put right is one line in the page; anything else is a bug, whose traceback is in the terminal."""
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
     except MENDABLE as error:
         line = escape(" ".join(str(error).split()))
         raise gr.Error(line, title="That does not work", duration=None, print_exception=False) from error
@@ -211,27 +216,33 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="hybriddit", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         with gr.Column(elem_id="title", min_width=0):
             gr.HTML("<h1>hybriddit</h1>")
-            about = gr.HTML(elem_id="about")
+            about = gr.HTML(**_about(page))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=330):
-                with gr.Accordion("Model", open=page.session is None) as drawer:
-                    model = gr.Textbox(label="Pipeline", placeholder="folder or repository of a diffusers pipeline")
-                    adapters = gr.Textbox(label="Adapters", lines=2, placeholder="folders or repositories, one a line")
+                with gr.Accordion("Model", **_drawer(page)) as drawer:
+                    model = gr.Textbox(
+                        label="Pipeline", placeholder="folder or repository of a diffusers pipeline", **_model(page)
+                    )
+                    adapters = gr.Textbox(
+                        label="Adapters", lines=2, placeholder="folders or repositories, one a line", **_adapters(page)
+                    )
                     any_base = gr.Checkbox(label="also adapters of other weights than these (a finetune)")
-                    load = gr.Button("Load")
-                choice = gr.Dropdown(label="Attention", elem_id="attention", interactive=True)
+                    load = gr.Button("Load", elem_id="load")
+                choice = gr.Dropdown(label="Attention", elem_id="attention", interactive=True, **_choice(page))
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", placeholder="what the image shows")
-                fields = {"negative_prompt": gr.Textbox(label=FIELDS["negative_prompt"])}
+                fields = {"negative_prompt": _text(page, "negative_prompt")}
                 with gr.Row():
-                    fields |= {name: _number(name) for name in ("width", "height")}
+                    fields |= {name: _number(page, name) for name in ("width", "height", "steps")}
                 with gr.Row():
-                    fields |= {name: _number(name) for name in ("steps", "guidance", "true_cfg", "max_sequence_length")}
-                with gr.Row(equal_height=True):
-                    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=90, elem_id="seed")
-                    dice = gr.Button("Random seed", min_width=90)
+                    fields |= {name: _number(page, name) for name in ("guidance", "true_cfg", "max_sequence_length")}
+                with gr.Row(elem_id="seeds"):
+                    seed = gr.Number(
+                        label="Seed", value=0, precision=0, minimum=0, scale=2, min_width=90, elem_id="seed"
+                    )
+                    dice = gr.Button("Random seed", scale=1, min_width=90)
                 with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="generate")
-                    both = gr.Button("Compare with the teacher", elem_id="compare")
+                    go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=90)
+                    both = gr.Button("Compare", elem_id="compare", min_width=90)
             with gr.Column(scale=3, min_width=420):
                 with gr.Row():
                     first, second = (
@@ -248,26 +259,17 @@ def build(page: Page) -> gr.Blocks:
                         )
                         for name, label in (("first", "Image"), ("second", "Hybrid"))
                     )
-                figures = gr.HTML(elem_id="figures")
+                figures = gr.HTML(HINT, elem_id="figures")
                 with gr.Accordion("How it was made", open=False, visible=False) as drawer_of_record:
                     record = gr.JSON(show_label=False)
 
-        shown = [about, model, adapters, choice, drawer, *fields.values()]
+        parts = {about: _about, model: _model, adapters: _adapters, choice: _choice, drawer: _drawer}
+        parts |= {field: partial(_field, name=name) for name, field in fields.items()}
         given = [choice, prompt, seed, *fields.values()]
         made = [first, second, figures, record, drawer_of_record]
 
-        def now(drawer_open: bool | None = None) -> list[Any]:
-            session = page.session
-            updates = [_field(page, name) for name in fields]
-            opened = session is None if drawer_open is None else drawer_open
-            return [
-                f"<p>{escape(page.about())}</p>",
-                session.source.base.path if session else gr.update(),
-                "\n".join(session.source.adapters) if session else gr.update(),
-                gr.update(choices=page.choices(), value=page.choices()[-1]),
-                gr.update(open=opened),
-                *updates,
-            ]
+        def now() -> list[Any]:
+            return [gr.update(**state(page)) for state in parts.values()]
 
         def load_model(model: str, adapters: str, any_base: bool, progress=gr.Progress()) -> list[Any]:  # noqa: B008
             progress(0, desc="loading")
@@ -279,40 +281,73 @@ def build(page: Page) -> gr.Blocks:
             with _told():
                 settings = dict(zip(fields, values, strict=True))
                 image, html, record = page.generate(choice, prompt, seed, _progress(progress), **settings)
-            shown = gr.update(value=image, label=choice)
-            return [shown, gr.update(visible=False), html, record, gr.update(visible=True)]
+            return [
+                gr.update(value=image, label=choice),
+                gr.update(visible=False),
+                html,
+                record,
+                gr.update(visible=True),
+            ]
 
         def compare(choice: str, prompt: str, seed: float, *values: Any, progress=gr.Progress()) -> list[Any]:  # noqa: B008
             with _told():
                 settings = dict(zip(fields, values, strict=True))
                 tell = _progress(progress, ("teacher,", "hybrid,"))
                 teacher, hybrid, html, records = page.compare(choice, prompt, seed, tell, **settings)
-            images = gr.update(value=teacher, label="teacher"), gr.update(value=hybrid, label=choice, visible=True)
+            images = gr.update(value=teacher, label=DENSE), gr.update(value=hybrid, label=choice, visible=True)
             return [*images, html, records, gr.update(visible=True)]
 
-        blocks.load(now, outputs=shown, show_progress="hidden", api_name=False)
-        load.click(load_model, [model, adapters, any_base], shown, api_name="load", **QUEUE)
-        dice.click(lambda: secrets.randbelow(2**31), outputs=seed, show_progress="hidden", api_name=False)
+        # a browser that comes later sees what was loaded meanwhile
+        blocks.load(now, outputs=list(parts), queue=False, show_progress="hidden", api_name=False)
+        load.click(load_model, [model, adapters, any_base], list(parts), api_name="load", **QUEUE)
+        dice.click(lambda: secrets.randbelow(2**31), outputs=seed, queue=False, api_name=False)
         gr.on([go.click, prompt.submit], generate, given, made, show_progress_on=[first], api_name="generate", **QUEUE)
         both.click(compare, given, made, show_progress_on=[first], api_name="compare", **QUEUE)
     return blocks
 
 
-def _number(name: str) -> gr.Number:
-    whole = name not in ("guidance", "true_cfg")
-    return gr.Number(label=FIELDS[name], precision=0 if whole else None, min_width=90, elem_id=name)
+# What parts of the page show: as arguments of their components
 
 
-def _field(page: Page, name: str) -> Any:
-    """A setting's field for the loaded model: hidden where that does not take it, with what it is if it is left empty."""
+def _about(page: Page) -> dict[str, Any]:
+    return {"value": f"<p>{escape(page.about())}</p>"}
+
+
+def _model(page: Page) -> dict[str, Any]:
+    return {"value": page.session.source.base.path} if page.session else {}
+
+
+def _adapters(page: Page) -> dict[str, Any]:
+    return {"value": "\n".join(page.session.source.adapters)} if page.session else {}
+
+
+def _drawer(page: Page) -> dict[str, Any]:
+    return {"open": page.session is None}
+
+
+def _choice(page: Page) -> dict[str, Any]:
+    return {"choices": page.choices(), "value": page.choices()[-1]}
+
+
+def _field(page: Page, name: str) -> dict[str, Any]:
+    """A setting's field: hidden where the pipeline does not take it, with what is taken if it is left empty."""
     session = page.session
     if session is None:
-        return gr.update(value=page.settings.get(name))
+        return {"value": page.settings.get(name)}
     usual = session.usual(name)
-    update = {"visible": name in session.takes, "value": page.settings.get(name)}
-    if name == "negative_prompt":
-        return gr.update(**update)
-    return gr.update(**update, placeholder="" if usual is None else f"{usual:g}")
+    told = {} if usual is None else {"placeholder": f"{usual:g}"}
+    return {"value": page.settings.get(name), "visible": name in session.takes, **told}
+
+
+def _text(page: Page, name: str) -> gr.Textbox:
+    return gr.Textbox(label=FIELDS[name], elem_id=name, **_field(page, name))
+
+
+def _number(page: Page, name: str) -> gr.Number:
+    whole = name not in ("guidance", "true_cfg")
+    return gr.Number(
+        label=FIELDS[name], precision=0 if whole else None, min_width=90, elem_id=name, **_field(page, name)
+    )
 
 
 @contextlib.contextmanager
