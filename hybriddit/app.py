@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import secrets
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -197,7 +198,7 @@ def _told() -> Iterator[None]:
         yield
     except MENDABLE as error:
         line = escape(" ".join(str(error).split()))
-        raise gr.Error(line, title="That does not work", duration=None, print_exception=False) from error
+        raise gr.Error(line, duration=None, print_exception=False) from error
 
 
 def _progress(progress: gr.Progress, names: tuple[str, ...] = ("",)) -> Callable[[int, int], None]:
@@ -370,6 +371,7 @@ def serving(
     check_settings("", **settings)
     if model is None and (adapters or any_base):
         raise ValueError("an adapter is for a model: give --model too")
+    check_address(host, port)
     source = None if model is None else find_source(model, adapters, any_base=any_base, **options)
     with tempfile.TemporaryDirectory(prefix="hybriddit-app-") as folder:
         page = Page(Path(folder), settings, **options)
@@ -381,32 +383,43 @@ def serving(
             primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=("ui-monospace", "monospace")
         )
         try:
-            try:
-                _, address, _ = blocks.launch(
-                    server_name=host,
-                    server_port=port,
-                    theme=theme,
-                    css=CSS,
-                    quiet=True,
-                    share=False,
-                    inbrowser=False,
-                    ssr_mode=False,
-                    run_history=False,
-                    enable_monitoring=False,
-                    footer_links=[],
-                    allowed_paths=[folder],
-                    prevent_thread_lock=True,
-                )
-            except OSError as error:
-                where = "no port from 7860 to 7959 is" if port is None else f"port {port} of {host} is not"
-                raise OSError(f"{where} free: give another --port") from error
+            _, address, _ = blocks.launch(
+                server_name=host,
+                server_port=port,
+                theme=theme,
+                css=CSS,
+                quiet=True,
+                share=False,
+                inbrowser=False,
+                ssr_mode=False,
+                run_history=False,
+                enable_monitoring=False,
+                footer_links=[],
+                allowed_paths=[folder],
+                prevent_thread_lock=True,
+            )
             yield address
         finally:
             blocks.close(verbose=False)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raise ValueError where nothing can be served at an address: that is better told before a model is loaded."""
+    try:
+        socket.create_server((host, port or 0)).close()
+    except (OSError, OverflowError) as error:
+        where = host if port is None else f"{host}:{port}"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"nothing can be served at {where} ({reason}): give another --port or --host") from None
 
 
 def run(model: str | None = None, adapters: tuple[str, ...] = (), **options: Any) -> None:
     """Serve the page until Ctrl-C. The arguments are those of `serving`."""
     with serving(model, adapters, **options) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        wait()
+
+
+def wait() -> None:
+    """Wait for Ctrl-C."""
+    threading.Event().wait()
