@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import secrets
 import socket
 import tempfile
@@ -409,7 +410,7 @@ def check_address(host: str, port: int | None) -> None:
         socket.create_server((host, port or 0)).close()
     except (OSError, OverflowError) as error:
         where = host if port is None else f"{host}:{port}"
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = os.strerror(error.errno) if (getattr(error, "errno", None) or 0) > 0 else error
         raise ValueError(f"nothing can be served at {where} ({reason}): give another --port or --host") from None
 
 
