@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,10 +32,10 @@ from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
-from ..models.family import denoiser, unsharded_class
+from ..models.family import Family, denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
-from ..models.wrapping import check_unwrapped, has_lora
+from ..models.wrapping import check_unwrapped, has_lora, is_plain
 from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, text_to_image
 from ..pipelines.prepare import place
 from ..stored import component_classes
@@ -65,7 +65,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         base.family.check_encoders(components)
         needs_vae = base.family.samples_with_vae or not SOURCES[config.data.source].teacher_made
         check_parts(base.pipeline_class, components, ("scheduler", "vae") if needs_vae else ("scheduler",))
-    config = with_hybrid_of(config, base.hybrid_config())
+    config = with_recipe_of(with_hybrid_of(config, base.hybrid_config()), base.family, base.index)
     # errors are found on shapes, before anything is loaded and before the images are made, which may take days
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
     config = with_text_length(config, family_of(model).usual_sequence_length())
@@ -199,6 +199,7 @@ def distill(
     base = denoiser(pipeline)
     check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
+    config = with_recipe_of(config, family_of(base), pipeline.config)
     recipe = recipe_for(base, config)
     images = (data.info.teacher_made, bool(data.info.states))
     weights, dropout = loss_settings(recipe, config, *images)
@@ -209,6 +210,7 @@ def distill(
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     check_layer_steps(config, accelerator)
+    check_quantised(base, accelerator)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -430,6 +432,12 @@ class Distillation(Job):
         return latents.float(), noise, times, text, far_only.to(device, non_blocking=True)
 
 
+def check_quantised(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ValueError where FSDP would have to shard quantised weights."""
+    if accelerator.is_fsdp2 and not all(is_plain(weight) for weight in model.parameters()):
+        raise ValueError("FSDP does not shard quantised weights: train with DDP, where each process has all of them")
+
+
 def check_layer_steps(config: DistillConfig, accelerator: Accelerator) -> None:
     """Raise ValueError where `loss.layer_steps` cannot work."""
     if config.loss.layer_steps and accelerator.is_fsdp2:
@@ -462,6 +470,12 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
             "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
         )
     return trained
+
+
+def with_recipe_of(config: DistillConfig, family: Family, pipeline: Mapping[str, Any]) -> DistillConfig:
+    """The config with the recipe that a pipeline's own config tells, if any, where it leaves that out."""
+    name = config.model.recipe or family.pipeline_recipe(pipeline)
+    return replace(config, model=replace(config.model, recipe=name))
 
 
 def recipe_for(transformer: nn.Module, config: DistillConfig) -> Recipe:
