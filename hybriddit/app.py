@@ -241,7 +241,7 @@ def build(page: Page) -> gr.Blocks:
                     seed = gr.Number(
                         label="Seed", value=0, precision=0, minimum=0, scale=2, min_width=90, elem_id="seed"
                     )
-                    dice = gr.Button("Random seed", scale=1, min_width=90)
+                    dice = gr.Button("Random", scale=1, min_width=90)
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=90)
                     both = gr.Button("Compare", elem_id="compare", min_width=90)

@@ -24,23 +24,25 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("no chromium on this machine")
-    with serving("assets/demo-teacher", (options.adapter,), settings=SETTINGS, device="cpu") as address:
-        with sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1240, "height": 900})
-            page.set_default_timeout(120_000)
-            page.goto(address)
-            page.fill("#prompt textarea", "the same boot left and right")
-            page.fill("#seed input", "1001")
-            for _ in range(2):  # the second time is the usual one
-                page.click("#compare")
-                page.wait_for_selector("#figures .near")
-                page.wait_for_timeout(6000)
-            page.mouse.click(5, 5)
-            page.evaluate("window.scrollTo(0, 0)")
-            page.wait_for_timeout(500)
-            page.screenshot(path=options.out)
-            browser.close()
+    with (
+        serving("assets/demo-teacher", (options.adapter,), settings=SETTINGS, device="cpu") as address,
+        sync_playwright() as driver,
+    ):
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+        page.goto(address)
+        page.fill("#prompt textarea", "the same boot left and right")
+        page.fill("#seed input", "1001")
+        for _ in range(2):  # the second time is the usual one
+            page.click("#compare")
+            page.wait_for_selector("#figures .near")
+            page.wait_for_timeout(6000)
+        page.mouse.click(5, 5)
+        page.evaluate("window.scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        page.screenshot(path=options.out)
+        browser.close()
 
 
 if __name__ == "__main__":

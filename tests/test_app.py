@@ -64,7 +64,7 @@ def session(adapters):
 
 
 def nearness(one, other):
-    return 10 * math.log10(255**2 / ((one.astype(float) - other.astype(float)) ** 2).mean())
+    return 10 * math.log10(255**2 / max(1e-9, ((one.astype(float) - other.astype(float)) ** 2).mean()))
 
 
 def test_a_session_makes_what_generate_makes_in_any_order(session, adapters, images):
