@@ -19,7 +19,7 @@ from typing import Any
 from . import __version__
 from .analyze.candidates import COSTS, WINDOWS
 from .benchmark.shapes import PARTS, VARIANTS
-from .machine import OFFLOADS
+from .machine import MENDABLE, OFFLOADS
 
 # a copy of `hybriddit.pipelines.sit`'s, whose import would load torch (tests/test_sample_command.py compares them)
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NotImplementedError, FloatingPointError, ModuleNotFoundError) as error:
-        # errors that the user can fix; any other is a bug, and keeps its traceback
+    except MENDABLE as error:
         print(f"hybriddit: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
@@ -97,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_upscale,
         add_compare,
         add_export,
+        add_app,
         add_analyze,
         add_cache,
         add_sample,
@@ -634,6 +634,53 @@ def export(options: argparse.Namespace) -> None:
 
     counts = run(**_given(options))
     print(f"{counts['images']} images of {counts['prompts']} prompts are in {options.out}")
+
+
+def add_app(commands) -> None:
+    sub = _add_command(
+        commands,
+        "app",
+        app,
+        "a page in your browser: make images by a hybrid and its teacher, side by side, with time and memory",
+        "--model base/ --adapter run/adapter",
+    )
+    sub.add_argument(
+        "--model",
+        help="repository id or folder of a diffusers pipeline, dense or hybrid, or a single .safetensors file, with "
+        "--config (default: the page asks for one)",
+    )
+    _add_files(sub)
+    sub.add_argument(
+        "--adapter",
+        dest="adapters",
+        action="append",
+        default=[],
+        metavar="ADAPTER",
+        help=f"{ADAPTER_HELP}; may be given repeatedly, to choose from",
+    )
+    _add_any_base(sub)
+    for side in ("width", "height"):
+        sub.add_argument(f"--{side}", type=int, help="in pixels, that the page begins with (default: the pipeline's)")
+    sub.add_argument("--steps", type=int, help="that the page begins with (default: the pipeline's)")
+    sub.add_argument("--max-sequence-length", type=int, help="text tokens that the page begins with")
+    sub.add_argument("--device", help="such as cpu, cuda:1 or mps (default: the accelerator, if there is one)")
+    _add_dtype(sub)
+    sub.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        help="keep weights off the GPU until they are used, see generate; for one adapter",
+    )
+    sub.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, which only this machine reaches)"
+    )
+    sub.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+
+
+def app(options: argparse.Namespace) -> None:
+    from .app import run
+
+    names = ("width", "height", "steps", "max_sequence_length")
+    run(**_given(options, *names), settings={name: vars(options)[name] for name in names})
 
 
 def add_analyze(commands) -> None:

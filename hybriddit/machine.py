@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PACKAGE_FOLDER = Path(__file__).parent
 # how weights are kept off the device until they are used, see `pipelines.prepare.place`
 OFFLOADS = ("model", "group", "sequential")
+# errors that the user can put right, told in one line; any other is a bug, and keeps its traceback
+MENDABLE = (ValueError, OSError, NotImplementedError, FloatingPointError, ModuleNotFoundError)
 
 
 def version(package: str) -> str | None:

@@ -9,7 +9,7 @@ The blocks of one page run in order in a folder of their own, which has the repo
 - ```text: shown only; after <!-- output -->, what the block before has printed
 
 A comment on the line before a block says otherwise: <!-- file: PATH --> writes the block to that file, and
-<!-- needs: gpu | weights | network --> has it checked alone: syntax, arguments, and that what it names exists.
+<!-- needs: gpu | weights | network | browser --> has it checked alone: syntax, arguments, and that what it names exists.
 """
 
 import ast
@@ -34,7 +34,7 @@ from hybriddit.cli import build_parser, main
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
-NEEDS = ("gpu", "weights", "network")
+NEEDS = ("gpu", "weights", "network", "browser")
 # the command that each script for accelerate is
 LAUNCHED = {"train/distill.py": "distill", "train/train_sit.py": "train"}
 # not run from here, and why

@@ -22,7 +22,7 @@ FLOORS = (
     ("data",),
     ("training",),
     ("convert", "generate", "sample", "push", "benchmark", "info", "demo"),
-    ("analyze",),
+    ("analyze", "app", "comfyui"),
     ("cli",),
     ("__main__",),
 )

@@ -151,9 +151,7 @@ def run(
         if class_labels and given:
             raise ValueError(f"{name} has no meaning with a class label: it is for text-to-image pipelines")
 
-    import torch  # with diffusers, it takes seconds
-
-    from ..attention.rates import probe_rates
+    from ..attention.rates import probe_rates  # it imports torch, which takes seconds with diffusers
     from ..models.family import denoiser
     from ..pipelines.loading import load_sit_pipeline, silence_libraries
     from ..pipelines.prepare import place, tile_vae
@@ -161,11 +159,8 @@ def run(
     if quiet:
         silence_libraries()
     where, notes = find_device(device), []
-    if offload and where.type == "cpu":
-        raise ValueError(
-            f"--offload {offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
-        )
-    kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    check_offload(offload, where)
+    kind = weights_dtype(dtype, where)
     if class_labels:
         pipeline = load_sit_pipeline(model, kind, variant=variant)
     else:
@@ -282,18 +277,53 @@ def open_pipeline(
 
     image, mask: whether there are such. Returns it, as the pipeline of the task, with notes for the user.
     """
-    from ..models import load_adapter, read_adapter_config
-    from ..pipelines.loading import find_base, load_base
+    from ..models import load_adapter
+    from ..pipelines.loading import load_base
     from ..pipelines.prepare import add_loras
 
-    hybrid = read_adapter_config(adapter) if adapter else None
-    base = find_base(model, variant=variant, config=config)
-    _check_base(base, hybrid, adapter, loras, image, mask)
+    base = find_pipeline(
+        model, [adapter] if adapter else [], loras, variant=variant, config=config, image=image, mask=mask
+    )
     pipeline = load_base(base, dtype)
     if adapter:
         load_adapter(pipeline, adapter, check_base=not any_base)
     add_loras(pipeline, loras)
     return for_task(pipeline, image, mask), [base.note] if base.note else []
+
+
+def find_pipeline(
+    model: str,
+    adapters: Sequence[str] = (),
+    loras: Sequence[tuple[Path, float]] = (),
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+    image: bool = False,
+    mask: bool = False,
+) -> Base:
+    """Find the text-to-image pipeline that `open_pipeline` loads; what cannot work, with any of the adapters, is refused."""
+    from ..models import read_adapter_config
+    from ..pipelines.loading import find_base
+
+    hybrids = [(*read_adapter_config(adapter), adapter) for adapter in adapters]
+    base = find_base(model, variant=variant, config=config)
+    _check_base(base, hybrids, loras, image, mask)
+    return base
+
+
+def weights_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of this name, such as "float16"; None: bfloat16 on a GPU, float32 on a CPU."""
+    import torch
+
+    return getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+def check_offload(offload: str | None, device: torch.device) -> None:
+    """Raise ValueError where weights would be kept off the CPU to spare the memory of an accelerator."""
+    if offload and device.type == "cpu":
+        raise ValueError(
+            f"--offload {offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
 
 
 def plan_with_notes(
@@ -329,11 +359,9 @@ def open_to_measure(
 
     dtype: such as "bfloat16"; None: that on a GPU, float32 on a CPU. Unless `quiet`, notes go to stderr.
     """
-    import torch
-
     from ..pipelines.prepare import place
 
-    kind = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    kind = weights_dtype(dtype, device)
     pipeline, notes = open_pipeline(model, kind, adapter, any_base, variant=variant, config=config)
     place(pipeline, device)
     pipeline.set_progress_bar_config(disable=True)
@@ -408,15 +436,14 @@ def output_paths(out: Path, num_images: int) -> list[Path]:
 
 def _check_base(
     base: Base,
-    hybrid: tuple[HybridConfig, str | None] | None,
-    adapter: str | None,
+    hybrids: Sequence[tuple[HybridConfig, str | None, str]],
     loras: Sequence[tuple[Path, float]],
     image: bool,
     mask: bool,
 ) -> None:
     """Raise ValueError for what cannot work, before the weights, which may take minutes, are read.
 
-    hybrid: the config of the adapter, and the class that it is for.
+    hybrids: of each adapter its config, the class that it is for, and where it is.
     """
     from ..pipelines.loading import check_convertible, check_parts, check_takes_hybrid
     from ..pipelines.prepare import check_lora_loader
@@ -429,9 +456,9 @@ def _check_base(
         check_parts(base.pipeline_class, components)
         if family is not None:
             family.check_encoders(components)
-    if hybrid:
-        check_convertible(base, *hybrid, adapter)
-    elif base.is_hybrid:
+    for hybrid in hybrids:
+        check_convertible(base, *hybrid)
+    if base.is_hybrid and not hybrids:
         check_takes_hybrid(base.pipeline_class)
     if loras:
         check_lora_loader(base.pipeline_class)
