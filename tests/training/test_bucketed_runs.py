@@ -160,7 +160,7 @@ def test_the_losses_are_those_of_each_step_s_own_grid(family, images, tmp_path, 
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     for step in range(7):
         arguments = (data, recipe, config, step, recipe.prompt_dropout, tokens, dense.scheduler)
-        ((latents, noise, times, text, _, grid),) = draw_batches(*arguments)
+        ((latents, noise, times, text, _, _, grid),) = draw_batches(*arguments)
         if family == "pixart_sigma":
             keep = dense.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
             noisy = keep.sqrt() * latents + (1 - keep).sqrt() * noise
