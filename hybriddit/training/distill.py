@@ -48,7 +48,7 @@ from .losses import captured_outputs, converted_layers, distribution_loss, layer
 from .optimizer import is_gate
 from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
-from .step_cost import mean_step_cost
+from .step_cost import mean_step_cost, step_flops
 
 Tokens = tuple[int, int]  # (rows, columns) of an image
 
@@ -391,7 +391,7 @@ class Distillation(Job):
         text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
         images = {self.grids[size]: len(rows) for size, rows in self.data.buckets.items()}
         _, cost = mean_step_cost(self.model, images, text, 1, bf16=self.config.train.precision == "bf16")
-        return cost["teacher"] + cost["student"] + cost["backward"]
+        return step_flops(cost, distribution=self.config.loss.distribution > 0)
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
         if folder is not None:
