@@ -94,8 +94,8 @@ class LossConfig:
     task: weight of the error against the noise or velocity that was drawn. output: against the teacher's output. layer:
         against the outputs of its attention layers.
     distribution: weight of distribution matching: each step also makes one step of the student's sampling, and where it
-        arrives the student is drawn to where the teacher finds images likelier. It takes one more pass of each, without
-        gradients. Not for few-step teachers.
+        arrives it is drawn to what the teacher finds likelier than the student does. It takes one more pass of each,
+        without gradients. Not for few-step teachers.
     prompt_dropout: share of the samples whose prompt is empty.
     window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
     layer_steps: the first so many of train.steps train every layer by itself, all at once: each towards the output of
