@@ -108,9 +108,9 @@ def test_blocks_without_a_mask(grid, window, stride, text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("grid, text, scale", [((5, 9), 7, None), ((9, 14), 64, 0.7)])
-def test_padded_text_is_not_seen(grid, text, scale, dtype):
-    inputs, weight, slope = random_inputs(grid, text, 2, 24, 3, dtype)
+@pytest.mark.parametrize("grid, text, heads, scale", [((5, 9), 7, 2, None), ((9, 14), 64, 1, 0.7)])
+def test_padded_text_is_not_seen(grid, text, heads, scale, dtype):
+    inputs, weight, slope = random_inputs(grid, text, heads, 24, 3, dtype)
     generator = torch.Generator().manual_seed(1)
     text_mask = torch.stack(
         (torch.arange(text) < 2, torch.rand(text, generator=generator) < 0.5, torch.zeros(text) > 0)
@@ -145,7 +145,7 @@ def test_padded_text_is_not_seen(grid, text, scale, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_and_gradients_of_any_strides(layout):
-    image, prompt = (2, 5, 9, 2, 24), (2, 7, 2, 24)
+    image, prompt = (2, 3, 5, 2, 24), (2, 3, 2, 24)
     inputs = [
         LAYOUTS[layout](shape, torch.float32).to(DEVICE).requires_grad_() for shape in (image,) * 3 + (prompt,) * 2
     ]
@@ -206,7 +206,7 @@ def test_compile_checkpoint_and_the_operators():
 
     torch.compiler.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for grid in ((6, 7), (9, 5)):
+    for grid in ((4, 5), (6, 3)):
         inputs, weight, _ = random_inputs(grid, 3, 1, 24, 1)
         expected = torch.autograd.grad(function(*inputs), inputs, weight)
         for run in (compiled, lambda *x: checkpoint(function, *x, use_reentrant=False)):
