@@ -770,6 +770,12 @@ def add_evaluate(commands) -> None:
         help="package.module:function of your own, uint8 [B, 3, H, W] to [B, F], in place of Inception: the scores are "
         "the Fréchet distance, precision and recall by these",
     )
+    sub.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="also CLIP-T, how well each image that `generate` wrote into the folder samples fits its prompt: folder or "
+        "repository, such as openai/clip-vit-large-patch14",
+    )
     sub.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     sub.add_argument(
         "--shuffle", type=int, metavar="SEED", help="assign the samples to the inception score's splits at random"

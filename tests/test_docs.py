@@ -117,7 +117,7 @@ def check_only(block: Block) -> None:
             assert (ROOT / words[at]).is_file()
             check_arguments([LAUNCHED[words[at]], *words[at + 1 :]])
         else:
-            known = ("pip", "python", "torchrun", "sudo", "git", "cd", "make", "source")
+            known = ("pip", "python", "bash", "torchrun", "sudo", "git", "cd", "make", "source")
             assert words[0] in known, f"{block.where}: cannot check {words[0]}"
             assert all((ROOT / word).is_file() for word in words if word.startswith("scripts/")), block.where
 

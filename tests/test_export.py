@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hybriddit.cli import EXPORTS, main
+from hybriddit.cli import EXPORTS, build_parser, main
 from hybriddit.data.prompts import read_prompts
 from hybriddit.generate.export import BENCHMARKS
 from hybriddit.images import save_png
@@ -188,3 +189,24 @@ def test_prompts_of_coco(tmp_path):
     done = draw("--count", "9")
     assert done.stderr == "coco_prompts.py: captions.json has captions of 8 images: draw at most as many (--count)\n"
     assert draw("--count", "0").stderr == "coco_prompts.py: --count must be at least 1, not 0\n"
+
+
+def test_the_protocol_on_coco_is_the_papers(tmp_path):
+    """Its commands, by our own parser; the captions are drawn."""
+    captions = [{"image_id": number, "caption": f"a shoe {number}"} for number in range(6)]
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(6)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions, "images": images}))
+    script, python = ROOT / "scripts/coco_protocol.sh", sys.executable
+    environment = {**os.environ, "PYTHON": python, "LAUNCH": "echo", "COUNT": "5", "PYTHONPATH": str(ROOT)}
+    words = ["captions.json", "val2014", "out", "512", "base", "run/adapter"]
+    run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = run([script, *words])
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 5
+    told = [build_parser().parse_args(line.split()[1:]) for line in done.stdout.splitlines() if "hybriddit" in line]
+    for made, scored, adapter in ((*told[:2], None), (*told[2:], "run/adapter")):
+        assert (made.model, made.adapter, made.steps, made.guidance) == ("base", adapter, 25, 7.5)
+        assert (made.height, made.width, made.out.parent) == (512, 512, scored.samples)
+        assert (scored.size, str(scored.reference)) == (256, "val2014") and "ViT-g-14" in scored.clip
+    done = run([script, *words[:4]])
+    assert done.returncode == 2 and "ANNOTATIONS VAL2014 OUT SIZE MODEL [ADAPTER]" in done.stderr

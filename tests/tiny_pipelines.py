@@ -265,8 +265,9 @@ def of_prompt(pipeline, prompt, length=TEXT_LENGTH):
 
 
 def recipe_of(pipeline, name: str | None = None):
-    """How its transformer's family says it is distilled."""
-    return family_of(pipeline.transformer).recipe(pipeline.transformer.config, name)
+    """How the family of its transformer says it is distilled."""
+    family = family_of(pipeline.transformer)
+    return family.recipe(pipeline.transformer.config, name or family.pipeline_recipe(pipeline.config))
 
 
 def tiny_data(pipeline, images: int = 8, prompts=PROMPTS, **kwargs):

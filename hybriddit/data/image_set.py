@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..images import open_image
+from ..images import open_image, read_record
 from ..metrics.images import Images
 from .image_files import files_under, open_tars, passed_over
 
@@ -75,6 +75,17 @@ class FolderImages(Images):
                 f"the images in {self.folder} are of {len(self.sizes)} sizes: {counts}; --size scales and crops them to one"
             )
         self.sha256 = digest.hexdigest()
+
+    def prompts(self) -> list[str]:
+        found = []
+        for file in self.files:
+            made = read_record(file) if isinstance(file, Path) else None
+            if not isinstance((made or {}).get("prompt"), str):
+                raise ValueError(
+                    f"{file} has no record of its prompt: --clip needs the PNG files that `generate` wrote"
+                )
+            found.append(made["prompt"])
+        return found
 
     def described(self) -> dict[str, Any]:
         """Name, number and size of the images for a report, and the SHA-256 of their pixels, as of an array of them."""

@@ -29,6 +29,10 @@ class Images:
     def check(self, progress: bool = True) -> None:  # noqa: B027
         """Raise ValueError for images that cannot be read. `hybriddit evaluate` calls this before all else."""
 
+    def prompts(self) -> list[str] | None:
+        """The prompt that each image was made of; None where that is not kept, and ValueError where one is missing."""
+        return None
+
     def described(self) -> dict[str, Any]:
         """What a report says of the images."""
         return {"file": None, "images": len(self)}

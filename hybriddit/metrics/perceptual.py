@@ -43,6 +43,21 @@ def load_perceptual(
     return measures
 
 
+class ClipText:
+    """CLIP-T: of uint8 [N, H, W, 3] and a prompt each, the cosines of CLIP's embeddings [N], in [-1, 1], float64.
+
+    name: as `load_perceptual`'s clip. Of a prompt CLIP reads 77 tokens. Raises ValueError as that does.
+    """
+
+    def __init__(self, name: str):
+        self.model, self.processor = _pretrained("--clip", "CLIPModel", "CLIPProcessor", name, torch.device("cpu"))
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, prompts: list[str]) -> torch.Tensor:
+        found = _clip_embeddings(self.model, self.processor, images, prompts)
+        return cosine_similarity(found.image_embeds.double(), found.text_embeds.double())
+
+
 def _lpips_network(device: torch.device) -> torch.nn.Module:
     try:
         from lpips import LPIPS
@@ -61,7 +76,8 @@ def _pretrained(
     import transformers
     from transformers.utils import logging
 
-    told = logging.get_verbosity()
+    told, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()  # else a long table of missing weights precedes the line below
     try:
         load = getattr(transformers, model_class).from_pretrained
@@ -75,6 +91,8 @@ def _pretrained(
         raise ValueError(f"{option}: no such model of transformers at {name!r}: {reason}") from error
     finally:
         logging.set_verbosity(told)
+        if shown:
+            logging.enable_progress_bar()
     return model.to(device), processor
 
 
@@ -85,11 +103,16 @@ def _lpips(network, image: np.ndarray, reference: np.ndarray, prompt: str) -> di
     return {"lpips": network(*pair).item()}
 
 
+def _clip_embeddings(model, processor, images, prompts: list[str]) -> Any:
+    """CLIP's text_embeds and image_embeds."""
+    text = {"text": prompts, "truncation": True, "max_length": model.config.text_config.max_position_embeddings}
+    inputs = processor(images=list(images), return_tensors="pt", padding=True, **text)
+    return model(**inputs.to(model.device))
+
+
 @torch.no_grad()
 def _clip(model, processor, image: np.ndarray, reference: np.ndarray, prompt: str) -> dict[str, float]:
-    text = {"text": [prompt], "truncation": True, "max_length": model.config.text_config.max_position_embeddings}
-    inputs = processor(images=[image, reference], return_tensors="pt", **text).to(model.device)
-    found = model(**inputs)
+    found = _clip_embeddings(model, processor, (image, reference), [prompt])
     text, (of_image, of_reference) = found.text_embeds[0], found.image_embeds
     pairs = {"clip_image": (of_image, of_reference), "clip_text": (of_image, text)}
     pairs["clip_text_teacher"] = of_reference, text

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..files import make_folder, write_json
 from ..machine import gpu_name
@@ -16,7 +17,8 @@ from .adm import evaluate, read_reference
 from .features import load_features
 from .images import Images, read_images
 from .inception import find_inception, load_inception
-from .processes import process_group
+from .perceptual import ClipText
+from .processes import process_group, share, total
 
 
 def run(
@@ -26,6 +28,7 @@ def run(
     open_folder: Callable[[Path], Images] | None = None,
     inception: Path | None = None,
     features: str | None = None,
+    clip: str | None = None,
     batch_size: int = 64,
     shuffle: int | None = None,
     settings: Path | None = None,
@@ -39,6 +42,8 @@ def run(
     samples, reference: npz files, or folders of images, which `open_folder` makes `Images` of.
     features: a function "package.module:function", uint8 [B, 3, H, W] -> [B, F], in place of Inception: the scores are
     then the Fréchet distance, precision and recall by these features.
+    clip: a folder or repository of transformers' CLIP: the scores get clip_text, the mean cosine of its embeddings of the
+    samples and of their prompts, which the folder's `Images` tell.
     settings: a JSON file that says how the samples were made; by default samples.json beside samples.npz or the folder
     samples, if it exists. All files are checked before the first image goes through the network.
     """
@@ -51,9 +56,13 @@ def run(
         inception = find_inception(inception)
     else:
         load_features(features, torch.device("cpu"), "--features")
+    measure = None if clip is None else ClipText(clip)
     sources = [open_folder(path) if open_folder and path.is_dir() else path for path in (samples, reference)]
     read_images(sources[0], check=False)
     read_reference(sources[1], check=False)
+    prompts = sources[0].prompts() if measure is not None and isinstance(sources[0], Images) else None
+    if measure is not None and prompts is None:
+        raise ValueError(f"--clip: {samples} does not tell prompts: give the folder of PNG files that `generate` wrote")
     if int(os.environ.get("RANK", "0")) == 0:  # of torchrun's processes the first checks for all
         for source in sources:
             if isinstance(source, Images):
@@ -63,6 +72,12 @@ def run(
         options = {"batch_size": batch_size, "shuffle": shuffle, "distributed": distributed, "progress": progress}
         options["precomputed"] = features is None
         report = evaluate(*sources, extractor, settings=made, **options)
+        if measure is not None:
+            measure.model.to(device)
+            report["metrics"]["clip_text"] = mean_clip_text(
+                sources[0], prompts, measure, batch_size, distributed, progress
+            )
+            report["clip"] = clip
     if rank:
         return None
     if features is not None:  # FID is a name for Inception's
@@ -74,6 +89,17 @@ def run(
         except OSError as error:  # a full disk must not lose a result that took minutes
             raise OSError(f"could not write {out} ({error}); the scores are {json.dumps(report['metrics'])}") from error
     return report
+
+
+def mean_clip_text(
+    images: Images, prompts: list[str], measure: ClipText, batch_size: int, distributed: bool, progress: bool
+) -> float:
+    """The mean of CLIP-T over all images, of which every process takes a share."""
+    rows, summed = share(len(images), distributed), torch.zeros((), dtype=torch.float64)
+    for start in tqdm(range(rows.start, rows.stop, batch_size), desc="CLIP", unit="batch", disable=not progress):
+        part = slice(start, min(start + batch_size, rows.stop))
+        summed += measure(images[part], prompts[part]).sum().cpu()
+    return total(summed, distributed).item() / len(images)
 
 
 class OwnFeatures:

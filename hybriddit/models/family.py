@@ -16,13 +16,14 @@ from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..attention import TokenLayout
 from .recipe import Recipe, flow_noise, flow_parts
 
+TILED_VAES = (AutoencoderKL, AutoencoderKLFlux2)  # whose `tiled_decode` cuts and blends in the same way
 # of the AutoencoderKL of the published models
 VAE_BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2} | {
     f"{way}_block_types": (f"{name}Block2D",) * 4 for way, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
@@ -49,12 +50,14 @@ class Published:
     shape: its name in `hybriddit benchmark`; None: the benchmark does not have it.
     vae_scale_factor: pixels per latent, along each axis.
     text_parameters: of the text encoders together; None: not known.
+    recipe: that its pipeline's config tells, see `Family.pipeline_recipe`.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     shape: str | None = None
     vae_scale_factor: int = 8
     text_parameters: int | None = None
+    recipe: str | None = None
 
 
 class Processors(NamedTuple):
@@ -423,6 +426,10 @@ class Family(ABC):
     def default_recipe(self, config: Mapping[str, Any]) -> str:
         """The name of the recipe that fits a transformer of this config."""
         return next(iter(self.recipes))
+
+    def pipeline_recipe(self, config: Mapping[str, Any]) -> str | None:
+        """The name of the recipe that a pipeline's own config tells, from its model_index.json; None: it tells none."""
+        return None
 
     def takes_guidance(self, config: Mapping[str, Any]) -> bool:
         """Whether the guidance scale is an input of the transformer."""

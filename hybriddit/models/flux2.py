@@ -260,7 +260,9 @@ class Flux2Klein(Flux2):
     published = {
         "black-forest-labs/FLUX.2-klein-4B": Published(KLEIN_4B, text_parameters=QWEN3_4B),
         "black-forest-labs/FLUX.2-klein-9B": Published(KLEIN_9B, text_parameters=QWEN3_8B),
-        "black-forest-labs/FLUX.2-klein-base-4B": Published(KLEIN_4B, text_parameters=QWEN3_4B),
+        "black-forest-labs/FLUX.2-klein-base-4B": Published(
+            KLEIN_4B, text_parameters=QWEN3_4B, recipe="flux2_klein_base"
+        ),
     }
 
     def serves(self, config: Mapping[str, Any]) -> bool:
@@ -271,5 +273,9 @@ class Flux2Klein(Flux2):
         return self.model_latents(vae, latents)
 
     def default_recipe(self, config: Mapping[str, Any]) -> str:
-        """Assume the few-step model, which klein-base's transformer does not differ from; choose its recipe by name."""
+        """Assume the few-step model: klein-base's transformer does not differ from it."""
         return "flux2_klein"
+
+    def pipeline_recipe(self, config: Mapping[str, Any]) -> str | None:
+        distilled = config.get("is_distilled")
+        return None if distilled is None else "flux2_klein" if distilled else "flux2_klein_base"

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .wrapping import plain_name
+from .wrapping import is_plain, plain_name
 
 BLOCK = 1024  # words of 8 bytes that are summed into one on the weights' device
 PART = 2**25  # bytes of a tensor at a time
@@ -39,7 +40,7 @@ def base_digest(model: nn.Module) -> str | None:
     for name, weight in _weights(model):
         if ".hybrid." in name or plain_name(model, name)[0] is None:
             continue
-        if type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in TOLD or weight.is_meta:
+        if not is_plain(weight) or weight.dtype not in TOLD:
             return None
         found.append(tensor_digest(weight.to(torch.bfloat16)))
     return _of_all(found)
@@ -59,7 +60,13 @@ def _of_all(digests: Iterable[str]) -> str:
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256, in hexadecimal digits, that says a tensor's dtype, shape and bits; see `weights_digest`."""
+    """SHA-256, in hexadecimal digits, that says a tensor's dtype, shape and bits; see `weights_digest`.
+
+    Of a tensor that wraps others (torchao's quantised weights) it says theirs.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        return _of_all(f"{part} {tensor_digest(getattr(tensor, part))}" for part in parts)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     factors = _factors().to(tensor.device)
     for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(PART):

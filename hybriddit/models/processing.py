@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..attention import HybridAttention, TokenLayout
+from .wrapping import is_plain
 
 
 class LowRankDelta(nn.Module):
@@ -42,7 +43,7 @@ def full_update(own: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Ten
 
     Raises ValueError where the projection's own is no ordinary tensor.
     """
-    if type(own) not in (torch.Tensor, nn.Parameter) or not own.is_floating_point() or own.is_meta:
+    if not is_plain(own) or not own.is_floating_point():
         raise ValueError(f"{name} is quantised or offloaded: load the published file before that")
     exact = torch.promote_types(own.dtype, torch.float32)
     return wanted.to(own.device, exact) - own.detach().to(exact)

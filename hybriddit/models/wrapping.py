@@ -18,6 +18,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight is numbers in memory: not quantised, sharded, offloaded, or of another library's type."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
+
+
 @contextmanager
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the block, the module's forward is this function; then it is its own again, or that of a hook before."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..machine import running_versions
 from ..models.identity import tensor_digest
+from ..models.wrapping import is_plain
 from .rows import gathered_numbers
 
 
@@ -71,4 +72,4 @@ def _number(text: str) -> int:
 
 def _digest(x: Tensor) -> str:
     """The tensor's digest; nothing for what is kept in another form than plain numbers: quantised or offloaded weights."""
-    return tensor_digest(x.detach()) if type(x) in (Tensor, nn.Parameter) and not x.is_meta else ""
+    return tensor_digest(x.detach()) if is_plain(x) else ""

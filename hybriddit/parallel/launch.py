@@ -9,9 +9,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 
-from ..models.family import denoiser
+from ..models.family import TILED_VAES, denoiser
 from .shard import shard
 from .tiles import spread_tiles
 
@@ -43,7 +43,7 @@ def together(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[dist
     try:
         shard(transformer, dist.group.WORLD)
         vae = getattr(pipeline, "vae", None)
-        if isinstance(vae, AutoencoderKL):
+        if isinstance(vae, TILED_VAES):
             spread_tiles(vae, dist.group.WORLD)
         yield dist.group.WORLD
     finally:

@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.wrapping import with_forward
 from .rows import talking
 
 
-def spread_tiles(vae: AutoencoderKL, group: dist.ProcessGroup) -> None:
+def spread_tiles(vae: nn.Module, group: dist.ProcessGroup) -> None:
     """Let the processes of a group share the tiles of every later image that the VAE decodes in tiles, in place.
 
-    Each decodes some, and all get all of them and blend them: the image is the one that diffusers makes. Every process
+    vae: one of `family.TILED_VAES`. Each decodes some, and all get all of them and blend them: the image is the one that diffusers makes. Every process
     decodes the same latents.
     """
     vae.tiled_decode = partial(_decode, vae, vae.tiled_decode, group)
 
 
 @torch.no_grad()
-def _decode(vae: AutoencoderKL, tiled_decode: Callable, group: dist.ProcessGroup, z: Tensor, **options: Any) -> Any:
+def _decode(vae: nn.Module, tiled_decode: Callable, group: dist.ProcessGroup, z: Tensor, **options: Any) -> Any:
     """diffusers' tiled_decode, called twice: to see which tiles it wants decoded, and to give it these."""
     tiles: list[Tensor] = []
 
@@ -40,7 +39,7 @@ def _decode(vae: AutoencoderKL, tiled_decode: Callable, group: dist.ProcessGroup
         return tiled_decode(z, **options)
 
 
-def decoding_together(vae: AutoencoderKL, group: dist.ProcessGroup) -> Callable[[list[Tensor]], list[Tensor]]:
+def decoding_together(vae: nn.Module, group: dist.ProcessGroup) -> Callable[[list[Tensor]], list[Tensor]]:
     """The `decode` of `pipelines.memory.decode_in_strips` by which a group's processes share each row of tiles.
 
     Every process calls it with the same latents, and gets all tiles.
@@ -49,7 +48,7 @@ def decoding_together(vae: AutoencoderKL, group: dist.ProcessGroup) -> Callable[
 
 
 def _decode_together(
-    vae: AutoencoderKL, decode: Callable[[Tensor], Tensor], tiles: list[Tensor], group: dist.ProcessGroup
+    vae: nn.Module, decode: Callable[[Tensor], Tensor], tiles: list[Tensor], group: dist.ProcessGroup
 ) -> list[Tensor]:
     """All tiles, of which this process decodes every n-th."""
     ranks, scale = dist.get_process_group_ranks(group), 2 ** (len(vae.config.block_out_channels) - 1)

@@ -10,14 +10,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
 from ..attention.rates import Rates
 from ..machine import free_bytes
 from ..models import family_of, in_strips
-from ..models.family import denoiser
+from ..models.family import TILED_VAES, denoiser
 from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak
 from ..strips_file import seconds_of_file
 
@@ -181,7 +180,7 @@ def _plan_decoder(
     """
     vae, known = pipeline.vae, _known_decoder(pipeline)
     # tiled by `decode_in_strips`; others do so by themselves, and are not counted then
-    tiled = isinstance(vae, AutoencoderKL)
+    tiled = isinstance(vae, TILED_VAES)
     if known is None or not (tiled or (whole and not vae.use_tiling)):
         return None, False
     decoder, channels = known
@@ -214,7 +213,7 @@ def _plan_decoder(
 
 def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates: Rates) -> float | None:
     vae, known = pipeline.vae, _known_decoder(pipeline)
-    if known is None or not (isinstance(vae, AutoencoderKL) or not vae.use_tiling):
+    if known is None or not (isinstance(vae, TILED_VAES) or not vae.use_tiling):
         return None
     decoder, channels = known
     on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
@@ -253,11 +252,12 @@ def strips_within(
     """
     strips = contextlib.nullcontext() if plan.rows is None else in_strips(denoiser(pipeline), plan.rows)
     with strips:
-        if not isinstance(pipeline.vae, AutoencoderKL):
+        if not isinstance(pipeline.vae, TILED_VAES):
             return iter([np.asarray(pipeline(**arguments).images[0])])
         latents = pipeline(**arguments, output_type="latent").images
     family = family_of(denoiser(pipeline))
     side = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
+    latents = family.sampled_latents(pipeline.vae, latents)
     latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
     return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)
 

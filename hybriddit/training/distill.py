@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,11 +32,11 @@ from ..images import Grid
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
-from ..models.family import denoiser, unsharded_class
+from ..models.family import Family, denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
 from ..models.surgery import keep_dense
-from ..models.wrapping import check_unwrapped, has_lora
+from ..models.wrapping import check_unwrapped, has_lora, is_plain
 from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, text_to_image
 from ..pipelines.prepare import place
 from ..stored import component_classes
@@ -66,7 +66,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         base.family.check_encoders(components)
         needs_vae = base.family.samples_with_vae or not SOURCES[config.data.source].teacher_made
         check_parts(base.pipeline_class, components, ("scheduler", "vae") if needs_vae else ("scheduler",))
-    config = with_hybrid_of(config, base.hybrid_config())
+    config = with_recipe_of(with_hybrid_of(config, base.hybrid_config()), base.family, base.index)
     # errors are found on shapes, before anything is loaded and before the images are made, which may take days
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
     config = with_text_length(config, family_of(model).usual_sequence_length())
@@ -200,6 +200,7 @@ def distill(
     base = denoiser(pipeline)
     check_unwrapped(base)
     config = with_hybrid_of(config, HybridConfig.from_saved(base.config.hybrid_config) if is_hybrid(base) else None)
+    config = with_recipe_of(config, family_of(base), pipeline.config)
     recipe = recipe_for(base, config)
     images = (data.info.teacher_made, bool(data.info.states))
     weights, dropout = loss_settings(recipe, config, *images)
@@ -210,6 +211,7 @@ def distill(
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     check_layer_steps(config, accelerator)
+    check_quantised(base, accelerator)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -456,9 +458,15 @@ class Distillation(Job):
     def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor], far_only, earlier) -> tuple[Any, ...]:
         device = self.accelerator.device
         text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
-        tensors = (latents.float(), noise, times, far_only, earlier)
+        tensors = (latents, noise, times, far_only, earlier)
         latents, noise, times, far_only, earlier = (value.to(device, non_blocking=True) for value in tensors)
-        return latents, noise, times, text, far_only, earlier
+        return latents.float(), noise, times, text, far_only, earlier
+
+
+def check_quantised(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ValueError where FSDP would have to shard quantised weights."""
+    if accelerator.is_fsdp2 and not all(is_plain(weight) for weight in model.parameters()):
+        raise ValueError("FSDP does not shard quantised weights: train with DDP, where each process has all of them")
 
 
 def check_layer_steps(config: DistillConfig, accelerator: Accelerator) -> None:
@@ -501,6 +509,12 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
             "nothing to train: this hybrid config adds no weights (set hybrid.delta_rank, or hybrid.linear)"
         )
     return trained
+
+
+def with_recipe_of(config: DistillConfig, family: Family, pipeline: Mapping[str, Any]) -> DistillConfig:
+    """The config with the recipe that a pipeline's own config tells, if any, where it leaves that out."""
+    name = config.model.recipe or family.pipeline_recipe(pipeline)
+    return replace(config, model=replace(config.model, recipe=name))
 
 
 def recipe_for(transformer: nn.Module, config: DistillConfig) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..models.family import Family, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..models.surgery import keep_dense
 from ..pipelines.loading import Base, refuse_sit, text_to_image
-from ..stored import component_classes
+from ..stored import component_classes, weight_files
 from .distill import (
     bucket_notes,
     check_settings,
@@ -59,7 +59,8 @@ class Plan:
 
     transformer: dense, or hybrid as it was saved. vae: None where there is none, or one of another class than the
     family's. vae_scale_factor: pixels per latent. tokenizer_length: the first tokenizer's maximum, in tokens.
-    text_parameters: of the text encoders together; None where that is not known.
+    text_parameters: of the text encoders together; None where that is not known. quantised: the bytes of the
+    transformer's files, where its weights are quantised; None where they are not. recipe: that the pipeline tells.
     """
 
     transformer: nn.Module
@@ -67,6 +68,8 @@ class Plan:
     vae_scale_factor: int
     tokenizer_length: int
     text_parameters: int | None
+    quantised: int | None = None
+    recipe: str | None = None
 
 
 def dry_run(config: DistillConfig) -> dict:
@@ -85,6 +88,7 @@ def dry_run(config: DistillConfig) -> dict:
     plan = plan_model(config.model.config or config.model.path)
     model = plan.transformer
     config = with_hybrid_of(config, HybridConfig.from_saved(model.config.hybrid_config) if is_hybrid(model) else None)
+    config = replace(config, model=replace(config.model, recipe=config.model.recipe or plan.recipe))
     family, recipe = family_of(model), recipe_for(model, config)
     source = SOURCES[config.data.source]
     loss = loss_in_force(recipe, config, source.teacher_made, source.trajectories)
@@ -136,10 +140,14 @@ def dry_run(config: DistillConfig) -> dict:
     ways = {"with_checkpointing": "checkpointed", "without_checkpointing": "kept"}
     activations = {name: sampled + max(cost[way] for cost in kept) for name, way in ways.items()}
     memory = {
-        "frozen": frozen * element,
+        "frozen": frozen * element if plan.quantised is None else plan.quantised,
         "trained": added * TRAINED,
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
+
+    several = on_several(config, model, element, **memory)
+    if plan.quantised is not None:
+        several.pop("fsdp2", None)  # see `check_quantised`
 
     at_once = {"images": data.batch_size, "samples": _sampled_at_once(config)}
     size = max(buckets, key=prod)
@@ -186,7 +194,8 @@ def dry_run(config: DistillConfig) -> dict:
         "at_once": at_once,
         "offload": data.offload,
         "vae_counted": plan.vae is not None,
-        "several": on_several(config, model, element, **memory),
+        "quantised": plan.quantised is not None,
+        "several": several,
         "activation_bytes": activations,
         "disk_bytes": disk,
         "prompts": prompts,
@@ -331,7 +340,7 @@ def _stage_words(figures: dict) -> dict[str, Rows]:
         ],
         "training": [
             ("", "while it trains:"),
-            ("", f"    {si(memory['frozen'], 'B')} frozen weights"),
+            ("", f"    {si(memory['frozen'], 'B')} frozen weights{', quantised' if figures['quantised'] else ''}"),
             (
                 "",
                 f"    {si(memory['trained'], 'B')} trained weights, their gradients, Adam's moments and average, in fp32",
@@ -376,7 +385,7 @@ def plan_model(path: str) -> Plan:
         with torch.device("meta"):
             model = family.dense_class(**found.arguments)
             vae = family.published_vae(family.latent_channels(model.config))
-        return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters)
+        return Plan(model, vae, found.vae_scale_factor, 77, found.text_parameters, recipe=found.recipe)
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         base = text_to_image(Base(path, path, None, index, None, None))
@@ -386,13 +395,21 @@ def plan_model(path: str) -> Plan:
         if kinds.get("tokenizer"):
             tokenizer = base.read_part("tokenizer", "tokenizer_config.json")
             tokenizer_length = tokenizer.get("model_max_length", tokenizer_length)
+        told = family_of(model).pipeline_recipe(index)
         made = family_of(model).vae_class
         if kinds.get("vae") == made.__name__:
             with torch.device("meta"):
                 vae = made.from_config(base.read_part("vae"))
-        return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base))
+        return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base), _quantised(base), told)
     known = ", ".join(repository for family in families() for repository in family.published)
     raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
+
+
+def _quantised(base: Base) -> int | None:
+    """The bytes of the transformer's files if they are quantised; None if not."""
+    if "quantization_config" not in base.read_part(base.component):
+        return None
+    return sum(file.stat().st_size for file in weight_files(Path(base.path) / base.component))
 
 
 def _text_parameters(base: Base) -> int | None:

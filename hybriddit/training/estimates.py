@@ -66,10 +66,11 @@ def several_rows(several: dict) -> Rows:
     """What `on_several` found, in words."""
     if not several:
         return [("GPUs", "one: train.batch_size does not divide by more")]
+    sharded = f", {si(several['fsdp2'], 'B')} with FSDP2" if "fsdp2" in several else ""
     return [
         (
             "GPUs",
-            f"{several['gpus']} need {si(several['ddp'], 'B')} each with DDP, {si(several['fsdp2'], 'B')} with FSDP2, to train",
+            f"{several['gpus']} need {si(several['ddp'], 'B')} each with DDP{sharded}, to train",
         ),
         (
             "",

@@ -19,10 +19,12 @@ from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..files import replacing
 from ..images import Grid, open_image, save_grid
+from ..models.wrapping import is_plain
 from .batches import batches
 from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint
 from .optimizer import make_optimizer, set_learning_rates
@@ -234,6 +236,9 @@ def prepare(job: Job, config, accelerator: Accelerator) -> tuple[nn.Module, torc
         # accelerate's policy would round the times to bf16; autocast alone computes as with DDP
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         base.forward = accelerator.autocast()(base.forward)
+    else:  # DDP sends all weights to the other processes at the start, which these types do not take
+        others = [name for name, weight in base.named_parameters() if not is_plain(weight)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(base, others)
     fused = job.fused and accelerator.device.type in ("cpu", "cuda")
     optimizer = make_optimizer(trained_parameters(base), config, fused=fused)
     model, _ = accelerator.prepare(base, optimizer)  # together: FSDP gives the optimizer other parameters

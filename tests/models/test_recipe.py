@@ -136,7 +136,7 @@ def test_the_table_is_the_designs():
     }
 
 
-def test_recipe_is_told_from_the_transformer():
+def test_recipe_is_told_from_the_transformer_or_the_pipeline():
     for family, name in {
         "pixart_sigma": "pixart_sigma",
         "sd35": "sd3",
@@ -145,6 +145,7 @@ def test_recipe_is_told_from_the_transformer():
         "qwen_image": "qwen_image",
         "flux2_dev": "flux2_dev",
         "flux2_klein": "flux2_klein",
+        "flux2_klein_base": "flux2_klein_base",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from standins import extractor, images
 from test_compare import command, saved  # noqa: F401
 from tiny_pipelines import PROMPTS
 from transformers import (
@@ -21,7 +22,8 @@ from transformers import (
     ViTModel,
 )
 
-from hybriddit.images import open_image
+from hybriddit.cli import main
+from hybriddit.images import open_image, save_png
 from hybriddit.metrics.perceptual import load_perceptual
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -143,3 +145,40 @@ def test_networks_that_are_not_there_are_refused_first(saved, networks, command,
     monkeypatch.setitem(__import__("sys").modules, "lpips", None)
     code, _, error = command("--adapter", "adapter", "--lpips")
     assert code == 1 and "--lpips needs the package lpips: pip install lpips" in error
+
+
+def test_clip_t_of_a_folder_that_generate_wrote(networks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hybriddit.metrics.run.load_inception", lambda path, device: extractor)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    made, other = tmp_path / "made", tmp_path / "other"
+    for folder in (made, other):
+        folder.mkdir()
+    prompts = ["a red shoe", "bags, and bags, and more bags", "a", "a bag", "shoes, " * 50]
+    for number, (prompt, pixels) in enumerate(zip(prompts, images(5), strict=True)):
+        save_png(Image.fromarray(pixels), made / f"{number}.png", {"prompt": prompt})
+        Image.fromarray(pixels).save(other / f"{number}.png")
+
+    def evaluate(samples, *more):
+        words = [samples, other, "--inception", tmp_path / "weights.pth", "--clip", networks / "clip", "--quiet", *more]
+        code = main(["evaluate", *map(str, words)])
+        return code, capsys.readouterr()
+
+    model, processor = (made_by.from_pretrained(networks / "clip") for made_by in (CLIPModel, CLIPProcessor))
+    expected = []
+    for number, prompt in enumerate(prompts):
+        ids = processor.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=77).input_ids
+        pixels = processor.image_processor(open_image(made / f"{number}.png"), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            text = model.text_projection(model.text_model(ids).pooler_output)[0]
+            image = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+        expected.append(cosine(text, image))
+    code, said = evaluate(made, "--batch-size", "2", "--json")
+    assert code == 0, said.err
+    report = json.loads(said.out)
+    assert report["metrics"]["clip_text"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert report["clip"] == str(networks / "clip")
+
+    for samples, why in ((other, "has no record of its prompt"), (tmp_path / "some.npz", "does not tell prompts")):
+        np.savez(tmp_path / "some.npz", images(5))
+        code, said = evaluate(samples)
+        assert code == 1 and why in said.err and len(said.err.splitlines()) == 1

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# BK-SDM's protocol, which LinFusion's tables follow: 30,000 captions of MS-COCO's val2014, 25 steps, guidance 7.5; FID and
+# CLIP-T at 256 x 256 pixels, of a model and, if there is an adapter, of its hybrid. It goes on where it was stopped.
+#     scripts/coco_protocol.sh ANNOTATIONS VAL2014 OUT SIZE MODEL [ADAPTER]
+# ANNOTATIONS: captions_val2014.json. VAL2014: the folder of its images. SIZE: of the images made, in pixels.
+# COUNT, STEPS, GUIDANCE, CLIP: other values than the protocol's. LAUNCH="torchrun --nproc-per-node 8 -m" takes 8 GPUs.
+set -euo pipefail
+[ $# -ge 5 ] || { sed -n 2,7p "$0" >&2; exit 2; }
+annotations=$1 val2014=$2 out=$3 size=$4 model=$5
+here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python}
+launch=${LAUNCH:-$python -m}
+
+mkdir -p "$out"
+[ -f "$out/prompts.jsonl" ] ||
+    "$python" "$here/coco_prompts.py" "$annotations" --count "${COUNT:-30000}" --out "$out/prompts.jsonl"
+
+score() { # name, options of generate
+    local name=$1
+    shift
+    $launch hybriddit generate --model "$model" "$@" --prompts "$out/prompts.jsonl" --height "$size" --width "$size" \
+        --steps "${STEPS:-25}" --guidance "${GUIDANCE:-7.5}" --out "$out/$name/image.png"
+    $launch hybriddit evaluate "$out/$name" "$val2014" --size 256 --out "$out/$name.json" \
+        --clip "${CLIP:-laion/CLIP-ViT-g-14-laion2B-s12B-b42K}"
+}
+
+score teacher
+[ $# -lt 6 ] || score hybrid --adapter "$6"
