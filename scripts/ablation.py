@@ -95,6 +95,13 @@ ROWS: dict[str, list[str]] = {
     "layer loss 0.5": ["loss.layer=0.5"],
     "task 1, output 0.5, layer 0.5": ["loss.task=1", "loss.output=0.5", "loss.layer=0.5"],
     "window dropout": ["loss.window_dropout=0.1"],
+    "task loss alone": ["loss.task=1", "loss.output=0"],
+    "distribution matching 2": ["loss.distribution=2"],
+    # the unconverted model: the same updates of the same layers' projections, and attention over the whole grid
+    "dense control": ["hybrid.linear=false", "hybrid.window=1024"],
+    "dense control, task loss alone": ["hybrid.linear=false", "hybrid.window=1024", "loss.task=1", "loss.output=0"],
+    # stages
+    "every second layer first": ["loss.progressive_steps=270"],
     # training
     "300 steps": ["train.steps=300"],
     "1300 steps": ["train.steps=1300"],
@@ -158,10 +165,10 @@ def main() -> None:
     runs = read_runs(args.out)
     if not runs:  # another process has them all
         return
-    show(args.out, runs, args.out / "images.png", args.out / "rows.png")
-    print(
-        table(args.out, runs), f"the images: {args.out / 'images.png'}; every row: {args.out / 'rows.png'}", sep="\n\n"
-    )
+    rows, images, every = table_rows(args.out, runs), args.out / "images.png", args.out / "rows.png"
+    show(args.out, runs, images)
+    plot(rows, every)
+    print(table(rows), f"the images: {images}; every row: {every}", sep="\n\n")
 
 
 class Ablation:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .family import Family
-from .recipe import ddpm_noise
+from .recipe import ddpm_noise, ddpm_parts
 
 
 class DDPMFamily(Family):
@@ -20,6 +20,11 @@ class DDPMFamily(Family):
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, scheduler: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ddpm_noise(latents, noise, times, scheduler)
+
+    def parts(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, times: torch.Tensor, scheduler: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ddpm_parts(noisy, prediction, times, scheduler)
 
     def times_at(self, sigmas: Sequence[float], scheduler: Any) -> torch.Tensor:
         keep = scheduler.alphas_cumprod.double()

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..attention import TokenLayout
-from .recipe import Recipe, flow_noise
+from .recipe import Recipe, flow_noise, flow_parts
 
 TILED_VAES = (AutoencoderKL, AutoencoderKLFlux2)  # whose `tiled_decode` cuts and blends in the same way
 # of the AutoencoderKL of the published models
@@ -464,6 +464,12 @@ class Family(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The noisy latents, and what the teacher was trained to predict from them; all shaped like `latents`."""
         return flow_noise(latents, noise, times)
+
+    def parts(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, times: torch.Tensor, scheduler: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of `add_noise`: the latents and the noise that a prediction says to be in noisy latents."""
+        return flow_parts(noisy, prediction, times)
 
     def times_at(self, sigmas: Sequence[float], scheduler: Any) -> torch.Tensor:
         """Times, as the recipes draw them, at which noise is sigma / (1 - sigma) times as strong as the image.

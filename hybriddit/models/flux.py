@@ -181,7 +181,7 @@ class Flux(PackedLatents):
     guided = False  # the guidance scale is distilled into the model
     recipes = {
         "flux_dev": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.0, task_needs_teacher_images=True),
-        "flux_schnell": Recipe(few_steps, 0.0, 1.0, 0.5, 0.0),
+        "flux_schnell": Recipe(few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
     }
     published = {
         "black-forest-labs/FLUX.1-dev": Published({"guidance_embeds": True}, "flux", text_parameters=TEXT),

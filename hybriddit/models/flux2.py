@@ -254,7 +254,7 @@ class Flux2Klein(Flux2):
     guided = True
     guided_together = False
     recipes = {
-        "flux2_klein": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0),
+        "flux2_klein": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
         "flux2_klein_base": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),
     }
     published = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Recipe:
     prompt_dropout: share of samples trained with the empty prompt, for classifier-free guidance.
     task_needs_teacher_images: whether the task loss is right only on the teacher's own images and their guidance value,
         because a guidance-distilled teacher no longer fits the data it was first trained on.
+    few_steps: whether the teacher samples in a few large steps: its outputs then say no scores of noisy images.
     """
 
     draw_times: DrawTimes
@@ -31,6 +32,7 @@ class Recipe:
     layer: float
     prompt_dropout: float
     task_needs_teacher_images: bool = False
+    few_steps: bool = False
 
 
 def uniform_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
@@ -74,17 +76,45 @@ def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor)
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
 
+def flow_parts(noisy: torch.Tensor, velocity: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `flow_noise`: the latents and the noise of which it makes these."""
+    sigma = sigmas.to(noisy).view(-1, *[1] * (noisy.ndim - 1))
+    return noisy - sigma * velocity, noisy + (1 - sigma) * velocity
+
+
 def ddpm_noise(
     latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, scheduler: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DDPM: the latents with the schedule's noise at these steps, and what the teacher predicts by the scheduler."""
-    keep = alphas_of(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
-    signal, sigma = keep.sqrt(), (1 - keep).sqrt()
-    kind = scheduler.config.get("prediction_type", "epsilon")
+    signal, sigma = _signal_and_sigma(latents, steps, scheduler)
     targets = {"epsilon": noise, "sample": latents, "v_prediction": signal * noise - sigma * latents}
-    if kind not in targets:
-        raise ValueError(f"the scheduler's prediction_type is {kind!r}: {', '.join(targets)} can be distilled")
-    return signal * latents + sigma * noise, targets[kind]
+    return signal * latents + sigma * noise, targets[_prediction_type(scheduler, targets)]
+
+
+def ddpm_parts(
+    noisy: torch.Tensor, prediction: torch.Tensor, steps: torch.Tensor, scheduler: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `ddpm_noise`: the latents and the noise of which it makes these."""
+    signal, sigma = _signal_and_sigma(noisy, steps, scheduler)
+    parts = {
+        "epsilon": lambda: ((noisy - sigma * prediction) / signal, prediction),
+        "sample": lambda: (prediction, (noisy - signal * prediction) / sigma),
+        "v_prediction": lambda: (signal * noisy - sigma * prediction, sigma * noisy + signal * prediction),
+    }
+    return parts[_prediction_type(scheduler, parts)]()
+
+
+def _signal_and_sigma(latents: torch.Tensor, steps: torch.Tensor, scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of image and noise at these steps of a noise schedule, broadcastable to `latents`."""
+    keep = alphas_of(scheduler).to(latents)[steps].view(-1, *[1] * (latents.ndim - 1))
+    return keep.sqrt(), (1 - keep).sqrt()
+
+
+def _prediction_type(scheduler: Any, known: Collection[str]) -> str:
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in known:
+        raise ValueError(f"the scheduler's prediction_type is {kind!r}: {', '.join(known)} can be distilled")
+    return kind
 
 
 def alphas_of(scheduler: Any) -> torch.Tensor:

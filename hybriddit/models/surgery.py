@@ -7,7 +7,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -71,7 +71,7 @@ def restore_dense(model: nn.Module) -> nn.Module:
     for module in _checkpointing(model):
         if isinstance(module._gradient_checkpointing_func, CheckpointWithLayout | CheckpointWithKwargs):
             module._gradient_checkpointing_func = module._gradient_checkpointing_func.checkpoint
-    del model._dense_processors, model._dense_mode, model._layout_holder
+    del model._dense_processors, model._dense_mode, model._kept_dense, model._layout_holder
     values = {key: value for key, value in model.config.items() if key != "hybrid_config"}
     if "_class_name" in values:
         values["_class_name"] = family.dense_class.__name__
@@ -102,6 +102,22 @@ def dense_mode(model: nn.Module) -> Iterator[nn.Module]:
         model._dense_mode = was_dense
 
 
+def keep_dense(model: nn.Module, layers: Collection[str]) -> None:
+    """Let these converted layers of a hybrid model, by name, run the teacher's attention, and all others their hybrid's.
+
+    It holds until it is called again, and is not saved: it is for training, where layers are converted by turns. Raises
+    ValueError for a model that is not hybrid, and for names of other layers.
+    """
+    hybrid_family(model)
+    unknown = [name for name in layers if not hasattr(model.get_submodule(name), "hybrid")]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not converted: there is nothing to keep from its hybrid")
+    changed = model._kept_dense.symmetric_difference(layers)
+    model._kept_dense = frozenset(layers)
+    for name in changed:
+        model.get_submodule(name).set_processor(_new_processor(model, hybrid_family(model), name))
+
+
 def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
     """Add hybrid attention to a model without changing its class; for `hybridize` and the Hybrid constructors."""
     family = family_of(model)
@@ -129,7 +145,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
         raise ValueError(f"no attention layer would be converted: all {len(layers)} are dense by config.layers")
 
     model._dense_processors = {name: attn.processor for name, attn in attentions.items()}
-    model._dense_mode = False
+    model._dense_mode, model._kept_dense = False, frozenset()
     model._layout_holder = LayoutHolder() if family.attention_kwargs is None else None
     for name, attn in attentions.items():
         if name in hybrids:
@@ -181,7 +197,7 @@ def with_what_it_drops(model: nn.Module, checkpoint: Callable[..., Any]) -> Call
 
 def _new_processor(model: nn.Module, family: Family, name: str) -> Any:
     """Make the processor of the attention module of this name in a hybrid model, converted or not."""
-    if hasattr(model.get_submodule(name), "hybrid"):
+    if _runs_hybrid(model, name):
         processor = _own_processor(model, family, name)()
         if model._layout_holder is not None:
             processor.layout_holder = model._layout_holder
@@ -353,9 +369,14 @@ def reset_processors(model: nn.Module) -> None:
 
 
 def _own_processor(model: nn.Module, family: Family, name: str) -> type:
-    """The class of processor that conversion gives to the attention module of this name."""
+    """The class of processor that the attention module of this name has in a hybrid model."""
     row = _row(model, family, name)
-    return row.hybrid if hasattr(model.get_submodule(name), "hybrid") else row.dense or row.teacher
+    return row.hybrid if _runs_hybrid(model, name) else row.dense or row.teacher
+
+
+def _runs_hybrid(model: nn.Module, name: str) -> bool:
+    """Whether the attention module of this name runs its hybrid: it is converted, and `keep_dense` does not name it."""
+    return hasattr(model.get_submodule(name), "hybrid") and name not in model._kept_dense
 
 
 def _row(model: nn.Module, family: Family, name: str) -> Processors:

@@ -21,7 +21,8 @@ ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False}
 # Settings that older checkpoints lack, with the values that those runs had.
 ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 ADDED_SETTINGS |= {f"model.{name}": value for name, value in ADDED_SIT_FIELDS.items()}
-ADDED_SETTINGS |= {"loss.window_dropout": 0.0, "loss.layer_steps": 0}
+ADDED_SETTINGS |= {"loss.window_dropout": 0.0, "loss.layer_steps": 0, "loss.distribution": 0.0}
+ADDED_SETTINGS |= {"loss.progressive_steps": 0}
 # What tells the content of models and data, and the settings that say where they are. Content decides; older
 # checkpoints do not have it.
 CONTENT = {

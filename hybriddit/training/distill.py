@@ -36,6 +36,7 @@ from ..models.adapters import describe_base
 from ..models.family import Family, denoiser, unsharded_class
 from ..models.identity import weights_digest
 from ..models.recipe import Recipe
+from ..models.surgery import keep_dense
 from ..models.wrapping import check_unwrapped, has_lora, is_plain
 from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, text_to_image
 from ..pipelines.prepare import place
@@ -44,11 +45,11 @@ from .batches import bucket_turn, epoch_order, step_generator, step_of_turn
 from .checkpoint import checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
-from .losses import captured_outputs, converted_layers, layer_loss, layers_alone
+from .losses import captured_outputs, converted_layers, distribution_loss, layer_loss, layers_alone
 from .optimizer import is_gate
 from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
-from .step_cost import mean_step_cost
+from .step_cost import mean_step_cost, step_flops
 
 Tokens = tuple[int, int]  # (rows, columns) of an image
 
@@ -240,6 +241,7 @@ def distill(
             fit(job, config, accelerator, resume=resume)
     finally:  # a run that is stopped leaves the model as it is to be used
         job.give_far_alone(None)
+        keep_dense(base, ())
 
     if accelerator.is_fsdp2:
         return base
@@ -277,14 +279,17 @@ class Distillation(Job):
         self.family, self.dtype = family_of(self.model), self.model.dtype
         name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
         self.base = {**describe_base(self.model, name), "height": data.info.height, "width": data.info.width}
-        self.layers = converted_layers(self.model)
+        self.layers = self.converted = converted_layers(self.model)
+        self.later = list(self.layers)[1::2] if config.loss.progressive_steps else []
+        stages = {"distribution": config.loss.distribution > 0, "converted_layers": bool(self.later)}
+        self.metrics = (*Distillation.metrics, *(name for name, used in stages.items() if used))
         guided = self.family.takes_guidance(self.model.config)
         self.guidance = data.info.guidance_scale if guided else None
         self.teacher_samples = None
         self.frechet = self._frechet() if config.metrics.every else None
 
     def make_batch(self, step: int) -> list[tuple]:
-        """Each part is told whether its step is one of `loss.layer_steps`."""
+        """Each part is told its step."""
         parts = draw_batches(
             data=self.data,
             recipe=self.recipe,
@@ -296,42 +301,67 @@ class Distillation(Job):
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        return [(step < self.config.loss.layer_steps, *part) for part in parts]
+        return [(step, *part) for part in parts]
 
     def losses(self, model: nn.Module, part: tuple) -> torch.Tensor:
-        """The losses [loss, task, output, layer] of one part of a batch.
+        """The metrics [loss, task, output, layer, …] of one part of a batch, as `self.metrics` names them.
 
         The first is the weighted sum of the others: errors against the noise or velocity, against the teacher's output,
         and against the outputs of its attention layers. In the steps of `loss.layer_steps` it is the last one, of layers
-        that see the teacher's own input; the other two are 0.
+        that see the teacher's own input; the others are 0. With `loss.distribution` there is one more, `distribution_loss`;
+        with `loss.progressive_steps`, the number of layers that are converted in this step is logged.
         """
-        by_layer, *tensors, grid = part
-        latents, noise, times, text, far_only = self._to_device(*tensors)
+        step, *tensors, grid = part
+        self._convert_for(step)
+        latents, noise, times, text, far_only, earlier = self._to_device(*tensors)
+        weight = self.config.loss.distribution
+        # what is logged besides
+        more = {"distribution": torch.zeros(()), "converted_layers": torch.tensor(float(len(self.converted)))}
         if self.data.info.states:
             noisy, target = latents, None
         else:
             noisy, target = self.family.add_noise(latents, noise, times, self.pipeline.scheduler)
-        inputs = self.family.model_inputs(noisy.to(self.dtype), times, text, grid, self.guidance)
 
-        def predict(model: nn.Module) -> torch.Tensor:
+        def predict(model: nn.Module, noisy: torch.Tensor = noisy, times: torch.Tensor = times) -> torch.Tensor:
+            inputs = self.family.model_inputs(noisy.to(self.dtype), times, text, grid, self.guidance)
             return self.family.prediction(model(**inputs, return_dict=False)[0], latents).float()
 
+        def teach(*state: torch.Tensor, **times: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), dense_mode(self.model):
+                return predict(self.model, *state, **times)
+
         self.give_far_alone(far_only if self.config.loss.window_dropout else None)  # until the backward pass has ended
-        if by_layer:
-            layer = layers_alone(self.model, self.family, len(self.layers), partial(predict, model))
-            return torch.stack((layer, layer.new_zeros(()), layer.new_zeros(()), layer.detach()))
-        with torch.no_grad(), dense_mode(self.model), captured_outputs(self.family, self.layers) as teacher_layers:
-            teacher = predict(self.model)
-        with captured_outputs(self.family, self.layers) as student_layers:
-            student = predict(model)
-        losses = torch.stack(
-            [
+        if step < self.config.loss.layer_steps:
+            loss = layers_alone(self.model, self.family, len(self.layers), partial(predict, model))
+            losses = [loss.new_zeros(()), loss.new_zeros(()), loss.detach()]
+        else:
+            with captured_outputs(self.family, self.converted) as teacher_layers:
+                teacher = teach()
+            with captured_outputs(self.family, self.converted) as student_layers:
+                student = predict(model)
+            losses = [
                 student.new_zeros(()) if target is None else F.mse_loss(student, target),
                 F.mse_loss(student, teacher),
                 layer_loss(student_layers, teacher_layers),
             ]
-        )
-        return torch.cat(((losses * self.weights.to(losses)).sum().view(1), losses))
+            loss = (torch.stack(losses) * self.weights.to(student)).sum()
+            if weight:
+                runs = partial(predict, self.model, times=earlier), partial(teach, times=earlier)
+                states = noisy.float(), student, times, earlier
+                more["distribution"] = distribution_loss(self.family, self.pipeline.scheduler, *states, *runs)
+                loss = loss + weight * more["distribution"]
+        own = [more[name].to(loss) for name in self.metrics if name in more]
+        return torch.stack([loss, *losses, *own])
+
+    def _convert_for(self, step: int) -> None:
+        """Convert the layers that learn in this step, and let the others run as the teacher's."""
+        kept = self.later if step < self.config.loss.progressive_steps else []
+        if len(self.converted) + len(kept) == len(self.layers):
+            return
+        keep_dense(self.model, kept)
+        self.converted = converted_layers(self.model)
+        if self.accelerator.is_main_process:
+            say(f"from step {step + 1:,} on, {len(self.converted)} of {len(self.layers)} layers are converted")
 
     def samples(self) -> Grid | None:
         """The teacher's images beside the student's."""
@@ -364,7 +394,7 @@ class Distillation(Job):
         text = {name: _cast(value, self.dtype) for name, value in self.data.rows([0], self.data.empty).items()}
         images = {self.grids[size]: len(rows) for size, rows in self.data.buckets.items()}
         _, cost = mean_step_cost(self.model, images, text, 1, bf16=self.config.train.precision == "bf16")
-        return cost["teacher"] + cost["student"] + cost["backward"]
+        return step_flops(cost, distribution=self.config.loss.distribution > 0)
 
     def finish(self, folder: Path | None, step: int) -> nn.Module:
         if folder is not None:
@@ -426,11 +456,12 @@ class Distillation(Job):
         for layer in self.layers.values():
             layer.hybrid.far_only = images
 
-    def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor], far_only) -> tuple[Any, ...]:
+    def _to_device(self, latents, noise, times, text: dict[str, torch.Tensor], far_only, earlier) -> tuple[Any, ...]:
         device = self.accelerator.device
         text = {name: _cast(value.to(device, non_blocking=True), self.dtype) for name, value in text.items()}
-        latents, noise, times = (value.to(device, non_blocking=True) for value in (latents, noise, times))
-        return latents.float(), noise, times, text, far_only.to(device, non_blocking=True)
+        tensors = (latents, noise, times, far_only, earlier)
+        latents, noise, times, far_only, earlier = (value.to(device, non_blocking=True) for value in tensors)
+        return latents.float(), noise, times, text, far_only, earlier
 
 
 def check_quantised(model: nn.Module, accelerator: Accelerator) -> None:
@@ -452,8 +483,8 @@ def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.Parameter]:
     """Convert the transformer in place, unless it is hybrid already. Returns the parameters to train, by full name.
 
-    Only the weights that hybridize adds are trained. Raises ValueError if it adds none, and for window dropout where no
-    layer has two branches to choose from.
+    Only the weights that hybridize adds are trained. Raises ValueError if it adds none, for window dropout where no layer
+    has two branches to choose from, and for progressive steps in which nothing would be trained.
     """
     if not is_hybrid(transformer):
         with torch.random.fork_rng():
@@ -463,6 +494,14 @@ def make_student(transformer: nn.Module, config: DistillConfig) -> dict[str, nn.
         layers = [layer.hybrid for layer in converted_layers(transformer).values()]
         if not any(layer.kind == "hybrid" for layer in layers):
             raise ValueError('loss.window_dropout needs layers of kind "hybrid": set it to 0')
+    if config.loss.progressive_steps:
+        names = list(converted_layers(transformer))
+        learns = any(next(transformer.get_submodule(name).hybrid.parameters(), None) is not None for name in names[::2])
+        if len(names) < 2 or not learns:
+            raise ValueError(
+                f"loss.progressive_steps converts every second layer first, which leaves nothing to train of the "
+                f"{len(names)} to be converted: set it to 0"
+            )
     if has_lora(transformer, ".hybrid."):
         raise ValueError("the hybrid layers have a LoRA, which a distillation does not train: unload it first")
     trained = {name: p for name, p in transformer.named_parameters() if ".hybrid." in name}
@@ -516,8 +555,12 @@ def loss_in_force(
     output = recipe.output if chosen.output is None else chosen.output
     layer = recipe.layer if chosen.layer is None else chosen.layer
     dropout = recipe.prompt_dropout if chosen.prompt_dropout is None else chosen.prompt_dropout
-    if max(task, output, layer) == 0:
-        raise ValueError("the weights loss.task, loss.output and loss.layer may not all be 0")
+    if chosen.distribution and recipe.few_steps:
+        raise ValueError(
+            "loss.distribution: a few-step teacher's output does not say how likely noisy images are: set it to 0"
+        )
+    if max(task, output, layer, chosen.distribution) == 0:
+        raise ValueError("the weights loss.task, loss.output, loss.layer and loss.distribution may not all be 0")
     return replace(chosen, task=task, output=output, layer=layer, prompt_dropout=dropout)
 
 
@@ -591,9 +634,10 @@ def bucket_notes(counts: Sequence[int], config: DistillConfig) -> list[str]:
 def draw_batches(data, recipe, config, step, dropout, grids, scheduler, rank=0, processes=1):
     """This process's samples of one optimizer step, in `accumulation` parts.
 
-    A part is (latents, noise, times, text, far_only, grid). All parts of a step are of one bucket, in which every image
+    A part is (latents, noise, times, text, far_only, earlier, grid). All parts of a step are of one bucket, in which every image
     is drawn once before one is drawn again. For trajectories, latents and times are those of one state of each row.
-    far_only, bool, is window dropout's choice; grid is (rows, columns) in tokens. See `step_generator` for what the
+    far_only, bool, is window dropout's choice; earlier are times between the image and `times`, for `distribution_loss`;
+    grid is (rows, columns) in tokens. See `step_generator` for what the
     samples depend on.
     """
     count, parts = config.train.batch_size, config.train.accumulation * processes
@@ -607,6 +651,7 @@ def draw_batches(data, recipe, config, step, dropout, grids, scheduler, rank=0, 
     noise = torch.randn((count, *data.shapes[size]), generator=generator)
     chosen = torch.randint(data.info.states, (count,), generator=generator) if data.info.states else None
     far_only = torch.rand(count, generator=generator) < config.loss.window_dropout
+    share = torch.rand(count, generator=generator)
     size = count // parts
     for part in range(rank, parts, processes):
         own = slice(part * size, (part + 1) * size)
@@ -619,7 +664,8 @@ def draw_batches(data, recipe, config, step, dropout, grids, scheduler, rank=0, 
             key: torch.where(dropped[own].view(-1, *[1] * (value.ndim - 1)), data.empty[key].to(value), value)
             for key, value in rows.items()
         }
-        yield latents, noise[own], part_times, text, far_only[own], grid
+        earlier = (part_times * share[own]).to(part_times.dtype)
+        yield latents, noise[own], part_times, text, far_only[own], earlier, grid
 
 
 def resume_settings(config: DistillConfig) -> dict:

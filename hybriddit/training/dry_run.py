@@ -21,6 +21,7 @@ from ..files import read_json
 from ..models import families, family_of, is_hybrid
 from ..models.family import Family, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
+from ..models.surgery import keep_dense
 from ..pipelines.loading import Base, refuse_sit, text_to_image
 from ..stored import component_classes, weight_files
 from .distill import (
@@ -47,8 +48,9 @@ from .estimates import (
     si,
     table,
 )
+from .losses import converted_layers
 from .run_config import DistillConfig
-from .step_cost import mean_step_cost
+from .step_cost import mean_step_cost, step_flops
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,29 @@ def dry_run(config: DistillConfig) -> dict:
         buckets = count_buckets(data.folder, list(grids), data.max_images)
         images = sum(buckets.values())
     by_grid = {grids[size]: number for size, number in buckets.items()}
-    largest, step = mean_step_cost(model, by_grid, text, count, bf16=bf16)
     grid = max(by_grid, key=lambda grid: grid[0] * grid[1])
-    recomputed = step["student"] if train.gradient_checkpointing else 0
-    step_flops = train.accumulation * (step["teacher"] + step["student"] + step["backward"] + recomputed)
-    passes = images * data.steps * (2 if _guided(family, config) else 1)
-    image_flops = passes * step["teacher"] // count if source.teacher_made else 0
+    largest, step = mean_step_cost(model, by_grid, text, count, bf16=bf16)
+    passes = {"again": train.gradient_checkpointing, "distribution": loss.distribution > 0}
+    last_flops = train.accumulation * step_flops(step, **passes)
+    all_flops, kept = train.steps * last_flops, [largest]
+    if loss.progressive_steps:  # half of the layers first
+        keep_dense(model, list(converted_layers(model))[1::2])
+        half, first = mean_step_cost(model, by_grid, text, count, bf16=bf16)
+        keep_dense(model, ())
+        all_flops += loss.progressive_steps * (train.accumulation * step_flops(first, **passes) - last_flops)
+        kept.append(half)
+    draws = images * data.steps * (2 if _guided(family, config) else 1)
+    image_flops = draws * step["teacher"] // count if source.teacher_made else 0
 
     element = 2 if bf16 else 4
     frozen = sum(t.numel() for name, t in model.state_dict().items() if ".hybrid." not in name)
     added = sum(p.numel() for p in trained.values())
-    activations = {"with_checkpointing": largest["checkpointed"], "without_checkpointing": largest["kept"]}
+    sampled = 0  # what a pass holds while the student's is kept
+    if loss.distribution:
+        where = {"device": torch.device("cpu"), "dtype": dtype}
+        sampled = max(forward_peak(run, grid, text, **where) for run in (dense, model))
+    ways = {"with_checkpointing": "checkpointed", "without_checkpointing": "kept"}
+    activations = {name: sampled + max(cost[way] for cost in kept) for name, way in ways.items()}
     memory = {
         "frozen": frozen * element if plan.quantised is None else plan.quantised,
         "trained": added * TRAINED,
@@ -165,7 +179,7 @@ def dry_run(config: DistillConfig) -> dict:
         "notes": bucket_notes(list(buckets.values()), config),
         "attention_flops": step["attention"],
         "forward_flops": {"teacher": step["teacher"] // count, "student": step["student"] // count},
-        "step_flops": step_flops,
+        "step_flops": last_flops,
         "data_flops": image_flops,
         "images_per_pass": count,
         "gradient_checkpointing": train.gradient_checkpointing,
@@ -187,9 +201,16 @@ def dry_run(config: DistillConfig) -> dict:
         "prompts": prompts,
         "without_caption": source.bare(data) if source.bare else 0,
         "epochs": train.steps * train.batch_size / images,
-        "loss": {"task": loss.task, "output": loss.output, "layer": loss.layer, "prompt_dropout": loss.prompt_dropout},
+        "loss": {
+            "task": loss.task,
+            "output": loss.output,
+            "layer": loss.layer,
+            **({"distribution": loss.distribution} if loss.distribution else {}),
+            "prompt_dropout": loss.prompt_dropout,
+        },
+        "progressive_steps": loss.progressive_steps,
         "assumed_flops_per_second": THROUGHPUT,
-        "hours": {"data": hours(image_flops), "training": hours(train.steps * step_flops)},
+        "hours": {"data": hours(image_flops), "training": hours(all_flops)},
         "steps": train.steps,
         "images": images,
         "batch_size": train.batch_size,
@@ -253,6 +274,8 @@ def report(figures: dict) -> str:
     tokens, took = figures["tokens"], figures["hours"]
     share = figures["trained_parameters"] / figures["parameters"]
     again = ", and the student's forward again for gradient checkpointing" if figures["gradient_checkpointing"] else ""
+    sampled = "; a forward of both for loss.distribution" if figures["loss"].get("distribution") else ""
+    half = figures["progressive_steps"]
     dearer = forward["student"] > forward["teacher"]
     loss = ", ".join(f"{name} {value:g}" for name, value in figures["loss"].items())
     of_prompts = "" if figures["prompts"] is None else f" of {figures['prompts']:,} prompts"
@@ -276,7 +299,8 @@ def report(figures: dict) -> str:
         *([("", f"and {bare:,} without a caption, left out")] if (bare := figures["without_caption"]) else []),
         ("losses", loss),
         ("step", f"{si(figures['step_flops'], 'FLOP')} for {figures['batch_size']} images"),
-        ("", f"teacher's forward, student's forward and backward{again}"),
+        ("", f"teacher's forward, student's forward and backward{again}{sampled}"),
+        *([("", f"in the first {half:,} half of the layers are the teacher's")] if half else []),
         *memory_rows(figures["stage_bytes"], _stage_words(figures)),
         (
             "",

@@ -1,4 +1,4 @@
-"""The layer loss of distillation, and the hooks that collect the attention layers' outputs."""
+"""The layer loss and the distribution loss, and the hooks that collect the attention layers' outputs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ..models.wrapping import with_forward
 
 
 def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention modules that have been converted, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "hybrid")}
+    """The attention modules that run their hybrid, by name: all that have been converted but what `keep_dense` names."""
+    kept = getattr(model, "_kept_dense", ())
+    return {name: module for name, module in model.named_modules() if hasattr(module, "hybrid") and name not in kept}
 
 
 @contextmanager
@@ -86,6 +87,50 @@ def layers_alone(model: nn.Module, family: Family, count: int, run: Callable[[],
     slopes = [(p * (0.0 if gradient is None else gradient)).sum() for p, gradient in gradients.items()]
     slope = torch.stack(slopes).sum()
     return torch.stack(losses).sum() + slope - slope.detach()
+
+
+def distribution_loss(
+    family: Family,
+    scheduler: Any,
+    noisy: torch.Tensor,
+    prediction: torch.Tensor,
+    times: torch.Tensor,
+    earlier: torch.Tensor,
+    student: Callable[[torch.Tensor], torch.Tensor],
+    teacher: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Distribution matching at any time of the student's sampling: LinVideo's (arXiv 2510.08318, equations 11 to 13).
+
+    One step of the student's sampling (Euler's of a flow, else DDIM's) takes x_s, `noisy` at `times`, to x_t at `earlier`
+    times t, which are nearer to the image. Let q_t be the distribution of the x_t, and p_t the teacher's at t. With
+    respect to the student's weights w, and by the chain rule through that step,
+
+        grad KL(q_t || p_t) = E[(score of q_t - score of p_t)(x_t) . dx_t/dw]
+
+    A network's score is minus the noise it says to be in x_t, over sigma_t. As in LinVideo, the student's own stands for
+    the score of q_t, where DMD2 (arXiv 2405.14867) trains a further network for that: exact if the x_t are distributed
+    as the student's own samples at t, and in any case 0 where the student is the teacher. No gradient passes the scores.
+
+    The times are weighted with sigma_t / |dx_t/dprediction|, so that the gradient with respect to the prediction is the
+    difference of both noises at x_t, with the step's sign, however near to noise or image s and t are.
+
+    noisy, prediction: [B, ...] in fp32; prediction: the student's, with gradients. times, earlier: [B], as recipes draw
+    them. student, teacher: what they predict from such latents at the `earlier` times; they run without gradients.
+
+    Returns the mean squared difference of both noises at x_t, with the gradients above, as a mean over all elements.
+    """
+
+    def step(start: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        return family.add_noise(*family.parts(start, predicted, times, scheduler), earlier, scheduler)[0]
+
+    with torch.no_grad():
+        arrived = step(noisy, prediction)
+        noises = (family.parts(arrived, run(arrived), earlier, scheduler)[1] for run in (student, teacher))
+        difference = next(noises) - next(noises)
+        one = torch.ones_like(noisy.flatten(1)[:, :1]).view(-1, *[1] * (noisy.ndim - 1))
+        slope = step(torch.zeros_like(one), one)  # dx_t/dprediction: the step is linear in both
+    pull = (-difference * slope.sign() * prediction).mean()
+    return difference.square().mean() + pull - pull.detach()
 
 
 def _relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, str_to_bool
 
 from ..files import make_folder
 from ..machine import device_of_this_machine
 from .checkpoint import checkpoints, read_state
+from .run_config import DistillConfig
 
 
 def make_accelerator(config) -> Accelerator:
@@ -20,12 +21,17 @@ def make_accelerator(config) -> Accelerator:
     Raises as `check_launcher`.
     """
     check_launcher(config)
+    later = isinstance(config, DistillConfig) and config.loss.progressive_steps > 0
     return Accelerator(
         mixed_precision=config.train.precision,
         log_with=config.output.tracker if config.output.folder else None,
         project_dir=config.output.folder,
-        # the processes wait for each other while they make images: the first to be done may wait for long
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+        kwargs_handlers=[
+            # the processes wait for each other while they make images: the first to be done may wait for long
+            InitProcessGroupKwargs(timeout=timedelta(days=2)),
+            # layers that are converted later take no part in a step at first
+            DistributedDataParallelKwargs(find_unused_parameters=later),
+        ],
     )
 
 

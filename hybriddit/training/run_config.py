@@ -90,15 +90,20 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """Weights of the three losses, and shares of the samples; None is the recipe's value.
+    """Weights of the losses, shares of the samples, and the stages of a run; None is the recipe's value.
 
     task: weight of the error against the noise or velocity that was drawn. output: against the teacher's output. layer:
         against the outputs of its attention layers.
+    distribution: weight of distribution matching: each step also makes one step of the student's sampling, and where it
+        arrives it is drawn to what the teacher finds likelier than the student does. It takes one more pass of each,
+        without gradients. Not for few-step teachers.
     prompt_dropout: share of the samples whose prompt is empty.
     window_dropout: share of the samples for which all hybrid layers of the student use the far branch alone.
     layer_steps: the first so many of train.steps train every layer by itself, all at once: each towards the output of
         the teacher's layer on the teacher's own input. They take one pass of the model, and none of the losses above
         but the layers' errors. Not with FSDP.
+    progressive_steps: in the first so many of train.steps every second layer of those to be converted, the second, the
+        fourth and so on, still runs the teacher's attention and does not learn; then all are converted.
     """
 
     task: float | None = None
@@ -107,6 +112,8 @@ class LossConfig:
     prompt_dropout: float | None = None
     window_dropout: float = 0.0
     layer_steps: int = 0
+    distribution: float = 0.0
+    progressive_steps: int = 0
 
 
 @dataclass
@@ -243,13 +250,18 @@ class DistillConfig:
             _require_positive(data, "data", "max_sequence_length")
         _require(data.guidance_scale >= 0, "data.guidance_scale", data.guidance_scale, "0 or more")
         _require(abs(data.seed) < MAX_SEED, "data.seed", data.seed, f"between -{MAX_SEED} and {MAX_SEED}")
-        for name in ("task", "output", "layer"):
+        for name in ("task", "output", "layer", "distribution"):
             weight = getattr(self.loss, name)
             _require(weight is None or weight >= 0, f"loss.{name}", weight, "0 or more")
         steps = self.loss.layer_steps
         _require(
             0 <= steps <= self.train.steps, "loss.layer_steps", steps, f"from 0 to train.steps ({self.train.steps})"
         )
+        steps = self.loss.progressive_steps
+        wanted = f"from 0 to below train.steps ({self.train.steps}), in the last of which all layers learn"
+        _require(0 <= steps < self.train.steps, "loss.progressive_steps", steps, wanted)
+        if steps and self.loss.layer_steps:
+            raise ValueError("loss.layer_steps and loss.progressive_steps are two ways to begin: set one of them to 0")
         for name in ("prompt_dropout", "window_dropout"):
             dropout = getattr(self.loss, name)
             _require(dropout is None or 0 <= dropout <= 1, f"loss.{name}", dropout, "in [0, 1]")

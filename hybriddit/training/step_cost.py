@@ -73,6 +73,13 @@ def step_cost(
     }
 
 
+def step_flops(cost: Mapping[str, int], *, again: bool = False, distribution: bool = False) -> int:
+    """The FLOPs of a step with this `step_cost`. again: of gradient checkpointing; distribution: with that loss."""
+    recomputed = cost["student"] if again else 0
+    sampled = cost["teacher"] + cost["student"] if distribution else 0
+    return cost["teacher"] + cost["student"] + cost["backward"] + recomputed + sampled
+
+
 def sit_step_memory(model: nn.Module, count: int, *, bf16: bool) -> dict[str, int]:
     """The bytes that a step of `train` on `count` images keeps for the backward pass: "kept" and "checkpointed" as above.
 

@@ -67,6 +67,17 @@ def test_window_over_the_grid_is_the_dense_model(kind, gate):
     torch.testing.assert_close(run(model, inputs), dense, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_control_is_the_dense_model_and_has_the_hybrid_s_updates_alone(kind):
+    model, hybrid = make(kind), hybridize(make(kind), HybridConfig(window=3, delta_rank=2))
+    inputs = make_inputs(model, (6, 8), batch=2)
+    dense = run(model, inputs)
+    hybridize(model, HybridConfig(window=1024, linear=False, delta_rank=2))
+    torch.testing.assert_close(run(model, inputs), dense, **CLOSE)
+    added, updates = ([n for n, _ in m.named_parameters() if ".hybrid." in n] for m in (model, hybrid))
+    assert added == [name for name in updates if ".deltas." in name] != []
+
+
 @pytest.mark.parametrize(
     ("window", "stride", "dilation", "grid"),
     [

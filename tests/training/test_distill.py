@@ -406,7 +406,7 @@ def test_what_the_recipe_says_is_kept_with_the_run(prepared, tmp_path):
     distill(pipeline, data, tiny_config(tmp_path, train__steps=1, output__checkpoint_every=1, loss__output=0.25))
     written, [begun] = load_config(tmp_path / "config.yaml"), json.loads((tmp_path / "run.json").read_text())
     in_force = {"task": 0.0, "output": 0.25, "layer": 0.5, "layer_steps": 0, "prompt_dropout": 0.0}
-    in_force["window_dropout"] = 0.0
+    in_force |= {"window_dropout": 0.0, "distribution": 0.0, "progressive_steps": 0}
     assert dataclasses.asdict(written.loss) == begun["config"]["loss"] == in_force
     assert written.model.recipe == begun["config"]["model"]["recipe"] == "flux_schnell"
     assert written.data.max_sequence_length == begun["config"]["data"]["max_sequence_length"] == TEXT_LENGTH

@@ -20,6 +20,7 @@ from hybriddit.models.flops import attention_flops
 from hybriddit.models.peak import _Held
 from hybriddit.training.distill import distill
 from hybriddit.training.dry_run import dry_run, plan_model, report
+from hybriddit.training.estimates import THROUGHPUT
 from hybriddit.training.run_config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,23 @@ def test_figures_are_those_of_the_run(family, checkpointing, config_of):
     assert memory["total"] == memory["frozen"] + memory["trained"] + memory["activations"]
     kept = figures["activation_bytes"]
     assert memory["activations"] == kept["with_checkpointing" if checkpointing else "without_checkpointing"]
+
+
+def test_half_converted_steps_and_the_passes_of_distribution_matching_are_counted(config_of):
+    path, pipeline = config_of("sd3")
+    data = tiny_data(pipeline, images=4)
+    plain = dry_run(load_config(path, ["train.steps=3"]))
+    config = load_config(path, ["train.steps=3", "loss.progressive_steps=2"])
+    half, more = dry_run(config), dry_run(load_config(path, ["loss.distribution=1"]))
+    with FlopCounterMode(display=False) as counter:
+        distill(pipeline, data, config)
+    assert half["hours"]["training"] * 3600 * THROUGHPUT == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert half["hours"]["training"] < plain["hours"]["training"], "windows are dearer on 8 x 8"
+    # without gradients the student's pass may take less
+    assert more["step_flops"] == plain["step_flops"] + 4 * sum(plain["forward_flops"].values())
+    assert more["activation_bytes"]["without_checkpointing"] > plain["activation_bytes"]["without_checkpointing"]
+    assert "a forward of both for loss.distribution" in report(more)
+    assert "in the first 2 half of the layers are the teacher's" in report(half)
 
 
 def test_what_a_run_would_regret_is_told(config_of):

@@ -206,7 +206,7 @@ def test_two_processes_give_the_result_of_one(config, tmp_path):
 def test_two_processes_with_a_shard_each_give_the_result_of_one_and_resume_each_other_s_runs(config, tmp_path):
     """By FSDP2: teacher and student pass through the same shards, and samples and checkpoints are of both processes."""
     run, alone, out = tmp_path / "run", tmp_path / "alone", tmp_path / "out.txt"
-    few = ["train.steps=8", "train.accumulation=2"]
+    few = ["train.steps=8", "train.accumulation=2", "loss.progressive_steps=5", "loss.distribution=1"]
     seldom = [*few, "output.checkpoint_every=4", "output.sample_every=8", "output.samples=2"]
     assert finish_sharded("distill", config, *options(run, *seldom), output=out) == [0, 0], (
         tmp_path / "out.txt.0"
