@@ -402,7 +402,9 @@ def _qwen3_tokenizer():
 def _ovis_tokenizer():
     """What comes before the prompt is 28 tokens, as in the real one, which the pipeline drops."""
     tokenizer = _byte_tokenizer()
-    words = "Describe the image by detailing color quantity text shape size texture spatial relationships of objects and"
+    words = (
+        "Describe the image by detailing color quantity text shape size texture spatial relationships of objects and"
+    )
     told = [f" {word}" for word in words.split()] + ["Describe", ",", " background", ": ", "<|im_start|>", "user\n"]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in told])
     tokenizer.chat_template = SAID + "<|im_start|>user\n{{ message.content }}" + ENDED

@@ -118,7 +118,9 @@ def test_setting_processors_changes_nothing_when_refused(kind):
     assert model.attn_processors == own
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("z-image", "ovis")])  # whose classes fuse nothing
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("z-image", "ovis")]
+)  # whose classes fuse nothing
 def test_fused_projections(kind):
     model = make(kind)
     with torch.no_grad():
