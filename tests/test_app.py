@@ -196,6 +196,7 @@ def test_the_command_serves_until_ctrl_c(adapters, monkeypatch, capsys):
         (["--model", TEACHER, "--adapter", "/nowhere"], "no adapter folder /nowhere"),
         (["--model", TEACHER, "--any-base"], "--any-base is for an adapter"),
         (["--model", TEACHER, "--offload", "model", "--device", "cpu"], "spares the memory of an accelerator"),
+        (["--offload", "model", "--device", "cpu"], "spares the memory of an accelerator"),
         (["--steps", "0"], "steps must be 1 or more, not 0"),
         (["--host", "192.0.2.1"], "nothing can be served at 192.0.2.1"),
         (["--port", "70000"], "nothing can be served at 127.0.0.1:70000"),

@@ -255,7 +255,9 @@ def _fitting() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         torch.cuda.empty_cache()
         raise ValueError(
             "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
