@@ -20,10 +20,11 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('the page needs gradio: pip install "hybriddit[app]"') from error
 
+from .generate.files import check_offload
 from .generate.images import check_settings
 from .generate.session import Made, Pair, Session, Source, find_source
 from .images import save_png
-from .machine import MENDABLE, device_details
+from .machine import MENDABLE, device_details, find_device
 
 DENSE = "dense (the teacher)"
 MEMORY = {"cuda": "peak memory on the GPU", "cpu": "peak memory of this process"}
@@ -74,6 +75,7 @@ class Page:
     def __init__(self, folder: Path, settings: dict[str, Any] | None = None, **options: Any):
         self.folder, self.settings, self.options = folder, settings or {}, options
         self.session: Session | None = None
+        self.over = threading.Event()  # set at the end: an image that is being made is given up at its next step
 
     def load(self, model: str, adapters: str = "", any_base: bool = False) -> None:
         """Load a model in place of what is loaded. adapters: folders or repositories, one a line.
@@ -123,7 +125,9 @@ class Page:
         """Make one image. Returns its file, its figures as HTML, and its record. Settings that are None are left out."""
         session = self.loaded()
         named = None if choice == DENSE else choice
-        [made], notes = session.make(named, prompt, tell=tell, seed=_whole(seed), **_whole_settings(settings))
+        [made], notes = session.make(
+            named, prompt, tell=self._until_over(tell), seed=_whole(seed), **_whole_settings(settings)
+        )
         kind = session.source.device.type
         return self.keep(made), figures_of(made, kind, [*session.notes, *notes]), made.record
 
@@ -138,11 +142,22 @@ class Page:
         """Make one image by the teacher and one by a hybrid. Returns their files, their figures as HTML, and records."""
         session = self.loaded()
         named = None if choice == DENSE else choice
-        pair, notes = session.compare(named, prompt, tell=tell, seed=_whole(seed), **_whole_settings(settings))
+        pair, notes = session.compare(
+            named, prompt, tell=self._until_over(tell), seed=_whole(seed), **_whole_settings(settings)
+        )
         kind = session.source.device.type
         records = {"teacher": pair.teacher.record, "hybrid": pair.hybrid.record}
         files = self.keep(pair.teacher), self.keep(pair.hybrid)
         return *files, figures_of(pair, kind, [*session.notes, *notes]), records
+
+    def _until_over(self, tell: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if self.over.is_set():
+                raise ValueError("the page was ended")
+            if tell is not None:
+                tell(done, total)
+
+        return told
 
     def keep(self, made: Made) -> str:
         """Write an image with its record, and return the file."""
@@ -372,6 +387,7 @@ def serving(
     check_settings("", **settings)
     if model is None and (adapters or any_base):
         raise ValueError("an adapter is for a model: give --model too")
+    check_offload(options.get("offload"), find_device(options.get("device")))  # no page can load a model with others
     check_address(host, port)
     source = None if model is None else find_source(model, adapters, any_base=any_base, **options)
     with tempfile.TemporaryDirectory(prefix="hybriddit-app-") as folder:
@@ -401,6 +417,7 @@ def serving(
             )
             yield address
         finally:
+            page.over.set()  # Python would be aborted within a thread that still makes an image
             blocks.close(verbose=False)
 
 

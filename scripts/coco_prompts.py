@@ -27,7 +27,7 @@ def rows(annotations: Path, count: int, seed: int) -> list[dict]:
         captions: dict[int, list[str]] = {}
         for one in found["annotations"]:
             captions.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} has not the lists of a captions_*.json of MS-COCO ({error})") from None
     if count < 1:
         raise ValueError(f"--count must be at least 1, not {count}")

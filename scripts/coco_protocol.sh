@@ -11,9 +11,28 @@ here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 launch=${LAUNCH:-$python -m}
 
+count=${COUNT:-30000}
+
+# told now, and not after 30,000 images: what the scores need, and a COUNT other than that of the prompts that are there
+[ -d "$val2014" ] || { echo "coco_protocol.sh: no folder of images at $val2014" >&2; exit 1; }
 mkdir -p "$out"
-[ -f "$out/prompts.jsonl" ] ||
-    "$python" "$here/coco_prompts.py" "$annotations" --count "${COUNT:-30000}" --out "$out/prompts.jsonl"
+[ -f "$out/prompts.jsonl" ] || "$python" "$here/coco_prompts.py" "$annotations" --count "$count" --out "$out/prompts.jsonl"
+drawn=$(wc -l <"$out/prompts.jsonl")
+[ "$drawn" -eq "$count" ] || {
+    echo "coco_protocol.sh: $out/prompts.jsonl has $drawn prompts, not $count: give another OUT, or COUNT=$drawn" >&2
+    exit 1
+}
+
+"$python" - <<'END'
+import sys
+
+from hybriddit.metrics.inception import find_inception
+
+try:
+    find_inception()
+except OSError as error:
+    sys.exit(f"coco_protocol.sh: {error}")
+END
 
 score() { # name, options of generate
     local name=$1

@@ -1,6 +1,7 @@
 """`hybriddit app`: the session behind it, its functions, and the page itself in a headless browser."""
 
 import io
+import json
 import math
 import shutil
 import socket
@@ -132,6 +133,16 @@ def test_a_pipeline_that_was_saved_as_a_hybrid(adapters, images, tmp_path):
         find_source(str(tmp_path / "hybrid"), adapters[:1])
 
 
+def test_a_folder_saved_for_another_task_makes_images_of_prompts(tmp_path):
+    """Its steps are told of (without which nothing could interrupt them), and its settings are those of the pipeline used."""
+    folder = shutil.copytree(TEACHER, tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxImg2ImgPipeline"}))
+    session, told = Session(find_source(str(folder), device="cpu")), []
+    session.make(None, PROMPT, tell=lambda *now: told.append(now), **SIZE)
+    assert told == [(1, 2), (2, 2)] and "strength" not in session.takes and session.usual("guidance") == 3.5
+
+
 def test_memory_is_the_peak_within_the_block():
     with measured(torch.device("cpu")) as before:
         pass
@@ -196,6 +207,7 @@ def test_the_command_serves_until_ctrl_c(adapters, monkeypatch, capsys):
         (["--model", TEACHER, "--adapter", "/nowhere"], "no adapter folder /nowhere"),
         (["--model", TEACHER, "--any-base"], "--any-base is for an adapter"),
         (["--model", TEACHER, "--offload", "model", "--device", "cpu"], "spares the memory of an accelerator"),
+        (["--offload", "model", "--device", "cpu"], "spares the memory of an accelerator"),
         (["--steps", "0"], "steps must be 1 or more, not 0"),
         (["--host", "192.0.2.1"], "nothing can be served at 192.0.2.1"),
         (["--port", "70000"], "nothing can be served at 127.0.0.1:70000"),

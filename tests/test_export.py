@@ -16,6 +16,7 @@ from hybriddit.cli import EXPORTS, build_parser, main
 from hybriddit.data.prompts import read_prompts
 from hybriddit.generate.export import BENCHMARKS
 from hybriddit.images import save_png
+from hybriddit.metrics.inception import FILES
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,8 +199,14 @@ def test_the_protocol_on_coco_is_the_papers(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions, "images": images}))
     script, python = ROOT / "scripts/coco_protocol.sh", sys.executable
     environment = {**os.environ, "PYTHON": python, "LAUNCH": "echo", "COUNT": "5", "PYTHONPATH": str(ROOT)}
+    environment["TORCH_HOME"] = str(tmp_path)
     words = ["captions.json", "val2014", "out", "512", "base", "run/adapter"]
     run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = run([script, *words])
+    assert done.returncode == 1 and done.stderr == "coco_protocol.sh: no folder of images at val2014\n"
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints" / FILES[0]).touch()
     done = run([script, *words])
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 5
@@ -208,5 +215,7 @@ def test_the_protocol_on_coco_is_the_papers(tmp_path):
         assert (made.model, made.adapter, made.steps, made.guidance) == ("base", adapter, 25, 7.5)
         assert (made.height, made.width, made.out.parent) == (512, 512, scored.samples)
         assert (scored.size, str(scored.reference)) == (256, "val2014") and "ViT-g-14" in scored.clip
+    done = run([script, *words], env=environment | {"COUNT": "6"})
+    assert done.returncode == 1 and "has 5 prompts, not 6: give another OUT, or COUNT=5" in done.stderr
     done = run([script, *words[:4]])
     assert done.returncode == 2 and "ANNOTATIONS VAL2014 OUT SIZE MODEL [ADAPTER]" in done.stderr

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..machine import find_device
 from .files import check_offload, find_pipeline, plan_with_notes, weights_dtype
-from .images import ARGUMENTS, make
+from .images import ARGUMENTS, for_task, make
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +112,8 @@ class Session:
         from ..pipelines.prepare import place
 
         self.source = source
-        self.pipeline = load_base(source.base, weights_dtype(source.dtype, source.device))
+        found = load_base(source.base, weights_dtype(source.dtype, source.device))
+        self.pipeline = for_task(found, image=False, mask=False)  # it may have been saved as one for another task
         self.model = denoiser(self.pipeline)
         self.notes = [source.base.note] if source.base.note else []
         self.takes = frozenset(
@@ -255,7 +256,9 @@ def _fitting() -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         torch.cuda.empty_cache()
         raise ValueError(
             "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "

@@ -21,7 +21,7 @@ from ..attention import HybridAttention, TokenLayout
 from ..config import FULL, HybridConfig
 from .family import Family, Processors, family_of, is_hybrid
 from .processing import CheckpointWithKwargs, CheckpointWithLayout, FullDelta, LayoutHolder, LowRankDelta, delta_name
-from .wrapping import unwrapped
+from .wrapping import unwrapped, working_dtype
 
 NOT_IN_PARALLEL = (
     "hybrid models do not run in parallel by enable_parallelism, which cuts the tokens without heed to the image's rows: "
@@ -138,7 +138,7 @@ def insert_hybrid(model: nn.Module, config: HybridConfig) -> None:
         raise ValueError("the model is offloaded: convert it, or load the adapter, before enabling offload")
     config.check_layers(layers)
     _check_updates(family, config, [attentions[name] for name in layers])
-    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), model.dtype,
+    hybrids = {name: _hybrid_attention(family, name, attentions[name], config, config.kind(name), working_dtype(model),
                                        family.idle_projections(model, name))
                for name in layers if config.kind(name) != "dense"}  # fmt: skip
     if not hybrids:
@@ -178,7 +178,7 @@ def convert_dense_layers(model: nn.Module) -> None:
     for name in model._dense_processors:
         attn = model.get_submodule(name)
         if family.converts(name) and not hasattr(attn, "hybrid"):
-            attn.hybrid = _hybrid_attention(family, name, attn, config, "dense", model.dtype)
+            attn.hybrid = _hybrid_attention(family, name, attn, config, "dense", working_dtype(model))
             attn.set_processor(_new_processor(model, family, name))
 
 

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # children under which torch.compile, activation checkpointing and FSDP keep the module that they wrap
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -21,6 +22,13 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight is numbers in memory: not quantised, sharded, offloaded, or of another library's type."""
     return type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
+
+
+def working_dtype(model: ModelMixin) -> torch.dtype:
+    """The dtype that a model's activations have: its weights', but for quantised ones, which name a type of their own."""
+    quantised = (is_traceable_wrapper_subclass(one) and not isinstance(one, DTensor) for one in model.parameters())
+    beside = (weight.dtype for weight in model.parameters() if is_plain(weight) and weight.is_floating_point())
+    return next(beside, model.dtype) if any(quantised) else model.dtype
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from diffusers import FluxPipeline, FluxTransformer2DModel, TorchAoConfig
 from safetensors.torch import load_file
 from test_distill import tiny_config
+from tiny_pipelines import tiny_pipeline
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hybriddit import load_adapter
+from hybriddit import HybridConfig, hybridize, load_adapter
 from hybriddit.cli import main
 from hybriddit.models.identity import tensor_digest, weights_digest
 from hybriddit.models.wrapping import is_plain
@@ -124,6 +125,16 @@ def test_quantised_weights_are_told_apart():
         digests.append(weights_digest(model))
     assert digests[0] == digests[1] and len(set(digests)) == 3
     assert tensor_digest(weight) not in digests
+
+
+def test_added_weights_have_the_dtype_of_those_beside_quantised_ones():
+    """Activations have that; a quantised weight names a half-precision type of its own, whatever the pipeline's."""
+    model = tiny_pipeline("flux_dev").transformer
+    first = model.time_text_embed.timestep_embedder.linear_1
+    first.weight = quantised(first.weight.detach())
+    assert model.dtype == torch.bfloat16  # by which the added weights were, and failed in a pipeline in float32
+    hybridize(model, HybridConfig(window=3, map_rank=2))
+    assert {weight.dtype for name, weight in model.named_parameters() if ".hybrid." in name} == {torch.float32}
 
 
 def test_ddp_takes_quantised_weights():
