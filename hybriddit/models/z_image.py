@@ -132,7 +132,7 @@ class ZImage(Family):
     guides_above = 0.0
     recipes = {
         "z_image": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),
-        "z_image_turbo": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0),
+        "z_image_turbo": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
     }
     published = {
         "Tongyi-MAI/Z-Image": Published(SHAPE, "z-image", text_parameters=QWEN3_4B),
