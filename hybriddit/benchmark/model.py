@@ -73,9 +73,7 @@ def model_cases(
     A "generation" case runs SAMPLER_STEPS steps of a diffusers pipeline without text encoders and VAE.
     """
     model = random_model(subject, px, layers, dtype, device)
-    arguments, inputs = subject.example(model, px)
-    for tensor in inputs:
-        tensor.requires_grad_(backward)
+    arguments, inputs = subject.example(model, px, backward)
     gradients: dict[torch.Size, Tensor] = {}
     cases = []
     for variant in variants:
@@ -91,7 +89,8 @@ def model_cases(
         else:
 
             def forward(twin=twin) -> Tensor:
-                return twin(**arguments, return_dict=False)[0]
+                out = twin(**arguments, return_dict=False)[0]
+                return torch.stack(out) if isinstance(out, list) else out
 
             steps = 1
         cases.append(Case(variant, forward, [*inputs, *added], steps, gradients=gradients))

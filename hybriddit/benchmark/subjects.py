@@ -111,8 +111,8 @@ class Subject(ABC):
         return arguments
 
     @abstractmethod
-    def example(self, model: nn.Module, px: int) -> Example:
-        """Random inputs for one image, with the dense model's dtype and on its device."""
+    def example(self, model: nn.Module, px: int, backward: bool = False) -> Example:
+        """Random inputs for one image, with the dense model's dtype and on its device; backward: with gradients."""
 
     @abstractmethod
     def variant(self, model: nn.Module, variant: str, window: int) -> nn.Module:
@@ -154,14 +154,17 @@ class FamilySubject(Subject):
     def shape(self) -> AttentionShape:
         return self.family.attention_shape(self.published)
 
-    def example(self, model: nn.Module, px: int) -> Example:
+    def example(self, model: nn.Module, px: int, backward: bool = False) -> Example:
         family, grid, random = self.family, self.shape.grid(px), _maker(torch.randn, model)
         text = family.example_text(model.config, 1, self.prompt, random)
         latents = random(1, *family.latents_shape(model.config, grid))
+        inputs = [latents, text["prompt_embeds"]]
+        for tensor in inputs:  # before the arguments are made, which may be parts of them
+            tensor.requires_grad_(backward)
         times = torch.full((1,), family.middle_time, device=latents.device)
         guidance = GUIDANCE if family.takes_guidance(model.config) else None
         arguments = family.model_inputs(latents, times, text, grid, guidance)
-        return Example(arguments, [latents, text["prompt_embeds"]])
+        return Example(arguments, inputs)
 
     def variant(self, model: nn.Module, variant: str, window: int) -> nn.Module:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -202,9 +205,10 @@ class SiTSubject(Subject):
         heads, head_dim = self.arguments["num_attention_heads"], self.arguments["attention_head_dim"]
         return AttentionShape(heads, head_dim, 0, False, self.vae_scale_factor * self.arguments["patch_size"])
 
-    def example(self, model: nn.Module, px: int) -> Example:
+    def example(self, model: nn.Module, px: int, backward: bool = False) -> Example:
         config = model.config
         latents = _maker(torch.randn, model)(1, config.in_channels, config.sample_size, config.sample_size)
+        latents.requires_grad_(backward)
         time = torch.full((1,), 0.5, device=latents.device)
         label = torch.zeros(1, dtype=torch.long, device=latents.device)
         return Example({"hidden_states": latents, "timestep": time, "class_labels": label}, [latents])

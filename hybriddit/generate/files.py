@@ -373,8 +373,10 @@ def open_to_measure(
 
 def _size(pipeline: DiffusionPipeline, task: Task) -> tuple[int, int]:
     """(width, height) of a task's image, in pixels; 0 where that is not known."""
-    side = getattr(pipeline, "default_sample_size", 0) * getattr(pipeline, "vae_scale_factor", 0)
-    return task.record.get("width") or side, task.record.get("height") or side
+    from ..pipelines.cascade import native_size
+
+    width, height = task.record.get("width"), task.record.get("height")
+    return width or native_size(pipeline), height or native_size(pipeline)
 
 
 def _plan_memory(

@@ -151,6 +151,8 @@ class Family(ABC):
     vae_class: the VAE's usual class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
         whether that is one call with both; guides_above: the scale above which it does so.
+    usual_side: of the images that the pipelines make where no size is asked for, in pixels, if neither their
+        `default_sample_size` nor the model's `sample_size` tells it.
     guidance_argument: the argument of the pipelines' call that sets the scale of that, or of a guidance embedding.
     empty_prompt: what such pipelines guide away from where no other prompt is given.
     middle_time: a time halfway to noise, in the unit of the recipes' times: an int for steps of a schedule.
@@ -187,6 +189,7 @@ class Family(ABC):
     guided: ClassVar[bool] = True
     guided_together: ClassVar[bool] = True
     guides_above: ClassVar[float] = 1.0
+    usual_side: ClassVar[int] = 0
     guidance_argument: ClassVar[str] = "guidance_scale"
     empty_prompt: ClassVar[str] = ""
     middle_time: ClassVar[float] = 0.5

@@ -68,7 +68,7 @@ def rotary_frequencies(dim: int, theta: float, positions: str, native: int, leng
     it turns as often in the whole length as in the native one (as UltraImage does, arXiv 2512.04504).
     """
     ratio = max(1.0, length / native)
-    if positions == "ntk":
+    if positions == "ntk" and dim > 2:  # one frequency alone is 1 by any theta
         theta = theta * ratio ** (dim / (dim - 2))
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if positions == "interpolated":

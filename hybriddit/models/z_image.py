@@ -130,9 +130,10 @@ class ZImage(Family):
     }
     scheduler = FlowMatchEulerDiscreteScheduler
     guides_above = 0.0
+    usual_side = 1024
     recipes = {
         "z_image": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),
-        "z_image_turbo": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0),
+        "z_image_turbo": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
     }
     published = {
         "Tongyi-MAI/Z-Image": Published(SHAPE, "z-image", text_parameters=QWEN3_4B),
@@ -237,7 +238,9 @@ class ZImage(Family):
         self, config: Mapping[str, Any], count: int, length: int, make: Callable[..., torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         embeds = make(count, length, config["cap_feat_dim"])
-        return {"prompt_embeds": embeds, "prompt_embeds_mask": embeds.new_ones(count, length, dtype=torch.bool)}
+        # in memory, whatever `make` does: the prompts' lengths are read from it
+        mask = torch.ones(count, length, dtype=torch.bool, device="cpu")
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
 
     def sampling_arguments(
         self, text: Mapping[str, torch.Tensor], empty: Mapping[str, torch.Tensor], count: int

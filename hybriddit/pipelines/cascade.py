@@ -21,7 +21,7 @@ from PIL import Image
 from ..flow.path import interpolate, time_of_noise
 from ..flow.sample import sampling_interval
 from ..models import family_of
-from ..models.family import denoiser
+from ..models.family import denoiser, family_of_class
 from .memory import blended_rows
 from .sit import SiTPipeline
 
@@ -71,9 +71,13 @@ SCHEDULES = {
 
 
 def native_size(pipeline: Any) -> int:
-    """The side, in pixels, of the images that a pipeline makes where no size is asked for."""
-    latents = denoiser(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", 0)
-    return latents * pipeline.vae_scale_factor
+    """The side, in pixels, of the images that a pipeline makes where no size is asked for; 0 where that is not known."""
+    model = denoiser(pipeline)
+    told = None if model is None else model.config.get("sample_size")
+    if latents := told or getattr(pipeline, "default_sample_size", 0):
+        return latents * pipeline.vae_scale_factor
+    family = family_of_class(type(model).__name__)
+    return 0 if family is None else family.usual_side
 
 
 def stage_sizes(

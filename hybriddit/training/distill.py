@@ -280,6 +280,8 @@ class Distillation(Job):
         name = config.model.path or str(pipeline.config.get("_name_or_path") or "")
         self.base = {**describe_base(self.model, name), "height": data.info.height, "width": data.info.width}
         self.layers = self.converted = converted_layers(self.model)
+        attentions = self.model._dense_processors if config.train.compile else ()  # see `captured_outputs`
+        self.beside = {name: self.model.get_submodule(name) for name in attentions}
         self.later = list(self.layers)[1::2] if config.loss.progressive_steps else []
         stages = {"distribution": config.loss.distribution > 0, "converted_layers": bool(self.later)}
         self.metrics = (*Distillation.metrics, *(name for name, used in stages.items() if used))
@@ -335,9 +337,9 @@ class Distillation(Job):
             loss = layers_alone(self.model, self.family, len(self.layers), partial(predict, model))
             losses = [loss.new_zeros(()), loss.new_zeros(()), loss.detach()]
         else:
-            with captured_outputs(self.family, self.converted) as teacher_layers:
+            with captured_outputs(self.family, self.converted, self.beside) as teacher_layers:
                 teacher = teach()
-            with captured_outputs(self.family, self.converted) as student_layers:
+            with captured_outputs(self.family, self.converted, self.beside) as student_layers:
                 student = predict(model)
             losses = [
                 student.new_zeros(()) if target is None else F.mse_loss(student, target),

@@ -21,12 +21,18 @@ def converted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def captured_outputs(family: Family, layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
+def captured_outputs(
+    family: Family, layers: dict[str, nn.Module], beside: dict[str, nn.Module] | None = None
+) -> Iterator[dict[str, tuple[torch.Tensor, ...]]]:
     """Yield a dict that the forward pass fills: name of a layer -> the parts of its output that the model uses.
 
     Leave the block before the backward pass: its hooks are then gone, and recomputing a checkpointed block captures
     nothing twice. The hooks only keep references: anything they computed would be missing in that recomputation.
+
+    beside: further layers, which get hooks, too, and whose outputs are dropped at the end. For compiled blocks: torch runs
+    the code of one block for others like it, and does not look whether they have hooks.
     """
+    beside = {name: layer for name, layer in (beside or {}).items() if name not in layers}
     outputs: dict[str, tuple[torch.Tensor, ...]] = {}
 
     def keep(name):
@@ -35,12 +41,14 @@ def captured_outputs(family: Family, layers: dict[str, nn.Module]) -> Iterator[d
 
         return hook
 
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in {**layers, **beside}.items()]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
+        for name in beside:
+            outputs.pop(name, None)
 
 
 def layer_loss(

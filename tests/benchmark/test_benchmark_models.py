@@ -59,7 +59,7 @@ def test_transformers_and_samplers_are_timed(tiny, name, dtype, tmp_path):
     assert f"2 of {of} blocks" in (tmp_path / "benchmark.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "sit-xl"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "z-image", "sit-xl"])
 def test_variants_share_weights_and_their_flops_are_torchs(tiny, name):
     from torch.utils.flop_counter import FlopCounterMode
 

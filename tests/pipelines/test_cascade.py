@@ -67,6 +67,7 @@ def test_the_first_stage_has_the_model_s_area_in_the_asked_shape():
         assert width * height == pytest.approx(1024**2, rel=0.03)
         assert width / height == pytest.approx(size[0] / size[1], rel=0.03)
     assert native_size(tiny_pipeline("sd3")) == native_size(tiny_pipeline("pixart_sigma")) == 64
+    assert native_size(tiny_pipeline("z_image")) == 1024  # which its pipeline's call alone says
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

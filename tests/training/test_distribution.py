@@ -116,7 +116,7 @@ def test_a_run_compares_the_student_with_its_teacher_where_one_step_arrives(fami
 
 
 def test_few_step_teachers_are_refused():
-    for family in ("flux_schnell", "flux2_klein"):
+    for family in ("flux_schnell", "flux2_klein", "z_image_turbo"):
         recipe = recipe_of(tiny_pipeline(family))
         with pytest.raises(ValueError, match="loss.distribution: a few-step teacher's output"):
             loss_in_force(recipe, tiny_config(loss__distribution=1.0))
