@@ -283,7 +283,8 @@ def build(page: Page) -> gr.Blocks:
         parts = {about: _about, model: _model, adapters: _adapters, choice: _choice, drawer: _drawer}
         parts |= {field: partial(_field, name=name) for name, field in fields.items()}
         given = [choice, prompt, seed, *fields.values()]
-        made = [first, second, figures, record, drawer_of_record]
+        # the model, too: another visitor may have loaded one meanwhile
+        made = [first, second, figures, record, drawer_of_record, about]
 
         def now() -> list[Any]:
             return [gr.update(**state(page)) for state in parts.values()]
@@ -304,6 +305,7 @@ def build(page: Page) -> gr.Blocks:
                 html,
                 record,
                 gr.update(visible=True),
+                gr.update(**_about(page)),
             ]
 
         def compare(choice: str, prompt: str, seed: float, *values: Any, progress=gr.Progress()) -> list[Any]:  # noqa: B008
@@ -312,7 +314,7 @@ def build(page: Page) -> gr.Blocks:
                 tell = _progress(progress, ("teacher,", "hybrid,"))
                 teacher, hybrid, html, records = page.compare(choice, prompt, seed, tell, **settings)
             images = gr.update(value=teacher, label=DENSE), gr.update(value=hybrid, label=choice, visible=True)
-            return [*images, html, records, gr.update(visible=True)]
+            return [*images, html, records, gr.update(visible=True), gr.update(**_about(page))]
 
         # a browser that comes later sees what was loaded meanwhile
         blocks.load(now, outputs=list(parts), queue=False, show_progress="hidden", api_name=False)

@@ -412,7 +412,9 @@ def _plan_memory(
     if parallel:
         return plan_shared(pipeline, *size, available=available)
     passes = (steps or task.record["steps"]) * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
-    return plan_memory(pipeline, *size, images=1 + guided, available=available, passes=passes, rates=rates())
+    text = task.arguments.get("max_sequence_length")
+    counts = {"images": 1 + guided, "passes": passes, "max_sequence_length": text}
+    return plan_memory(pipeline, *size, available=available, rates=rates(), **counts)
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:

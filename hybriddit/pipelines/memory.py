@@ -91,11 +91,13 @@ def plan_memory(
     available: int,
     passes: int = 1,
     rates: Rates | None = None,
+    max_sequence_length: int | None = None,
 ) -> MemoryPlan:
     """Find how a hybrid pipeline makes an image of this size, in pixels, in so many bytes besides the weights.
 
     images: that go through the transformer together, 2 with guidance (in strips, they go one after another). passes: how
     often they do. rates: of the device (see `attention.rates.probe_rates`); with them the plan says how long it takes.
+    max_sequence_length: text tokens, as the pipeline's call has them; None: its default.
 
     The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError if
     none does, or if the VAE does not fit, in tiles if it can decode in those. Found by counting tensors, not by running
@@ -118,7 +120,8 @@ def plan_memory(
 
     if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory
         refuse(4 * tokens)
-    text = family.example_text(model.config, images, family.text_length(), lambda *shape: torch.zeros(()).expand(shape))
+    length = family.text_length(max_sequence_length)
+    text = family.example_text(model.config, images, length, lambda *shape: torch.zeros(()).expand(shape))
     peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
     # the whole image takes its tokens several times; where that is too much it is not tried, because tables of positions
     # are made in earnest

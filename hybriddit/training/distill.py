@@ -67,9 +67,10 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
         base.family.check_encoders(components)
         needs_vae = base.family.samples_with_vae or not SOURCES[config.data.source].teacher_made
         check_parts(base.pipeline_class, components, ("scheduler", "vae") if needs_vae else ("scheduler",))
-    config = with_recipe_of(with_hybrid_of(config, base.hybrid_config()), base.family, base.index)
+    config = with_hybrid_of(config, base.hybrid_config())
     # errors are found on shapes, before anything is loaded and before the images are made, which may take days
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
+    config = with_recipe_of(config, family_of(model), base.index)
     config = with_text_length(config, family_of(model).usual_sequence_length())
     images = (source.teacher_made, source.trajectories)
     planned_grids(config, model, vae_scale_factor)

@@ -34,7 +34,7 @@ def arguments(request, tmp_path):
 def base_is_there(monkeypatch):
     """A distillation's base and a SiT's images are found, but not loaded."""
     shapes = tiny_pipeline("flux_dev").transformer.to("meta"), 8
-    base = SimpleNamespace(hybrid_config=lambda: None, file="base.safetensors", shapes=lambda: shapes)
+    base = SimpleNamespace(hybrid_config=lambda: None, file="base.safetensors", shapes=lambda: shapes, index={})
     monkeypatch.setattr(distill, "find_base", lambda *_, **__: None)
     monkeypatch.setattr(distill, "text_to_image", lambda _: base)
     monkeypatch.setattr(train_sit, "plan_training", lambda config: None)
