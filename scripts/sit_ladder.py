@@ -56,7 +56,11 @@ VARIANTS = {
     "linear, LinFusion": {"attention": "linear", "map_rank": "matched"},
     "linear, hedgehog": {"attention": "linear", **SIT_FAR_BRANCH},
     "linear, polynomial": {"attention": "linear", **SIT_FAR_BRANCH, "feature_map": "polynomial"},
+    "linear, block states": {"attention": "linear", **SIT_FAR_BRANCH, "mixer": "blocks"},
+    "linear, scans": {"attention": "linear", **SIT_FAR_BRANCH, "mixer": "scan"},
+    "linear, multi-scale": {"attention": "linear", **SIT_FAR_BRANCH, "mixer": "multiscale"},
     "hybrid, hedgehog": {"attention": "hybrid", **SIT_FAR_BRANCH},
+    "hybrid, block states": {"attention": "hybrid", **SIT_FAR_BRANCH, "mixer": "blocks"},
 }
 PAGE = Path("benchmarks/results/sit_ladder.md")
 HELD_OUT = 2000  # half are the reference, half measure the lowest distance to expect

@@ -66,6 +66,7 @@ class SiTAttention(nn.Module):
         window: tuple[int, int] | None,
         stride: tuple[int, int],
         map_rank: int | None,
+        mixer: str,
         feature_map: str,
         projection: int | None,
         far_rope: bool,
@@ -88,6 +89,7 @@ class SiTAttention(nn.Module):
             stride=stride,
             map_rank=width if map_rank is None else map_rank,
             maps="before",
+            mixer=mixer,
             feature_map=feature_map,
             projection=projection,
             rotary="model" if far_rope else "none",
@@ -207,6 +209,8 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         projection: for linear and hybrid layers, channels m of a learned projection [heads, D, m] of queries and one of
             keys before phi, up to 128; 0: none, as in LinFusion; None: as many as give phi at most D features.
         far_rope: whether rope also rotates the queries and keys of linear attention, before the projection and phi.
+        mixer: for linear and hybrid layers, what attends to the whole image: "linear", or one of other papers' ("blocks",
+            "scan", "multiscale", "pooled"; see HybridConfig), with the feature map and the projection above.
 
     The defaults of map_rank, feature_map, projection and far_rope are LinFusion's, and what models saved by older
     versions mean; the recipes in `configs/sit` named linear and hybrid have map_rank 0, "hedgehog", None and true.
@@ -248,6 +252,7 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         feature_map: str = "elu",
         projection: int | None = 0,
         far_rope: bool = False,
+        mixer: str = "linear",
     ):
         super().__init__()
         width = num_attention_heads * attention_head_dim
@@ -255,6 +260,8 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
         kinds = layer_kinds(attention, num_layers)
         if far_rope and not {"linear", "hybrid"} & set(kinds):
             raise ValueError("far_rope is for linear and hybrid layers, and there are none: leave it out")
+        if mixer != "linear" and not {"linear", "hybrid"} & set(kinds):
+            raise ValueError("mixer is for linear and hybrid layers, and there are none: leave it out")
         if rope and not far_rope and set(kinds) == {"linear"}:
             raise ValueError("rope does nothing in linear attention, and every layer is linear: leave it out")
         # HybridConfig checks window, stride, map_rank, gate and projection, as for a converted model
@@ -285,6 +292,7 @@ class SiTTransformer2DModel(SavesPlain, ModelMixin, ConfigMixin):
                     window=settings.pair("window"),
                     stride=settings.pair("stride"),
                     map_rank=map_rank,
+                    mixer=mixer,
                     feature_map=feature_map,
                     projection=projection,
                     far_rope=far_rope,
@@ -567,8 +575,9 @@ def _check_fields(config):
     side = config.value_conv
     if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 1 or side % 2 == 0):
         raise ValueError(f"value_conv must be an odd integer above 0, or None, not {side!r}")
-    if not isinstance(config.feature_map, str):
-        raise ValueError(f"feature_map must be a name, not {config.feature_map!r}")
+    for name in ("feature_map", "mixer"):
+        if not isinstance(config[name], str):
+            raise ValueError(f"{name} must be a name, not {config[name]!r}")
     if config.far_rope and not config.rope:
         raise ValueError("far_rope rotates by rope, which is off: set rope too, or leave far_rope out")
     if config.rope and config.attention_head_dim % 4:

@@ -515,6 +515,9 @@ def plain_layer(layer, w, x, grid, window=3):
             tokens = torch.einsum("bnhd,hdm->bnhm", tokens, w[f"hybrid.far.projection_{part}"])
         features.append(plain_phi(config["feature_map"], tokens))
     shares = torch.einsum("bqhf,bkhf->bhqk", *features)
+    if config["mixer"] == "blocks":  # of 4 x 4 parts
+        part = torch.tensor([4 * (4 * r // grid[0]) + 4 * c // grid[1] for r in range(grid[0]) for c in range(grid[1])])
+        shares = shares * w["hybrid.far.log_factors"][:, part][:, :, part].exp()
     shares = shares / (shares.sum(-1, keepdim=True) + (1e-4 if config["feature_map"] == "elu" else 1e-8) * x.shape[1])
     far = torch.einsum("bhqk,bkhd->bqhd", shares, value)
     if layer.kind == "linear":
@@ -541,6 +544,7 @@ FAR_BRANCHES = {
     "turned LinFusion": {"rope": True, "far_rope": True, "map_rank": 5},
     "no positions": {**FAR, "rope": False, "far_rope": False, "qk_norm": True},
     "no maps alone": {"map_rank": 0},
+    "block states": {**FAR, "mixer": "blocks"},
 }
 
 
@@ -915,6 +919,9 @@ def test_loading_other_fields_is_refused(tmp_path):
         ({"rope": True, "attention": "linear"}, "rope does nothing in linear attention"),
         ({"feature_map": "relu"}, "unknown feature map 'relu': use one of elu, hedgehog, polynomial"),
         ({"feature_map": None, "attention": "linear"}, "feature_map must be a name, not None"),
+        ({"mixer": 1, "attention": "linear"}, "mixer must be a name, not 1"),
+        ({"mixer": "blocks"}, "mixer is for linear and hybrid layers, and there are none"),
+        ({"mixer": "pooled", "attention": "linear"}, "without feature map 'elu': leave that at 'polynomial'"),
         ({"projection": 129, "attention": "linear"}, "does not take a projection of 129 channels: use .* at most 128"),
         ({"projection": 22, "feature_map": "polynomial"}, "'polynomial' does not take a projection of 22 channels"),
         (

@@ -24,7 +24,7 @@ class PooledMixer(PlainMixer):
     def __init__(self, heads: int, head_dim: int, *, feature_map: str = "polynomial", **settings):
         if feature_map != "polynomial":
             raise ValueError(
-                f"mixer 'pooled' weighs keys by exp(q . k), without feature map {feature_map!r}: leave it out"
+                f"mixer 'pooled' weighs keys by exp(q . k), without feature map {feature_map!r}: leave that at 'polynomial'"
             )
         super().__init__(heads, head_dim, feature_map=feature_map, **settings)
         self.side = max(1, round(math.sqrt(head_dim)))
