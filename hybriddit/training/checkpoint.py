@@ -22,7 +22,7 @@ ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False}
 ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 ADDED_SETTINGS |= {f"model.{name}": value for name, value in ADDED_SIT_FIELDS.items()}
 ADDED_SETTINGS |= {"loss.window_dropout": 0.0, "loss.layer_steps": 0, "loss.distribution": 0.0}
-ADDED_SETTINGS |= {"loss.progressive_steps": 0}
+ADDED_SETTINGS |= {"loss.progressive_steps": 0, "optim.use_8bit_adam": False}
 # What tells the content of models and data, and the settings that say where they are. Content decides; older
 # checkpoints do not have it.
 CONTENT = {
@@ -30,6 +30,9 @@ CONTENT = {
     "data.content": "what the images, captions or prompts are",
 }
 PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
+
+
+TABLES = ("qmap1", "qmap2")  # of bitsandbytes' moments
 
 
 @contextmanager
@@ -88,7 +91,8 @@ def _state(parameters, average, optimizer) -> Iterable[tuple[str, torch.Tensor]]
         yield f"weight/{name}", parameter
         yield f"average/{name}", mean
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{key}/{name}", value
+            # bitsandbytes counts steps by an int, and its parameters have one table, of which a file has no second
+            yield f"{key}/{name}", value.clone() if key in TABLES else torch.as_tensor(value)
 
 
 def gather(named: Iterable[tuple[str, torch.Tensor]], *, keep: bool = True) -> dict[str, torch.Tensor]:
@@ -178,7 +182,7 @@ def load_checkpoint(
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         by_parameter[name][kind] = value
-    fused = optimizer.defaults.get("fused")
+    fused, own = optimizer.defaults.get("fused"), isinstance(optimizer, torch.optim.AdamW)
     with torch.no_grad():
         for (name, parameter), mean in zip(parameters.items(), average, strict=True):
             kinds = by_parameter[name]
@@ -188,7 +192,7 @@ def load_checkpoint(
                 # AdamW counts steps on the host, while its moments are on the device, unless it is fused
                 count = kinds.pop("step")
                 optimizer.state[parameter] = {
-                    "step": count.to(parameter.device) if fused else count,
+                    "step": (count.to(parameter.device) if fused else count) if own else int(count),
                     **{key: shard(value, parameter) for key, value in kinds.items()},
                 }
     return state["step"]

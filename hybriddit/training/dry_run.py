@@ -35,7 +35,6 @@ from .distill import (
 )
 from .estimates import (
     THROUGHPUT,
-    TRAINED,
     Rows,
     assumption_row,
     checkpoint_bytes,
@@ -47,6 +46,8 @@ from .estimates import (
     several_rows,
     si,
     table,
+    trained_bytes,
+    trained_words,
 )
 from .losses import converted_layers
 from .run_config import DistillConfig
@@ -141,7 +142,7 @@ def dry_run(config: DistillConfig) -> dict:
     activations = {name: sampled + max(cost[way] for cost in kept) for name, way in ways.items()}
     memory = {
         "frozen": frozen * element if plan.quantised is None else plan.quantised,
-        "trained": added * TRAINED,
+        "trained": trained_bytes(config, trained.values()),
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
 
@@ -184,6 +185,7 @@ def dry_run(config: DistillConfig) -> dict:
         "images_per_pass": count,
         "gradient_checkpointing": train.gradient_checkpointing,
         "precision": train.precision,
+        "use_8bit_adam": config.optim.use_8bit_adam,
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "stage_bytes": {
             "prompts": None if plan.text_parameters is None else plan.text_parameters * element,
@@ -343,7 +345,7 @@ def _stage_words(figures: dict) -> dict[str, Rows]:
             ("", f"    {si(memory['frozen'], 'B')} frozen weights{', quantised' if figures['quantised'] else ''}"),
             (
                 "",
-                f"    {si(memory['trained'], 'B')} trained weights, their gradients, Adam's moments and average, in fp32",
+                f"    {si(memory['trained'], 'B')} trained weights, {trained_words(figures)}",
             ),
             ("", f"    {si(memory['activations'], 'B')} activations: what autograd keeps and the losses compare,"),
             ("", f"    {figures['images_per_pass']} images at a time, {how} ({other})"),

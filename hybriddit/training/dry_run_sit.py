@@ -16,7 +16,6 @@ from ..models.flops import sit_flops
 from ..models.peak import module_peak
 from .estimates import (
     THROUGHPUT,
-    TRAINED,
     Rows,
     assumption_row,
     checkpoint_bytes,
@@ -28,12 +27,12 @@ from .estimates import (
     several_rows,
     si,
     table,
+    trained_bytes,
+    trained_words,
 )
 from .run_config import SiTConfig
 from .step_cost import sit_step_memory
 from .train_sit import plan_training
-
-SAVED = 4 * 4  # bytes of a weight in a checkpoint: itself, its average and Adam's two moments, in fp32
 
 
 def dry_run(config: SiTConfig) -> dict:
@@ -48,11 +47,12 @@ def dry_run(config: SiTConfig) -> dict:
     side = own.sample_size // own.patch_size
     bf16 = train.precision == "bf16"
     count = train.batch_size // train.accumulation
-    weights = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")  # which is not trained
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() for p in trained)
     kept = sit_step_memory(model, count, bf16=bf16)
     activations = {"with_checkpointing": kept["checkpointed"], "without_checkpointing": kept["kept"]}
     memory = {
-        "trained": weights * TRAINED,
+        "trained": trained_bytes(config, trained),
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
 
@@ -86,6 +86,7 @@ def dry_run(config: SiTConfig) -> dict:
         "step_flops": step_flops,
         "images_per_pass": count,
         "gradient_checkpointing": train.gradient_checkpointing,
+        "use_8bit_adam": config.optim.use_8bit_adam,
         "memory_bytes": {**memory, "total": sum(memory.values())},
         "activation_bytes": activations,
         "stage_bytes": {
@@ -94,7 +95,7 @@ def dry_run(config: SiTConfig) -> dict:
         },
         "several": on_several(config, model, 2 if bf16 else 4, frozen=0, **memory),
         "disk_bytes": {
-            "checkpoints": checkpoint_bytes(weights * SAVED, output),
+            "checkpoints": checkpoint_bytes(memory["trained"] - 4 * weights, output),
             "pipeline": 2 * weights * 4,  # the one before is there until the next is whole
         },
         "images": images,
@@ -136,7 +137,7 @@ def report(figures: dict) -> str:
     words = {
         "training": [
             ("", "while it trains:"),
-            ("", f"    {si(memory['trained'], 'B')} weights, their gradients, Adam's moments and average, in fp32"),
+            ("", f"    {si(memory['trained'], 'B')} weights, {trained_words(figures)}"),
             ("", f"    {si(memory['activations'], 'B')} activations: what autograd keeps, of"),
             ("", f"    {figures['images_per_pass']} images at a time, {how} gradient checkpointing ({other})"),
         ],

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..models.family import transformer_blocks
+from .optimizer import moment_bytes
 
 # all estimated times assume that a step reaches this share of an H100's dense bf16 peak
 H100_PEAK = 989e12
 ASSUMED_SHARE = 0.4
 THROUGHPUT = H100_PEAK * ASSUMED_SHARE
-TRAINED = 4 * 5  # bytes of a trained weight in fp32: itself, its gradient, Adam's two moments and the average
 MANY = (8, 4, 2)  # GPUs
 
 Rows = list[tuple[str, str]]
 
 
+def trained_bytes(config: Any, parameters: Iterable[nn.Parameter]) -> int:
+    """The bytes of trained weights in fp32, their gradients, average and AdamW's moments."""
+    parameters = list(parameters)
+    return 4 * 3 * sum(p.numel() for p in parameters) + moment_bytes(parameters, config)
+
+
+def trained_words(figures: dict) -> str:
+    """What `trained_bytes` counts, in words."""
+    if figures["use_8bit_adam"]:
+        return "their gradients and average, in fp32, and Adam's moments in 8 bits"
+    return "their gradients, Adam's moments and average, in fp32"
+
+
 def on_several(config: Any, model: nn.Module, element: int, *, frozen: int, trained: int, activations: int) -> dict:
     """The bytes on each of as many GPUs, up to 8, as divide a step's images; nothing where that is one.
 
-    element: bytes of a weight while the model runs. frozen, trained, activations: bytes on one GPU, see `TRAINED`.
+    element: bytes of a weight while the model runs. frozen, trained, activations: bytes on one GPU, see `trained_bytes`.
     """
     train = config.train
     alone = train.batch_size // train.accumulation
@@ -32,18 +46,22 @@ def on_several(config: Any, model: nn.Module, element: int, *, frozen: int, trai
             continue
         own = activations * images // alone
         block = max((sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)), default=0)
-        return {
+        # DDP has the gradients a second time, in its buckets
+        gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found = {
             "gpus": gpus,
             "accumulation": accumulation,
             "images_per_pass": images,
-            "ddp": frozen + trained + trained // 5 + own,  # DDP has the gradients a second time, in its buckets
-            "fsdp2": (frozen + trained) // gpus + 2 * block * element + own,  # a block, and the next one
+            "ddp": frozen + trained + gradients + own,
         }
+        if not config.optim.use_8bit_adam:
+            found["fsdp2"] = (frozen + trained) // gpus + 2 * block * element + own  # a block, and the next one
+        return found
     return {}
 
 
 def checkpoint_bytes(trained: int, output: Any) -> int:
-    """The bytes of a run's checkpoints; one more is there while it is written. trained: bytes as in `TRAINED`."""
+    """The bytes of a run's checkpoints; one more is there while it is written. trained: bytes as `trained_bytes` counts."""
     return (output.keep + 1) * trained if output.checkpoint_every else 0
 
 

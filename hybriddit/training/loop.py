@@ -27,7 +27,7 @@ from ..images import Grid, open_image, save_grid
 from ..models.wrapping import is_plain
 from .batches import batches
 from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint
-from .optimizer import make_optimizer, set_learning_rates
+from .optimizer import check_8bit, make_optimizer, set_learning_rates
 from .processes import check_distribution, check_processes, claim_folder, make_accelerator
 from .run_config import to_dict
 from .run_log import changed_settings, log, plot_log, read_starts, record_start, start_log
@@ -115,6 +115,7 @@ def start_run(config, result: str, settings: dict, usual: dict | None = None, *,
         raise ModuleNotFoundError("output.tracker is wandb, which is not installed: pip install wandb")
     accelerator = make_accelerator(config)
     check_distribution(accelerator)
+    check_8bit(config, sharded=accelerator.is_fsdp2)
     check_processes(config, accelerator.num_processes)
     if config.output.folder:
         claim_folder(Path(config.output.folder), result, settings, usual or {}, config.train.steps, resume)

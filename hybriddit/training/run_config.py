@@ -124,7 +124,7 @@ class OptimConfig:
     warmup_steps: steps in which the rate rises from 0.
     schedule: "constant" or "cosine" (to zero at the last step). clip: largest gradient norm; None: no clipping.
     ema_decay: of the weights' moving average in fp32, which is used for samples and results; it warms up over the first
-    steps.
+    steps. use_8bit_adam: keep AdamW's moments in 8 bits, by bitsandbytes; not with FSDP.
     """
 
     lr: float = 1e-4
@@ -134,6 +134,7 @@ class OptimConfig:
     schedule: str = "constant"
     clip: float | None = 1.0
     ema_decay: float = 0.999
+    use_8bit_adam: bool = False
 
 
 @dataclass
