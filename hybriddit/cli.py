@@ -492,7 +492,7 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX and Chroma also "
-        "ntk, yarn or dominant",
+        "ntk, yarn, dominant or clear",
     )
 
 

@@ -169,7 +169,7 @@ class Flux(PackedLatents):
     rotary = True
     reads_positions = True
     image_exit = "proj_out"
-    positions = ("plain", "interpolated", "ntk", "yarn", "dominant")
+    positions = ("plain", "interpolated", "ntk", "yarn", "dominant", "clear")
     image_arguments = ("hidden_states", "img_ids", "controlnet_block_samples", "controlnet_single_block_samples")
     pipelines = {
         "text-to-image": FluxPipeline,

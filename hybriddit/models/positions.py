@@ -14,6 +14,8 @@ from torch import nn
 from .family import family_of
 from .wrapping import unwrapped, with_forward
 
+TEXT = 512  # tokens that CLEAR counts besides the image's
+
 
 @contextlib.contextmanager
 def scaled_positions(
@@ -65,11 +67,14 @@ def rotary_frequencies(dim: int, theta: float, positions: str, native: int, leng
     "ntk": a larger theta, by which the lowest frequency alone is spread as far. "yarn": frequencies that turn less than
     once in the native length are spread, those that turn more than 32 times are not, in between in proportion (arXiv
     2309.00071). "dominant": the one whose period is nearest to the native length, by which images repeat, is slowed until
-    it turns as often in the whole length as in the native one (as UltraImage does, arXiv 2512.04504).
+    it turns as often in the whole length as in the native one (as UltraImage does, arXiv 2512.04504). "clear": ten times
+    theta, as CLEAR's authors sample larger images (arXiv 2412.16112).
     """
     ratio = max(1.0, length / native)
     if positions == "ntk" and dim > 2:  # one frequency alone is 1 by any theta
         theta = theta * ratio ** (dim / (dim - 2))
+    if positions == "clear" and ratio > 1:
+        theta = 10 * theta
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if positions == "interpolated":
         return frequencies / ratio
@@ -93,8 +98,10 @@ def rotary_tables(
     """(cos, sin), float32 [S, sum of dims] each, as FluxPosEmbed gives them, for `ids` [S, 3]: (index, row, column), or
     more numbers behind these.
 
-    dims, theta: the embedding's. native, grid: see `scaled_positions`. "yarn" makes queries and keys longer, each times
-    1 + 0.1 ln(ratio of the sides).
+    dims, theta: the embedding's. native, grid: see `scaled_positions`. Some make queries and keys longer, each
+    by the same factor: "yarn" by 1 + 0.1 ln(ratio of the sides), "clear" by (ln N / ln native N)^(1/4), with N the tokens of
+    the image and of a text of 512, as CLEAR has it: attention to more tokens then has the entropy that it had (arXiv
+    2306.08645).
     """
     others = [1] * (len(dims) - 3)  # which do not grow with the image
     sizes = zip(ids.double().unbind(1), dims, (1, *native, *others), (1, *grid, *others), strict=True)
@@ -103,8 +110,12 @@ def rotary_tables(
         for place, dim, own, length in sizes
     ]
     angle = torch.cat([part.repeat_interleave(2, 1) for part in angles], 1)
-    ratio = math.sqrt(math.prod(max(1.0, length / own) for length, own in zip(grid, native, strict=True)))
-    longer = 1 + 0.1 * math.log(ratio) if positions == "yarn" else 1.0
+    longer = 1.0
+    if positions == "yarn":
+        ratio = math.sqrt(math.prod(max(1.0, length / own) for length, own in zip(grid, native, strict=True)))
+        longer = 1 + 0.1 * math.log(ratio)
+    if positions == "clear":
+        longer = max(1.0, math.log(math.prod(grid) + TEXT, math.prod(native) + TEXT)) ** (1 / 4)
     return (angle.cos() * longer).float(), (angle.sin() * longer).float()
 
 

@@ -146,7 +146,7 @@ def dry_run(config: DistillConfig) -> dict:
         "activations": activations["with_checkpointing" if train.gradient_checkpointing else "without_checkpointing"],
     }
 
-    several = on_several(config, model, element, **memory)
+    several = on_several(config, model, element, added, **memory)
     if plan.quantised is not None:
         several.pop("fsdp2", None)  # see `check_quantised`
 

@@ -93,7 +93,7 @@ def dry_run(config: SiTConfig) -> dict:
             "training": sum(memory.values()),
             "samples": memory["trained"] + max(samples) if samples else None,
         },
-        "several": on_several(config, model, 2 if bf16 else 4, frozen=0, **memory),
+        "several": on_several(config, model, 2 if bf16 else 4, weights, frozen=0, **memory),
         "disk_bytes": {
             "checkpoints": checkpoint_bytes(memory["trained"] - 4 * weights, output),
             "pipeline": 2 * weights * 4,  # the one before is there until the next is whole

@@ -32,10 +32,13 @@ def trained_words(figures: dict) -> str:
     return "their gradients, Adam's moments and average, in fp32"
 
 
-def on_several(config: Any, model: nn.Module, element: int, *, frozen: int, trained: int, activations: int) -> dict:
+def on_several(
+    config: Any, model: nn.Module, element: int, weights: int, *, frozen: int, trained: int, activations: int
+) -> dict:
     """The bytes on each of as many GPUs, up to 8, as divide a step's images; nothing where that is one.
 
-    element: bytes of a weight while the model runs. frozen, trained, activations: bytes on one GPU, see `trained_bytes`.
+    element: bytes of a weight while the model runs. weights: how many are trained. frozen, trained, activations: bytes
+    on one GPU, see `trained_bytes`.
     """
     train = config.train
     alone = train.batch_size // train.accumulation
@@ -46,13 +49,11 @@ def on_several(config: Any, model: nn.Module, element: int, *, frozen: int, trai
             continue
         own = activations * images // alone
         block = max((sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)), default=0)
-        # DDP has the gradients a second time, in its buckets
-        gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         found = {
             "gpus": gpus,
             "accumulation": accumulation,
             "images_per_pass": images,
-            "ddp": frozen + trained + gradients + own,
+            "ddp": frozen + trained + 4 * weights + own,  # DDP has the gradients a second time, in its buckets
         }
         if not config.optim.use_8bit_adam:
             found["fsdp2"] = (frozen + trained) // gpus + 2 * block * element + own  # a block, and the next one

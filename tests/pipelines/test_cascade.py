@@ -13,7 +13,7 @@ from tiny_pipelines import FAMILIES, TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
 
 from hybriddit import SiTPipeline, SiTTransformer2DModel
 from hybriddit.models import family_of, in_strips, scaled_positions
-from hybriddit.models.positions import rotary_frequencies
+from hybriddit.models.positions import rotary_frequencies, rotary_tables
 from hybriddit.pipelines.cascade import (
     SCHEDULES,
     Schedule,
@@ -281,12 +281,16 @@ def test_frequencies_against_diffusers_and_by_hand():
     def found(positions, length=length):
         return rotary_frequencies(dim, theta, positions, native, length).numpy()
 
-    for positions in ("plain", "interpolated", "ntk", "yarn", "dominant"):
+    for positions in ("plain", "interpolated", "ntk", "yarn", "dominant", "clear"):
         np.testing.assert_allclose(found(positions, length=native), base, rtol=1e-12)
         np.testing.assert_allclose(found(positions, length=native // 2), base, rtol=1e-12)
     np.testing.assert_allclose(found("plain"), base)
     place = torch.arange(length, dtype=torch.float64)
-    for positions, options in {"interpolated": {"linear_factor": 4.0}, "ntk": {"ntk_factor": 4.0 ** (56 / 54)}}.items():
+    for positions, options in {
+        "interpolated": {"linear_factor": 4.0},
+        "ntk": {"ntk_factor": 4.0 ** (56 / 54)},
+        "clear": {"ntk_factor": 10.0},
+    }.items():
         cos, _ = get_1d_rotary_pos_embed(dim, place, theta, use_real=True, freqs_dtype=torch.float64, **options)
         np.testing.assert_allclose(np.cos(np.outer(place, found(positions))).repeat(2, 1), cos, atol=1e-6)
     np.testing.assert_allclose(found("ntk")[-1], base[-1] / 4)  # the lowest is spread as far as the image grew
@@ -299,11 +303,20 @@ def test_frequencies_against_diffusers_and_by_hand():
     assert abs(math.log(period / native)) == min(abs(np.log(2 * math.pi / base / native)))
 
 
+def test_clear_scales_the_scores_as_its_authors_do():
+    """scale = sqrt(log_4608(tokens) / D), of 64 x 64 image tokens and 512 of text, in their processors."""
+    ids = torch.tensor([[0, 5, 7], [0, 90, 3]])
+    tables = rotary_tables(ids, (16, 56, 56), 10000, "clear", (64, 64), (128, 96))
+    factor = tables[0].square() + tables[1].square()  # of every product of a query and a key
+    torch.testing.assert_close(factor, torch.full_like(factor, math.sqrt(math.log(128 * 96 + 512, 4608))))
+
+
 @pytest.mark.parametrize(
     ("kind", "positions"),
     [
         ("flux_dev", "interpolated"),
         ("flux_dev", "yarn"),
+        ("flux_dev", "clear"),
         ("chroma", "dominant"),
         ("qwen_image", "interpolated"),
         ("sd3", "interpolated"),
