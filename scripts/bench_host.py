@@ -22,9 +22,10 @@ from unittest.mock import patch
 
 import torch
 
-from hybriddit.attention import hybrid, mixers
+from hybriddit.attention import hybrid
 from hybriddit.attention.layout import TokenLayout
 from hybriddit.attention.linear import triton as linear_kernels
+from hybriddit.attention.mixers import linear as mixers
 from hybriddit.attention.window import grids
 from hybriddit.attention.window import kernels as window_kernels
 from hybriddit.machine import device_details
