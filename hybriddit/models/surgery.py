@@ -382,7 +382,7 @@ def _runs_hybrid(model: nn.Module, name: str) -> bool:
 def _row(model: nn.Module, family: Family, name: str) -> Processors:
     """The family's processors for the attention module of this name."""
     teacher = type(model._dense_processors[name])
-    return next(row for row in family.processors if row.teacher is teacher)
+    return next(row for row in family.processors if row.teacher is teacher and fnmatchcase(name, row.layers))
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:

@@ -4,6 +4,7 @@ import torch
 from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
@@ -78,6 +79,11 @@ def flux2(layers=1, single_layers=1, **kwargs):
     )
 
 
+def flux3(layers=1, single_layers=1, **kwargs):
+    sizes = FLUX_SIZES | {"axes_dims_rope": (4, 4, 4, 4), "cond_in_channels": 8, "timestep_channels": 8}
+    return Flux3Transformer2DModel(**sizes, num_layers=layers, num_single_layers=single_layers, **kwargs)
+
+
 def chroma(layers=1, single_layers=1, **kwargs):
     return ChromaTransformer2DModel(
         **FLUX_SIZES,
@@ -148,13 +154,14 @@ KINDS = {
     "flux2": flux2,
     "z-image": z_image,
     "ovis": ovis,
+    "flux3": flux3,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis")  # packed latents, text first, single blocks
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
-FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*"}
+FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*", "flux3": "mode_blocks.image.0.*"}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
 
 
@@ -215,6 +222,15 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
             "txt_ids": torch.tensor([(0, 0, 0, place) for place in range(text)]),
             "guidance": guidance,
         }
+    if isinstance(model, Flux3Transformer2DModel):  # half a step for each token
+        places = [(0, row / 2, column / 2, 0) for row in range(height) for column in range(width)]
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "img_ids": torch.tensor(places),
+            "txt_ids": torch.tensor([(0.0, 0.0, 0.0, place) for place in range(text)]),
+        }
     if is_packed(model):
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
@@ -255,7 +271,7 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel))
+    return isinstance(model, (*packed, OvisImageTransformer2DModel, Flux3Transformer2DModel))
 
 
 def run(model, inputs, **kwargs):
