@@ -1,6 +1,7 @@
 """Tiny random models of every supported kind, inputs for them, and the mask that a window stands for."""
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
@@ -162,6 +163,8 @@ FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")  # 
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
 FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*", "flux3": "mode_blocks.image.0.*"}
+# what a call needs for every layer to have a part in it
+WHOLE = {"flux3": {"references": ((2, 3),)}}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
 
 
@@ -180,8 +183,8 @@ def make(kind, seed=0, dtype=torch.float64, **kwargs):
     return model
 
 
-def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
-    """Arguments of forward for a grid of tokens (height, width)."""
+def make_inputs(model, grid, batch=1, seed=1, text=TEXT, references=()):
+    """Arguments of forward for a grid of tokens (height, width). references: grids of FLUX.3's reference images."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -223,14 +226,23 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
             "guidance": guidance,
         }
     if isinstance(model, Flux3Transformer2DModel):  # half a step for each token
-        places = [(0, row / 2, column / 2, 0) for row in range(height) for column in range(width)]
-        return {
+
+        def places(*grids, first=0):
+            grids = [torch.tensor([0.5, 0.5]) * torch.cartesian_prod(*map(torch.arange, grid)) for grid in grids]
+            return torch.cat([F.pad(F.pad(grid, (1, 0)), (0, 1), value=first - i) for i, grid in enumerate(grids)])
+
+        inputs = {
             "hidden_states": random(batch, height * width, config.in_channels),
             "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
             "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
-            "img_ids": torch.tensor(places),
+            "img_ids": places(grid),
             "txt_ids": torch.tensor([(0.0, 0.0, 0.0, place) for place in range(text)]),
         }
+        if references:
+            ids = places(*references, first=-1)
+            inputs["image_cond_ids"] = ids
+            inputs["image_cond_hidden_states"] = random(batch, len(ids), config.cond_in_channels)
+        return inputs
     if is_packed(model):
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
