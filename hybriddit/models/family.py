@@ -727,8 +727,10 @@ def unregister(family: Family) -> None:
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks in the stacks of a transformer of diffusers, in their order."""
-    held = [part for child in model.children() for part in (child.values() if isinstance(child, nn.ModuleDict) else [child])]
-    return [block for stack in held if isinstance(stack, nn.ModuleList) for block in stack]
+    stacks: list[nn.Module] = []
+    for child in model.children():
+        stacks += child.children() if isinstance(child, nn.ModuleDict) else [child]
+    return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
 
 
 def families() -> Sequence[Family]:

@@ -212,7 +212,8 @@ class Flux(PackedLatents):
                 found = _grids(ids, tokens, self.id_columns)
                 self._grids_of[ids] = ids._version, tokens, found
         if found is None:
-            hint = f": pass {self.attention_kwargs}={{'token_layout': TokenLayout(...)}}" if self.attention_kwargs else ""
+            argument = self.attention_kwargs
+            hint = f": pass {argument}={{'token_layout': TokenLayout(...)}}" if argument else ""
             raise ValueError(f"{name} do not describe whole image grids of {tokens} tokens together{hint}")
         return found
 

@@ -7,6 +7,7 @@ from tiny_models import (
     FIRST_BLOCK,
     FLUX_LIKE,
     HEAD_DIM,
+    HELD,
     KINDS,
     ONE_BLOCK,
     PADDED,
@@ -200,6 +201,7 @@ LAYERS = [
     ("qwen-image", "attn", {}),
     ("flux2", "attn", {}),
     ("flux2", "attn", {"layers": 0, "single_layers": 1}),
+    ("flux3", "attn", {"layers": 0, "single_layers": 1}),
     ("z-image", "attention", {}),
     ("z-image", "attention", {"layers": 0, "refiners": 1}),
 ]
@@ -350,7 +352,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
     torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("z-image", "flux3")])  # without argument for it
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])  # which have no argument for it
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))

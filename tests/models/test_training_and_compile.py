@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import KINDS, WHOLE, make, make_inputs, perturb_hybrid, run, together
+from tiny_models import HELD, KINDS, WHOLE, make, make_inputs, perturb_hybrid, run, together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybriddit import HybridConfig, dense_mode, hybridize
 
 CONFIG = HybridConfig(window=3, gate="token", delta_rank=2)
 FEWER = {"z-image": {"layers": 1}, "flux3": {"single_layers": 0}}  # of which they have three kinds
-HELD = ("z-image", "flux3")  # whose layers read the layout as a constant: each size has graphs
 
 
 def gradients(model, inputs, teacher=None):
@@ -60,6 +59,7 @@ def test_a_fresh_hybrid_learns_its_gates_first(gate):
 def test_compiled_blocks(kind):
     torch._dynamo.reset()
     model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32, **FEWER.get(kind, {})), CONFIG))
+    # where a layer reads the layout as a constant, each size has graphs
     sizes = [make_inputs(model, grid) for grid in [(4, 5), (6, 3), (3, 7), (9, 8)][: 2 if kind in HELD else 4]]
     eager = [run(model, inputs) for inputs in sizes]
     with dense_mode(model):

@@ -158,11 +158,14 @@ KINDS = {
     "flux3": flux3,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")  # packed latents, text first, single blocks
+HELD = ("z-image", "flux3")  # no argument brings the layout to the layers
+# packed latents, text first, single blocks
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
-FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*", "flux3": "mode_blocks.image.0.*"}
+FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*")
+FIRST_BLOCK |= {"z-image": "noise_refiner.0.*", "flux3": "mode_blocks.image.0.*"}
 # what a call needs for every layer to have a part in it
 WHOLE = {"flux3": {"references": ((2, 3),)}}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
