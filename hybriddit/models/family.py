@@ -219,6 +219,10 @@ class Family(ABC):
         """Whether the attention module of this name is one that hybrid attention can replace."""
         return any(fnmatchcase(layer, pattern) for pattern in self.layers)
 
+    def kind_of(self, layer: str, teacher: type) -> Processors:
+        """The processors of the attention module of this name, which runs a processor of the class `teacher`."""
+        return next(row for row in self.processors if row.teacher is teacher and fnmatchcase(layer, row.layers))
+
     def layer_shape(self, attn: nn.Module) -> LayerShape:
         """Sizes of an attention layer; this one reads them from to_q, to_k and `heads`."""
         head_dim = attn.to_q.out_features // attn.heads

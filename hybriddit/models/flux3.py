@@ -15,7 +15,6 @@ The image's blocks and those of the reference images are converted as those of t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -132,8 +131,7 @@ class Flux3(Flux):
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
     def layer_layout(self, model: nn.Module, layer: str, token_layout: TokenLayout) -> TokenLayout:
-        row = next(row for row in self.processors if fnmatchcase(layer, row.layers))
-        return row.hybrid.own_layout(token_layout)
+        return self.kind_of(layer, Flux3AttnProcessor).hybrid.own_layout(token_layout)
 
     def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         if "encoder_hidden_states" not in arguments:

@@ -381,8 +381,7 @@ def _runs_hybrid(model: nn.Module, name: str) -> bool:
 
 def _row(model: nn.Module, family: Family, name: str) -> Processors:
     """The family's processors for the attention module of this name."""
-    teacher = type(model._dense_processors[name])
-    return next(row for row in family.processors if row.teacher is teacher and fnmatchcase(name, row.layers))
+    return family.kind_of(name, type(model._dense_processors[name]))
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
