@@ -13,6 +13,7 @@ from hybriddit.info.contents import describe
 from hybriddit.models import FLUX_3_KLEIN
 from hybriddit.models.flops import attention_flops
 from hybriddit.pipelines.loading import find_base
+from hybriddit.push import make_card
 from hybriddit.training.dry_run import plan_model
 
 PICTURE = Image.effect_mandelbrot((40, 24), (-2, -1, 1, 1), 20).convert("RGB")
@@ -53,6 +54,8 @@ def test_its_modular_pipeline_takes_the_hybrid_and_saves_it(distilled, tmp_path)
     expected = image(pipeline, **calls[1])
     assert (expected - dense[1]).abs().max() > 1e-3
     save_adapter(pipeline.transformer, tmp_path / "adapter")
+    card = str(make_card(tmp_path / "adapter", "someone/flux3-w2"))
+    assert 'pipeline = ModularPipeline.from_pretrained("path/to/the/base")\npipeline.load_components()\n' in card
     for folder in ("hybrid", "dense"):
         if folder == "dense":
             restore_dense(pipeline.transformer)
