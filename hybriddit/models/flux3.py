@@ -112,7 +112,7 @@ class Flux3(Flux):
     recipes = {}
     published = {
         # the defaults of diffusers' class
-        "black-forest-labs/flux-3-image-klein-base": Published(shape="flux3-klein"),
+        "black-forest-labs/flux-3-image-klein-base": Published(shape="flux3"),
         "black-forest-labs/flux-3-image-klein": Published({"flow_map": True}),
     }
 

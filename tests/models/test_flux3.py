@@ -102,4 +102,4 @@ def test_the_commands_refuse_modular_pipelines(tmp_path):
                 command(path)
     with pytest.raises(ValueError, match="whose parts may be anywhere: give the folder of one of them"):
         describe(tmp_path)
-    assert not find_subject("flux3-klein").samples
+    assert not find_subject("flux3").samples
