@@ -67,7 +67,7 @@ class Processors(NamedTuple):
     hybrid: the class that replaces it on converted layers.
     dense: the class that replaces it on the other layers, where `token_layout` arrives as a keyword: it accepts and
         ignores that. None: the teacher's class stays.
-    layers: a pattern of the names of these modules, for kinds whose teacher's class is the same; the first that fits is it.
+    layers: a pattern of the names of these modules, for kinds with the same teacher's class; the first that fits is it.
     """
 
     teacher: type
@@ -145,8 +145,8 @@ class Family(ABC):
         tensors.
     image_lists: arguments of forward that are lists with an element for each image of the batch.
     block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
-    pipelines: diffusers' pipeline classes by task, a subset of TASKS. None, with no recipes, where diffusers has no ordinary
-        pipeline: its models are converted and measured, and the commands neither make images with them nor distill them.
+    pipelines: diffusers' pipeline classes by task, a subset of TASKS. None, with no recipes, where diffusers has no
+        ordinary pipeline: its models are converted and measured, and no command makes images with or distills them.
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.

@@ -1,15 +1,17 @@
 """FLUX.3 klein: blocks of text, image and reference images each alone, then blocks of all three in one sequence.
 
 Sources, read in November 2026: diffusers 0.42's Flux3Transformer2DModel and modular_pipelines/flux3; the README of
-github.com/black-forest-labs/flux-3-image-klein. It is a flow model. Base takes 50 steps and a guidance of 4; the distilled
-model is a flow map of 16 steps without guidance, whose transformer is also told the time that a step leads to. The README
-gives 5.6 billion parameters; the defaults of diffusers' class, taken for the published sizes here, make 5.54.
+github.com/black-forest-labs/flux-3-image-klein. It is a flow model. Base takes 50 steps and a guidance of 4; the
+distilled model is a flow map of 16 steps without guidance, whose transformer is also told the time that a step leads
+to. The README gives 5.6 billion parameters; the defaults of diffusers' class, taken for the published sizes here,
+make 5.54.
 
-diffusers has no pipeline for it, only blocks of its modular kind, which take one prompt a call: the text is as long as the
-prompt, in 80s, and what fills it up is seen by all, without a mask. So prompts of several lengths make no batch, and the
-transformer is served alone: there is no recipe to distill it by.
+diffusers has no pipeline for it, only blocks of its modular kind, which take one prompt a call: the text is as long
+as the prompt, in 80s, and what fills it up is seen by all, without a mask. So prompts of several lengths make no
+batch, and the transformer is served alone: there is no recipe to distill it by.
 
-The image's blocks and those of the reference images are converted as those of the sequence are; the text's stay dense.
+The image's blocks and those of the reference images are converted as those of the sequence are; the text's stay
+dense.
 """
 
 from __future__ import annotations

@@ -426,7 +426,7 @@ def refuse_sit(path: str | os.PathLike) -> None:
 
 
 def refuse_modular(path: str) -> None:
-    """Raise ValueError for a folder of a modular pipeline, and a repository of models for which diffusers has no other."""
+    """Raise ValueError for a modular pipeline: a folder of one, or a repository of models that have no other."""
     family, _ = find_published(path) or (None, None)
     if Path(path).is_dir():
         modular = Path(path, MODULAR_INDEX).is_file() and not Path(path, "model_index.json").is_file()
