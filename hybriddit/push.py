@@ -82,6 +82,8 @@ def make_card(folder: Path, repo_id: str, base: str | None = None, license: str 
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    from .models.family import family_of_class
+
     values = read_json(folder / ADAPTER_FILES[0])
     try:
         hybrid = HybridConfig.from_saved(values)
@@ -108,6 +110,10 @@ def make_card(folder: Path, repo_id: str, base: str | None = None, license: str 
         for key in keys.split()
         if key in config.get(section, {})
     }
+    family = family_of_class(values.get("_base_class"))
+    kind, load = "DiffusionPipeline", ""
+    if family is not None and not family.pipelines:
+        kind, load = "ModularPipeline", "pipeline.load_components()\n"
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {repo_id.rpartition('/')[2]}\n",
@@ -115,8 +121,8 @@ def make_card(folder: Path, repo_id: str, base: str | None = None, license: str 
         f"({values.get('_base_class')}) into hybrid attention, a window and linear attention over the whole image. It "
         f"adds {added:,} parameters and does not hold the base.\n",
         f"Licence of the base: {license}.\n",
-        "```python\nimport hybriddit\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipeline = DiffusionPipeline.from_pretrained("{repository or "path/to/the/base"}")\n'
+        f"```python\nimport hybriddit\nfrom diffusers import {kind}\n\n"
+        f'pipeline = {kind}.from_pretrained("{repository or "path/to/the/base"}")\n{load}'
         f'hybriddit.load_adapter(pipeline, "{repo_id}")\n```\n',
         "## Settings\n\n" + _table({**hybrid.to_dict(), **settings}),
         "## Figures\n\n" + (_table(figures) if figures else "None were kept with the adapter.\n"),

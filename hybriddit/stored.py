@@ -21,6 +21,9 @@ ADAPTER_FILES = ("hybrid_config.json", "hybrid_adapter.safetensors")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines, whose parts may be anywhere
+
+
 def component_classes(index: Mapping[str, Any]) -> dict[str, str | None]:
     """The class of each component by its name, from a model_index.json; None for one that the pipeline does without."""
     pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}

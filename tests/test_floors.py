@@ -136,7 +136,7 @@ def family_names():
     names = set()
     for family in families():
         classes = [family.dense_class, family.hybrid_class, family.scheduler, *family.pipelines.values()]
-        classes += [c for row in family.processors for c in row if c is not None]
+        classes += [c for row in family.processors for c in row[:3] if c is not None]
         # schedulers are shared with SiT and others: a scheduler's name tells no family
         names |= {c.__name__ for c in classes if c is not family.scheduler}
         names |= {f"Hybrid{family.pipeline_name}"}

@@ -320,6 +320,8 @@ def _outcomes(
     part, subject, px = group
     shape, dtype = subject.shape, getattr(torch, chosen.dtype)
     variants = part_variants(part, chosen.variants)
+    if part == "generation" and not subject.samples:
+        return dict.fromkeys(variants, "diffusers has no ordinary pipeline for it"), {}
     limits = Limits(chosen.repeats, chosen.max_seconds)
     free = MEMORY_SHARE * free_bytes(device)
     if part == "attention":

@@ -41,8 +41,10 @@ class Subject(ABC):
     name: in tables and on the command line. source: where it is published. guided: whether a sampler runs the model
     twice a step, with the prompt and without; together: whether in one call. prompt: text tokens that the whole
     transformer receives; those in the attention layer are `shape.text`. block_arguments: see
-    `Family`.
+    `Family`. samples: whether there is a sampler.
     """
+
+    samples = True
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class FamilySubject(Subject):
             family.guided_together,
             family.block_arguments,
         )
-        self.family, self.published = family, published
+        self.family, self.published, self.samples = family, published, bool(family.pipelines)
 
     @cached_property
     def shape(self) -> AttentionShape:

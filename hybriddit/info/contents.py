@@ -14,6 +14,7 @@ from ..config import HybridConfig
 from ..files import read_json, read_tensors
 from ..images import image_size, read_record
 from ..stored import (
+    MODULAR_INDEX,
     checkpoint_hint,
     choose_variant,
     component_classes,
@@ -53,6 +54,8 @@ def describe(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     ):
         if (path / name).is_file():
             return {"kind": kind, **read(path)}
+    if (path / MODULAR_INDEX).is_file():
+        raise ValueError(f"{path} is a modular pipeline, whose parts may be anywhere: give the folder of one of them")
     try:
         found = find_adapter(path)
     except FileNotFoundError as error:

@@ -67,11 +67,13 @@ class Processors(NamedTuple):
     hybrid: the class that replaces it on converted layers.
     dense: the class that replaces it on the other layers, where `token_layout` arrives as a keyword: it accepts and
         ignores that. None: the teacher's class stays.
+    layers: a pattern of the names of these modules, for kinds with the same teacher's class; the first that fits is it.
     """
 
     teacher: type
     hybrid: type
     dense: type | None = None
+    layers: str = "*"
 
 
 class AttentionShape(NamedTuple):
@@ -143,7 +145,8 @@ class Family(ABC):
         tensors.
     image_lists: arguments of forward that are lists with an element for each image of the batch.
     block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
-    pipelines: diffusers' pipeline classes by task, a subset of TASKS.
+    pipelines: diffusers' pipeline classes by task, a subset of TASKS. None, with no recipes, where diffusers has no
+        ordinary pipeline: its models are converted and measured, and no command makes images with or distills them.
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
     scheduler: the pipeline's usual scheduler class.
@@ -215,6 +218,10 @@ class Family(ABC):
     def converts(self, layer: str) -> bool:
         """Whether the attention module of this name is one that hybrid attention can replace."""
         return any(fnmatchcase(layer, pattern) for pattern in self.layers)
+
+    def kind_of(self, layer: str, teacher: type) -> Processors:
+        """The processors of the attention module of this name, which runs a processor of the class `teacher`."""
+        return next(row for row in self.processors if row.teacher is teacher and fnmatchcase(layer, row.layers))
 
     def layer_shape(self, attn: nn.Module) -> LayerShape:
         """Sizes of an attention layer; this one reads them from to_q, to_k and `heads`."""
@@ -556,8 +563,8 @@ class Family(ABC):
 
     @property
     def pipeline_name(self) -> str:
-        """The name of the text-to-image pipeline's class."""
-        return self.pipelines["text-to-image"].__name__
+        """The name of the text-to-image pipeline's class; of the model's, where there is none."""
+        return self.pipelines.get("text-to-image", self.dense_class).__name__
 
 
 def _like(value: float | torch.Tensor, latents: torch.Tensor) -> float | torch.Tensor:
@@ -642,7 +649,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _are_processors(row: Any) -> bool:
-    return isinstance(row, Processors) and all(_is_class(made) for made in row if made is not None)
+    return isinstance(row, Processors) and all(_is_class(made) for made in row[:3] if made is not None)
 
 
 # part of a family -> a check of its value (run in this order), and what the value must be, in words
@@ -672,15 +679,17 @@ _PARTS: dict[str, tuple[Callable[[type[Family], Any], bool], str]] = {
     "pipelines": (
         lambda family, value: (
             _maps(value, lambda made: _is_class(made, DiffusionPipeline))
-            and "text-to-image" in value
+            and (not value or "text-to-image" in value)
             and set(value) <= set(TASKS)
         ),
-        f"pipeline classes by task: text-to-image, and where they exist {' and '.join(TASKS[1:])}",
+        f"pipeline classes by task: text-to-image, and where they exist {' and '.join(TASKS[1:])}; or none at all",
     ),
     "scheduler": (lambda family, value: _is_class(value), "a scheduler's class"),
     "recipes": (
-        lambda family, value: _maps(value, lambda recipe: isinstance(recipe, Recipe)) and value,
-        "one Recipe or more, by name",
+        lambda family, value: (
+            _maps(value, lambda recipe: isinstance(recipe, Recipe)) and bool(value) == bool(family.pipelines)
+        ),
+        "one Recipe or more, by name; none without pipelines",
     ),
     "published": (
         lambda family, value: _maps(value, lambda model: isinstance(model, Published)),
@@ -707,11 +716,11 @@ def _lacks_for_default(family_class: type[Family], method: str) -> list[str]:
     fields, arguments, settings = _DEFAULTS[method]
     if method == "token_layout" and family_class.joint:
         arguments = (*arguments, "encoder_hidden_states")
-    model, pipeline = family_class.dense_class, family_class.pipelines["text-to-image"]
+    model, pipeline = family_class.dense_class, family_class.pipelines.get("text-to-image")
     return [
         *(f"config.{name}" for name in fields if not _takes(model.__init__, name)),
         *(f"forward's {name}" for name in arguments if not _takes(model.forward, name)),
-        *(f"the pipeline's {name}" for name in settings if not _takes(pipeline.__call__, name)),
+        *(f"the pipeline's {name}" for name in settings if pipeline is None or not _takes(pipeline.__call__, name)),
     ]
 
 
@@ -722,7 +731,10 @@ def unregister(family: Family) -> None:
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks in the stacks of a transformer of diffusers, in their order."""
-    return [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
+    stacks: list[nn.Module] = []
+    for child in model.children():
+        stacks += child.children() if isinstance(child, nn.ModuleDict) else [child]
+    return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
 
 
 def families() -> Sequence[Family]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -112,17 +112,13 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
-def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
-    """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`."""
-    index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
-    counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
+def _grids(ids: torch.Tensor, tokens: int, columns: tuple[int, int]) -> Grids | None:
+    """The image grids that the first `tokens` of ids [N, …] describe, see `Flux.grids`; None where they do not."""
+    index, row = ids.reshape(-1, ids.shape[-1])[:tokens, list(columns)].cpu().unbind(1)
+    images = index.unique_consecutive().tolist()
+    counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in images]
     grids = tuple((count // max(width, 1), width) for count, width in counts)
-    if sum(height * width for height, width in grids) != tokens or index.diff().lt(0).any():
-        raise ValueError(
-            f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
-            "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
-        )
-    return grids
+    return grids if sum(height * width for height, width in grids) == tokens else None
 
 
 def position_ids(like: torch.Tensor, text_length: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -188,28 +184,38 @@ class Flux(PackedLatents):
         "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}, text_parameters=TEXT),
     }
 
+    id_columns: ClassVar[tuple[int, int]] = (0, 1)  # where the ids of image tokens have the image's index, and the row
+
     def __init__(self):
-        # what img_ids have been found to hold, with their version: on a GPU every reading waits for all work before it
-        self._grids_of: MutableMapping[torch.Tensor, tuple[int, int, Grids]] = WeakTensorKeyDictionary()
+        # what ids have been found to hold, with their version: on a GPU every reading waits for all work before it
+        self._grids_of: MutableMapping[torch.Tensor, tuple[int, int, Grids | None]] = WeakTensorKeyDictionary()
 
     def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
-        """Text length and image grids of one call.
+        """Text length and image grids of one call. Raises ValueError as `grids` does."""
+        grids = self.grids("img_ids", inputs["img_ids"], inputs["hidden_states"].shape[1])
+        return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
-        img_ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
+    def grids(self, name: str, ids: torch.Tensor, tokens: int) -> Grids:
+        """The image grids that the ids of so many image tokens describe. name: of the argument that they are.
+
+        ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
         a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width
         is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart. Pipelines pass
         the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
         grids.
         """
-        img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
-        if img_ids.is_inference():  # a change in place would not show
-            grids = _grids(img_ids, tokens)
+        if ids.is_inference():  # a change in place would not show
+            found = _grids(ids, tokens, self.id_columns)
         else:
-            version, length, grids = self._grids_of.get(img_ids, (None, None, ()))
-            if (version, length) != (img_ids._version, tokens):
-                grids = _grids(img_ids, tokens)
-                self._grids_of[img_ids] = img_ids._version, tokens, grids
-        return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
+            version, length, found = self._grids_of.get(ids, (None, None, None))
+            if (version, length) != (ids._version, tokens):
+                found = _grids(ids, tokens, self.id_columns)
+                self._grids_of[ids] = ids._version, tokens, found
+        if found is None:
+            argument = self.attention_kwargs
+            hint = f": pass {argument}={{'token_layout': TokenLayout(...)}}" if argument else ""
+            raise ValueError(f"{name} do not describe whole image grids of {tokens} tokens together{hint}")
+        return found
 
     def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         found, columns = super().strip(arguments, token_layout, rows), token_layout.grids[0][1]

@@ -121,6 +121,11 @@ def sampled_few_steps(count: int, tokens: int, scheduler: Any, generator: torch.
     return moved(few_steps(count, tokens, scheduler, generator), _shift(tokens, 4, scheduler.config))
 
 
+def ids_along(*counts: int, device: torch.device) -> torch.Tensor:
+    """Whole numbers along each of the axes, [tokens, axes], the last axis running fastest."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))
+
+
 HybridFlux2Transformer2DModel = hybrid_class(Flux2Transformer2DModel)
 MISTRAL_SMALL = 24_011_361_280  # with its eyes
 QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
@@ -227,17 +232,14 @@ class Flux2(Flux):
         grid: tuple[int, int],
         guidance: float | None,
     ) -> dict[str, Any]:
-        def ids(*counts: int) -> torch.Tensor:  # along the four axes
-            return torch.cartesian_prod(*(torch.arange(count, device=noisy.device) for count in counts))
-
         embeds = text["prompt_embeds"]
         return {
             "hidden_states": noisy,
             "encoder_hidden_states": embeds,
             "timestep": times,
             "guidance": None if guidance is None else torch.full_like(times, guidance),
-            "img_ids": ids(1, *grid, 1),
-            "txt_ids": ids(1, 1, 1, embeds.shape[1]),
+            "img_ids": ids_along(1, *grid, 1, device=noisy.device),
+            "txt_ids": ids_along(1, 1, 1, embeds.shape[1], device=noisy.device),
         }
 
 

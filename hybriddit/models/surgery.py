@@ -381,8 +381,7 @@ def _runs_hybrid(model: nn.Module, name: str) -> bool:
 
 def _row(model: nn.Module, family: Family, name: str) -> Processors:
     """The family's processors for the attention module of this name."""
-    teacher = type(model._dense_processors[name])
-    return next(row for row in family.processors if row.teacher is teacher)
+    return family.kind_of(name, type(model._dense_processors[name]))
 
 
 def _check_not_fused(name: str, attn: nn.Module) -> None:
@@ -411,10 +410,20 @@ def _relabel_in_pipelines(model: nn.Module) -> None:
 
     A pipeline records a component's class only when it is set. Saved with the old class, it would load a dense model.
     """
-    pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    if pipelines is None:
-        return
+    ordinary, modular = (
+        getattr(sys.modules.get(f"diffusers.{module}"), kind, ())  # nothing is of a kind that is not imported
+        for module, kind in (
+            ("pipelines.pipeline_utils", "DiffusionPipeline"),
+            ("modular_pipelines.modular_pipeline", "ModularPipeline"),
+        )
+    )
     name = family_of(model).component
     for held in gc.get_objects():
-        if issubclass(type(held), pipelines.DiffusionPipeline) and unwrapped(vars(held).get(name)) is model:
-            setattr(held, name, vars(held)[name])
+        if not issubclass(type(held), (ordinary, modular)) or unwrapped(vars(held).get(name)) is not model:
+            continue
+        component = vars(held)[name]
+        if issubclass(type(held), ordinary):
+            setattr(held, name, component)
+        else:  # it passes over what it has already
+            held.register_components(**{name: None})
+            held.update_components(**{name: component})

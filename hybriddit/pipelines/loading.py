@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from ..config import HybridConfig
 from ..files import read_json
 from ..models import SiTTransformer2DModel, families
-from ..models.family import Family, component_names, family_of_class
+from ..models.family import Family, component_names, family_of_class, find_published
 from ..stored import (
+    MODULAR_INDEX,
     PICKLED,
     checkpoint_hint,
     choose_variant,
@@ -134,6 +135,7 @@ def find_base(path: str, *, variant: str | None = None, config: str | None = Non
     safetensors.
     """
     refuse_sit(path)
+    refuse_modular(path)
     file = Path(path) if Path(path).is_file() else None
     if file is not None:
         _check_single_file(file, config)
@@ -420,6 +422,20 @@ def refuse_sit(path: str | os.PathLike) -> None:
         raise ValueError(
             f"{str(path)!r} is a {name}, which makes images of classes (hybriddit generate --class-label): prompts, "
             "convert and distill are for text-to-image pipelines"
+        )
+
+
+def refuse_modular(path: str) -> None:
+    """Raise ValueError for a modular pipeline: a folder of one, or a repository of models that have no other."""
+    family, _ = find_published(path) or (None, None)
+    if Path(path).is_dir():
+        modular = Path(path, MODULAR_INDEX).is_file() and not Path(path, "model_index.json").is_file()
+    else:
+        modular = family is not None and not family.pipelines
+    if modular:
+        raise ValueError(
+            f"{path!r} is a modular pipeline of diffusers, which the commands do not load: in Python, hybridize and "
+            "load_adapter take its transformer (docs/convert.md)"
         )
 
 

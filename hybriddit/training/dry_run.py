@@ -22,7 +22,7 @@ from ..models import families, family_of, is_hybrid
 from ..models.family import Family, find_published
 from ..models.peak import decoder_peak, forward_peak, module_peak
 from ..models.surgery import keep_dense
-from ..pipelines.loading import Base, refuse_sit, text_to_image
+from ..pipelines.loading import Base, refuse_modular, refuse_sit, text_to_image
 from ..stored import component_classes, weight_files
 from .distill import (
     bucket_notes,
@@ -381,6 +381,7 @@ def plan_model(path: str) -> Plan:
     """
     folder = Path(path)
     refuse_sit(path)
+    refuse_modular(path)
     published = find_published(path)
     if published is not None and not folder.is_dir():
         family, found = published
@@ -403,7 +404,7 @@ def plan_model(path: str) -> Plan:
             with torch.device("meta"):
                 vae = made.from_config(base.read_part("vae"))
         return Plan(model, vae, vae_scale_factor, tokenizer_length, _text_parameters(base), _quantised(base), told)
-    known = ", ".join(repository for family in families() for repository in family.published)
+    known = ", ".join(repository for family in families() if family.pipelines for repository in family.published)
     raise ValueError(f"a dry run needs a local pipeline folder, or one of {known}: model.path is {path!r}")
 
 

@@ -28,6 +28,7 @@ def tiny(monkeypatch):
         "qwen-image": "qwen-image",
         "flux2": "flux2",
         "z-image": "z-image",
+        "flux3": "flux3",
     }
     for name, kind in kinds.items():
         subject = find_subject(name)
@@ -59,7 +60,7 @@ def test_transformers_and_samplers_are_timed(tiny, name, dtype, tmp_path):
     assert f"2 of {of} blocks" in (tmp_path / "benchmark.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "z-image", "sit-xl"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "z-image", "flux3", "sit-xl"])
 def test_variants_share_weights_and_their_flops_are_torchs(tiny, name):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -155,6 +156,7 @@ def test_the_published_shapes():
         "qwen-image": (24, 128, 512, True, 16, 512, True),
         "flux2": (48, 128, 512, True, 16, 512, False),
         "z-image": (30, 128, 512, False, 16, 512, True),
+        "flux3": (24, 128, 640, True, 16, 640, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

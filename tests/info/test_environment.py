@@ -27,12 +27,11 @@ def test_this_machine(capsys):
 def test_choices_are_those_of_the_dispatch(capsys):
     assert main(["info", "--json"]) == 0
     choices = json.loads(capsys.readouterr().out)["window_choices"]
+    names = "PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image", "FLUX.2", "Z-Image", "FLUX.3 klein"
     assert [(c["family"], c["pixels"]) for c in choices] == [
-        (family, size)
-        for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image", "FLUX.2", "Z-Image")
-        for size in (512, 1024, 4096)
+        (name, size) for name in names for size in (512, 1024, 4096)
     ]
-    flux = choices[-7]
+    flux = choices[3 * names.index("FLUX") + 2]
     assert flux["grid"] == [256, 256] and (flux["heads"], flux["head_dim"], flux["text_length"]) == (24, 128, 512)
     for choice in choices:
         case = WindowCase(

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, make, make_inputs, perturb_hybrid, run
+from tiny_models import FIRST_BLOCK, KINDS, make, make_inputs, perturb_hybrid, run
 
 from hybriddit import HybridConfig, dense_mode, hybridize, load_adapter, restore_dense, save_adapter
 from hybriddit.attention import TokenLayout
@@ -108,7 +108,7 @@ def test_replaced_processors_are_refused_not_run(kind, replace):
 def test_setting_processors_changes_nothing_when_refused(kind):
     model = make(kind)
     dense = dict(model.attn_processors)
-    hybridize(model, HybridConfig(window=3, layers={"transformer_blocks.0.*": "dense"}))
+    hybridize(model, HybridConfig(window=3, layers={FIRST_BLOCK[kind]: "dense"}))
     inputs = make_inputs(model, GRID)
     before, own = run(model, inputs), model.attn_processors
     refused(ValueError, "in place of", model.set_attn_processor, AttnProcessor())
@@ -134,7 +134,7 @@ def test_fused_projections(kind):
     refused(ValueError, "leave fuse_qkv_projections out", model.fuse_qkv_projections)
     assert torch.equal(run(model, inputs), before)
     if "flux" in kind:  # layer by layer, whose processor stays
-        model.transformer_blocks[0].attn.fuse_projections()
+        model.get_submodule(FIRST_BLOCK[kind].removesuffix(".*")).attn.fuse_projections()
         refused(ValueError, "unfuse_qkv_projections", run, model, inputs)
         model.unfuse_qkv_projections()
         assert torch.equal(run(model, inputs), before)

@@ -7,10 +7,12 @@ from tiny_models import (
     FIRST_BLOCK,
     FLUX_LIKE,
     HEAD_DIM,
+    HELD,
     KINDS,
     ONE_BLOCK,
     PADDED,
     TEXT,
+    WHOLE,
     WIDTH,
     add_to_token,
     by_token,
@@ -24,7 +26,7 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, FLUX_2_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
+from hybriddit.models import FLUX, FLUX_2_KLEIN, FLUX_3_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -199,6 +201,7 @@ LAYERS = [
     ("qwen-image", "attn", {}),
     ("flux2", "attn", {}),
     ("flux2", "attn", {"layers": 0, "single_layers": 1}),
+    ("flux3", "attn", {"layers": 0, "single_layers": 1}),
     ("z-image", "attention", {}),
     ("z-image", "attention", {"layers": 0, "refiners": 1}),
 ]
@@ -349,7 +352,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
     torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "z-image"])  # which has no argument for it
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD])  # which have no argument for it
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
@@ -476,6 +479,26 @@ def test_flux2_calls_that_cannot_be_served():
     assert torch.equal(run(model, {**inputs, "img_ids": inputs["img_ids"].float()}), run(model, inputs))
 
 
+def test_flux3_has_a_window_in_each_image(monkeypatch):
+    """Blocks of the image, of the references (together as many tokens, in other grids), then of all, in this order."""
+    model, grids = make("flux3"), ((4, 6), (6, 3), (2, 3))
+    inputs = make_inputs(model, grids[0], batch=2, references=grids[1:])
+    dense, attention = run(model, inputs), F.scaled_dot_product_attention
+    masks = [None, window_mask(grids[0], (3, 3)), reference_mask(grids[1:])]
+    masks.append(joint_mask(reference_mask(grids), TEXT, True))
+
+    def masked(query, key, value, **kwargs):
+        return attention(query, key, value, attn_mask=masks.pop(0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", masked)
+        expected = run(model, inputs)
+    assert not masks and (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    assert FLUX_3_KLEIN.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
 def test_qwen_image_padding_does_not_matter():
     """Text of any length, padded to another one: positions are counted from the first word."""
     model = perturb_hybrid(hybridize(make("qwen-image"), HybridConfig(window=3)))
@@ -513,6 +536,7 @@ DELTAS = {
     "qwen-image": 8 + 6,
     "flux2": 8 + 4,
     "z-image": 4 + 8,
+    "flux3": 3 * 4,
 }
 
 
@@ -520,7 +544,7 @@ DELTAS = {
 def test_deltas(kind):
     """Fresh deltas change nothing; every one of them counts; the teacher does without."""
     model = make(kind)
-    inputs = make_inputs(model, (3, 4))
+    inputs = make_inputs(model, (3, 4), **WHOLE.get(kind, {}))
     dense = run(model, inputs)
     plain = run(hybridize(make(kind), HybridConfig(window=3)), inputs)
     hybridize(model, HybridConfig(window=3, delta_rank=2))

@@ -706,8 +706,11 @@ def test_repeated_names_are_refused(toy):
         ("joint", "text", "True or False, not 'text'"),
         ("guided", None, "True or False, not None"),
         ("attention_kwargs", "joint_attention_kwargs", "None or an argument of the model's forward"),
-        ("pipelines", {}, "text-to-image, and where they exist image-to-image and inpainting"),
-        ("pipelines", {"image-to-image": ToyPipeline}, "text-to-image, and where"),
+        (
+            "pipelines",
+            {"image-to-image": ToyPipeline},
+            "text-to-image, and where they exist image-to-image and inpainting",
+        ),
         ("pipelines", {"text-to-image": ToyPipeline, "text-to-video": ToyPipeline}, "text-to-image, and where"),
         ("pipelines", {"text-to-image": "ToyPipeline"}, "pipeline classes by task"),
         ("pipelines", {"text-to-image": ToyTransformer2DModel}, "pipeline classes by task"),

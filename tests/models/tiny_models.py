@@ -1,9 +1,11 @@
 """Tiny random models of every supported kind, inputs for them, and the mask that a window stands for."""
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
@@ -78,6 +80,11 @@ def flux2(layers=1, single_layers=1, **kwargs):
     )
 
 
+def flux3(layers=1, single_layers=1, **kwargs):
+    sizes = FLUX_SIZES | {"axes_dims_rope": (4, 4, 4, 4), "cond_in_channels": 8, "timestep_channels": 8}
+    return Flux3Transformer2DModel(**sizes, num_layers=layers, num_single_layers=single_layers, **kwargs)
+
+
 def chroma(layers=1, single_layers=1, **kwargs):
     return ChromaTransformer2DModel(
         **FLUX_SIZES,
@@ -148,13 +155,19 @@ KINDS = {
     "flux2": flux2,
     "z-image": z_image,
     "ovis": ovis,
+    "flux3": flux3,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis")  # packed latents, text first, single blocks
+HELD = ("z-image", "flux3")  # no argument brings the layout to the layers
+# packed latents, text first, single blocks
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
-FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*") | {"z-image": "noise_refiner.0.*"}
+FIRST_BLOCK = dict.fromkeys(KINDS, "transformer_blocks.0.*")
+FIRST_BLOCK |= {"z-image": "noise_refiner.0.*", "flux3": "mode_blocks.image.0.*"}
+# what a call needs for every layer to have a part in it
+WHOLE = {"flux3": {"references": ((2, 3),)}}
 DENSE_CLASS = {kind: type(build()) for kind, build in KINDS.items()}
 
 
@@ -173,8 +186,8 @@ def make(kind, seed=0, dtype=torch.float64, **kwargs):
     return model
 
 
-def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
-    """Arguments of forward for a grid of tokens (height, width)."""
+def make_inputs(model, grid, batch=1, seed=1, text=TEXT, references=()):
+    """Arguments of forward for a grid of tokens (height, width). references: grids of FLUX.3's reference images."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -215,6 +228,24 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
             "txt_ids": torch.tensor([(0, 0, 0, place) for place in range(text)]),
             "guidance": guidance,
         }
+    if isinstance(model, Flux3Transformer2DModel):  # half a step for each token
+
+        def places(*grids, first=0):
+            grids = [torch.tensor([0.5, 0.5]) * torch.cartesian_prod(*map(torch.arange, grid)) for grid in grids]
+            return torch.cat([F.pad(F.pad(grid, (1, 0)), (0, 1), value=first - i) for i, grid in enumerate(grids)])
+
+        inputs = {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "img_ids": places(grid),
+            "txt_ids": torch.tensor([(0.0, 0.0, 0.0, place) for place in range(text)]),
+        }
+        if references:
+            ids = places(*references, first=-1)
+            inputs["image_cond_ids"] = ids
+            inputs["image_cond_hidden_states"] = random(batch, len(ids), config.cond_in_channels)
+        return inputs
     if is_packed(model):
         ids = torch.zeros(height, width, 3)
         ids[..., 1] += torch.arange(height)[:, None]
@@ -255,7 +286,7 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel))
+    return isinstance(model, (*packed, OvisImageTransformer2DModel, Flux3Transformer2DModel))
 
 
 def run(model, inputs, **kwargs):
