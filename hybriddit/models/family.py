@@ -141,6 +141,7 @@ class Family(ABC):
         `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
+    joint_arguments: arguments of forward that have text and image tokens in their second last dimension, as the layers do.
     image_lists: arguments of forward that are lists with an element for each image of the batch.
     block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS.
@@ -178,6 +179,7 @@ class Family(ABC):
     image_exit: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
+    joint_arguments: ClassVar[tuple[str, ...]] = ()
     image_lists: ClassVar[tuple[str, ...]] = ()
     block_arguments: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
     pipelines: ClassVar[Mapping[str, type]]

@@ -112,15 +112,15 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
-def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
-    """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`."""
-    index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
+def _grids(ids: torch.Tensor, tokens: int, name: str, kwargs: str) -> Grids:
+    """The image grids that the first `tokens` of ids [N, 3] describe: see `Flux.token_layout` and `Flux.grids`."""
+    index, row = ids.reshape(-1, ids.shape[-1])[:tokens, :2].cpu().unbind(1)
     counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
     grids = tuple((count // max(width, 1), width) for count, width in counts)
     if sum(height * width for height, width in grids) != tokens or index.diff().lt(0).any():
         raise ValueError(
-            f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
-            "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
+            f"{name} do not describe whole image grids (found {grids} for {tokens} tokens): "
+            f"pass {kwargs}={{'token_layout': TokenLayout(...)}}"
         )
     return grids
 
@@ -156,8 +156,12 @@ TEXT = T5_XXL + 123_060_480  # with CLIP's L
 
 
 class Flux(PackedLatents):
-    """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps."""
+    """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps.
 
+    position_embedding: the model's name for what makes its rotary tables of ids.
+    """
+
+    position_embedding = "pos_embed"
     name = "FLUX"
     dense_class = FluxTransformer2DModel
     hybrid_class = HybridFluxTransformer2DModel
@@ -190,7 +194,7 @@ class Flux(PackedLatents):
 
     def __init__(self):
         # what img_ids have been found to hold, with their version: on a GPU every reading waits for all work before it
-        self._grids_of: MutableMapping[torch.Tensor, tuple[int, int, Grids]] = WeakTensorKeyDictionary()
+        self._grids_of: MutableMapping[torch.Tensor, tuple[int, tuple[int, int], Grids]] = WeakTensorKeyDictionary()
 
     def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
         """Text length and image grids of one call.
@@ -201,15 +205,22 @@ class Flux(PackedLatents):
         the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
         grids.
         """
-        img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
-        if img_ids.is_inference():  # a change in place would not show
-            grids = _grids(img_ids, tokens)
-        else:
-            version, length, grids = self._grids_of.get(img_ids, (None, None, ()))
-            if (version, length) != (img_ids._version, tokens):
-                grids = _grids(img_ids, tokens)
-                self._grids_of[img_ids] = img_ids._version, tokens, grids
-        return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
+        text = inputs["encoder_hidden_states"].shape[1]
+        return TokenLayout(text, self.grids("img_ids", inputs, 0, "joint_attention_kwargs"), text_first=True)
+
+    def grids(self, name: str, inputs: Mapping[str, Any], first: int, kwargs: str) -> Grids:
+        """The image grids that an argument of a call describes: `name`, ids of the image's tokens from `first` on.
+
+        kwargs: the argument by which a layout could be given instead.
+        """
+        ids, tokens = inputs[name], inputs["hidden_states"].shape[1]
+        if ids.is_inference():  # a change in place would not show
+            return _grids(ids[first:], tokens, name, kwargs)
+        version, place, grids = self._grids_of.get(ids, (None, None, ()))
+        if (version, place) != (ids._version, (first, tokens)):
+            grids = _grids(ids[first:], tokens, name, kwargs)
+            self._grids_of[ids] = ids._version, (first, tokens), grids
+        return grids
 
     def strip(self, arguments: Mapping[str, Any], token_layout: TokenLayout, rows: tuple[int, int]) -> dict[str, Any]:
         found, columns = super().strip(arguments, token_layout, rows), token_layout.grids[0][1]
@@ -223,7 +234,7 @@ class Flux(PackedLatents):
     def position_forwards(
         self, model: nn.Module, positions: str, native: tuple[int, int], grid: tuple[int, int]
     ) -> dict[nn.Module, Callable[..., Any]]:
-        own = model.pos_embed
+        own = model.get_submodule(self.position_embedding)
         return {own: lambda ids: rotary_tables(ids, own.axes_dim, own.theta, positions, native, grid)}
 
     def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:

@@ -74,6 +74,15 @@ class HybridModelMixin(SavesPlain):
             gradient_checkpointing_func = with_what_it_drops(self, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
+    def enable_layerwise_casting(self, *args, **kwargs) -> None:
+        # diffusers looks for "gate" anywhere in a name: the dense model's own gates are stored low, as without hybrids
+        kept = super()._keep_in_fp32_modules or ()
+        self._keep_in_fp32_modules = [*kept, r"\.hybrid\.gate"]
+        try:
+            super().enable_layerwise_casting(*args, **kwargs)
+        finally:
+            del self._keep_in_fp32_modules
+
     def enable_parallelism(self, **kwargs) -> None:
         raise ValueError(NOT_IN_PARALLEL)
 
@@ -93,11 +102,14 @@ class HybridModelMixin(SavesPlain):
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # diffusers matches any part of a name: it has also kept the dense model's own layers called "gate" in fp32
-        if "gate" not in (super()._keep_in_fp32_modules or ()):
-            for name, parameter in model.named_parameters():
-                if "gate" in name.split(".") and ".hybrid." not in name:
-                    parameter.data = parameter.data.to(model.dtype)
+        # diffusers matches any part of a name: it has also kept the dense model's own layers called "gate" in fp32, and
+        # parts of hybrid attention that are called as what the dense model keeps so, such as "norm"
+        kept = set(super()._keep_in_fp32_modules or ())
+        for name, parameter in model.named_parameters():
+            parts = set(name.split("."))
+            rightly = {"gate"} if "hybrid" in parts else kept
+            if parts & (kept | {"gate"}) and not parts & rightly:
+                parameter.data = parameter.data.to(model.dtype)
         # diffusers leaves weights that the file lacks on the meta device, with a warning
         offloaded = getattr(model, "hf_device_map", None)  # offloaded weights are on meta too, and kept elsewhere
         missing = [] if offloaded else [name for name, p in model.named_parameters() if p.is_meta]

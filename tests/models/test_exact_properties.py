@@ -147,7 +147,7 @@ def test_batch_and_guidance_batch(kind):
     """Every sample of a batch, as classifier-free guidance makes one, is what it is alone."""
     model = perturb_hybrid(hybridize(make(kind), HybridConfig(window=3)))
     alone = [make_inputs(model, (5, 6), seed=seed) for seed in (1, 2)]
-    shared = ("img_ids", "txt_ids")
+    shared = ("img_ids", "txt_ids", "position_ids")
     batch = {
         key: value
         if key in shared or value is None
@@ -353,7 +353,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
-    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs"}
+    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs", "krea2": "attention_kwargs"}
     argument = named.get(kind, "joint_attention_kwargs")
     layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
     out = run(model, inputs)
@@ -513,6 +513,7 @@ DELTAS = {
     "qwen-image": 8 + 6,
     "flux2": 8 + 4,
     "z-image": 4 + 8,
+    "krea2": 5 + 5,
 }
 
 
