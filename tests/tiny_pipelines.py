@@ -200,6 +200,7 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipeline = OvisImagePipeline(scheduler, vae, _qwen3().model, _ovis_tokenizer(), transformer)
     elif family in ("krea2", "krea2_turbo"):
+        vae = _qwen_vae(latent_channels)
         transformer = Krea2Transformer2DModel(
             in_channels=4 * latent_channels,
             num_layers=2,
@@ -220,7 +221,7 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
         encoder = _qwen3_vl(), _krea2_tokenizer()
         settings = {"text_encoder_select_layers": (0, 1), "is_distilled": family == "krea2_turbo"}
-        pipeline = Krea2Pipeline(scheduler, _qwen_vae(latent_channels), *encoder, transformer, **settings)
+        pipeline = Krea2Pipeline(scheduler, vae, *encoder, transformer, **settings)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
