@@ -124,6 +124,8 @@ class Family(ABC):
         None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
     block_kwargs: the blocks' name for that argument; None: the same.
+    layout_kwargs: of a model without such an argument, the one in which a call may give a `token_layout` all the same;
+        the model itself ignores it. None: a layout cannot be given.
     checkpoints_kwargs: whether the model passes these to its blocks under gradient checkpointing, too.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
@@ -169,6 +171,7 @@ class Family(ABC):
     processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
     block_kwargs: ClassVar[str | None] = None
+    layout_kwargs: ClassVar[str | None] = None
     checkpoints_kwargs: ClassVar[bool] = True
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False

@@ -113,7 +113,10 @@ Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
 def _grids(ids: torch.Tensor, tokens: int, name: str, kwargs: str) -> Grids:
-    """The image grids that the first `tokens` of ids [N, 3] describe: see `Flux.token_layout` and `Flux.grids`."""
+    """The image grids that the first `tokens` of ids [N, 3] describe: see `Flux.token_layout`.
+
+    name: of these ids among the arguments. kwargs: the argument by which a layout could be given instead.
+    """
     index, row = ids.reshape(-1, ids.shape[-1])[:tokens, :2].cpu().unbind(1)
     counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
     grids = tuple((count // max(width, 1), width) for count, width in counts)
@@ -206,14 +209,15 @@ class Flux(PackedLatents):
         grids.
         """
         text = inputs["encoder_hidden_states"].shape[1]
-        return TokenLayout(text, self.grids("img_ids", inputs, 0, "joint_attention_kwargs"), text_first=True)
+        return TokenLayout(text, self.grids("img_ids", inputs, 0), text_first=True)
 
-    def grids(self, name: str, inputs: Mapping[str, Any], first: int, kwargs: str) -> Grids:
-        """The image grids that an argument of a call describes: `name`, ids of the image's tokens from `first` on.
-
-        kwargs: the argument by which a layout could be given instead.
-        """
-        ids, tokens = inputs[name], inputs["hidden_states"].shape[1]
+    def grids(self, name: str, inputs: Mapping[str, Any], first: int) -> Grids:
+        """The image grids that an argument of a call describes: `name`, ids of the image's tokens from `first` on."""
+        ids, tokens, kwargs = (
+            inputs[name],
+            inputs["hidden_states"].shape[1],
+            self.attention_kwargs or self.layout_kwargs,
+        )
         if ids.is_inference():  # a change in place would not show
             return _grids(ids[first:], tokens, name, kwargs)
         version, place, grids = self._grids_of.get(ids, (None, None, ()))

@@ -82,6 +82,7 @@ class Krea2(QwenImageVae, Flux):
     layers = ("transformer_blocks.*.attn",)
     processors = (Processors(Krea2AttnProcessor, HybridKrea2AttnProcessor),)
     attention_kwargs = None  # diffusers' are for LoRA's scale alone
+    layout_kwargs = "attention_kwargs"
     position_embedding = "rotary_emb"
     image_exit = "final_layer"
     image_arguments = ("hidden_states",)
@@ -110,7 +111,7 @@ class Krea2(QwenImageVae, Flux):
         return {**super().projections(attn), "to_gate": attn.to_gate}
 
     def token_layout(self, model: nn.Module, inputs: Mapping[str, Any]) -> TokenLayout:
-        """The layout in `attention_kwargs`, or the text's length and the grids of the image's rows of `position_ids`.
+        """The text's length, and the grids that the image's rows of `position_ids` describe.
 
         Raises ValueError for ids that are not those of all tokens, and for a mask that is not bool [B, text].
         """
@@ -126,10 +127,7 @@ class Krea2(QwenImageVae, Flux):
                 f"encoder_attention_mask is of bool, {shape}, True for text that is there: not {mask.dtype}, "
                 f"{tuple(mask.shape)}"
             )
-        given = (inputs.get("attention_kwargs") or {}).get("token_layout")  # which the model itself does not heed
-        if given is not None:
-            return given
-        return TokenLayout(text, self.grids("position_ids", inputs, text, "attention_kwargs"), text_first=True)
+        return TokenLayout(text, self.grids("position_ids", inputs, text), text_first=True)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask = pipeline.encode_prompt(prompts, **length)
