@@ -540,6 +540,21 @@ def test_deltas(kind):
         assert torch.equal(run(model, inputs), dense)
 
 
+def test_krea2_calls_that_cannot_be_served():
+    model = hybridize(make("krea2"), HybridConfig(window=3))
+    inputs = make_inputs(model, (4, 6), batch=2)
+    ids, mask = inputs["position_ids"], inputs["encoder_attention_mask"]
+    for words, other in {
+        "a row for each of 5 text and 24 image tokens, not 28 rows": {"position_ids": ids[1:]},
+        r"do not describe whole .* pass attention_kwargs=": {"position_ids": ids.flip(0)},
+        r"of bool, \(2, 5\).* not torch.float64, \(2, 5\)": {"encoder_attention_mask": mask.double()},
+        r"of bool, \(2, 5\).* not torch.bool, \(2, 4\)": {"encoder_attention_mask": mask[:, 1:]},
+    }.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            run(model, {**inputs, **other})
+        assert "\n" not in str(caught.value)
+
+
 def test_z_image_calls_that_cannot_be_served():
     model = hybridize(make("z-image"), HybridConfig(window=3))
     inputs = make_inputs(model, (4, 6), batch=2)
