@@ -122,13 +122,13 @@ def z_image(layers=2, refiners=1, **kwargs):
 
 
 def krea2(layers=2, **kwargs):
-    """Both heads of queries share one of keys and values."""
+    """Narrower heads of queries, of which each two share one of keys and values."""
     return Krea2Transformer2DModel(
         in_channels=8,
         num_layers=layers,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        num_key_value_heads=1,
+        attention_head_dim=HEAD_DIM // 2,
+        num_attention_heads=2 * HEADS,
+        num_key_value_heads=HEADS,
         intermediate_size=WIDTH,
         timestep_embed_dim=8,
         text_hidden_dim=12,
@@ -138,7 +138,7 @@ def krea2(layers=2, **kwargs):
         text_intermediate_size=12,
         num_layerwise_text_blocks=1,
         num_refiner_text_blocks=1,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(2, 2, 4),
         **kwargs,
     )
 
