@@ -26,8 +26,10 @@ MODULAR_INDEX = "modular_model_index.json"  # of diffusers' modular pipelines, w
 
 def component_classes(index: Mapping[str, Any]) -> dict[str, str | None]:
     """The class of each component by its name, from a model_index.json; None for one that the pipeline does without."""
+    # [library, class], both of them null where there is none; pipelines have settings that are lists, too
     pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    return {name: entry[1] for name, entry in pairs.items() if not name.startswith("_")}
+    names = {name: entry for name, entry in pairs.items() if all(isinstance(part, str | None) for part in entry)}
+    return {name: entry[1] for name, entry in names.items() if not name.startswith("_")}
 
 
 def model_folders(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:

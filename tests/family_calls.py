@@ -32,6 +32,15 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
             timestep=times,
             img_shapes=[[(1, rows, columns)]] * len(noisy),
         ).sample
+    if family == "krea2":
+        places = [(0, 0, 0)] * embeds.shape[1] + [(0, row, column) for row in range(rows) for column in range(columns)]
+        return transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            timestep=times,
+            position_ids=torch.tensor(places, dtype=torch.float32),
+            encoder_attention_mask=text["prompt_embeds_mask"],
+        ).sample
     if family.startswith("flux2"):
         places = [(0, row, column, 0) for row in range(rows) for column in range(columns)]
         return transformer(
@@ -80,7 +89,7 @@ def latents_of(family, vae, pixels, packed=True):
             place = 2 * row + column
             part = latents[:, :, row::2, column::2]
             latents[:, :, row::2, column::2] = (part - mean[place::4, None, None]) / std[place::4, None, None]
-    elif family == "qwen_image":  # of a film of one frame
+    elif family in ("qwen_image", "krea2"):  # of a film of one frame
         latents = vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0].clone()
         for channel, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
             latents[:, channel] = (latents[:, channel] - mean) / std
@@ -95,6 +104,7 @@ def latents_of(family, vae, pixels, packed=True):
         "flux2_dev",
         "flux2_klein_base",
         "ovis_image",
+        "krea2",
     ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

@@ -52,6 +52,7 @@ def test_every_family_has_a_config():
         "z_image",
         "z_image_turbo",
         "ovis_image",
+        "krea2",
         "sd15",
         "sdxl",
         "demo",

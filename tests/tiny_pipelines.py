@@ -16,6 +16,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
@@ -46,6 +48,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -67,6 +71,7 @@ FAMILIES = (
     "flux2_klein_base",
     "z_image",
     "ovis_image",
+    "krea2",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -149,15 +154,7 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         pipeline = ChromaPipeline(scheduler, vae, _t5(), _t5_tokenizer(), transformer)
     elif family == "qwen_image":
-        vae = AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=latent_channels,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[0.1 * channel - 0.2 for channel in range(latent_channels)],
-            latents_std=[2.0 + 0.1 * channel for channel in range(latent_channels)],
-        ).eval()
+        vae = _qwen_vae(latent_channels)
         sizes = {name: size for name, size in FLUX_SIZES.items() if name != "num_single_layers"}
         transformer = QwenImageTransformer2DModel(
             **sizes | {"num_layers": 2}, in_channels=4 * latent_channels, out_channels=latent_channels
@@ -202,6 +199,29 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipeline = OvisImagePipeline(scheduler, vae, _qwen3().model, _ovis_tokenizer(), transformer)
+    elif family in ("krea2", "krea2_turbo"):
+        vae = _qwen_vae(latent_channels)
+        transformer = Krea2Transformer2DModel(
+            in_channels=4 * latent_channels,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+            timestep_embed_dim=8,
+            text_hidden_dim=8,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=8,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(2, 2, 4),
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
+        encoder = _qwen3_vl(), _krea2_tokenizer()
+        settings = {"text_encoder_select_layers": (0, 1), "is_distilled": family == "krea2_turbo"}
+        pipeline = Krea2Pipeline(scheduler, vae, *encoder, transformer, **settings)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
@@ -342,6 +362,18 @@ def _qwen():
     ).eval()
 
 
+def _qwen_vae(latent_channels):
+    return AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=latent_channels,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1 * channel - 0.2 for channel in range(latent_channels)],
+        latents_std=[2.0 + 0.1 * channel for channel in range(latent_channels)],
+    ).eval()
+
+
 def _flux2_vae(latent_channels):
     """With statistics that are not those of a fresh batch norm."""
     vae = AutoencoderKLFlux2(
@@ -411,6 +443,19 @@ def _ovis_tokenizer():
     return tokenizer
 
 
+def _qwen3_vl():
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8}
+    rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 0]}
+    text = {"num_hidden_layers": 1, "rope_parameters": rotary, **SMALL}
+    config = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return Qwen3VLModel(config).eval()
+
+
+def _krea2_tokenizer():
+    """The template is 34 tokens before the prompt and 5 behind it, as in the real one; each of our prompts is a token."""
+    return _qwen_tokenizer(("\n", "assistant", *PROMPTS))
+
+
 def _byte_tokenizer():
     """A tokenizer of words, and of letters where there is none."""
     letters = sorted(ByteLevel.alphabet())
@@ -421,13 +466,13 @@ def _byte_tokenizer():
     return tokenizer
 
 
-def _qwen_tokenizer():
+def _qwen_tokenizer(more=("\n<|im_start|>assistant\n",)):
     """The words of the pipeline's template are a token each, as in the real one, whose first 34 tokens are dropped."""
     template = (
         "<|im_start|> system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor , Ġshape Ġsize Ġtexture Ġquantity Ġtext Ġspatial "
         "Ġrelationships Ġof Ġobjects Ġand Ġbackground : <|im_end|> user"
     )
-    words = [word.replace("Ġ", " ") for word in template.split()] + ["\n<|im_start|>assistant\n"]
+    words = [*(word.replace("Ġ", " ") for word in template.split()), *more]
     words += [form for word in WORDS for form in (word, f" {word}")]
     letters = sorted(ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}, merges=[])

@@ -35,6 +35,17 @@ class TokenLayout(NamedTuple):
         width = self.grids[0][1]
         return image.narrow(-2, self.rows.first * width, self.rows.count * width)
 
+    def own_joint(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The text's tokens and this process's rows of the image's: [..., T + N, C] -> [..., T + n, C]."""
+        if self.rows is None:
+            return tokens
+        lengths = (self.text_length, tokens.shape[-2] - self.text_length)
+        if self.text_first:
+            text, image = tokens.split(lengths, dim=-2)
+            return torch.cat((text, self.own(image)), dim=-2)
+        image, text = tokens.split(lengths[::-1], dim=-2)
+        return torch.cat((self.own(image), text), dim=-2)
+
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, ...] -> text [B, T, ...], image [B, N, ...]; views. Raises ValueError where S is not T + N."""
         expected = self.text_length + self.image_length

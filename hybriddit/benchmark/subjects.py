@@ -175,7 +175,8 @@ class FamilySubject(Subject):
 
     def sampler(self, model: nn.Module, px: int, steps: int) -> Callable[[], Tensor]:
         pipeline_class = self.family.pipelines["text-to-image"]
-        parts = dict.fromkeys(name for name in inspect.signature(pipeline_class.__init__).parameters if name != "self")
+        parameters = list(inspect.signature(pipeline_class.__init__).parameters.values())[1:]  # without self
+        parts = {one.name: None if one.default is one.empty else one.default for one in parameters}
         pipeline = pipeline_class(**parts | {self.family.component: model, "scheduler": self.family.scheduler()})
         pipeline.vae_scale_factor = self.vae_scale_factor  # the pipeline would ask its VAE, and has none
         pipeline.set_progress_bar_config(disable=True)

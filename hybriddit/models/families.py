@@ -5,6 +5,7 @@ from .family import register
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .flux3 import Flux3
+from .krea2 import Krea2
 from .ovis_image import OvisImage
 from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
@@ -23,3 +24,4 @@ STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)
 Z_IMAGE = register(ZImage)
 OVIS_IMAGE = register(OvisImage)
 FLUX_3_KLEIN = register(Flux3)
+KREA_2 = register(Krea2)

@@ -126,6 +126,8 @@ class Family(ABC):
         None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
     block_kwargs: the blocks' name for that argument; None: the same.
+    layout_kwargs: of a model without such an argument, the one in which a call may give a `token_layout` all the same;
+        the model itself ignores it. None: a layout cannot be given.
     checkpoints_kwargs: whether the model passes these to its blocks under gradient checkpointing, too.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
@@ -143,6 +145,7 @@ class Family(ABC):
         `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
+    joint_arguments: arguments of forward that have text and image tokens in their second last dimension, as the layers do.
     image_lists: arguments of forward that are lists with an element for each image of the batch.
     block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS. None, with no recipes, where diffusers has no
@@ -171,6 +174,7 @@ class Family(ABC):
     processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
     block_kwargs: ClassVar[str | None] = None
+    layout_kwargs: ClassVar[str | None] = None
     checkpoints_kwargs: ClassVar[bool] = True
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
@@ -181,6 +185,7 @@ class Family(ABC):
     image_exit: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("plain",)
     image_arguments: ClassVar[tuple[str, ...]] = ()
+    joint_arguments: ClassVar[tuple[str, ...]] = ()
     image_lists: ClassVar[tuple[str, ...]] = ()
     block_arguments: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
     pipelines: ClassVar[Mapping[str, type]]

@@ -152,8 +152,12 @@ TEXT = T5_XXL + 123_060_480  # with CLIP's L
 
 
 class Flux(PackedLatents):
-    """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps."""
+    """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps.
 
+    position_embedding: the model's name for what makes its rotary tables of ids.
+    """
+
+    position_embedding = "pos_embed"
     name = "FLUX"
     dense_class = FluxTransformer2DModel
     hybrid_class = HybridFluxTransformer2DModel
@@ -188,15 +192,16 @@ class Flux(PackedLatents):
 
     def __init__(self):
         # what ids have been found to hold, with their version: on a GPU every reading waits for all work before it
-        self._grids_of: MutableMapping[torch.Tensor, tuple[int, int, Grids | None]] = WeakTensorKeyDictionary()
+        self._grids_of: MutableMapping[torch.Tensor, tuple[int, tuple[int, int], Grids | None]]
+        self._grids_of = WeakTensorKeyDictionary()
 
     def token_layout(self, model: FluxTransformer2DModel, inputs: Mapping[str, Any]) -> TokenLayout:
         """Text length and image grids of one call. Raises ValueError as `grids` does."""
         grids = self.grids("img_ids", inputs["img_ids"], inputs["hidden_states"].shape[1])
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
-    def grids(self, name: str, ids: torch.Tensor, tokens: int) -> Grids:
-        """The image grids that the ids of so many image tokens describe. name: of the argument that they are.
+    def grids(self, name: str, ids: torch.Tensor, tokens: int, first: int = 0) -> Grids:
+        """The image grids that the ids of so many image tokens describe, from `first` on. name: of the argument.
 
         ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
         a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width
@@ -204,15 +209,16 @@ class Flux(PackedLatents):
         the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
         grids.
         """
+        place = first, tokens
         if ids.is_inference():  # a change in place would not show
-            found = _grids(ids, tokens, self.id_columns)
+            found = _grids(ids[first:], tokens, self.id_columns)
         else:
-            version, length, found = self._grids_of.get(ids, (None, None, None))
-            if (version, length) != (ids._version, tokens):
-                found = _grids(ids, tokens, self.id_columns)
-                self._grids_of[ids] = ids._version, tokens, found
+            version, known, found = self._grids_of.get(ids, (None, None, None))
+            if (version, known) != (ids._version, place):
+                found = _grids(ids[first:], tokens, self.id_columns)
+                self._grids_of[ids] = ids._version, place, found
         if found is None:
-            argument = self.attention_kwargs
+            argument = self.attention_kwargs or self.layout_kwargs
             hint = f": pass {argument}={{'token_layout': TokenLayout(...)}}" if argument else ""
             raise ValueError(f"{name} do not describe whole image grids of {tokens} tokens together{hint}")
         return found
@@ -229,7 +235,7 @@ class Flux(PackedLatents):
     def position_forwards(
         self, model: nn.Module, positions: str, native: tuple[int, int], grid: tuple[int, int]
     ) -> dict[nn.Module, Callable[..., Any]]:
-        own = model.pos_embed
+        own = model.get_submodule(self.position_embedding)
         return {own: lambda ids: rotary_tables(ids, own.axes_dim, own.theta, positions, native, grid)}
 
     def exact_inputs(self, inputs: dict[str, Any], token_layout: TokenLayout) -> dict[str, Any]:

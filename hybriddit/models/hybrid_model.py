@@ -36,7 +36,8 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
     added = inspect.Parameter("hybrid_config", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = inspect.Signature([*parameters, added])
     # gates stay in fp32: they are near zero, and bf16 would round their steps away. Layerwise casting heeds this too
-    attributes["_keep_in_fp32_modules"] = [*(dense_class._keep_in_fp32_modules or ()), "gate"]
+    attributes["_dense_in_fp32"] = tuple(dense_class._keep_in_fp32_modules or ())
+    attributes["_keep_in_fp32_modules"] = [*attributes["_dense_in_fp32"], "gate"]
     name = f"Hybrid{dense_class.__name__}"
     members = {
         "__init__": register_to_config(__init__),
@@ -46,6 +47,15 @@ def hybrid_class(dense_class: type[nn.Module], **attributes: Any) -> type[nn.Mod
         "__qualname__": name,
     }
     return type(name, (HybridModelMixin, dense_class), {**attributes, **members})
+
+
+def stays_in_fp32(model: nn.Module, name: str) -> bool:
+    """Whether the weight of this name is in fp32 in a model loaded in another dtype: gates, and what its class says."""
+    parts = name.split(".")
+    if "hybrid" in parts:
+        return "gate" in parts
+    kept = getattr(model, "_dense_in_fp32", getattr(model, "_keep_in_fp32_modules", None))
+    return not set(parts).isdisjoint(kept or ())
 
 
 class HybridModelMixin(SavesPlain):
@@ -74,6 +84,14 @@ class HybridModelMixin(SavesPlain):
             gradient_checkpointing_func = with_what_it_drops(self, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
 
+    def enable_layerwise_casting(self, *args, **kwargs) -> None:
+        # diffusers looks for "gate" anywhere in a name: the dense model's own gates are stored low, as without hybrids
+        self._keep_in_fp32_modules = [*self._dense_in_fp32, r"\.hybrid\.gate"]
+        try:
+            super().enable_layerwise_casting(*args, **kwargs)
+        finally:
+            del self._keep_in_fp32_modules
+
     def enable_parallelism(self, **kwargs) -> None:
         raise ValueError(NOT_IN_PARALLEL)
 
@@ -93,11 +111,11 @@ class HybridModelMixin(SavesPlain):
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # diffusers matches any part of a name: it has also kept the dense model's own layers called "gate" in fp32
-        if "gate" not in (super()._keep_in_fp32_modules or ()):
-            for name, parameter in model.named_parameters():
-                if "gate" in name.split(".") and ".hybrid." not in name:
-                    parameter.data = parameter.data.to(model.dtype)
+        # diffusers matches any part of a name: it has also kept the dense model's own layers called "gate" in fp32, and
+        # parts of hybrid attention that are called as what the dense model keeps so, such as "norm"
+        for name, parameter in model.named_parameters():
+            if set(name.split(".")) & set(cls._keep_in_fp32_modules) and not stays_in_fp32(model, name):
+                parameter.data = parameter.data.to(model.dtype)
         # diffusers leaves weights that the file lacks on the meta device, with a warning
         offloaded = getattr(model, "hf_device_map", None)  # offloaded weights are on meta too, and kept elsewhere
         missing = [] if offloaded else [name for name, p in model.named_parameters() if p.is_meta]

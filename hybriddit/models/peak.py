@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from ..attention.rates import Rates
 from ..attention.work import Work
 from .family import family_of, is_hybrid
+from .hybrid_model import stays_in_fp32
 from .positions import scaled_positions, scaling_of
 from .strips import shown_strips
 
@@ -102,8 +103,9 @@ def _small_call(
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
     layout = family.token_layout(small, inputs)  # some read it from the values of tensors
-    if is_hybrid(small) and family.attention_kwargs is not None:
-        inputs[family.attention_kwargs] = {"token_layout": layout}
+    name = family.attention_kwargs or family.layout_kwargs
+    if is_hybrid(small) and name is not None:
+        inputs[name] = {"token_layout": layout}
     return small, {**inputs, "return_dict": False}, blocks
 
 
@@ -151,7 +153,7 @@ def _watched(
             return torch.empty(like.shape, dtype=kept, device=device)
 
     weights = {
-        name: empty(tensor, torch.float32 if _is_gate(name) else dtype)
+        name: empty(tensor, torch.float32 if stays_in_fp32(module, name) else dtype)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
 
@@ -224,10 +226,6 @@ def _is_view(part: Any) -> bool:
 
 
 Watcher = TypeVar("Watcher", _Held, _Worked)
-
-
-def _is_gate(name: str) -> bool:
-    return "gate" in name.split(".") and ".hybrid." in name
 
 
 def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:

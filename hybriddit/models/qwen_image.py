@@ -31,7 +31,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import nn
 
 from ..attention import TokenLayout
-from .family import Processors, Published
+from .family import Family, Processors, Published
 from .flux import PackedLatents
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
@@ -141,10 +141,40 @@ def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return list(shapes[0]) if isinstance(shapes[0], list) else [shapes[0]]
 
 
+class QwenImageVae(Family):
+    """A family whose images are made by Qwen-Image's VAE: one for films, with a mean and std per channel."""
+
+    vae_class = AutoencoderKLQwenImage
+
+    def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
+        if "temperal_downsample" not in vae_config:
+            return super().latent_pixels(vae_config)
+        return 2 ** len(vae_config["temperal_downsample"])
+
+    def latents_scale(self, vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return mean, 1 / std
+
+    def vae_encode(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return _encoded(vae, pixels)
+
+    def vae_decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        return _decoded(vae, latents)
+
+    def encoder(self, vae: nn.Module) -> nn.Module:
+        return _Encoding(vae)
+
+    def decoder(self, vae: nn.Module) -> nn.Module:
+        return _Decoding(vae)
+
+    def published_vae(self, channels: int) -> nn.Module:
+        return AutoencoderKLQwenImage(z_dim=channels)
+
+
 HybridQwenImageTransformer2DModel = hybrid_class(QwenImageTransformer2DModel)
 
 
-class QwenImage(PackedLatents):
+class QwenImage(QwenImageVae, PackedLatents):
     """Qwen-Image, and the transformers of its edit and layered models, whose pipelines are not distilled for."""
 
     name = "Qwen-Image"
@@ -167,7 +197,6 @@ class QwenImage(PackedLatents):
         "image-to-image": QwenImageImg2ImgPipeline,
         "inpainting": QwenImageInpaintPipeline,
     }
-    vae_class = AutoencoderKLQwenImage
     scheduler = FlowMatchEulerDiscreteScheduler
     guidance_argument = "true_cfg_scale"
     empty_prompt = " "
@@ -254,30 +283,6 @@ class QwenImage(PackedLatents):
         if own.pos_freqs.is_meta:
             with torch.device("cpu"):
                 model.pos_embed = type(own)(own.theta, own.axes_dim, own.scale_rope)
-
-    def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
-        if "temperal_downsample" not in vae_config:
-            return super().latent_pixels(vae_config)
-        return 2 ** len(vae_config["temperal_downsample"])
-
-    def latents_scale(self, vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        return mean, 1 / std
-
-    def vae_encode(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        return _encoded(vae, pixels)
-
-    def vae_decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        return _decoded(vae, latents)
-
-    def encoder(self, vae: nn.Module) -> nn.Module:
-        return _Encoding(vae)
-
-    def decoder(self, vae: nn.Module) -> nn.Module:
-        return _Decoding(vae)
-
-    def published_vae(self, channels: int) -> nn.Module:
-        return AutoencoderKLQwenImage(z_dim=channels)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """All prompts are padded to one length, and so may be of one batch: the mask hides the rest.

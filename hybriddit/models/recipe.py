@@ -53,6 +53,11 @@ def shifted_logit_normal(count: int, tokens: int, scheduler: Any, generator: tor
     return moved(sigma, scheduler_shift(tokens, scheduler.config))
 
 
+def sampled_logit_normal(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
+    """Logit-normal times, moved towards noise as the pipelines move theirs."""
+    return moved(torch.randn(count, generator=generator).sigmoid(), sampling_shift(tokens, scheduler.config))
+
+
 def moved(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     """Times at which sigma / (1 - sigma) is `shift` times as large."""
     return shift * sigma / (1 + (shift - 1) * sigma)
@@ -68,6 +73,11 @@ def scheduler_shift(tokens: int, config: Mapping[str, Any]) -> float:
     # SD3 gives its shift for 1024 x 1024 pixels (4096 tokens); it grows with the square root of the number of tokens
     shift = config.get("shift", config.get("flow_shift", 1.0))  # under the second name in DPM-Solver and UniPC
     return max(1.0, shift * math.sqrt(tokens / 4096))
+
+
+def sampling_shift(tokens: int, config: Mapping[str, Any]) -> float:
+    """The factor on sigma / (1 - sigma) by which pipelines move times towards noise: at any size, or by formula."""
+    return scheduler_shift(tokens, config) if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
 
 
 def flow_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

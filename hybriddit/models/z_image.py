@@ -37,7 +37,7 @@ from .flux2 import QWEN3_4B
 from .hybrid_model import hybrid_class
 from .positions import rotary_tables
 from .processing import LayoutHolder, check_call, far_inputs, norm, project
-from .recipe import Recipe, few_steps, moved, scheduler_shift
+from .recipe import Recipe, few_steps, moved, sampled_logit_normal, sampling_shift
 
 PATCH = 2  # of forward and of the pipelines, whatever other sizes a model has weights for
 
@@ -82,16 +82,6 @@ class HybridZSingleStreamAttnProcessor:
         text_mask = None if attention_mask is None else attention_mask[:, image_length:]
         out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2).to(query.dtype)
         return attn.to_out[1](project(attn, "to_out.0", out))
-
-
-def sampling_shift(tokens: int, config: Mapping[str, Any]) -> float:
-    """The factor on sigma / (1 - sigma) by which the pipelines move times towards noise: at any size, or by formula."""
-    return scheduler_shift(tokens, config) if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
-
-
-def sampled_logit_normal(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
-    """Logit-normal times, moved towards noise as the pipelines move theirs."""
-    return moved(torch.randn(count, generator=generator).sigmoid(), sampling_shift(tokens, scheduler.config))
 
 
 def sampled_few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -112,7 +112,7 @@ class Spread:
         inputs = arguments_of(model, args, kwargs)
         if isinstance(model, SiTTransformer2DModel):
             grid = model.patch_embed.dynamic_feat_size(inputs["hidden_states"].shape[2:])
-            layout, cut = TokenLayout(0, (grid,), text_first=False), ()
+            layout, cut, joint = TokenLayout(0, (grid,), text_first=False), (), ()
         elif not is_hybrid(model) or self._converted_anew(model):
             raise ValueError("the model was converted since its images were spread over processes: load it anew")
         elif model._dense_mode:  # each process runs the teacher on the whole image
@@ -121,7 +121,7 @@ class Spread:
             return None
         else:
             family = family_of(model)
-            layout, cut = given_layout(model, inputs), family.image_arguments
+            layout, cut, joint = given_layout(model, inputs), family.image_arguments, family.joint_arguments
         if isinstance(getattr(model, "_cache_config", None), FirstBlockCacheConfig):
             raise ValueError(
                 "the first-block cache would skip blocks by what each process's rows look like: disable_cache() first"
@@ -132,7 +132,8 @@ class Spread:
         height, width = layout.grids[0]
         rows = Rows(self.group, height)
         self.layout = layout._replace(grids=((rows.count, width),), rows=rows)
-        inputs = {name: self._own(value) if name in cut else self._shared(value) for name, value in inputs.items()}
+        parts = dict.fromkeys(cut, self.layout.own) | dict.fromkeys(joint, self.layout.own_joint)
+        inputs = {name: self._part(value, parts.get(name)) for name, value in inputs.items()}
         if torch.is_grad_enabled():
             self._add_up_gradients(model)
         if isinstance(model, SiTTransformer2DModel):
@@ -164,19 +165,13 @@ class Spread:
         hooks = list(model._forward_pre_hooks.values())
         return any(hook in (inject_token_layout, read_token_layout) for hook in hooks[hooks.index(self.enter) :])
 
-    def _own(self, value: Any) -> Any:
-        return self._each(value, lambda x: self.layout.own(self._shared(x)))
-
-    def _shared(self, value: Any) -> Any:
-        return self._each(value, lambda x: shared(x, self.group) if x.requires_grad else x)
-
-    @staticmethod
-    def _each(value: Any, function: Any) -> Any:
-        """The function of a tensor, or of each of a list; anything else as it is."""
+    def _part(self, value: Any, cut: Callable[[Tensor], Tensor] | None) -> Any:
+        """An argument, shared, and cut where there is a function for that: a tensor, or each of a list."""
         if isinstance(value, Tensor):
-            return function(value)
+            value = shared(value, self.group) if value.requires_grad else value
+            return value if cut is None else cut(value)
         if isinstance(value, list | tuple) and value and all(isinstance(x, Tensor) for x in value):
-            return type(value)(map(function, value))
+            return type(value)(self._part(x, cut) for x in value)
         return value
 
     def _add_up_gradients(self, model: nn.Module) -> None:

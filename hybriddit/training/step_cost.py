@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models import dense_mode, family_of
 from ..models.family import transformer_blocks
 from ..models.flops import attention_flops
+from ..models.hybrid_model import stays_in_fp32
 from .losses import captured_outputs, converted_layers, layer_loss
 
 Storages = dict[int, torch.UntypedStorage]
@@ -96,14 +97,16 @@ def sit_step_memory(model: nn.Module, count: int, *, bf16: bool) -> dict[str, in
 
 
 def _fake_weights(model: nn.Module, trained: Callable[[str], bool], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights without data: those that are trained, told by their names, in fp32 and the others in `dtype`.
+    """Weights without data: in fp32 those that are trained, told by their names, and those that the class keeps so.
 
-    There is no active fake mode, so that side computations, such as the windows' tiles, stay real.
+    The others are in `dtype`. There is no active fake mode, so that side computations, such as the windows' tiles, stay real.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         return {
             name: torch.empty(
-                tensor.shape, dtype=torch.float32 if trained(name) else dtype, requires_grad=trained(name)
+                tensor.shape,
+                dtype=torch.float32 if trained(name) or stays_in_fp32(model, name) else dtype,
+                requires_grad=trained(name),
             )
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         }

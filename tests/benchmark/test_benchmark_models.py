@@ -29,6 +29,7 @@ def tiny(monkeypatch):
         "flux2": "flux2",
         "z-image": "z-image",
         "flux3": "flux3",
+        "krea2": "krea2",
     }
     for name, kind in kinds.items():
         subject = find_subject(name)
@@ -99,7 +100,9 @@ def test_variants_are_what_their_names_say(tiny, name):
         assert layers and {(layer.kind, layer.window) for layer in layers} == {(variant, window)}
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "z-image", "sit-xl"])
+@pytest.mark.parametrize(
+    "name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "z-image", "krea2", "sit-xl"]
+)
 def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
     dense = model.random_model(subject, 64, 1, torch.float32, CPU)
@@ -157,6 +160,7 @@ def test_the_published_shapes():
         "flux2": (48, 128, 512, True, 16, 512, False),
         "z-image": (30, 128, 512, False, 16, 512, True),
         "flux3": (24, 128, 640, True, 16, 640, True),
+        "krea2": (48, 128, 512, True, 16, 512, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

@@ -149,7 +149,7 @@ def test_batch_and_guidance_batch(kind):
     """Every sample of a batch, as classifier-free guidance makes one, is what it is alone."""
     model = perturb_hybrid(hybridize(make(kind), HybridConfig(window=3)))
     alone = [make_inputs(model, (5, 6), seed=seed) for seed in (1, 2)]
-    shared = ("img_ids", "txt_ids")
+    shared = ("img_ids", "txt_ids", "position_ids")
     batch = {
         key: value
         if key in shared or value is None
@@ -356,7 +356,7 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
-    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs"}
+    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs", "krea2": "attention_kwargs"}
     argument = named.get(kind, "joint_attention_kwargs")
     layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
     out = run(model, inputs)
@@ -537,6 +537,7 @@ DELTAS = {
     "flux2": 8 + 4,
     "z-image": 4 + 8,
     "flux3": 3 * 4,
+    "krea2": 5 + 5,
 }
 
 
@@ -561,6 +562,21 @@ def test_deltas(kind):
             parameter.add_(1)
     with dense_mode(model):
         assert torch.equal(run(model, inputs), dense)
+
+
+def test_krea2_calls_that_cannot_be_served():
+    model = hybridize(make("krea2"), HybridConfig(window=3))
+    inputs = make_inputs(model, (4, 6), batch=2)
+    ids, mask = inputs["position_ids"], inputs["encoder_attention_mask"]
+    for words, other in {
+        "a row for each of 5 text and 24 image tokens, not 28 rows": {"position_ids": ids[1:]},
+        r"do not describe whole .* pass attention_kwargs=": {"position_ids": ids.flip(0)},
+        r"of bool, \(2, 5\).* not torch.float64, \(2, 5\)": {"encoder_attention_mask": mask.double()},
+        r"of bool, \(2, 5\).* not torch.bool, \(2, 4\)": {"encoder_attention_mask": mask[:, 1:]},
+    }.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            run(model, {**inputs, **other})
+        assert "\n" not in str(caught.value)
 
 
 def test_z_image_calls_that_cannot_be_served():

@@ -12,6 +12,7 @@ from hybriddit.models import (
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
+    KREA_2,
     OVIS_IMAGE,
     PIXART_SIGMA,
     QWEN_IMAGE,
@@ -22,7 +23,7 @@ from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes, **KREA_2.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -131,16 +132,20 @@ def test_flux2_learns_at_the_times_of_its_pipelines_schedules(kind):
         assert times.median() == pytest.approx(called[25], abs=0.01)
 
 
-@pytest.mark.parametrize("recipe", ["z_image", "z_image_turbo"])
-def test_z_image_learns_at_the_times_of_its_pipelines_schedule(recipe):
-    """The steps of Turbo, and the middle of Z-Image's times: what the pipeline calls the transformer with, from 1 on."""
+@pytest.mark.parametrize("recipe", ["z_image", "z_image_turbo", "krea2", "krea2_turbo"])
+def test_students_learn_at_the_times_of_their_pipelines_schedule(recipe):
+    """The steps of Turbo, and the middle of the other's times: what the pipeline calls the transformer with."""
     pipeline, called = tiny_pipeline(recipe), []
-    pipeline.transformer.register_forward_pre_hook(lambda module, args: called.append(1 - float(args[1][0])))
-    steps = 8 if recipe == "z_image_turbo" else 50
+
+    def note(module, args, kwargs):  # Z-Image counts from noise
+        called.append(float(kwargs["timestep"][0]) if "timestep" in kwargs else 1 - float(args[1][0]))
+
+    pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    steps = 8 if recipe.endswith("turbo") else 50
     sizes = {"height": 64, "width": 64, "num_inference_steps": steps, "max_sequence_length": 6}
     pipeline(prompt="a bag", guidance_scale=0.0, output_type="latent", **sizes)
     times = recipe_of(pipeline, recipe).draw_times(4000, 64, pipeline.scheduler, torch.Generator().manual_seed(0))
-    if recipe == "z_image_turbo":
+    if recipe.endswith("turbo"):
         assert {round(time, 4) for time in called} <= {round(time, 4) for time in times.tolist()}
     else:
         assert times.median() == pytest.approx(called[25], abs=0.01)
@@ -161,6 +166,8 @@ def test_the_table_is_the_designs():
         "z_image": (1.0, 0.5, 0.5, 0.1),
         "z_image_turbo": (0.0, 1.0, 0.5, 0.0),
         "ovis_image": (1.0, 0.5, 0.5, 0.1),
+        "krea2": (1.0, 0.5, 0.5, 0.1),
+        "krea2_turbo": (0.0, 1.0, 0.5, 0.0),
     }
 
 
@@ -176,6 +183,8 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "flux2_klein_base": "flux2_klein_base",
         "z_image_turbo": "z_image_turbo",
         "ovis_image": "ovis_image",
+        "krea2": "krea2",
+        "krea2_turbo": "krea2_turbo",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -9,6 +9,7 @@ from hybriddit import HybridConfig, dense_mode, hybridize
 
 CONFIG = HybridConfig(window=3, gate="token", delta_rank=2)
 FEWER = {"z-image": {"layers": 1}, "flux3": {"single_layers": 0}}  # of which they have three kinds
+COMPILED = [kind for kind in KINDS if kind != "krea2"]  # which takes seconds, its layout the way of z-image's
 
 
 def gradients(model, inputs, teacher=None):
@@ -55,7 +56,7 @@ def test_a_fresh_hybrid_learns_its_gates_first(gate):
         assert (grad.abs().max() > 0) == (".gate" in name), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_blocks(kind):
     torch._dynamo.reset()
     model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32, **FEWER.get(kind, {})), CONFIG))
@@ -76,7 +77,7 @@ def test_compiled_blocks(kind):
     torch.testing.assert_close(run(model, sizes[0]), eager[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flux3"])  # tested block by block, above
+@pytest.mark.parametrize("kind", [kind for kind in COMPILED if kind != "flux3"])  # tested block by block, above
 def test_a_compiled_model_is_one_graph(kind):
     torch._dynamo.reset()
     model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32, **FEWER.get(kind, {})), CONFIG))

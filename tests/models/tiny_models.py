@@ -7,6 +7,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     Flux3Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -127,6 +128,28 @@ def z_image(layers=2, refiners=1, **kwargs):
     )
 
 
+def krea2(layers=2, **kwargs):
+    """Narrower heads of queries, of which each two share one of keys and values."""
+    return Krea2Transformer2DModel(
+        in_channels=8,
+        num_layers=layers,
+        attention_head_dim=HEAD_DIM // 2,
+        num_attention_heads=2 * HEADS,
+        num_key_value_heads=HEADS,
+        intermediate_size=WIDTH,
+        timestep_embed_dim=8,
+        text_hidden_dim=12,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=12,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(2, 2, 4),
+        **kwargs,
+    )
+
+
 def unet(layers=1, **kwargs):
     """Two levels of other widths; "layers" of a level's blocks."""
     return UNet2DConditionModel(
@@ -156,8 +179,9 @@ KINDS = {
     "z-image": z_image,
     "ovis": ovis,
     "flux3": flux3,
+    "krea2": krea2,
 }
-PADDED = ("chroma", "qwen-image")  # a mask hides padded text
+PADDED = ("chroma", "qwen-image", "krea2")  # a mask hides padded text
 HELD = ("z-image", "flux3")  # no argument brings the layout to the layers
 # packed latents, text first, single blocks
 FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")
@@ -209,6 +233,15 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT, references=()):
             "x": list(random(batch, config.in_channels, 1, 2 * height, 2 * width)),
             "t": torch.full((batch,), 0.4, dtype=model.dtype),
             "cap_feats": [random(length, config.cap_feat_dim) for length in lengths],
+        }
+    if isinstance(model, Krea2Transformer2DModel):
+        places = [(0, 0, 0)] * text + [(0, row, column) for row in range(height) for column in range(width)]
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.num_text_layers, config.text_hidden_dim),
+            "encoder_attention_mask": padded(batch, text, seed),
+            "timestep": torch.full((batch,), 0.6, dtype=model.dtype),
+            "position_ids": torch.tensor(places, dtype=torch.float32),
         }
     if isinstance(model, QwenImageTransformer2DModel):
         return {
@@ -286,7 +319,7 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel, Flux3Transformer2DModel))
+    return isinstance(model, (*packed, OvisImageTransformer2DModel, Flux3Transformer2DModel, Krea2Transformer2DModel))
 
 
 def run(model, inputs, **kwargs):

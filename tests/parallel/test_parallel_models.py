@@ -24,6 +24,7 @@ CONFIGS = {
     "flux2": {"window": (5, 3), "delta_rank": 2, "layers": {"transformer*": "dense"}},
     "ovis": {"window": (3, 5), "delta_rank": 2},
     "flux3": {"window": (3, 5), "delta_rank": 2, "layers": {"mode_blocks.image.*": "dense"}},
+    "krea2": {"window": (3, 5), "delta_rank": 2, "layers": {"*.0.attn": "dense"}},
 }
 SIT = {
     "num_attention_heads": 2,
@@ -85,7 +86,8 @@ def compare_with_one(rank, kinds):
     for kind in kinds:
         print(kind)  # is shown where it fails
         model, inputs = make_model(kind)
-        frozen = model.proj_out.weight.requires_grad_(False)
+        exit = model.final_layer.linear if kind == "krea2" else model.proj_out
+        frozen = exit.weight.requires_grad_(False)
         out, grads = results(model, inputs)
         assert shard(model, dist.group.WORLD) is model
         own_out, own_grads = results(model, inputs)
@@ -110,7 +112,7 @@ def compare_with_one(rank, kinds):
     "count, kinds",
     [
         (2, ("pixart", "sd35-medium", "flux-dev", "sit")),
-        (3, ("sd3", "flux-schnell", "chroma", "flux2", "ovis", "flux3", "sit")),
+        (3, ("sd3", "flux-schnell", "chroma", "flux2", "ovis", "flux3", "krea2", "sit")),
         (4, ("pixart", "flux-dev", "qwen-image", "sit")),
     ],
 )

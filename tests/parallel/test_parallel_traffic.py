@@ -77,7 +77,7 @@ def test_the_table_of_the_page_is_the_script_s(monkeypatch, capsys):
     printed, page = capsys.readouterr().out, (ROOT / "docs" / "parallel.md").read_text()
     together = {
         f"| {name} |": f"| {row} |"
-        for row in ("sd3, sd3.5-medium", "flux, chroma, qwen-image")
+        for row in ("sd3, sd3.5-medium", "flux, chroma, qwen-image", "flux2, krea2")
         for name in row.split(", ")
     }
     for line in printed.splitlines():
@@ -85,4 +85,4 @@ def test_the_table_of_the_page_is_the_script_s(monkeypatch, capsys):
             for name, row in together.items():
                 line = line.replace(name, row)
             assert line in page
-    assert printed.count("\n") == 2 + 8 * 5
+    assert printed.count("\n") == 2 + 9 * 5
