@@ -127,11 +127,7 @@ class Krea2(QwenImageVae, Flux):
                 f"encoder_attention_mask is of bool, {shape}, True for text that is there: not {mask.dtype}, "
                 f"{tuple(mask.shape)}"
             )
-        return TokenLayout(
-            text,
-            self.grids("position_ids", inputs["position_ids"], inputs["hidden_states"].shape[1], first=text),
-            text_first=True,
-        )
+        return TokenLayout(text, self.grids("position_ids", ids, tokens, first=text), text_first=True)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask = pipeline.encode_prompt(prompts, **length)
