@@ -191,8 +191,7 @@ class _InStrips:
 
     def _run(self, arguments, layout, rows):
         """The block's result for the rows from rows[0] to before rows[1], as an image of their own."""
-        for layer in self.layers:
-            layer.whole_image.first = rows[0]
         part = self.family.strip(arguments, layout, rows)
-        grid = rows[1] - rows[0], layout.grids[0][1]
-        return self.forward(**with_layout(self.model, part, layout._replace(grids=(grid,)), self.kwargs))
+        height, width = layout.grids[0]
+        own = layout._replace(grids=((rows[1] - rows[0], width),), strip=(rows[0], height))
+        return self.forward(**with_layout(self.model, part, own, self.kwargs))

@@ -5,7 +5,7 @@ import torch
 from attention import oracles
 
 from hybriddit.attention import linear_attention
-from hybriddit.attention.linear import join_sums, sum_keys
+from hybriddit.attention.linear import sum_keys
 from hybriddit.attention.strips import Gathered, WholeImage
 
 HEADS, WIDTH = 2, 6
@@ -31,7 +31,7 @@ def test_sums_over_strips_serve_each_strips_queries(feature_map, joint):
     found, start = [], 0
     for length, own, near_part, gate_part in zip(lengths, sums, *parts[3:], strict=True):
         part_lse = lse[:, start : start + length] if joint else None
-        found.append(join_sums(whole.seen_from(own, length), near_part, gate_part, joint, part_lse))
+        found.append(whole.seen_from(own, length).joined(near_part, gate_part, joint, part_lse))
         start += length
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-12, atol=1e-12)
 
