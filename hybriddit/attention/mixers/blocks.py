@@ -53,38 +53,31 @@ class BlockMixer(LinearMixer):
         rows: RowShard | None = None,
         layout: TokenLayout | None = None,
     ) -> Tensor | PartSums | Callable[[int], PartSums]:
-        """As LinearMixer's, with the keys' layout; queries are of its image. only_sums gives PartSums for KeySums."""
-        begun = self._begin_sums(query, key, value, key_mask, rows, layout)
-        if only_sums and rows is not None:
-            return begun
-        sums = begun(key.shape[1])
-        return sums if only_sums else sums.joined(near, gate, joint, lse)
-
-    def _begin_sums(self, query, key, value, key_mask, rows, layout) -> Callable[[int], PartSums]:
-        """What `linear.begin_sum_keys` does, for the parts."""
+        """As LinearMixer's, with the keys' layout; queries are of its image. only_sums gives PartSums, not KeySums."""
         query, key, phi = self.prepared(query, key, key_mask, rows)
         text, image = zip(*map(layout.split, (key, value)), strict=True)
-        pieces = Pieces.of(layout)
+        pieces, keys = Pieces.of(layout), layout.text_length + layout.image_length
         own = [sum_keys(*tokens, **phi) for tokens in zip(*map(pieces.apart, (query, *image)), strict=True)]
-        state, mean = (pieces.by_part([sums[i] for sums in own]) for i in (1, 2))
+        words = []
         if layout.text_length:
             mask = None if key_mask is None else layout.split(key_mask)[0]
-            words = sum_keys(text[0], *text, key_mask=mask, **phi)
-            words = words.state * layout.text_length, words.mean * layout.text_length
-        else:
-            words = torch.zeros_like(state[0]), torch.zeros_like(mean[0])
-        state, mean = (torch.cat((x, one[None])) for x, one in zip((state, mean), words, strict=True))
-        begun, keys = None, layout.text_length + layout.image_length
-        if rows is not None:
-            begun, keys = rows.total(state, mean), keys + (rows.height - rows.count) * layout.grids[0][1]
+            words = [sum_keys(text[0], *text, key_mask=mask, **phi)]
+        count = keys if rows is None else 1
+        share = layout.text_length / count
+        state = pieces.by_part([sums.state for sums in own], count, [sums.state * share for sums in words])
+        mean = pieces.by_part([sums.mean for sums in own], count, [sums.mean * share for sums in words])
         factors = F.pad(self.log_factors.to(state.dtype), (0, 1)).exp()
-        eps = FEATURE_MAPS[self.feature_map].eps * keys
+        eps = FEATURE_MAPS[self.feature_map].eps
+        if rows is None:
+            sums = PartSums(own, pieces, state, mean, eps, count, factors)
+            return sums if only_sums else sums.joined(near, gate, joint, lse)
+        begun = rows.total(state, mean)
+        eps = eps * (keys + (rows.height - rows.count) * layout.grids[0][1])
 
-        def finish(count: int) -> PartSums:
-            sums = begun() if begun else (state, mean)
-            return PartSums(own, pieces, *(x / count for x in sums), eps / count, count, factors)
+        def finish(queries: int = 1) -> PartSums:  # for any number: the passes are told that of each piece
+            return PartSums(own, pieces, *begun(), eps, count, factors)
 
-        return finish
+        return finish if only_sums else finish().joined(near, gate, joint, lse)
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """LinearMixer's, and the mixing of the parts' states."""
@@ -166,8 +159,17 @@ class Pieces(NamedTuple):
         """Tokens of the image."""
         return sum(sum(down) * sum(across) for down, across in self.lengths)
 
+    @property
+    def even(self) -> bool:
+        """Whether all are of one grid and one size."""
+        return len(self.lengths) == 1 and list(self.batches.values()) == [list(range(PARTS))]
+
     def apart(self, x: Tensor) -> list[Tensor]:
         """[B, N, ...] -> for each batch of pieces [pieces * B, tokens of a piece, ...]."""
+        if self.even:  # as below, by one copy instead of several
+            ((rows, columns),) = self.batches
+            x = x.unflatten(1, (SIDE, rows, SIDE, columns))
+            return [x.permute(1, 3, 0, 2, 4, *range(5, x.ndim)).flatten(0, 2).flatten(1, 2)]
         pieces = []
         images = x.split([sum(down) * sum(across) for down, across in self.lengths], dim=1)
         for image, (down, across) in zip(images, self.lengths, strict=True):
@@ -177,6 +179,9 @@ class Pieces(NamedTuple):
 
     def together(self, batches: Sequence[Tensor]) -> Tensor:
         """The inverse of `apart`."""
+        if self.even:
+            x = batches[0].unflatten(1, *self.batches).unflatten(0, (SIDE, SIDE, -1))
+            return x.permute(2, 0, 3, 1, 4, *range(5, x.ndim)).flatten(1, 4)
         pieces, images = {}, []
         for batch, (shape, members) in zip(batches, self.batches.items(), strict=True):
             pieces |= zip(members, batch.unflatten(1, shape).chunk(len(members)), strict=True)
@@ -189,15 +194,18 @@ class Pieces(NamedTuple):
             images.append(torch.cat(bands, dim=1).flatten(1, 2))
         return images[0] if len(images) == 1 else torch.cat(images, dim=1)
 
-    def by_part(self, means: Sequence[Tensor]) -> Tensor:
-        """For each batch the means over the tokens of each piece, [pieces * B, ...] -> their sums by part [PARTS, B, ...]."""
+    def by_part(self, means: Sequence[Tensor], count: int, text: Sequence[Tensor]) -> Tensor:
+        """Sums over `count` by part, and text's: [PARTS + 1, B, ...].
+
+        means: of each batch of pieces, [pieces * B, ...], over a piece's tokens. text: what is last, [B, ...], or nothing.
+        """
         parts: dict[int, Tensor] = {}
         for mean, ((rows, columns), members) in zip(means, self.batches.items(), strict=True):
-            for number, own in zip(members, (mean * (rows * columns)).chunk(len(members)), strict=True):
+            for number, own in zip(members, (mean * (rows * columns / count)).chunk(len(members)), strict=True):
                 part = number % PARTS
                 parts[part] = parts[part] + own if part in parts else own
         absent = torch.zeros_like(own)
-        return torch.stack([parts.get(part, absent) for part in range(PARTS)])
+        return torch.stack([*(parts.get(part, absent) for part in range(PARTS)), *(text or [absent])])
 
 
 def lengths_within(first: int, count: int, whole: int) -> list[int]:
