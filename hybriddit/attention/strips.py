@@ -82,8 +82,11 @@ def strip_attention(
 ) -> Tensor:
     """The forward of a HybridAttention, which has the arguments, of the text and a strip of rows: [B, S, heads, D].
 
-    While its `whole_image` gathers, the result is zero. Raises Gathered in the last layer of a block to gather a strip.
+    While its `whole_image` gathers, the result is zero. Raises Gathered in the last layer of a block to gather a strip, and
+    ValueError for a layout that is not a strip's.
     """
+    if token_layout.strip is None:
+        raise ValueError("an attention processor has dropped its layout's strip: change layouts by their _replace")
     whole, (grid,) = layer.whole_image, token_layout.grids
     key, value = layer.for_every_head(key), layer.for_every_head(value)
     (text_query, image_query), (text_key, image_key), (text_value, image_value) = map(

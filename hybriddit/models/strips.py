@@ -31,7 +31,8 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
 
     Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far
     branch's sums over strips do not add up to those over the image: with centred keys, feature maps that the backends
-    lack, and mixers of whole images; where layers have pooled keys; and, when the model runs, with gradients on.
+    lack, and the mixers "scan", "multiscale" and "pooled"; where layers have pooled keys; and, when the model runs, with
+    gradients on.
     """
     with shown_strips(model, rows):
         yield model

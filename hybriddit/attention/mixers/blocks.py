@@ -74,10 +74,10 @@ class BlockMixer(LinearMixer):
         begun = rows.total(state, mean)
         eps = eps * (keys + (rows.height - rows.count) * layout.grids[0][1])
 
-        def finish(queries: int = 1) -> PartSums:  # for any number: the passes are told that of each piece
+        def finish(queries: int) -> PartSums:  # of any number, as the passes are told that of each piece
             return PartSums(own, pieces, *begun(), eps, count, factors)
 
-        return finish if only_sums else finish().joined(near, gate, joint, lse)
+        return finish if only_sums else finish(query.shape[1]).joined(near, gate, joint, lse)
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """LinearMixer's, and the mixing of the parts' states."""
