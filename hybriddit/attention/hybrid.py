@@ -301,9 +301,7 @@ class HybridAttention(nn.Module):
         far = image_query if far_query is None else far_query, image_key if far_key is None else far_key
         if self.rotary != "axial":
             return far
-        part = token_layout.rows or self.whole_image
-        first = 0 if part is None else part.first
-        return tuple(rotate_by_position(x, token_layout.grids, first=first) for x in far)
+        return tuple(rotate_by_position(x, token_layout.grids, first=token_layout.place[0]) for x in far)
 
     def for_every_head(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Repeat key or value heads for the query heads that share them: [B, S, kv_heads, D] -> [B, S, heads, D]."""

@@ -16,17 +16,27 @@ class TokenLayout(NamedTuple):
     grids: (height, width) in tokens of every image grid, in the order they lie in the sequence, row by row.
     text_first: whether the text comes before the image (FLUX) or after it (Stable Diffusion 3).
     rows: where the one image is spread over processes, which of its rows these are; the grid is then of this process's.
+    strip: where a layer is shown a strip of the one image, (the first of its rows, the rows of the image); the grid is
+        then of the strip.
     """
 
     text_length: int
     grids: tuple[tuple[int, int], ...]
     text_first: bool
     rows: RowShard | None = None
+    strip: tuple[int, int] | None = None
 
     @property
     def image_length(self) -> int:
         """Image tokens in the sequence, of all grids together."""
         return sum(height * width for height, width in self.grids)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(the first of the first grid's rows, the rows of the image that it is of); (0, its height) for a whole image."""
+        if self.rows is not None:
+            return self.rows.first, self.rows.height
+        return self.strip or (0, self.grids[0][0])
 
     def own(self, image: torch.Tensor) -> torch.Tensor:
         """This process's rows of a whole image's tokens, [..., N, C] -> [..., n, C]; a view."""

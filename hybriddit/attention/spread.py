@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from .inputs import autocast
 from .layout import TokenLayout
-from .linear import join_sums
 from .rows import RowShard
 from .window import joined_attention, neighborhood_attention
 from .window.tiled import attend_keys, attend_keys_backward, has_fused_kernel
@@ -58,7 +57,8 @@ def spread_attention(
     if layer.far is not None:
         far_query, far_key = layer.far_tokens(far_query, far_key, image_query, image_key, token_layout)
     if layer.kind == "hybrid":
-        sums = layer.far(far_query, far_key, image_value, only_sums=True, rows=rows)
+        image_layout = token_layout._replace(text_length=0)
+        sums = layer.far(far_query, far_key, image_value, only_sums=True, rows=rows, layout=image_layout)
         if sums is None:
             name = layer.far.feature_map
             raise ValueError(f"the far branch's feature map {name!r} does not run on an image spread over processes")
@@ -73,7 +73,7 @@ def spread_attention(
             counted = text_key.new_ones(text_key.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
             counted = counted & rows.leads
             seen = token_layout.join(counted, counted.new_ones(len(counted), token_layout.image_length))
-        image = layer.far(far_query, keys, values, key_mask=seen, rows=rows)
+        image = layer.far(far_query, keys, values, key_mask=seen, rows=rows, layout=token_layout)
     elif layer.kind == "dense":
         keys, values = (for_every_head(x.flatten(1, 2)) for x in around())
         whole = token_layout._replace(grids=((rows.height, grid[1]),), rows=None)
@@ -101,7 +101,7 @@ def _near_and_far(layer, images, grid, margins, sums, gate, settings) -> Tensor:
     if sums is None:
         return neighborhood_attention(*images, **settings)[:, own].flatten(1, 2)
     gate = layer.gate if gate is None else gate
-    if layer.far_only is None and not torch.is_grad_enabled():
+    if layer.far.states == 1 and layer.far_only is None and not torch.is_grad_enabled():
         sums = sums(math.prod(images[0].shape[1:3]))
         far_query = _with_rows(sums.query.unflatten(1, grid), margins).flatten(1, 2)
         if gate.ndim == 4:  # of each token
@@ -110,7 +110,7 @@ def _near_and_far(layer, images, grid, margins, sums, gate, settings) -> Tensor:
     near = neighborhood_attention(*images, return_lse=joint, **settings)
     near, lse = (x[:, own].flatten(1, 2) for x in near) if joint else (near[:, own].flatten(1, 2), None)
     gate, lse = layer.opened(gate, lse)
-    return join_sums(sums(near.shape[1]), near, gate, joint, lse)
+    return sums(near.shape[1]).joined(near, gate, joint, lse)
 
 
 def _with_rows(image: Tensor, margins: tuple[int, int]) -> Tensor:

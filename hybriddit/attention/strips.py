@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import TokenLayout
-from .linear import KeySums, join_sums
+from .linear import KeySums
 from .spread import merged, softmax_with_lse
 from .window import joined_attention, neighborhood_attention
 
@@ -23,12 +22,11 @@ class WholeImage:
     sums over the far branch's keys, and the attention of text queries. Afterwards each strip is shown with the rows
     around it that its windows reach.
 
-    first: of the image, that of the strip shown now. waiting: the layers of the block, this one among them, that
-    have not gathered the strip yet; they share the set.
+    waiting: the layers of the block, this one among them, that have not gathered the strip yet; they share the set.
     """
 
     def __init__(self, waiting: set[WholeImage]):
-        self.gathering, self.first, self.waiting = True, 0, waiting
+        self.gathering, self.waiting = True, waiting
         self.keys = 0
         self.state = self.mean = self.text = self.text_lse = None
 
@@ -84,37 +82,41 @@ def strip_attention(
 ) -> Tensor:
     """The forward of a HybridAttention, which has the arguments, of the text and a strip of rows: [B, S, heads, D].
 
-    While its `whole_image` gathers, the result is zero. Raises Gathered in the last layer of a block to gather a strip.
+    While its `whole_image` gathers, the result is zero. Raises Gathered in the last layer of a block to gather a strip, and
+    ValueError for a layout that is not a strip's.
     """
+    if token_layout.strip is None:
+        raise ValueError("an attention processor has dropped its layout's strip: change layouts by their _replace")
     whole, (grid,) = layer.whole_image, token_layout.grids
     key, value = layer.for_every_head(key), layer.for_every_head(value)
     (text_query, image_query), (text_key, image_key), (text_value, image_value) = map(
         token_layout.split, (query, key, value)
     )
     sums = seen = None
-    first = whole.gathering and whole.first == 0  # the text's keys are counted once
+    first = whole.gathering and token_layout.place[0] == 0  # the text's keys are counted once
     if first and text_mask is not None:
-        seen = F.pad(text_mask, (0, image_key.shape[1]), value=True)
+        seen = token_layout.join(text_mask, text_mask.new_ones(len(text_mask), image_key.shape[1]))
     if layer.far is not None:
         far_query, far_key = layer.far_tokens(far_query, far_key, image_query, image_key, token_layout)
-        keys, values, far_seen = far_key, image_value, None
+        keys, values, far_seen, layout = far_key, image_value, None, token_layout._replace(text_length=0)
         if layer.kind == "linear" and first:
-            keys, values, far_seen = torch.cat((text_key, far_key), 1), torch.cat((text_value, image_value), 1), seen
-        sums = layer.far(far_query, keys, values, key_mask=far_seen, only_sums=True)
+            keys, values = token_layout.join(text_key, far_key), token_layout.join(text_value, image_value)
+            far_seen, layout = seen, token_layout
+        sums = layer.far(far_query, keys, values, key_mask=far_seen, only_sums=True, layout=layout)
     if whole.gathering:
         if sums is not None:
             whole.add_keys(sums, keys.shape[1])
         if token_layout.text_length:
             keys, values = image_key, image_value
             if first:
-                keys, values = torch.cat((text_key, keys), 1), torch.cat((text_value, values), 1)
+                keys, values = token_layout.join(text_key, keys), token_layout.join(text_value, values)
             whole.add_text(text_query, keys, values, scale, seen)
         whole.gathered()
         return query.new_zeros(()).expand(query.shape)
     if sums is not None:
         sums = whole.seen_from(sums, far_key.shape[1])
     if layer.kind == "linear":
-        image = join_sums(sums, near=None, gate=None, joint=False, lse=None)
+        image = sums.joined()
     else:
         images = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
         settings = layer.near_settings(scale, text_key, text_value, text_mask)

@@ -31,7 +31,8 @@ def in_strips(model: nn.Module, rows: int) -> Iterator[nn.Module]:
 
     Raises ValueError for a model that is not hybrid, is compiled or uses one of diffusers' caches, and where a far
     branch's sums over strips do not add up to those over the image: with centred keys, feature maps that the backends
-    lack, and mixers of whole images; where layers have pooled keys; and, when the model runs, with gradients on.
+    lack, and the mixers "scan", "multiscale" and "pooled"; where layers have pooled keys; and, when the model runs, with
+    gradients on.
     """
     with shown_strips(model, rows):
         yield model
@@ -191,8 +192,7 @@ class _InStrips:
 
     def _run(self, arguments, layout, rows):
         """The block's result for the rows from rows[0] to before rows[1], as an image of their own."""
-        for layer in self.layers:
-            layer.whole_image.first = rows[0]
         part = self.family.strip(arguments, layout, rows)
-        grid = rows[1] - rows[0], layout.grids[0][1]
-        return self.forward(**with_layout(self.model, part, layout._replace(grids=(grid,)), self.kwargs))
+        height, width = layout.grids[0]
+        own = layout._replace(grids=((rows[1] - rows[0], width),), strip=(rows[0], height))
+        return self.forward(**with_layout(self.model, part, own, self.kwargs))

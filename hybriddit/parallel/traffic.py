@@ -29,7 +29,7 @@ def hybrid_bytes(
         )
         for rank, (first, count) in enumerate(shares)
     ]
-    sums = 0 if layer.far is None else layer.heads * layer.far.features * (layer.head_dim + 1)
+    sums = 0 if layer.far is None else layer.far.states * layer.heads * layer.far.features * (layer.head_dim + 1)
     results = layer.heads * text * (layer.head_dim + 2)  # an output, a weight and the largest score of each query
     return {
         "window": [count * row for count in rows],

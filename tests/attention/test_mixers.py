@@ -11,7 +11,7 @@ from hybriddit.attention import HybridAttention, TokenLayout
 from hybriddit.attention.mixers import MIXERS, check_mixer
 
 HEADS, HEAD_DIM, TEXT = 3, 12, 4
-GRIDS = {"one": ((7, 6),), "two": ((5, 4), (3, 9))}
+GRIDS = {"one": ((8, 4),), "two": ((5, 4), (3, 9))}
 OTHERS = [name for name in MIXERS if name != "linear"]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from attention import oracles
 
-from hybriddit.attention import linear_attention
-from hybriddit.attention.linear import join_sums, sum_keys
+from hybriddit.attention import HybridAttention, TokenLayout, linear_attention
+from hybriddit.attention.linear import sum_keys
 from hybriddit.attention.strips import Gathered, WholeImage
 
 HEADS, WIDTH = 2, 6
@@ -31,7 +31,7 @@ def test_sums_over_strips_serve_each_strips_queries(feature_map, joint):
     found, start = [], 0
     for length, own, near_part, gate_part in zip(lengths, sums, *parts[3:], strict=True):
         part_lse = lse[:, start : start + length] if joint else None
-        found.append(join_sums(whole.seen_from(own, length), near_part, gate_part, joint, part_lse))
+        found.append(whole.seen_from(own, length).joined(near_part, gate_part, joint, part_lse))
         start += length
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-12, atol=1e-12)
 
@@ -48,6 +48,14 @@ def test_text_attends_to_strips_as_to_the_whole(scale):
     mask = torch.cat((seen, seen.new_ones(2, 13)), 1)[:, None, None]
     expected = oracles.softmax_attention(query, key, value, mask=mask, scale=scale)
     torch.testing.assert_close(whole.text, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layout_without_its_strip_is_refused():
+    layer = HybridAttention(8, HEADS, WIDTH, window=(2, 2), map_rank=0)
+    layer.whole_image = WholeImage(set())
+    tokens = torch.zeros(1, 4, HEADS, WIDTH)
+    with pytest.raises(ValueError, match="dropped its layout's strip: change layouts by their _replace"):
+        layer(tokens, tokens, tokens, TokenLayout(0, ((2, 2),), True))
 
 
 def test_the_last_layer_to_gather_says_so():

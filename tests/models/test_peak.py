@@ -59,6 +59,22 @@ def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
             assert counted == pytest.approx(given + allocated(lambda inputs=inputs: model(**inputs)), rel=0.1), grid
 
 
+def test_the_states_of_parts_count():
+    """Of the mixer "blocks", in strips and alone; more of its states are held than of the default's one."""
+    found = {}
+    for mixer in ("blocks", "linear"):
+        model = hybridize(make("pixart", dtype=torch.float32), HybridConfig(window=None, mixer=mixer))
+        example = family_of(model).example_text(model.config, 1, 24, torch.zeros)
+        settings = {"device": torch.device("cpu"), "dtype": torch.float32, "rows": 8}
+        found[mixer] = forward_peak(model, (96, 128), example, **settings)
+        inputs = make_inputs(model, (96, 128), text=24)
+        given = sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
+        with in_strips(model, 8):
+            real = given + allocated(lambda model=model, inputs=inputs: model(**inputs))
+        assert found[mixer] == pytest.approx(real, rel=0.1)
+    assert found["blocks"] > found["linear"]
+
+
 def test_blocks_of_every_kind_count():
     """The few blocks that are run are those of each structure: here one with a dense layer, which sees the whole."""
     found = []

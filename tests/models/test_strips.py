@@ -18,6 +18,8 @@ CONFIGS = {
     "window": {"window": 5, "linear": False},
     "convolution": {"window": 4, "value_conv": 5, "gate": "channel", "join": "gate"},
     "hedgehog without maps": {"window": 3, "feature_map": "hedgehog", "map_rank": 0, "gate": "token"},
+    "block states": {"window": 3, "mixer": "blocks"},
+    "block states alone": {"window": None, "mixer": "blocks", "feature_map": "elu"},
     "elu, joint": {"window": 3, "feature_map": "elu", "projection": 0},
 }
 
@@ -35,8 +37,9 @@ def hybrid(kind, seed=0, **config):
         (kind, config)
         for kind in ("pixart", "sd35-medium", "flux-dev", "chroma", "qwen-image")
         for config in CONFIGS
-        if config != "default"
-    ],
+        if config != "default" and "block states" not in config
+    ]
+    + [("pixart", "block states"), ("sd35-medium", "block states alone"), ("flux-dev", "block states")],
 )
 def test_strips_give_the_whole_images_result(kind, config):
     model = hybrid(kind, **CONFIGS[config])

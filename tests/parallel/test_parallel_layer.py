@@ -22,6 +22,8 @@ CASES = [
     ({"window": (3, 2), "dilation": (3, 2), "feature_map": "elu", "projection": 0}, {"masked": True}),
     ({"window": (4, 2), "stride": (3, 1), "dilation": (2, 1), "value_conv": 5, "rotary": "axial"}, {}),
     ({"window": (20, 2), "temperature": True, "feature_map": "hedgehog", "gate": "token"}, {"far_only": True}),
+    ({"window": (3, 2), "mixer": "blocks", "center_keys": True}, {"far_only": True}),
+    ({"kind": "linear", "mixer": "blocks", "feature_map": "elu", "kv_heads": 2}, {"masked": True, "text_first": False}),
     ({"kind": "window", "window": (5, 3), "stride": (2, 3)}, {"kv_heads": 1}),
     ({"kind": "linear", "center_keys": True, "value_conv": 3}, {"masked": True}),
     ({"kind": "linear", "kv_heads": 2, "feature_map": "elu", "projection": 0}, {"text": 0}),

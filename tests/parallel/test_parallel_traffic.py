@@ -36,7 +36,8 @@ def count_what_is_sent(rank):
         return all_reduce(x, *arguments, **keywords)
 
     dist.batch_isend_irecv, dist.all_reduce = counted_exchange, counted_sum
-    for options in ({"window": (3, 4)}, {"window": (14, 4), "kv_heads": 2}, {"window": (4, 4), "stride": (3, 1)}):
+    cases = {"window": (3, 4)}, {"window": (14, 4), "kv_heads": 2}, {"window": (4, 4), "stride": (3, 1)}
+    for options in (*cases, {"window": (3, 4), "mixer": "blocks"}):
         for height, text, dtype in ((11, 5, torch.bfloat16), (44, 5, torch.bfloat16), (13, 0, torch.float32)):
             layer = make_layer(options)
             whole = TokenLayout(text, ((height, COLUMNS),), True)

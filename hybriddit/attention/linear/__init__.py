@@ -1,6 +1,6 @@
 """Linear attention: every query sees all keys, at a cost linear in both."""
 
-from .dispatch import KeySums, begin_sum_keys, join_sums, linear_attention, sum_keys, triton_refusal
+from .dispatch import KeySums, begin_sum_keys, linear_attention, sum_keys, triton_refusal
 from .features import FEATURE_MAPS, FeatureMap
 from .formula import linear_attention_formula
 
@@ -9,7 +9,6 @@ __all__ = [
     "FeatureMap",
     "KeySums",
     "begin_sum_keys",
-    "join_sums",
     "linear_attention",
     "linear_attention_formula",
     "sum_keys",

@@ -126,7 +126,7 @@ def _begin_sums(key, value, projection, key_mask, feature_map, triton, rows) -> 
     if rows is None:
         if count is None:
             return lambda: (state, mean, length)
-        share = length / count
+        share = length / count.clamp(min=1)
         return lambda: (state * share, mean * share, count)
     begun = rows.total(state * length, mean * length, *([] if count is None else [count]))
 
@@ -172,6 +172,18 @@ class KeySums(NamedTuple):
     feature_map: str
     triton: bool
 
+    def joined(
+        self,
+        near: Tensor | None = None,
+        gate: Tensor | None = None,
+        joint: bool = False,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """The second pass of `linear_attention`, which has the arguments, where as many keys as queries were summed."""
+        query, state, mean, *settings = self
+        count, gradients = query.shape[1], torch.is_grad_enabled()
+        return _apply_sums(query, state, mean, near, gate, settings, joint, lse, count, gradients)
+
 
 def sum_keys(query: Tensor, key: Tensor, value: Tensor, **settings) -> KeySums:
     """`begin_sum_keys` of the keys of this process alone."""
@@ -193,7 +205,7 @@ def begin_sum_keys(
     """Begin the first pass of `linear_attention`, which has the arguments; what follows takes the function's result.
 
     The function waits for the sums of other processes, where there are some, and gives them as if they were over as many
-    keys as the number it is called with: that of the queries which `join_sums` or `joined_attention` will be given.
+    keys as the number it is called with: that of the queries which `joined` or `joined_attention` will be given.
 
     Without gradients the projection is held as it is now: offloading gives its parameter other data, once the layer's
     weights may leave.
@@ -220,12 +232,6 @@ def begin_sum_keys(
         return KeySums(query, state * share, mean * share, query_projection, eps * share, feature_map, triton)
 
     return finish
-
-
-def join_sums(sums: KeySums, near: Tensor | None, gate: Tensor | None, joint: bool, lse: Tensor | None) -> Tensor:
-    """The second pass of `linear_attention`, which has the arguments, where as many keys as queries were summed."""
-    query, state, mean, *settings = sums
-    return _apply_sums(query, state, mean, near, gate, settings, joint, lse, query.shape[1], torch.is_grad_enabled())
 
 
 def _choose_triton(

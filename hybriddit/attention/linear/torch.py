@@ -60,7 +60,7 @@ def state_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     length, dtype = max(key.shape[1], 1), grad_state.dtype
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
-    grad_state, grad_mean = grad_state / length, grad_mean / length
+    grad_state, grad_mean = (grad_state / length).contiguous(), (grad_mean / length).contiguous()
     read_state = grad_state.to(_product_dtype(value))
     phi, weights = _PHI[feature_map], _weights(projection, key)
     grad_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)

@@ -1,8 +1,9 @@
 """Far branches: modules that attend to the whole image at a cost linear in its tokens. One file each, and one row here.
 
 A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
-methods of LinearMixer: `forward`, `flops` and `work`. One whose sums over parts of the keys add up to those over all of
-them says so by `sums_add_up`: its layers can be shown an image in strips. The others run on whole images alone.
+methods of LinearMixer: `forward`, `flops` and `work`; and its `states`. One whose sums over parts of the keys add up to
+those over all of them says so by `sums_add_up`: its layers can be shown an image in strips. The others run on whole
+images alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ class LinearMixer(nn.Module):
 
     Raises ValueError for an unknown feature map, and a projection that is too wide for it.
     """
+
+    states = 1  # sums over the keys that it holds for a head, of which each query sees one or several
 
     def __init__(
         self,
@@ -97,17 +100,24 @@ class LinearMixer(nn.Module):
         """
         if only_sums and not FEATURE_MAPS[self.feature_map].fused:
             return None
-        if self.center_keys:
-            key = key - mean_key(key, key_mask, rows)
-        query, query_projection = cooled(query, self.projection_q, self.log_temperature_q)
-        key, key_projection = cooled(key, self.projection_k, self.log_temperature_k)
-        phi = {"feature_map": self.feature_map, "query_projection": query_projection, "key_projection": key_projection}
+        query, key, phi = self.prepared(query, key, key_mask, rows)
         if only_sums and rows is not None:
             return begin_sum_keys(query, key, value, rows=rows, **phi)
         if only_sums:
             return sum_keys(query, key, value, key_mask=key_mask, **phi)
         beside = {"near": near, "gate": gate, "joint": joint, "lse": lse}
         return linear_attention(query, key, value, key_mask=key_mask, rows=rows, **beside, **phi)
+
+    def prepared(
+        self, query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None, rows: RowShard | None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Query and key, centred and cooled, and phi and the projections as `linear_attention` takes them."""
+        if self.center_keys:
+            key = key - mean_key(key, key_mask, rows)
+        query, query_projection = cooled(query, self.projection_q, self.log_temperature_q)
+        key, key_projection = cooled(key, self.projection_k, self.log_temperature_k)
+        projections = {"query_projection": query_projection, "key_projection": key_projection}
+        return query, key, {"feature_map": self.feature_map, **projections}
 
     def flops(self, queries: int, keys: int) -> dict[str, int]:
         """FLOPs of one image: the matrix "products", and the "normalization" (the denominator's two sums)."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
-from ..linear import KeySums, join_sums, linear_attention_formula, sum_keys
+from ..linear import KeySums, linear_attention_formula, sum_keys
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled, triton
 from .case import WindowCase
@@ -128,7 +128,8 @@ def joined_attention(
 
     Args:
         query to value, window to backend: as there.
-        sums: linear attention's over those tokens in their order, query [B, H * W, heads, D].
+        sums: linear attention's over those tokens in their order, query [B, H * W, heads, D]. Or of a mixer with several
+            states: what has `KeySums.joined` alone, which no kernel takes.
         gate: broadcastable to [B, H * W, heads, D].
 
     Raises ValueError as there, where gradients are on, and for sums of other tokens.
@@ -139,6 +140,11 @@ def joined_attention(
     query, key, value, text_key, text_value = _cast_and_check(query, key, value, text_key, text_value, text_mask)
     text_mask = None if text_key is None else text_mask
     batch, height, width, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    near = query, key, value, text_key, text_value
+    rule = {"window": window, "stride": stride, "dilation": dilation, "circle": circle, "scale": scale}
+    if not isinstance(sums, KeySums):
+        return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
     tokens = batch, height * width, heads, head_dim
     if sums.query.shape != tokens or sums.state.shape[3] != head_dim:
         raise ValueError(
@@ -146,24 +152,26 @@ def joined_attention(
         )
     check_dtype((query, sums.query))
     check_device((query, sums.query, sums.state, gate))
-    scale = head_dim**-0.5 if scale is None else scale
-    settings = window, stride, dilation, circle, scale
-    near = query, key, value, text_key, text_value
     if _serves_any_size(backend, circle, *near):
-        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *settings, backend)
+        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *rule.values(), backend)
     taken = None
     if gate.shape[-1] == 1 and query.numel():
         channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
         case = _case(*near, window, stride, dilation, circle)
         taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
     if taken is None:
-        text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-        text |= {"window": window, "stride": stride, "dilation": dilation, "circle": circle, "scale": scale}
-        out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text)
-        out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
-        return join_sums(sums, out.flatten(1, 2), gate, joint, lse).view(query.shape)
+        return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
     gate = gate.expand(*tokens[:3], 1)
     return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
+
+
+def _joined_apart(near, text_mask, sums, gate, joint, backend, rule) -> Tensor:
+    """`joined_attention` by window attention, and the second pass of linear attention after it."""
+    query, key, value, text_key, text_value = near
+    text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
+    out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text, **rule)
+    out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
+    return sums.joined(out.flatten(1, 2), gate, joint, lse).view(query.shape)
 
 
 def _serves_any_size(backend: str, circle: bool, *inputs: Tensor | None) -> bool:

@@ -9,8 +9,9 @@ from attention import interpreter, oracles
 from attention.interpreter import poisoned  # noqa: F401
 from torch.utils import deterministic
 
-from hybriddit.attention import linear_attention
+from hybriddit.attention import TokenLayout, linear_attention
 from hybriddit.attention.linear import FEATURE_MAPS, dispatch, features
+from hybriddit.attention.mixers import blocks
 from hybriddit.attention.trial import failure_reason
 
 linear_triton = pytest.importorskip("hybriddit.attention.linear.triton", reason="triton is not installed")
@@ -607,3 +608,25 @@ def test_maps_and_widths_that_the_kernels_lack_are_refused():
         case = dict(feature_map="elu", projected=False, gradients=True) | options
         with pytest.raises(ValueError, match="widths up to 128, not 136"):
             dispatch._takes_triton("triton", torch.device(DEVICE), torch.float32, 136, 64, 64, *case.values())
+
+
+def test_block_states_are_passes_over_parts(monkeypatch):
+    """The mixer of them, joined with near as layers do, against itself in float64; 16 parts, of two sizes."""
+    grid, generator = (4, 5), torch.Generator().manual_seed(0)
+    mixer = blocks.BlockMixer(1, 16, feature_map="elu", projection=0)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    sizes = [(1, 20, 1, 16)] * 5 + [(1, 20, 1)]
+    *inputs, weight, lse = (torch.randn(size, generator=generator).to(DEVICE) for size in sizes)
+    gate, layout, found = torch.tensor([[2.0]], device=DEVICE), TokenLayout(0, (grid,), True), []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton")):
+        monkeypatch.setattr(blocks, "sum_keys", partial(dispatch.sum_keys, backend=backend))
+        mixer.to(DEVICE, dtype)
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        join = {"near": leaves[3], "gate": gate, "joint": True, "lse": lse.to(dtype), "layout": layout}
+        out = mixer(*leaves[:3], **join)
+        with torch.no_grad():
+            found.append([out, mixer(*leaves[:3], **join)])
+        found[-1] += torch.autograd.grad(out, [*leaves, *mixer.parameters()], weight.to(dtype))
+    for exact, own in zip(*found, strict=True):
+        assert own.dtype == torch.float32 and (own - exact).norm() <= 2 * TOLERANCE[torch.float32] * exact.norm()
