@@ -29,10 +29,19 @@ def test_choices_are_those_of_the_dispatch(capsys):
     choices = json.loads(capsys.readouterr().out)["window_choices"]
     assert [(c["family"], c["pixels"]) for c in choices] == [
         (family, size)
-        for family in ("PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image", "FLUX.2", "Z-Image")
+        for family in (
+            "PixArt-Sigma",
+            "Stable Diffusion 3",
+            "FLUX",
+            "Chroma",
+            "Qwen-Image",
+            "FLUX.2",
+            "Z-Image",
+            "Krea 2",
+        )
         for size in (512, 1024, 4096)
     ]
-    flux = choices[-7]
+    flux = choices[-10]
     assert flux["grid"] == [256, 256] and (flux["heads"], flux["head_dim"], flux["text_length"]) == (24, 128, 512)
     for choice in choices:
         case = WindowCase(
