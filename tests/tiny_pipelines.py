@@ -203,7 +203,7 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         vae = _qwen_vae(latent_channels)
         transformer = Krea2Transformer2DModel(
             in_channels=4 * latent_channels,
-            num_layers=2,
+            num_layers=1,
             attention_head_dim=8,
             num_attention_heads=2,
             num_key_value_heads=1,
@@ -452,7 +452,7 @@ def _qwen3_vl():
 
 
 def _krea2_tokenizer():
-    """The template is 34 tokens before the prompt and 5 behind it, as in the real one; each of our prompts is a token."""
+    """The template is 34 tokens before the prompt and 5 behind it, as in the real one; a prompt of ours is one."""
     return _qwen_tokenizer(("\n", "assistant", *PROMPTS))
 
 

@@ -145,7 +145,8 @@ class Family(ABC):
         `models.positions.rotary_frequencies`.
     image_arguments: arguments of forward that have image tokens in their second last dimension; tensors, or lists of
         tensors.
-    joint_arguments: arguments of forward that have text and image tokens in their second last dimension, as the layers do.
+    joint_arguments: arguments of forward that have text and image tokens in their second last dimension, in the layers'
+        order.
     image_lists: arguments of forward that are lists with an element for each image of the batch.
     block_arguments: arguments of the class that say how many blocks there are of each kind, where it has them.
     pipelines: diffusers' pipeline classes by task, a subset of TASKS. None, with no recipes, where diffusers has no

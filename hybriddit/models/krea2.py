@@ -1,15 +1,17 @@
 """Krea 2, Raw and Turbo: one stream of text and then image, few heads of keys and values, a gate on attention's output.
 
-Sources, read in November 2026: diffusers 0.42's Krea2Transformer2DModel and Krea2Pipeline; the README of krea-ai/krea-2;
-the scheduler's config of krea/Krea-2-Raw, as mflux's pull request 465 quotes it; the config of Qwen3-VL-4B-Instruct. Both
-are flow models of one shape. The pipeline moves times by the image's size, by exp(0.5) at 256 tokens and exp(1.15) at
-6400, and for Turbo (`is_distilled` in its model_index.json) by exp(1.15) at any size, at which it was distilled. Raw makes
-up to 1024 pixels, with 52 steps and a guidance of 3.5, Turbo 1024 to 2048 with 8 steps and none. Guidance is counted from
-0: its 3.5 is 4.5 elsewhere. Neither source tells the times that Raw was trained at: a student learns at SD3's, moved as the
-pipeline moves them. A student of Turbo learns at the steps of 1 to 8.
+Sources, read in November 2026: diffusers 0.42's Krea2Transformer2DModel and Krea2Pipeline; the README of
+krea-ai/krea-2; the scheduler's config of krea/Krea-2-Raw, as mflux's pull request 465 quotes it; the config of
+Qwen3-VL-4B-Instruct. Both are flow models of one shape. The pipeline moves times by the image's size, by exp(0.5) at
+256 tokens and exp(1.15) at 6400, and for Turbo (`is_distilled` in its model_index.json) by exp(1.15) at any size, at
+which it was distilled. Raw makes up to 1024 pixels, with 52 steps and a guidance of 3.5, Turbo 1024 to 2048 with 8
+steps and none. Guidance is counted from 0: its 3.5 is 4.5 elsewhere. Neither source tells the times that Raw was
+trained at: a student learns at SD3's, moved as the pipeline moves them. A student of Turbo learns at the steps of 1 to
+8.
 
-The model reads 12 layers of the text encoder. Its own blocks on these (`text_fusion`) have the same kind of attention, of
-text alone or of one token's layers, and stay dense. Padding lies within the text, before its end, and is hidden by a mask.
+The model reads 12 layers of the text encoder. Its own blocks on these (`text_fusion`) have the same kind of attention,
+of text alone or of one token's layers, and stay dense. Padding lies within the text, before its end, and is hidden by
+a mask.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def sit_step_memory(model: nn.Module, count: int, *, bf16: bool) -> dict[str, in
 def _fake_weights(model: nn.Module, trained: Callable[[str], bool], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights without data: in fp32 those that are trained, told by their names, and those that the class keeps so.
 
-    The others are in `dtype`. There is no active fake mode, so that side computations, such as the windows' tiles, stay real.
+    The others are in `dtype`. There is no active fake mode, so that side computations, such as the windows' tiles, stay
+    real.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         return {

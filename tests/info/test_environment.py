@@ -27,7 +27,17 @@ def test_this_machine(capsys):
 def test_choices_are_those_of_the_dispatch(capsys):
     assert main(["info", "--json"]) == 0
     choices = json.loads(capsys.readouterr().out)["window_choices"]
-    names = "PixArt-Sigma", "Stable Diffusion 3", "FLUX", "Chroma", "Qwen-Image", "FLUX.2", "Z-Image", "FLUX.3 klein"
+    names = (
+        "PixArt-Sigma",
+        "Stable Diffusion 3",
+        "FLUX",
+        "Chroma",
+        "Qwen-Image",
+        "FLUX.2",
+        "Z-Image",
+        "FLUX.3 klein",
+        "Krea 2",
+    )
     assert [(c["family"], c["pixels"]) for c in choices] == [
         (name, size) for name in names for size in (512, 1024, 4096)
     ]
