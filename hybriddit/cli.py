@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,13 @@ shell completion:
 """
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps names such as sit-xl in one piece."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0; 1: an error that the user can fix, 2: a wrong call, 130: Ctrl-C."""
     parser = build_parser()
@@ -75,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hybriddit",
         description="Pretrained diffusion transformers, made linear in the number of image tokens.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hybriddit {__version__}")
     parser.add_argument(
@@ -130,7 +138,7 @@ def _add_command(commands, name: str, command, about: str, example: str) -> argp
         help=about,
         description=about,
         epilog=f"example: hybriddit {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     sub.set_defaults(command=command)
     return sub
