@@ -216,7 +216,7 @@ def test_help_lists_the_keys_of_the_config(job, capsys):
     ]:
         if section := re.match("  ([a-z]+): (.+)", line):
             name = section[1]
-        elif key := re.match(r"    ([a-z_]+)=(.+?) {2,}(\S.+)", line):
+        elif key := re.match(r"    ([a-z0-9_]+)=(.+?) {2,}(\S.+)", line):
             found[f"{name}.{key[1]}"] = yaml.safe_load(key[2])
     assert max(map(len, lines)) <= 120
     sections = {name: values for name, values in to_dict(JOBS[job]()).items() if name != "job" and values}
