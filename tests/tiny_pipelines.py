@@ -16,6 +16,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
@@ -44,6 +46,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -67,6 +72,7 @@ FAMILIES = (
     "flux2_klein_base",
     "z_image",
     "ovis_image",
+    "longcat_image",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -84,6 +90,7 @@ FLUX_SIZES = {
 def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
     """A pipeline of 64 x 64 pixels: 8 x 8 tokens. (diffusers' SD3 inpaints with 16 latent channels alone.)"""
     torch.manual_seed(seed)
+    latent_channels = 16 if family == "longcat_image" else latent_channels  # diffusers' pipeline takes no others
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -202,6 +209,12 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         pipeline = OvisImagePipeline(scheduler, vae, _qwen3().model, _ovis_tokenizer(), transformer)
+    elif family == "longcat_image":
+        transformer = LongCatImageTransformer2DModel(**FLUX_SIZES | {"num_single_layers": 1}, in_channels=4 * 16)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        tokenizer = _byte_tokenizer()
+        reader = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=SAID + ENDED)
+        pipeline = LongCatImagePipeline(scheduler, vae, _qwen(), tokenizer, reader, transformer)
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:

@@ -4,6 +4,7 @@ from .chroma import Chroma
 from .family import register
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
+from .longcat_image import LongCatImage
 from .ovis_image import OvisImage
 from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
@@ -21,3 +22,4 @@ FLUX_2_KLEIN = register(Flux2Klein)
 STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)
 Z_IMAGE = register(ZImage)
 OVIS_IMAGE = register(OvisImage)
+LONGCAT_IMAGE = register(LongCatImage)

@@ -429,6 +429,10 @@ class Family(ABC):
         negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
         return {**text, **negative}
 
+    def sampler(self, pipeline: Any) -> Callable[..., Any]:
+        """What is called with `sampling_arguments` and the pipeline's others: the pipeline, if it takes encoded prompts."""
+        return pipeline
+
     # The teacher
 
     def default_recipe(self, config: Mapping[str, Any]) -> str:

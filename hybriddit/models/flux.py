@@ -112,16 +112,17 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
-def _grids(img_ids: torch.Tensor, tokens: int) -> Grids:
-    """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`."""
+def _grids(img_ids: torch.Tensor, tokens: int, instead: str) -> Grids:
+    """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`.
+
+    instead: what the error message adds.
+    """
     index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
-    counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in index.unique().tolist()]
-    grids = tuple((count // max(width, 1), width) for count, width in counts)
+    rows = [row[index == i] for i in index.unique().tolist()]  # of each image
+    widths = [int((own == own[0]).sum()) for own in rows]
+    grids = tuple((len(own) // width, width) for own, width in zip(rows, widths, strict=True))
     if sum(height * width for height, width in grids) != tokens or index.diff().lt(0).any():
-        raise ValueError(
-            f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens): "
-            "pass joint_attention_kwargs={'token_layout': TokenLayout(...)}"
-        )
+        raise ValueError(f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens){instead}")
     return grids
 
 
@@ -197,17 +198,18 @@ class Flux(PackedLatents):
 
         img_ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
         a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width
-        is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart. Pipelines pass
-        the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
-        grids.
+        is the number of tokens in the first row: ids come in bf16, which cannot tell large rows or columns apart.
+        Pipelines pass the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence
+        of whole grids.
         """
         img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
+        instead = f": pass {self.attention_kwargs}={{'token_layout': TokenLayout(...)}}" if self.attention_kwargs else ""
         if img_ids.is_inference():  # a change in place would not show
-            grids = _grids(img_ids, tokens)
+            grids = _grids(img_ids, tokens, instead)
         else:
             version, length, grids = self._grids_of.get(img_ids, (None, None, ()))
             if (version, length) != (img_ids._version, tokens):
-                grids = _grids(img_ids, tokens)
+                grids = _grids(img_ids, tokens, instead)
                 self._grids_of[img_ids] = img_ids._version, tokens, grids
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
@@ -231,12 +233,11 @@ class Flux(PackedLatents):
         ids = inputs["img_ids"]
         if not ids.is_floating_point() or max(map(max, token_layout.grids)) <= 2 / torch.finfo(ids.dtype).eps:
             return inputs
-        grids = [
-            torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))
-            for grid in token_layout.grids
-        ]
-        for index, grid in enumerate(grids):
-            grid[:, 0] = index
+        first, grids = 0, []
+        for grid in token_layout.grids:
+            places = torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))
+            grids.append(places + ids.reshape(-1, ids.shape[-1])[first])
+            first += len(places)
         return {**inputs, "img_ids": torch.cat(grids).float(), "txt_ids": inputs["txt_ids"].float()}
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:

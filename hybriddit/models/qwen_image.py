@@ -142,6 +142,7 @@ def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 
 HybridQwenImageTransformer2DModel = hybrid_class(QwenImageTransformer2DModel)
+QWEN2_5_VL_7B = 8_292_166_656
 
 
 class QwenImage(PackedLatents):
@@ -174,8 +175,8 @@ class QwenImage(PackedLatents):
     guided_together = False
     recipes = {"qwen_image": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
-        # the defaults of diffusers' class, and Qwen2.5-VL 7B
-        "Qwen/Qwen-Image": Published(shape="qwen-image", text_parameters=8_292_166_656),
+        # the defaults of diffusers' class
+        "Qwen/Qwen-Image": Published(shape="qwen-image", text_parameters=QWEN2_5_VL_7B),
     }
 
     def check_config(self, config: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -105,6 +106,10 @@ def ovis(layers=1, single_layers=1, **kwargs):
     )
 
 
+def longcat(layers=1, single_layers=1, **kwargs):
+    return LongCatImageTransformer2DModel(**FLUX_SIZES, num_layers=layers, num_single_layers=single_layers, **kwargs)
+
+
 def z_image(layers=2, refiners=1, **kwargs):
     return ZImageTransformer2DModel(
         in_channels=4,
@@ -148,9 +153,10 @@ KINDS = {
     "flux2": flux2,
     "z-image": z_image,
     "ovis": ovis,
+    "longcat": longcat,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis")  # packed latents, text first, single blocks
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "longcat")  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
@@ -229,6 +235,9 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         if isinstance(model, OvisImageTransformer2DModel):
             inputs["txt_ids"][:, 1:] = torch.arange(text)[:, None]
             return inputs
+        if isinstance(model, LongCatImageTransformer2DModel):
+            inputs["txt_ids"] = torch.tensor([(0, place, place) for place in range(text)]).float()
+            return {**inputs, "img_ids": ids.flatten(0, 1) + torch.tensor([1, text, text])}
         if isinstance(model, ChromaTransformer2DModel):
             mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
             return {**inputs, "attention_mask": mask}
@@ -255,7 +264,7 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel))
+    return isinstance(model, (*packed, OvisImageTransformer2DModel, LongCatImageTransformer2DModel))
 
 
 def run(model, inputs, **kwargs):
