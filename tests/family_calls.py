@@ -44,6 +44,11 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
         ).sample
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    if family == "longcat_image":
+        length = embeds.shape[1]
+        ids += torch.tensor([1, length, length])
+        text_ids = torch.tensor([(0, place, place) for place in range(length)]).float()
+        return transformer(noisy, encoder_hidden_states=embeds, timestep=times, img_ids=ids, txt_ids=text_ids).sample
     if family == "ovis_image":
         places = torch.arange(embeds.shape[1])
         text_ids = torch.stack((0 * places, places, places), dim=1).float()
@@ -95,6 +100,7 @@ def latents_of(family, vae, pixels, packed=True):
         "flux2_dev",
         "flux2_klein_base",
         "ovis_image",
+        "longcat_image",
     ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

@@ -1,5 +1,7 @@
 """Tiny random pipelines of every family's own classes, offline."""
 
+from inspect import signature
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -213,8 +215,11 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         transformer = LongCatImageTransformer2DModel(**FLUX_SIZES | {"num_single_layers": 1}, in_channels=4 * 16)
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
         tokenizer = _byte_tokenizer()
-        reader = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=SAID + ENDED)
+        reader = Qwen2VLProcessor(
+            Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=SAID + ENDED
+        )
         pipeline = LongCatImagePipeline(scheduler, vae, _qwen(), tokenizer, reader, transformer)
+        pipeline.tokenizer_max_length = TEXT_LENGTH
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
@@ -294,12 +299,20 @@ def hybrid_pipeline(family: str, window: int = 3):
     return pipeline
 
 
+def text_setting(pipeline, length=TEXT_LENGTH):
+    """The setting of the number of text tokens, where the pipeline's call has it."""
+    return {"max_sequence_length": length} if "max_sequence_length" in signature(pipeline.__call__).parameters else {}
+
+
 def of_prompt(pipeline, prompt, length=TEXT_LENGTH):
     """A pipeline's arguments for a prompt. Chroma's own mask is of numbers, which hide no padded text in diffusers."""
     if isinstance(pipeline, QwenImagePipeline):  # which does not guide without a negative prompt
         return {"prompt": prompt, "negative_prompt": " ", "max_sequence_length": length}
+    if isinstance(pipeline, LongCatImagePipeline):  # which would let its encoder write another prompt
+        pipeline.tokenizer_max_length = TEXT_LENGTH  # 512 once it is loaded
+        return {"prompt": prompt, "enable_prompt_rewrite": False}
     if not isinstance(pipeline, ChromaPipeline):
-        return {"prompt": prompt, "max_sequence_length": length}
+        return {"prompt": prompt, **text_setting(pipeline, length)}
     family = family_of(pipeline.transformer)
     text, empty = (family.encode_prompts(pipeline, [words], max_sequence_length=length) for words in (prompt, ""))
     return family.sampling_arguments(text, empty, 1)
@@ -313,7 +326,7 @@ def recipe_of(pipeline, name: str | None = None):
 
 def tiny_data(pipeline, images: int = 8, prompts=PROMPTS, **kwargs):
     """What the tiny teacher makes of the prompts, in memory."""
-    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, **text_setting(pipeline)}
     settings |= {"batch_size": 4, "progress": False}
     return teacher_images(pipeline, prompts, images=images, **{**settings, **kwargs})
 

@@ -112,15 +112,15 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
-def _grids(img_ids: torch.Tensor, tokens: int, instead: str) -> Grids:
+def _grids(img_ids: torch.Tensor, tokens: int, from_zero: bool, instead: str) -> Grids:
     """The image grids that the first `tokens` of img_ids [N, 3] describe: see `Flux.token_layout`.
 
     instead: what the error message adds.
     """
     index, row = img_ids.reshape(-1, img_ids.shape[-1])[:tokens, :2].cpu().unbind(1)
     rows = [row[index == i] for i in index.unique().tolist()]  # of each image
-    widths = [int((own == own[0]).sum()) for own in rows]
-    grids = tuple((len(own) // width, width) for own, width in zip(rows, widths, strict=True))
+    widths = [int((own == (0 if from_zero else own[0])).sum()) for own in rows]
+    grids = tuple((len(own) // max(width, 1), width) for own, width in zip(rows, widths, strict=True))
     if sum(height * width for height, width in grids) != tokens or index.diff().lt(0).any():
         raise ValueError(f"img_ids do not describe whole image grids (found {grids} for {tokens} tokens){instead}")
     return grids
@@ -169,6 +169,7 @@ class Flux(PackedLatents):
     text_first = True
     rotary = True
     reads_positions = True
+    rows_from_zero = True  # whether img_ids count an image's rows from 0 on
     image_exit = "proj_out"
     positions = ("plain", "interpolated", "ntk", "yarn", "dominant")
     image_arguments = ("hidden_states", "img_ids", "controlnet_block_samples", "controlnet_single_block_samples")
@@ -203,13 +204,15 @@ class Flux(PackedLatents):
         of whole grids.
         """
         img_ids, tokens = inputs["img_ids"], inputs["hidden_states"].shape[1]
-        instead = f": pass {self.attention_kwargs}={{'token_layout': TokenLayout(...)}}" if self.attention_kwargs else ""
+        instead = (
+            f": pass {self.attention_kwargs}={{'token_layout': TokenLayout(...)}}" if self.attention_kwargs else ""
+        )
         if img_ids.is_inference():  # a change in place would not show
-            grids = _grids(img_ids, tokens, instead)
+            grids = _grids(img_ids, tokens, self.rows_from_zero, instead)
         else:
             version, length, grids = self._grids_of.get(img_ids, (None, None, ()))
             if (version, length) != (img_ids._version, tokens):
-                grids = _grids(img_ids, tokens, instead)
+                grids = _grids(img_ids, tokens, self.rows_from_zero, instead)
                 self._grids_of[img_ids] = img_ids._version, tokens, grids
         return TokenLayout(inputs["encoder_hidden_states"].shape[1], grids, text_first=True)
 
@@ -233,11 +236,12 @@ class Flux(PackedLatents):
         ids = inputs["img_ids"]
         if not ids.is_floating_point() or max(map(max, token_layout.grids)) <= 2 / torch.finfo(ids.dtype).eps:
             return inputs
-        first, grids = 0, []
-        for grid in token_layout.grids:
-            places = torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))
-            grids.append(places + ids.reshape(-1, ids.shape[-1])[first])
-            first += len(places)
+        grids = [
+            torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in (1, *grid)))
+            for grid in token_layout.grids
+        ]
+        for index, grid in enumerate(grids):
+            grid[:, 0] = index
         return {**inputs, "img_ids": torch.cat(grids).float(), "txt_ids": inputs["txt_ids"].float()}
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:

@@ -69,6 +69,7 @@ class LongCatImage(Flux):
     hybrid_class = HybridLongCatImageTransformer2DModel
     processors = (Processors(LongCatImageAttnProcessor, HybridLongCatImageAttnProcessor),)
     attention_kwargs = None  # diffusers' model has none
+    rows_from_zero = False
     positions = ("plain", "interpolated")  # others would move the text's places with the image's
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {"text-to-image": LongCatImagePipeline}
@@ -97,10 +98,11 @@ class LongCatImage(Flux):
         spread = [min(1.0, known / side) for known, side in zip(native, grid, strict=True)]
 
         def forward(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            text = (ids[:, 0] == 0).sum()
-            first = ids[text, 1:]
+            ids = ids.float()
+            text = ids[:, :1] == 0
+            first = text.sum()  # the image's place, as row and as column
             places = first + (ids[:, 1:] - first) * ids.new_tensor(spread)
-            return own(torch.cat((ids[:, :1], torch.where(ids[:, :1] == 0, ids[:, 1:], places)), 1))
+            return own(torch.cat((ids[:, :1], torch.where(text, ids[:, 1:], places)), 1))
 
         return {model.pos_embed: forward}
 
@@ -148,14 +150,12 @@ class LongCatImage(Flux):
     ) -> dict[str, Any]:
         embeds = text["prompt_embeds"]
         length = embeds.shape[1]
-        like = noisy.new_zeros((), dtype=torch.float32)
-        image = position_ids(like, 0, grid)["img_ids"] + torch.tensor([1, length, length], device=noisy.device)
         place = torch.arange(length, device=noisy.device)
-        words = torch.stack((torch.zeros_like(place), place, place), dim=1).to(like)
+        image = position_ids(place, 0, grid)["img_ids"]  # whole numbers
         return {
             "hidden_states": noisy,
             "encoder_hidden_states": embeds,
             "timestep": times,
-            "img_ids": image,
-            "txt_ids": words,
+            "img_ids": image + image.new_tensor([1, length, length]),
+            "txt_ids": torch.stack((torch.zeros_like(place), place, place), dim=1),
         }

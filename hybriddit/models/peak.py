@@ -102,7 +102,9 @@ def _small_call(
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
     layout = family.token_layout(small, inputs)  # some read it from the values of tensors
-    if is_hybrid(small) and family.attention_kwargs is not None:
+    if is_hybrid(small) and family.attention_kwargs is None:
+        small._layout_holder.given = layout
+    elif is_hybrid(small):
         inputs[family.attention_kwargs] = {"token_layout": layout}
     return small, {**inputs, "return_dict": False}, blocks
 

@@ -349,7 +349,9 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
     torch.testing.assert_close(seen["out"][:, words], text_out[:, :text], rtol=0, atol=2e-7)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("z-image", "longcat")])  # without argument for it
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("z-image", "longcat")]
+)  # without argument for it
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
@@ -464,6 +466,27 @@ def test_flux2_has_a_window_in_each_image(monkeypatch):
     hybridize(model, HybridConfig(window=3))
     assert FLUX_2_KLEIN.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
     torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_longcat_image_has_a_window_in_each_image(monkeypatch):
+    """The edit model's: places of both images count from as many as there are words, and bf16 would not hold them."""
+    model, grids = make("longcat"), ((4, 6), (3, 5))
+    inputs = make_inputs(model, (sum(rows * columns for rows, columns in grids), 1), batch=2)
+    ids = [
+        (1.0 + image, TEXT + row, TEXT + column)
+        for image, (rows, columns) in enumerate(grids)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    inputs["img_ids"] = torch.tensor(ids)
+    dense = run(model, inputs)
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+    for wrong, reason in ((torch.tensor(ids).bfloat16(), "do not tell rows from 512 on apart"), (ids[:-1], "grids")):
+        with pytest.raises(ValueError, match=reason):
+            run(model, {**inputs, "img_ids": torch.as_tensor(wrong)})
 
 
 def test_flux2_calls_that_cannot_be_served():

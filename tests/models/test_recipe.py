@@ -12,6 +12,7 @@ from hybriddit.models import (
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
+    LONGCAT_IMAGE,
     OVIS_IMAGE,
     PIXART_SIGMA,
     QWEN_IMAGE,
@@ -22,7 +23,7 @@ from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes, **LONGCAT_IMAGE.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -161,6 +162,7 @@ def test_the_table_is_the_designs():
         "z_image": (1.0, 0.5, 0.5, 0.1),
         "z_image_turbo": (0.0, 1.0, 0.5, 0.0),
         "ovis_image": (1.0, 0.5, 0.5, 0.1),
+        "longcat_image": (1.0, 0.5, 0.5, 0.1),
     }
 
 
@@ -176,6 +178,7 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "flux2_klein_base": "flux2_klein_base",
         "z_image_turbo": "z_image_turbo",
         "ovis_image": "ovis_image",
+        "longcat_image": "longcat_image",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

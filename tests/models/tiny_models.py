@@ -156,7 +156,14 @@ KINDS = {
     "longcat": longcat,
 }
 PADDED = ("chroma", "qwen-image")  # a mask hides padded text
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "longcat")  # packed latents, text first, single blocks
+FLUX_LIKE = (
+    "flux-dev",
+    "flux-schnell",
+    "chroma",
+    "flux2",
+    "ovis",
+    "longcat",
+)  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}

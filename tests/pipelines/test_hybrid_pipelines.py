@@ -23,6 +23,7 @@ PIPELINES = {
     "flux2_klein_base": "Flux2KleinPipeline",
     "z_image": "ZImagePipeline",
     "ovis_image": "OvisImagePipeline",
+    "longcat_image": "LongCatImagePipeline",
 }
 
 
