@@ -7,6 +7,9 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    BriaFiboPipeline,
+    BriaFiboTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -53,6 +56,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -75,6 +80,7 @@ FAMILIES = (
     "z_image",
     "ovis_image",
     "longcat_image",
+    "fibo",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -220,6 +226,26 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         )
         pipeline = LongCatImagePipeline(scheduler, vae, _qwen(), tokenizer, reader, transformer)
         pipeline.tokenizer_max_length = TEXT_LENGTH
+    elif family in ("fibo", "fibo_16"):
+        pixels = 8 if family == "fibo" else 16  # of a latent; once it is loaded, the pipeline's is 16 whatever its VAE
+        vae = AutoencoderKLWan(
+            base_dim=4,
+            z_dim=latent_channels,
+            dim_mult=[1] * (3 if pixels == 8 else 4),
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True][-(2 if pixels == 8 else 3) :],
+            latents_mean=[0.1 * channel - 0.2 for channel in range(latent_channels)],
+            latents_std=[2.0 + 0.1 * channel for channel in range(latent_channels)],
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            is_residual=True,
+        ).eval()
+        transformer = BriaFiboTransformer2DModel(**FLUX_SIZES, in_channels=latent_channels, text_encoder_dim=8)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        reader = SmolLM3ForCausalLM(SmolLM3Config(num_hidden_layers=1, **SMALL | {"vocab_size": 128_001, "pad_token_id": None})).eval()
+        pipeline = BriaFiboPipeline(transformer, scheduler, vae, reader, _byte_tokenizer())
+        pipeline.vae_scale_factor = pixels
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:

@@ -3,6 +3,7 @@
 from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
 from .clear import load_clear
 from .families import (
+    BRIA_FIBO,
     CHROMA,
     FLUX,
     FLUX_2,
@@ -25,6 +26,7 @@ from .surgery import dense_mode, hybridize, restore_dense
 
 __all__ = [
     "HeldAdapters",
+    "BRIA_FIBO",
     "CHROMA",
     "FLUX",
     "FLUX_2",

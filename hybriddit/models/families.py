@@ -1,5 +1,6 @@
 """The families that come with hybriddit, one row each."""
 
+from .bria_fibo import BriaFibo
 from .chroma import Chroma
 from .family import register
 from .flux import Flux
@@ -23,3 +24,4 @@ STABLE_DIFFUSION_UNET = register(StableDiffusionUNet)
 Z_IMAGE = register(ZImage)
 OVIS_IMAGE = register(OvisImage)
 LONGCAT_IMAGE = register(LongCatImage)
+BRIA_FIBO = register(BriaFibo)

@@ -726,7 +726,13 @@ def unregister(family: Family) -> None:
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks in the stacks of a transformer of diffusers, in their order."""
-    return [block for stack in model.children() if isinstance(stack, nn.ModuleList) for block in stack]
+    return [block for _, stack in block_stacks(model) for block in stack]
+
+
+def block_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The stacks of blocks of a transformer of diffusers, by name: not lists of single layers, such as FIBO's for text."""
+    stacks = [(name, stack) for name, stack in model.named_children() if isinstance(stack, nn.ModuleList)]
+    return [(name, stack) for name, stack in stacks if any(len(list(block.children())) > 1 for block in stack)]
 
 
 def families() -> Sequence[Family]:

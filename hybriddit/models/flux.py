@@ -65,7 +65,7 @@ class HybridFluxAttnProcessor:
         check_call(token_layout, attention_mask)
 
         def heads(name, tokens):
-            return project(attn, name, tokens).unflatten(-1, (-1, attn.head_dim))  # [B, S, heads, D]
+            return project(attn, name, tokens).unflatten(-1, (attn.heads, -1))  # [B, S, heads, D]
 
         query, key, value = (heads(name, hidden_states) for name in ("to_q", "to_k", "to_v"))
         image = (hidden_states, query, key)
@@ -92,8 +92,8 @@ class HybridFluxAttnProcessor:
         return attn.to_out[1](project(attn, "to_out.0", image)), project(attn, "to_add_out", text)
 
 
-class DenseFluxAttnProcessor(FluxAttnProcessor):
-    """The teacher's processor, for layers that stay dense: it needs `token_layout` only to hide padded text."""
+class HidesText:
+    """What makes a processor of FLUX's kind one for layers that stay dense: it needs the layout only to hide padded text."""
 
     def __call__(
         self,
@@ -107,6 +107,10 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         attention_mask = shown(attention_mask, text_mask, token_layout)
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+class DenseFluxAttnProcessor(HidesText, FluxAttnProcessor):
+    """FluxAttnProcessor for layers that stay dense."""
 
 
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens

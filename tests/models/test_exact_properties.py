@@ -142,6 +142,15 @@ def test_two_sizes_in_a_row(kind):
     assert torch.equal(other, run(fresh, make_inputs(fresh, (4, 9))))
 
 
+def joined(one, other, in_turn):
+    """Arguments of two calls as those of one. in_turn: whether lists have an element for each image."""
+    if isinstance(one, dict):
+        return {key: joined(value, other[key], in_turn) for key, value in one.items()}
+    if isinstance(one, list):
+        return one + other if in_turn else [torch.cat(pair) for pair in zip(one, other, strict=True)]
+    return torch.cat([one, other])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_and_guidance_batch(kind):
     """Every sample of a batch, as classifier-free guidance makes one, is what it is alone."""
@@ -151,7 +160,7 @@ def test_batch_and_guidance_batch(kind):
     batch = {
         key: value
         if key in shared or value is None
-        else (value + alone[1][key] if isinstance(value, list) else torch.cat([value, alone[1][key]]))
+        else joined(value, alone[1][key], in_turn=key in family_of(model).image_lists)
         for key, value in alone[0].items()
     }
     together = run(model, batch)
@@ -358,6 +367,7 @@ def test_an_explicit_layout_overrides(kind):
     named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs"}
     argument = named.get(kind, "joint_attention_kwargs")
     layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
+    inputs.pop(argument, None)  # FIBO's mask
     out = run(model, inputs)
     kwargs = {argument: {"token_layout": layout}}
     assert (run(model, inputs, **kwargs) - out).abs().max() > 1e-4

@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
 from hybriddit.models import (
+    BRIA_FIBO,
     CHROMA,
     FLUX,
     FLUX_2,
@@ -23,7 +24,7 @@ from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes, **LONGCAT_IMAGE.recipes}
+RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes, **LONGCAT_IMAGE.recipes, **BRIA_FIBO.recipes}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -163,6 +164,8 @@ def test_the_table_is_the_designs():
         "z_image_turbo": (0.0, 1.0, 0.5, 0.0),
         "ovis_image": (1.0, 0.5, 0.5, 0.1),
         "longcat_image": (1.0, 0.5, 0.5, 0.1),
+        "fibo": (1.0, 0.5, 0.5, 0.1),
+        "fibo_lite": (0.0, 1.0, 0.5, 0.0),
     }
 
 
@@ -179,6 +182,7 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "z_image_turbo": "z_image_turbo",
         "ovis_image": "ovis_image",
         "longcat_image": "longcat_image",
+        "fibo": "fibo",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

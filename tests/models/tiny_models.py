@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import (
+    BriaFiboTransformer2DModel,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -110,6 +111,12 @@ def longcat(layers=1, single_layers=1, **kwargs):
     return LongCatImageTransformer2DModel(**FLUX_SIZES, num_layers=layers, num_single_layers=single_layers, **kwargs)
 
 
+def fibo(layers=1, single_layers=1, **kwargs):
+    return BriaFiboTransformer2DModel(
+        **FLUX_SIZES, num_layers=layers, num_single_layers=single_layers, text_encoder_dim=10, **kwargs
+    )
+
+
 def z_image(layers=2, refiners=1, **kwargs):
     return ZImageTransformer2DModel(
         in_channels=4,
@@ -154,8 +161,9 @@ KINDS = {
     "z-image": z_image,
     "ovis": ovis,
     "longcat": longcat,
+    "fibo": fibo,
 }
-PADDED = ("chroma", "qwen-image")  # a mask hides padded text
+PADDED = ("chroma", "qwen-image", "fibo")  # a mask hides padded text
 FLUX_LIKE = (
     "flux-dev",
     "flux-schnell",
@@ -163,6 +171,7 @@ FLUX_LIKE = (
     "flux2",
     "ovis",
     "longcat",
+    "fibo",
 )  # packed latents, text first, single blocks
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
@@ -245,8 +254,12 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT):
         if isinstance(model, LongCatImageTransformer2DModel):
             inputs["txt_ids"] = torch.tensor([(0, place, place) for place in range(text)]).float()
             return {**inputs, "img_ids": ids.flatten(0, 1) + torch.tensor([1, text, text])}
+        mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
+        if isinstance(model, BriaFiboTransformer2DModel):
+            layers = [random(batch, text, config.text_encoder_dim) for _ in model.caption_projection]
+            kwargs = {"joint_attention_kwargs": {"attention_mask": mask[:, None, None]}}
+            return {**inputs, "timestep": 1000 * inputs["timestep"], "text_encoder_layers": layers, **kwargs}
         if isinstance(model, ChromaTransformer2DModel):
-            mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
             return {**inputs, "attention_mask": mask}
         guidance = torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None
         return {**inputs, "pooled_projections": random(batch, config.pooled_projection_dim), "guidance": guidance}
@@ -271,7 +284,8 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel, LongCatImageTransformer2DModel))
+    packed = *packed, OvisImageTransformer2DModel, LongCatImageTransformer2DModel, BriaFiboTransformer2DModel
+    return isinstance(model, packed)
 
 
 def run(model, inputs, **kwargs):
