@@ -53,6 +53,7 @@ def test_every_family_has_a_config():
         "z_image_turbo",
         "ovis_image",
         "longcat_image",
+        "fibo",
         "sd15",
         "sdxl",
         "demo",
@@ -81,6 +82,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
         "flux2_klein_9b": "flux2_klein",
         "flux_clear": "flux_dev",
         "demo": "flux_schnell",
+        "fibo": "fibo_16",
         "demo_sd3": "sd35",
     }.get(path.stem)
     family = family or path.stem.removesuffix("_512").removesuffix("_1024")

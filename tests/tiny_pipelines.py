@@ -243,7 +243,9 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         ).eval()
         transformer = BriaFiboTransformer2DModel(**FLUX_SIZES, in_channels=latent_channels, text_encoder_dim=8)
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-        reader = SmolLM3ForCausalLM(SmolLM3Config(num_hidden_layers=1, **SMALL | {"vocab_size": 128_001, "pad_token_id": None})).eval()
+        reader = SmolLM3ForCausalLM(
+            SmolLM3Config(num_hidden_layers=1, **SMALL | {"vocab_size": 128_001, "pad_token_id": None})
+        ).eval()
         pipeline = BriaFiboPipeline(transformer, scheduler, vae, reader, _byte_tokenizer())
         pipeline.vae_scale_factor = pixels
     elif family in ("sd15", "sdxl"):

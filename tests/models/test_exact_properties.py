@@ -24,7 +24,8 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, FLUX_2_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
+from hybriddit.models import BRIA_FIBO, FLUX, FLUX_2_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
+from hybriddit.models.peak import forward_peak
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -497,6 +498,31 @@ def test_longcat_image_has_a_window_in_each_image(monkeypatch):
     for wrong, reason in ((torch.tensor(ids).bfloat16(), "do not tell rows from 512 on apart"), (ids[:-1], "grids")):
         with pytest.raises(ValueError, match=reason):
             run(model, {**inputs, "img_ids": torch.as_tensor(wrong)})
+
+
+def test_fibo_has_a_window_in_each_image_and_takes_the_pipelines_masks(monkeypatch):
+    model, grids = make("fibo"), ((4, 6), (3, 5))
+    inputs = make_inputs(model, (sum(rows * columns for rows, columns in grids), 1), batch=3)
+    ids = [
+        (image, row, column)
+        for image, (rows, columns) in enumerate(grids)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    inputs["img_ids"] = torch.tensor(ids).double()
+    dense, mask = run(model, inputs), inputs["joint_attention_kwargs"]["attention_mask"]
+    assert not mask.all()
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+    unpadded = run(model, {**inputs, "joint_attention_kwargs": None})
+    assert (unpadded - expected).abs().max() > 1e-4
+    for wrong in (mask.double(), mask[:, 0, 0], mask & mask.transpose(2, 3)):
+        with pytest.raises(ValueError, match=r"attention_mask hides keys.*bool \(3, 1, 1, 44\), not torch"):
+            run(model, {**inputs, "joint_attention_kwargs": {"attention_mask": wrong}})
+    text = BRIA_FIBO.example_text(model.config, 2, TEXT, torch.zeros)
+    assert forward_peak(model, (4, 6), text, device=torch.device("cpu"), dtype=torch.float32) > 0
 
 
 def test_flux2_calls_that_cannot_be_served():

@@ -55,7 +55,9 @@ def test_a_fresh_hybrid_learns_its_gates_first(gate):
         assert (grad.abs().max() > 0) == (".gate" in name), name
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("longcat", "fibo")])  # as Z-Image's, its layout is held
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("longcat", "fibo")]
+)  # as Z-Image's, its layout is held
 def test_compiled_blocks(kind):
     torch._dynamo.reset()
     model = perturb_hybrid(hybridize(make(kind, dtype=torch.float32, **FEWER.get(kind, {})), CONFIG))

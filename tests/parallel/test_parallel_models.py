@@ -24,6 +24,7 @@ CONFIGS = {
     "flux2": {"window": (5, 3), "delta_rank": 2, "layers": {"transformer*": "dense"}},
     "ovis": {"window": (3, 5), "delta_rank": 2},
     "longcat": {"window": (3, 5), "layers": {"single*": "dense"}},
+    "fibo": {"window": (3, 5), "layers": {"single*": "dense"}},
 }
 SIT = {
     "num_attention_heads": 2,
@@ -56,7 +57,7 @@ def make_model(kind):
         return model, {"hidden_states": latents, "timestep": torch.tensor([0.3]), "class_labels": torch.tensor([2, 5])}
     model = perturb_hybrid(hybridize(make(kind), HybridConfig(**CONFIGS[kind])).double())
     inputs = make_inputs(model, GRID, batch=2)
-    if kind in FLUX_LIKE and kind not in ("flux2", "ovis", "longcat"):  # a ControlNet's residuals
+    if kind in FLUX_LIKE and kind not in ("flux2", "ovis", "longcat", "fibo"):  # a ControlNet's residuals
         residuals = torch.randn(2, 2, GRID[0] * GRID[1], WIDTH).double()
         inputs |= {"controlnet_block_samples": [residuals[0]], "controlnet_single_block_samples": [residuals[1]]}
     elif kind == "qwen-image":
@@ -109,7 +110,7 @@ def compare_with_one(rank, kinds):
 @pytest.mark.parametrize(
     "count, kinds",
     [
-        (2, ("pixart", "sd35-medium", "flux-dev", "sit")),
+        (2, ("pixart", "sd35-medium", "flux-dev", "fibo", "sit")),
         (3, ("sd3", "flux-schnell", "chroma", "flux2", "ovis", "sit")),
         (4, ("pixart", "flux-dev", "qwen-image", "longcat", "sit")),
     ],
