@@ -20,11 +20,10 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('the page needs gradio: pip install "hybriddit[app]"') from error
 
-from .generate.files import check_offload
 from .generate.images import check_settings
 from .generate.session import Made, Pair, Session, Source, find_source
 from .images import save_png
-from .machine import MENDABLE, device_details, find_device
+from .machine import MENDABLE, check_offload, device_details, find_device
 
 DENSE = "dense (the teacher)"
 MEMORY = {"cuda": "peak memory on the GPU", "cpu": "peak memory of this process"}
@@ -389,7 +388,8 @@ def serving(
     check_settings("", **settings)
     if model is None and (adapters or any_base):
         raise ValueError("an adapter is for a model: give --model too")
-    check_offload(options.get("offload"), find_device(options.get("device")))  # no page can load a model with others
+    # no page can load a model with others
+    check_offload("--offload ", options.get("offload"), find_device(options.get("device")))
     check_address(host, port)
     source = None if model is None else find_source(model, adapters, any_base=any_base, **options)
     with tempfile.TemporaryDirectory(prefix="hybriddit-app-") as folder:

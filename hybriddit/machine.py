@@ -68,6 +68,17 @@ def device_of_this_machine() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_offload(setting: str, offload: str | None, device: torch.device) -> None:
+    """Raise ValueError for offloading where there is no memory of an accelerator to spare.
+
+    setting: what the user set it by, such as "--offload ", for the message.
+    """
+    if offload and device.type == "cpu":
+        raise ValueError(
+            f"{setting}{offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
+        )
+
+
 def find_device(name: str | None = None) -> torch.device:
     """The device of this name, such as "cpu", "cuda:1" or "mps"; None: this machine's, of a process of several its own.
 

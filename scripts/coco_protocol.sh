@@ -5,12 +5,11 @@
 # ANNOTATIONS: captions_val2014.json. VAL2014: the folder of its images. SIZE: of the images made, in pixels.
 # COUNT, STEPS, GUIDANCE, CLIP: other values than the protocol's. LAUNCH="torchrun --nproc-per-node 8 -m" takes 8 GPUs.
 set -euo pipefail
-[ $# -ge 5 ] || { sed -n 2,7p "$0" >&2; exit 2; }
+[ $# -ge 5 ] || { sed -n 2,6p "$0" >&2; exit 2; }
 annotations=$1 val2014=$2 out=$3 size=$4 model=$5
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 launch=${LAUNCH:-$python -m}
-
 count=${COUNT:-30000}
 
 # told now, and not after 30,000 images: what the scores need, and a COUNT other than that of the prompts that are there

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..images import open_image, read_record
-from ..machine import find_device
+from ..machine import check_offload, find_device
 from ..stored import check_any_base
 from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
 from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stage_paths, stages_there
@@ -159,7 +159,7 @@ def run(
     if quiet:
         silence_libraries()
     where, notes = find_device(device), []
-    check_offload(offload, where)
+    check_offload("--offload ", offload, where)
     kind = weights_dtype(dtype, where)
     if class_labels:
         pipeline = load_sit_pipeline(model, kind, variant=variant)
@@ -316,14 +316,6 @@ def weights_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     return getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-
-
-def check_offload(offload: str | None, device: torch.device) -> None:
-    """Raise ValueError where weights would be kept off the CPU to spare the memory of an accelerator."""
-    if offload and device.type == "cpu":
-        raise ValueError(
-            f"--offload {offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
-        )
 
 
 def plan_with_notes(

@@ -162,8 +162,11 @@ def plan(
 
 
 def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str, Any]]:
-    """Make one image. Returns it with its record. Raises ValueError where its pixels are not finite."""
-    with _finite(task):
+    """Make one image. Returns it with its record.
+
+    Raises ValueError where its pixels are not finite, and where it does not fit the device's memory.
+    """
+    with _made(task):
         image = pipeline(**_with_generator(task)).images[0]
     return image, {**task.record, "width": image.width, "height": image.height}
 
@@ -174,7 +177,7 @@ def make_strips(
     """Make one image within the memory of a plan. Returns it in strips with its record, see `memory.strips_within`."""
     from ..pipelines.memory import strips_within
 
-    with _finite(task):
+    with _made(task):
         strips = strips_within(pipeline, memory, decode=decode, **_with_generator(task))
     return strips, {**task.record, "width": memory.width, "height": memory.height}
 
@@ -186,8 +189,10 @@ def _with_generator(task: Task) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _finite(task: Task) -> Iterator[None]:
-    """Raises ValueError where diffusers would give a black image."""
+def _made(task: Task) -> Iterator[None]:
+    """Raises ValueError where diffusers would give a black image, and where the device's memory is full."""
+    import torch
+
     from ..pipelines.memory import OVERFLOWED
 
     with warnings.catch_warnings():
@@ -196,6 +201,14 @@ def _finite(task: Task) -> Iterator[None]:
             yield
         except RuntimeWarning:
             raise ValueError(f"the image of seed {task.seed} is not finite: {OVERFLOWED}") from None
+        except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            torch.cuda.empty_cache()
+            raise ValueError(
+                "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
+                "strips (--max-memory, for hybrids)"
+            ) from None
 
 
 def check_settings(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..machine import find_device
-from .files import check_offload, find_pipeline, plan_with_notes, weights_dtype
+from ..machine import check_offload, find_device
+from .files import find_pipeline, plan_with_notes, weights_dtype
 from .images import ARGUMENTS, for_task, make
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def find_source(
     if any_base and not adapters:
         raise ValueError("--any-base is for an adapter: give --adapter too")
     where = find_device(device)
-    check_offload(offload, where)
+    check_offload("--offload ", offload, where)
     adapters = tuple(dict.fromkeys(adapters))
     if offload and len(adapters) > 1:
         raise ValueError("--offload is for one adapter: a model whose weights are elsewhere takes no other later")
@@ -173,7 +173,7 @@ class Session:
             for number, task in enumerate(tasks):
                 size = (hybrid, task.arguments.get("width"), task.arguments.get("height"))
                 told = self._told(tell, number, len(tasks))
-                with told, measured(self.source.device) as figures, _fitting():
+                with told, measured(self.source.device) as figures:
                     image, record = make(pipeline, task)
                 if hybrid is None:
                     record["hybrid_config"] = None  # of an adapter that was not in use
@@ -247,23 +247,6 @@ class _Bar:
         for item in items:
             yield item
             self.update()
-
-
-@contextlib.contextmanager
-def _fitting() -> Iterator[None]:
-    """Raises ValueError, in one line, where the device's memory is full."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        torch.cuda.empty_cache()
-        raise ValueError(
-            "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
-            "strips"
-        ) from None
 
 
 @contextlib.contextmanager

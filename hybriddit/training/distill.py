@@ -30,6 +30,7 @@ from ..data.sources import SOURCES, make_data
 from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
 from ..images import Grid
+from ..machine import check_offload
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
@@ -72,6 +73,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
     config = with_recipe_of(config, family_of(model), base.index)
     config = with_text_length(config, family_of(model).usual_sequence_length())
+    family_of(model).text_length(config.data.max_sequence_length)  # refuses those that it does not take
     images = (source.teacher_made, source.trajectories)
     planned_grids(config, model, vae_scale_factor)
     usual, settings = recipe_settings(config, model, *images), resume_settings(with_recipe(config, model, *images))
@@ -82,7 +84,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     if processes.count > 1 and not config.data.cache:
         raise ValueError("several processes need data.cache: each makes a part of the images, and all read them there")
-    check_offload(config.data.offload, accelerator.device)
+    check_offload("data.offload=", config.data.offload, accelerator.device)
     if config.metrics.every:
         check_samples(config.metrics, accelerator.num_processes)
     few = source.reads == "prompts" and few_prompts(len(read_prompts(config.data.prompts)), config.data.images)
@@ -139,14 +141,6 @@ def load_part(
 def weights_dtype(config: DistillConfig) -> torch.dtype:
     """The type of the weights that are not trained."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def check_offload(offload: str | None, device: torch.device) -> None:
-    """Raise ValueError for offloading where there is nothing to spare."""
-    if offload and device.type == "cpu":
-        raise ValueError(
-            f"data.offload={offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
-        )
 
 
 def check_settings(config: DistillConfig) -> None:
