@@ -178,9 +178,13 @@ class BriaFibo(FilmVAE, Flux):
         return sample
 
     def sampling_from(self, scheduler: Any, sigmas: Sequence[float]) -> tuple[Any, dict[str, Any]]:
+        """The pipeline's call takes no sigmas, but times, of which the scheduler would say that they may not fit."""
         scheduler, _ = super().sampling_from(scheduler, sigmas)
-        steps = [sigma * scheduler.config.num_train_timesteps for sigma in sigmas]
-        return scheduler, {"timesteps": steps, "num_inference_steps": len(steps)}  # its call has no sigmas
+        most, set_timesteps = scheduler.config.num_train_timesteps, scheduler.set_timesteps
+        scheduler.set_timesteps = lambda timesteps, device=None, mu=None: set_timesteps(
+            sigmas=[time / most for time in timesteps], device=device
+        )
+        return scheduler, {"timesteps": [most * sigma for sigma in sigmas], "num_inference_steps": len(sigmas)}
 
     def default_recipe(self, config: Mapping[str, Any]) -> str:
         """Assume FIBO, whose transformer Fibo-lite's does not differ from; choose its recipe, "fibo_lite", by name."""
