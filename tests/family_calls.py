@@ -53,6 +53,22 @@ def call(family, transformer, noisy, times, text, guidance, grid=(8, 8)):
         ).sample
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+    if family == "fibo":
+        mask = torch.cat([text["prompt_embeds_mask"], embeds.new_ones(noisy.shape[:2], dtype=torch.bool)], dim=1)
+        return transformer(
+            noisy,
+            encoder_hidden_states=embeds,
+            text_encoder_layers=[text["prompt_layers"][:, :, block] for block in range(text["prompt_layers"].shape[2])],
+            timestep=1000 * times,
+            img_ids=ids,
+            txt_ids=torch.zeros(embeds.shape[1], 3),
+            joint_attention_kwargs={"attention_mask": mask[:, None, None]},
+        ).sample
+    if family == "longcat_image":
+        length = embeds.shape[1]
+        ids += torch.tensor([1, length, length])
+        text_ids = torch.tensor([(0, place, place) for place in range(length)]).float()
+        return transformer(noisy, encoder_hidden_states=embeds, timestep=times, img_ids=ids, txt_ids=text_ids).sample
     if family == "ovis_image":
         places = torch.arange(embeds.shape[1])
         text_ids = torch.stack((0 * places, places, places), dim=1).float()
@@ -89,13 +105,15 @@ def latents_of(family, vae, pixels, packed=True):
             place = 2 * row + column
             part = latents[:, :, row::2, column::2]
             latents[:, :, row::2, column::2] = (part - mean[place::4, None, None]) / std[place::4, None, None]
-    elif family in ("qwen_image", "krea2"):  # of a film of one frame
+    elif family in ("qwen_image", "krea2", "fibo"):  # of a film of one frame
         latents = vae.encode(pixels[:, :, None]).latent_dist.mean[:, :, 0].clone()
         for channel, (mean, std) in enumerate(zip(vae.config.latents_mean, vae.config.latents_std, strict=True)):
             latents[:, channel] = (latents[:, channel] - mean) / std
     else:
         shift = 0.0 if family == "pixart_sigma" else 0.1  # PixArt's pipeline adds none before it decodes
         latents = (vae.encode(pixels).latent_dist.mean - shift) * 0.5
+    if packed and family == "fibo":  # a token each
+        return latents.flatten(2).transpose(1, 2)
     if packed and family in (
         "flux_dev",
         "flux_schnell",
@@ -105,6 +123,7 @@ def latents_of(family, vae, pixels, packed=True):
         "flux2_klein_base",
         "ovis_image",
         "krea2",
+        "longcat_image",
     ):  # 2 x 2 latents a token, channels slowest
         latents = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     return latents

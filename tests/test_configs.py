@@ -53,6 +53,8 @@ def test_every_family_has_a_config():
         "z_image_turbo",
         "ovis_image",
         "krea2",
+        "longcat_image",
+        "fibo",
         "sd15",
         "sdxl",
         "demo",
@@ -81,6 +83,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
         "flux2_klein_9b": "flux2_klein",
         "flux_clear": "flux_dev",
         "demo": "flux_schnell",
+        "fibo": "fibo_16",
         "demo_sd3": "sd35",
     }.get(path.stem)
     family = family or path.stem.removesuffix("_512").removesuffix("_1024")
@@ -91,7 +94,7 @@ def test_every_shipped_config_runs_on_a_tiny_stand_in(path, tmp_path, monkeypatc
         data.height=64 data.width=64 data.steps=2 data.cache={tmp_path / "cache"}
         train.steps=2 train.batch_size=2 train.accumulation=1 train.progress=false output.folder={tmp_path / "run"}
     """.split()
-    if family not in ("sd15", "sdxl"):  # those read as many tokens as their tokenizer gives
+    if family not in ("sd15", "sdxl", "longcat_image"):  # those read as many tokens as their tokenizer gives
         sizes.append(f"data.max_sequence_length={TEXT_LENGTH}")
     config, teacher = load_config(path, sizes), denoiser(pipeline)
     student = run(config)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
+from tiny_pipelines import TEXT_LENGTH, of_prompt, tiny_pipeline
 
 import hybriddit
 from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize, save_adapter
@@ -121,6 +121,18 @@ def test_negative_prompts():
         assert record["negative_prompt"] == "a blue bag"
     with pytest.warns(NoEffectWarning, match="negative_prompt has no effect: guidance works only above 1"):
         assert one(pipeline, negative_prompt="a blue bag", guidance=1.0)[1]["negative_prompt"] is None
+
+
+def test_longcat_image_makes_images_of_the_prompt_as_it_is():
+    """Its pipeline would have the text encoder write another."""
+    pipeline = tiny_pipeline("longcat_image")
+    image, _ = one(pipeline, max_sequence_length=None)
+    call = {"height": 64, "width": 96, "num_inference_steps": 2, "guidance_scale": 3.0}
+    call |= of_prompt(pipeline, "a red shoe")
+    expected = pipeline(**call, generator=torch.Generator().manual_seed(0)).images
+    np.testing.assert_array_equal(image, np.asarray(expected[0]))
+    with pytest.raises(ValueError, match="takes no max_sequence_length"):
+        one(pipeline, max_sequence_length=8)
 
 
 def test_flux_heeds_a_negative_prompt_under_true_guidance_alone():

@@ -1,10 +1,15 @@
 """Tiny random pipelines of every family's own classes, offline."""
 
+from inspect import signature
+
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    BriaFiboPipeline,
+    BriaFiboTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -18,6 +23,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
     PixArtSigmaPipeline,
@@ -46,10 +53,15 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLModel,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -72,6 +84,8 @@ FAMILIES = (
     "z_image",
     "ovis_image",
     "krea2",
+    "longcat_image",
+    "fibo",
 )
 WORDS = ["a", "red", "blue", "shoe", "bag"]
 PROMPTS = ["a red shoe", "a blue bag", "a red bag", "a blue shoe"]
@@ -89,6 +103,7 @@ FLUX_SIZES = {
 def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
     """A pipeline of 64 x 64 pixels: 8 x 8 tokens. (diffusers' SD3 inpaints with 16 latent channels alone.)"""
     torch.manual_seed(seed)
+    latent_channels = 16 if family == "longcat_image" else latent_channels  # diffusers' pipeline takes no others
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -222,6 +237,37 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
         encoder = _qwen3_vl(), _krea2_tokenizer()
         settings = {"text_encoder_select_layers": (0, 1), "is_distilled": family == "krea2_turbo"}
         pipeline = Krea2Pipeline(scheduler, vae, *encoder, transformer, **settings)
+    elif family == "longcat_image":
+        transformer = LongCatImageTransformer2DModel(**FLUX_SIZES | {"num_single_layers": 1}, in_channels=4 * 16)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        tokenizer = _byte_tokenizer()
+        reader = Qwen2VLProcessor(
+            Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=SAID + ENDED
+        )
+        pipeline = LongCatImagePipeline(scheduler, vae, _qwen(), tokenizer, reader, transformer)
+        pipeline.tokenizer_max_length = TEXT_LENGTH
+    elif family in ("fibo", "fibo_16"):
+        pixels = 8 if family == "fibo" else 16  # of a latent; once it is loaded, the pipeline's is 16 whatever its VAE
+        vae = AutoencoderKLWan(
+            base_dim=4,
+            z_dim=latent_channels,
+            dim_mult=[1] * (3 if pixels == 8 else 4),
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True][-(2 if pixels == 8 else 3) :],
+            latents_mean=[0.1 * channel - 0.2 for channel in range(latent_channels)],
+            latents_std=[2.0 + 0.1 * channel for channel in range(latent_channels)],
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            is_residual=True,
+        ).eval()
+        transformer = BriaFiboTransformer2DModel(**FLUX_SIZES, in_channels=latent_channels, text_encoder_dim=8)
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        reader = SmolLM3ForCausalLM(
+            SmolLM3Config(num_hidden_layers=1, **SMALL | {"vocab_size": 128_001, "pad_token_id": None})
+        ).eval()
+        pipeline = BriaFiboPipeline(transformer, scheduler, vae, reader, _byte_tokenizer())
+        pipeline.vae_scale_factor = pixels
     elif family in ("sd15", "sdxl"):
         return _unet_pipeline(family, latent_channels)
     else:
@@ -301,12 +347,20 @@ def hybrid_pipeline(family: str, window: int = 3):
     return pipeline
 
 
+def text_setting(pipeline, length=TEXT_LENGTH):
+    """The setting of the number of text tokens, where the pipeline's call has it."""
+    return {"max_sequence_length": length} if "max_sequence_length" in signature(pipeline.__call__).parameters else {}
+
+
 def of_prompt(pipeline, prompt, length=TEXT_LENGTH):
     """A pipeline's arguments for a prompt. Chroma's own mask is of numbers, which hide no padded text in diffusers."""
     if isinstance(pipeline, QwenImagePipeline):  # which does not guide without a negative prompt
         return {"prompt": prompt, "negative_prompt": " ", "max_sequence_length": length}
+    if isinstance(pipeline, LongCatImagePipeline):  # which would let its encoder write another prompt
+        pipeline.tokenizer_max_length = TEXT_LENGTH  # 512 once it is loaded
+        return {"prompt": prompt, "enable_prompt_rewrite": False}
     if not isinstance(pipeline, ChromaPipeline):
-        return {"prompt": prompt, "max_sequence_length": length}
+        return {"prompt": prompt, **text_setting(pipeline, length)}
     family = family_of(pipeline.transformer)
     text, empty = (family.encode_prompts(pipeline, [words], max_sequence_length=length) for words in (prompt, ""))
     return family.sampling_arguments(text, empty, 1)
@@ -320,7 +374,7 @@ def recipe_of(pipeline, name: str | None = None):
 
 def tiny_data(pipeline, images: int = 8, prompts=PROMPTS, **kwargs):
     """What the tiny teacher makes of the prompts, in memory."""
-    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    settings = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, **text_setting(pipeline)}
     settings |= {"batch_size": 4, "progress": False}
     return teacher_images(pipeline, prompts, images=images, **{**settings, **kwargs})
 

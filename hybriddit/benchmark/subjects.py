@@ -186,7 +186,8 @@ class FamilySubject(Subject):
         )
         arguments = self.family.sampling_arguments(text, empty, 1)
         arguments |= {"height": px, "width": px, "num_inference_steps": steps, "output_type": "latent"}
-        return lambda: pipeline(**arguments).images
+        sample = self.family.sampler(pipeline)
+        return lambda: sample(**arguments).images
 
     def flops(self, models: Mapping[str, nn.Module], px: int) -> tuple[int, dict[str, int]]:
         layout = TokenLayout(self.shape.text, (self.shape.grid(px),), self.shape.text_first)

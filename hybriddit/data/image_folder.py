@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -241,6 +242,8 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Latents of images as the transformer takes them."""
-    pixels = pipeline.image_processor.preprocess(list(images)).to(pipeline._execution_device, pipeline.vae.dtype)
+    """Latents of images, RGB and of one size, as the transformer takes them."""
+    # as diffusers' image processors do it, of which FIBO's would make the sides multiples of two tokens
+    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in images]) / 255).permute(0, 3, 1, 2)
+    pixels = (2 * pixels - 1).to(pipeline._execution_device, pipeline.vae.dtype)
     return family_of(denoiser(pipeline)).encode_images(pipeline.vae, pixels)

@@ -153,7 +153,7 @@ def sample(
     family = family_of(denoiser(pipeline))
     arguments = family.sampling_arguments(text, empty, len(seeds))
     arguments[family.guidance_argument] = info.guidance_scale
-    images = pipeline(
+    images = family.sampler(pipeline)(
         **arguments,
         height=info.height,
         width=info.width,

@@ -437,6 +437,8 @@ def _arguments(
             no_effect("steps", "dopri5 chooses its own")
     if "use_resolution_binning" in parameters:
         arguments["use_resolution_binning"] = False  # PixArt: the requested size, not the nearest of a list
+    if "enable_prompt_rewrite" in parameters:
+        arguments["enable_prompt_rewrite"] = False  # LongCat-Image: the given prompt, not what its encoder makes of it
     if "max_area" in parameters:
         arguments["max_area"] = used["height"] * used["width"]  # Kontext: it takes the sides' ratio alone
     return arguments, used

@@ -3,12 +3,14 @@
 from .adapters import HeldAdapters, load_adapter, read_adapter_config, save_adapter
 from .clear import load_clear
 from .families import (
+    BRIA_FIBO,
     CHROMA,
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
     FLUX_3_KLEIN,
     KREA_2,
+    LONGCAT_IMAGE,
     OVIS_IMAGE,
     PIXART_SIGMA,
     QWEN_IMAGE,
@@ -26,12 +28,14 @@ from .surgery import dense_mode, hybridize, restore_dense
 
 __all__ = [
     "HeldAdapters",
+    "BRIA_FIBO",
     "CHROMA",
     "FLUX",
     "FLUX_2",
     "FLUX_2_KLEIN",
     "FLUX_3_KLEIN",
     "KREA_2",
+    "LONGCAT_IMAGE",
     "OVIS_IMAGE",
     "PIXART_SIGMA",
     "QWEN_IMAGE",

@@ -1,11 +1,13 @@
 """The families that come with hybriddit, one row each."""
 
+from .bria_fibo import BriaFibo
 from .chroma import Chroma
 from .family import register
 from .flux import Flux
 from .flux2 import Flux2, Flux2Klein
 from .flux3 import Flux3
 from .krea2 import Krea2
+from .longcat_image import LongCatImage
 from .ovis_image import OvisImage
 from .pixart_sigma import PixArtSigma
 from .qwen_image import QwenImage
@@ -25,3 +27,5 @@ Z_IMAGE = register(ZImage)
 OVIS_IMAGE = register(OvisImage)
 FLUX_3_KLEIN = register(Flux3)
 KREA_2 = register(Krea2)
+LONGCAT_IMAGE = register(LongCatImage)
+BRIA_FIBO = register(BriaFibo)

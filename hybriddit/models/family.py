@@ -126,8 +126,6 @@ class Family(ABC):
         None if there is no such argument: then hybrid processors find the layout in `self.layout_holder`, see
         `models.processing.LayoutHolder`.
     block_kwargs: the blocks' name for that argument; None: the same.
-    layout_kwargs: of a model without such an argument, the one in which a call may give a `token_layout` all the same;
-        the model itself ignores it. None: a layout cannot be given.
     checkpoints_kwargs: whether the model passes these to its blocks under gradient checkpointing, too.
     joint: whether text tokens are part of the converted layers' sequence; text_first: whether they come before the
         image's.
@@ -175,7 +173,6 @@ class Family(ABC):
     processors: ClassVar[tuple[Processors, ...]]
     attention_kwargs: ClassVar[str | None]
     block_kwargs: ClassVar[str | None] = None
-    layout_kwargs: ClassVar[str | None] = None
     checkpoints_kwargs: ClassVar[bool] = True
     joint: ClassVar[bool]
     text_first: ClassVar[bool] = False
@@ -441,6 +438,10 @@ class Family(ABC):
             return dict(text)
         negative = {f"negative_{name}": value.repeat_interleave(count, 0) for name, value in empty.items()}
         return {**text, **negative}
+
+    def sampler(self, pipeline: Any) -> Callable[..., Any]:
+        """What is called with `sampling_arguments` and the pipeline's others: the pipeline, if it takes encoded prompts."""
+        return pipeline
 
     # The teacher
 
@@ -737,10 +738,23 @@ def unregister(family: Family) -> None:
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks in the stacks of a transformer of diffusers, in their order."""
-    stacks: list[nn.Module] = []
-    for child in model.children():
-        stacks += child.children() if isinstance(child, nn.ModuleDict) else [child]
-    return [block for stack in stacks if isinstance(stack, nn.ModuleList) for block in stack]
+    return [block for _, _, stack in block_stacks(model) for block in stack]
+
+
+def block_stacks(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
+    """The stacks of blocks of a transformer of diffusers: the module that holds a stack, its name there, and the stack.
+
+    Lists of single layers are none, such as FIBO's for text.
+    """
+    stacks: list[tuple[nn.Module, str, nn.Module]] = []
+    for name, child in model.named_children():
+        held = child.named_children() if isinstance(child, nn.ModuleDict) else [(name, child)]
+        stacks += [(child if isinstance(child, nn.ModuleDict) else model, *found) for found in held]
+    return [
+        found
+        for found in stacks
+        if isinstance(found[2], nn.ModuleList) and any(len(list(block.children())) > 1 for block in found[2])
+    ]
 
 
 def families() -> Sequence[Family]:

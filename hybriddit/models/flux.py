@@ -65,7 +65,7 @@ class HybridFluxAttnProcessor:
         check_call(token_layout, attention_mask)
 
         def heads(name, tokens):
-            return project(attn, name, tokens).unflatten(-1, (-1, attn.head_dim))  # [B, S, heads, D]
+            return project(attn, name, tokens).unflatten(-1, (attn.heads, -1))  # [B, S, heads, D]
 
         query, key, value = (heads(name, hidden_states) for name in ("to_q", "to_k", "to_v"))
         image = (hidden_states, query, key)
@@ -92,8 +92,8 @@ class HybridFluxAttnProcessor:
         return attn.to_out[1](project(attn, "to_out.0", image)), project(attn, "to_add_out", text)
 
 
-class DenseFluxAttnProcessor(FluxAttnProcessor):
-    """The teacher's processor, for layers that stay dense: it needs `token_layout` only to hide padded text."""
+class HidesText:
+    """What makes a processor of FLUX's kind one for layers that stay dense: it needs the layout only to hide padded text."""
 
     def __call__(
         self,
@@ -109,15 +109,19 @@ class DenseFluxAttnProcessor(FluxAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
+class DenseFluxAttnProcessor(HidesText, FluxAttnProcessor):
+    """FluxAttnProcessor for layers that stay dense."""
+
+
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
 def _grids(ids: torch.Tensor, tokens: int, columns: tuple[int, int]) -> Grids | None:
     """The image grids that the first `tokens` of ids [N, …] describe, see `Flux.grids`; None where they do not."""
     index, row = ids.reshape(-1, ids.shape[-1])[:tokens, list(columns)].cpu().unbind(1)
-    images = index.unique_consecutive().tolist()
-    counts = [(int((index == i).sum()), int(((index == i) & (row == 0)).sum())) for i in images]
-    grids = tuple((count // max(width, 1), width) for count, width in counts)
+    rows = [row[index == i] for i in index.unique_consecutive().tolist()]  # of each image
+    widths = [int((own == own[0]).sum()) for own in rows]
+    grids = tuple((len(own) // width, width) for own, width in zip(rows, widths, strict=True))
     return grids if sum(height * width for height, width in grids) == tokens else None
 
 
@@ -205,9 +209,9 @@ class Flux(PackedLatents):
 
         ids [N, 3] hold (image index, row, column): 0 for the image, more for reference images (Kontext); in FLUX.2
         a fourth number follows, and there may be ids for each image of the batch, of which the first's count. The width
-        is the number of tokens in row 0: ids come in bf16, which cannot tell large rows or columns apart. Pipelines pass
-        the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence of whole
-        grids.
+        is the number of tokens in the first row: ids come in bf16, which cannot tell large rows or columns apart.
+        Pipelines pass the same tensor at every step, and it is read once. Raises ValueError if the ids are not a sequence
+        of whole grids.
         """
         place = first, tokens
         if ids.is_inference():  # a change in place would not show
@@ -218,7 +222,7 @@ class Flux(PackedLatents):
                 found = _grids(ids[first:], tokens, self.id_columns)
                 self._grids_of[ids] = ids._version, place, found
         if found is None:
-            argument = self.attention_kwargs or self.layout_kwargs
+            argument = self.attention_kwargs
             hint = f": pass {argument}={{'token_layout': TokenLayout(...)}}" if argument else ""
             raise ValueError(f"{name} do not describe whole image grids of {tokens} tokens together{hint}")
         return found

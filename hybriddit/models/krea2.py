@@ -20,16 +20,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from torch import nn
 
 from ..attention import TokenLayout
 from .family import LayerShape, Part, Processors, Published
+from .film_vae import FilmVAE
 from .flux import Flux, rotations
 from .hybrid_model import hybrid_class
 from .processing import LayoutHolder, check_call, far_inputs, project
-from .qwen_image import QwenImageVae
 from .recipe import Recipe, few_steps, moved, sampled_logit_normal, sampling_shift
 
 HybridKrea2Transformer2DModel = hybrid_class(Krea2Transformer2DModel)
@@ -75,7 +75,7 @@ def turbo_steps(count: int, tokens: int, scheduler: Any, generator: torch.Genera
     return moved(steps, sampling_shift(tokens, fixed))
 
 
-class Krea2(QwenImageVae, Flux):
+class Krea2(FilmVAE, Flux):
     """Krea 2 Raw, and Turbo, made for 8 steps without guidance: one class of pipelines, which says what it is."""
 
     name = "Krea 2"
@@ -84,7 +84,6 @@ class Krea2(QwenImageVae, Flux):
     layers = ("transformer_blocks.*.attn",)
     processors = (Processors(Krea2AttnProcessor, HybridKrea2AttnProcessor),)
     attention_kwargs = None  # diffusers' are for LoRA's scale alone
-    layout_kwargs = "attention_kwargs"
     position_embedding = "rotary_emb"
     image_exit = "final_layer"
     image_arguments = ("hidden_states",)
@@ -92,6 +91,7 @@ class Krea2(QwenImageVae, Flux):
     pipelines = {"text-to-image": Krea2Pipeline}
     text_encoders = ("text_encoder",)
     scheduler = FlowMatchEulerDiscreteScheduler
+    vae_class = AutoencoderKLQwenImage
     guided = True
     guided_together = False
     guides_above = 0.0
@@ -130,6 +130,9 @@ class Krea2(QwenImageVae, Flux):
                 f"{tuple(mask.shape)}"
             )
         return TokenLayout(text, self.grids("position_ids", ids, tokens, first=text), text_first=True)
+
+    def published_vae(self, channels: int) -> nn.Module:
+        return AutoencoderKLQwenImage(z_dim=channels)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask = pipeline.encode_prompt(prompts, **length)

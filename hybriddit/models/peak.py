@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..attention.rates import Rates
 from ..attention.work import Work
-from .family import family_of, is_hybrid
+from .family import block_stacks, family_of, is_hybrid
 from .hybrid_model import stays_in_fp32
 from .positions import scaled_positions, scaling_of
 from .strips import shown_strips
@@ -103,9 +103,11 @@ def _small_call(
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
     layout = family.token_layout(small, inputs)  # some read it from the values of tensors
-    name = family.attention_kwargs or family.layout_kwargs
-    if is_hybrid(small) and name is not None:
-        inputs[name] = {"token_layout": layout}
+    if is_hybrid(small) and family.attention_kwargs is None:
+        small._layout_holder.given = layout
+    elif is_hybrid(small):
+        given = inputs.get(family.attention_kwargs) or {}  # such as a mask
+        inputs[family.attention_kwargs] = {**given, "token_layout": layout}
     return small, {**inputs, "return_dict": False}, blocks
 
 
@@ -233,12 +235,11 @@ def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:
     if family_of(model).skip_connections:
         return {}
     found = {}
-    for name, stack in list(model.named_children()):
-        if isinstance(stack, nn.ModuleList):
-            kinds = {_structure(block): block for block in reversed(stack)}
-            counts = Counter(map(_structure, stack))
-            setattr(model, name, nn.ModuleList(block for block in stack if block in kinds.values()))
-            found |= {block: counts[kind] for kind, block in kinds.items()}
+    for holder, name, stack in block_stacks(model):
+        kinds = {_structure(block): block for block in reversed(stack)}
+        counts = Counter(map(_structure, stack))
+        setattr(holder, name, nn.ModuleList(block for block in stack if block in kinds.values()))
+        found |= {block: counts[kind] for kind, block in kinds.items()}
     if is_hybrid(model):
         left = {name for name, _ in model.named_modules()}
         model._dense_processors = {name: own for name, own in model._dense_processors.items() if name in left}

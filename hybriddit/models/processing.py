@@ -127,11 +127,13 @@ class CheckpointWithKwargs:
 class LayoutHolder:
     """Holds the token layout of the current call, for models whose attention kwargs do not reach their processors.
 
-    All hybrid processors of one model share its holder as their attribute `layout_holder`.
+    All hybrid processors of one model share its holder as their attribute `layout_holder`. given: the layout of all calls,
+    where their arguments do not tell it, as tensors without values do not.
     """
 
     def __init__(self):
         self.token_layout: TokenLayout | None = None
+        self.given: TokenLayout | None = None
 
 
 class CheckpointWithLayout:

@@ -31,7 +31,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import nn
 
 from ..attention import TokenLayout
-from .family import Family, Processors, Published
+from .family import Processors, Published
+from .film_vae import FilmVAE
 from .flux import PackedLatents
 from .hybrid_model import hybrid_class
 from .processing import check_call, far_inputs, norm, project
@@ -105,32 +106,6 @@ class DenseQwenAttnProcessor(QwenDoubleStreamAttnProcessor2_0):
         )
 
 
-class _Decoding(nn.Module):
-    """A VAE's way from latents [B, C, h, w] to pixels as a module, with what it keeps for frames that do not come."""
-
-    def __init__(self, vae: nn.Module):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        return _decoded(self.vae, sample)
-
-
-class _Encoding(_Decoding):
-    """The same from pixels to latents."""
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        return _encoded(self.vae, sample)
-
-
-def _decoded(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-    return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]  # a film of one frame
-
-
-def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    return vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
-
-
 def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """(frames, rows, columns) of each image of a call, the same for all of the batch."""
     shapes = inputs.get("img_shapes")
@@ -141,40 +116,11 @@ def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return list(shapes[0]) if isinstance(shapes[0], list) else [shapes[0]]
 
 
-class QwenImageVae(Family):
-    """A family whose images are made by Qwen-Image's VAE: one for films, with a mean and std per channel."""
-
-    vae_class = AutoencoderKLQwenImage
-
-    def latent_pixels(self, vae_config: Mapping[str, Any]) -> int:
-        if "temperal_downsample" not in vae_config:
-            return super().latent_pixels(vae_config)
-        return 2 ** len(vae_config["temperal_downsample"])
-
-    def latents_scale(self, vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        return mean, 1 / std
-
-    def vae_encode(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        return _encoded(vae, pixels)
-
-    def vae_decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        return _decoded(vae, latents)
-
-    def encoder(self, vae: nn.Module) -> nn.Module:
-        return _Encoding(vae)
-
-    def decoder(self, vae: nn.Module) -> nn.Module:
-        return _Decoding(vae)
-
-    def published_vae(self, channels: int) -> nn.Module:
-        return AutoencoderKLQwenImage(z_dim=channels)
-
-
 HybridQwenImageTransformer2DModel = hybrid_class(QwenImageTransformer2DModel)
+QWEN2_5_VL_7B = 8_292_166_656
 
 
-class QwenImage(QwenImageVae, PackedLatents):
+class QwenImage(FilmVAE, PackedLatents):
     """Qwen-Image, and the transformers of its edit and layered models, whose pipelines are not distilled for."""
 
     name = "Qwen-Image"
@@ -198,13 +144,14 @@ class QwenImage(QwenImageVae, PackedLatents):
         "inpainting": QwenImageInpaintPipeline,
     }
     scheduler = FlowMatchEulerDiscreteScheduler
+    vae_class = AutoencoderKLQwenImage
     guidance_argument = "true_cfg_scale"
     empty_prompt = " "
     guided_together = False
     recipes = {"qwen_image": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
-        # the defaults of diffusers' class, and Qwen2.5-VL 7B
-        "Qwen/Qwen-Image": Published(shape="qwen-image", text_parameters=8_292_166_656),
+        # the defaults of diffusers' class
+        "Qwen/Qwen-Image": Published(shape="qwen-image", text_parameters=QWEN2_5_VL_7B),
     }
 
     def check_config(self, config: Mapping[str, Any]) -> None:
@@ -283,6 +230,9 @@ class QwenImage(QwenImageVae, PackedLatents):
         if own.pos_freqs.is_meta:
             with torch.device("cpu"):
                 model.pos_embed = type(own)(own.theta, own.axes_dim, own.scale_rope)
+
+    def published_vae(self, channels: int) -> nn.Module:
+        return AutoencoderKLQwenImage(z_dim=channels)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """All prompts are padded to one length, and so may be of one batch: the mask hides the rest.

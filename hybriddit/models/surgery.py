@@ -290,8 +290,7 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     family = family_of(model)
     inputs = arguments_of(model, args, kwargs)
     if family.attention_kwargs is None:
-        given = (inputs.get(family.layout_kwargs) or {}).get("token_layout")
-        with_layout(model, inputs, family.token_layout(model, inputs) if given is None else given)
+        with_layout(model, inputs, model._layout_holder.given or family.token_layout(model, inputs))
         return None
     attention_kwargs = inputs.get(family.attention_kwargs) or {}
     if "ip_adapter_image_embeds" in attention_kwargs:

@@ -34,14 +34,21 @@ def working_dtype(model: ModelMixin) -> torch.dtype:
 @contextmanager
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the block, the module's forward is this function; then it is its own again, or that of a hook before."""
-    before = vars(module).get("forward")
-    module.forward = forward
+    with with_method(module, "forward", forward):
+        yield
+
+
+@contextmanager
+def with_method(held: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, an object's method of this name is this function; then it is what it was."""
+    before = vars(held).get(name)
+    setattr(held, name, method)
     try:
         yield
     finally:
-        del module.forward
+        delattr(held, name)
         if before is not None:
-            module.forward = before
+            setattr(held, name, before)
 
 
 def unwrapped(model: Any) -> Any:

@@ -73,6 +73,7 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     source, (model, vae_scale_factor) = SOURCES[config.data.source], base.shapes()
     config = with_recipe_of(config, family_of(model), base.index)
     config = with_text_length(config, family_of(model).usual_sequence_length())
+    family_of(model).text_length(config.data.max_sequence_length)  # refuses those that it does not take
     images = (source.teacher_made, source.trajectories)
     planned_grids(config, model, vae_scale_factor)
     usual, settings = recipe_settings(config, model, *images), resume_settings(with_recipe(config, model, *images))

@@ -10,7 +10,7 @@ import torch
 from family_calls import latents_of
 from PIL import Image, ImageOps
 from runs import in_two_processes
-from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, text_setting, tiny_pipeline
 
 from hybriddit.data import image_folder as module
 from hybriddit.data.buckets import aspect_sizes, bucket_sizes, choose_bucket
@@ -103,7 +103,7 @@ def folder(tmp_path):
 
 
 def encode(pipeline, folder, **kwargs):
-    size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, **text_setting(pipeline)}
     size |= {"buckets": SIZES, "batch_size": 2, "progress": False}
     return image_folder(pipeline, folder, **{**size, **kwargs})
 

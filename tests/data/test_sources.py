@@ -14,7 +14,7 @@ import torch
 from family_calls import call, latents_of
 from PIL import Image
 from runs import in_two_processes, noted_grids
-from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, recipe_of, tiny_data, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, TEXT_LENGTH, of_prompt, recipe_of, text_setting, tiny_data, tiny_pipeline
 
 from hybriddit import HybridConfig
 from hybriddit.data import image_folder as module
@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 
 def encode(pipeline, folder, **kwargs):
-    size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH}
+    size = {"height": 64, "width": 64, "steps": 2, "guidance_scale": 3.5, **text_setting(pipeline)}
     return image_folder(pipeline, folder, **{**size, "batch_size": 2, "progress": False, **kwargs})
 
 
@@ -413,7 +413,7 @@ def test_what_a_folder_cannot_be(pipelines, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_states_are_what_the_sampler_passes_through(family, pipelines, tmp_path):
+def test_states_are_what_the_sampler_passes_through(family, pipelines, tmp_path, monkeypatch):
     pipeline = pipelines(family)
     data = tiny_data(pipeline, images=3, steps=5, states=3, cache=tmp_path)
     rows = data.rows([2])
@@ -430,6 +430,15 @@ def test_states_are_what_the_sampler_passes_through(family, pipelines, tmp_path)
     if family == "pixart_sigma":  # which has the older kind of callback
         called |= {"use_resolution_binning": False}
         called |= {"callback": lambda step, timestep, latents: seen.append((latents.clone(), float(timestep)))}
+    elif family == "longcat_image":  # which has none
+        step = pipeline.scheduler.step
+
+        def noted(prediction, timestep, *others, **named):
+            found = step(prediction, timestep, *others, **named)
+            note(pipeline, None, timestep, {"latents": found[0]})
+            return found
+
+        monkeypatch.setattr(pipeline.scheduler, "step", noted)
     else:
         called |= {"callback_on_step_end": note}
     pipeline(

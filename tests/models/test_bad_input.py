@@ -104,7 +104,9 @@ def test_replaced_processors_are_refused_not_run(kind, replace):
     refused(ValueError, "undo that", hybridize, model, HybridConfig(window=3))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("z-image", "ovis")])  # classes without it
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("z-image", "ovis", "fibo")]
+)  # classes without it
 def test_setting_processors_changes_nothing_when_refused(kind):
     model = make(kind)
     dense = dict(model.attn_processors)
@@ -119,7 +121,7 @@ def test_setting_processors_changes_nothing_when_refused(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind not in ("z-image", "ovis")]
+    "kind", [kind for kind in KINDS if kind not in ("z-image", "ovis", "fibo")]
 )  # whose classes fuse nothing
 def test_fused_projections(kind):
     model = make(kind)

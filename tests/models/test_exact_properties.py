@@ -26,7 +26,8 @@ from tiny_models import (
 
 from hybriddit import HybridConfig, HybridQwenImageTransformer2DModel, dense_mode, hybridize
 from hybriddit.attention import TokenLayout
-from hybriddit.models import FLUX, FLUX_2_KLEIN, FLUX_3_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
+from hybriddit.models import BRIA_FIBO, FLUX, FLUX_2_KLEIN, FLUX_3_KLEIN, QWEN_IMAGE, Z_IMAGE, family_of
+from hybriddit.models.peak import forward_peak
 
 # rotary embeddings and norms round to fp32 inside an fp64 model
 CLOSE = {"rtol": 0, "atol": 2e-6}
@@ -144,6 +145,15 @@ def test_two_sizes_in_a_row(kind):
     assert torch.equal(other, run(fresh, make_inputs(fresh, (4, 9))))
 
 
+def joined(one, other, in_turn):
+    """Arguments of two calls as those of one. in_turn: whether lists have an element for each image."""
+    if isinstance(one, dict):
+        return {key: joined(value, other[key], in_turn) for key, value in one.items()}
+    if isinstance(one, list):
+        return one + other if in_turn else [torch.cat(pair) for pair in zip(one, other, strict=True)]
+    return torch.cat([one, other])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_and_guidance_batch(kind):
     """Every sample of a batch, as classifier-free guidance makes one, is what it is alone."""
@@ -153,7 +163,7 @@ def test_batch_and_guidance_batch(kind):
     batch = {
         key: value
         if key in shared or value is None
-        else (value + alone[1][key] if isinstance(value, list) else torch.cat([value, alone[1][key]]))
+        else joined(value, alone[1][key], in_turn=key in family_of(model).image_lists)
         for key, value in alone[0].items()
     }
     together = run(model, batch)
@@ -356,9 +366,10 @@ def test_an_open_layer_against_the_formulas(kind, layer, sizes, far):
 def test_an_explicit_layout_overrides(kind):
     model = hybridize(make(kind), HybridConfig(window=3))
     inputs = make_inputs(model, (6, 6))
-    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs", "krea2": "attention_kwargs"}
+    named = {"pixart": "cross_attention_kwargs", "qwen-image": "attention_kwargs"}
     argument = named.get(kind, "joint_attention_kwargs")
     layout = TokenLayout(0 if kind == "pixart" else TEXT, ((4, 9),), text_first(model))
+    inputs.pop(argument, None)  # FIBO's mask
     out = run(model, inputs)
     kwargs = {argument: {"token_layout": layout}}
     assert (run(model, inputs, **kwargs) - out).abs().max() > 1e-4
@@ -467,6 +478,52 @@ def test_flux2_has_a_window_in_each_image(monkeypatch):
     hybridize(model, HybridConfig(window=3))
     assert FLUX_2_KLEIN.token_layout(model, inputs) == TokenLayout(TEXT, grids, True)
     torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+
+
+def test_longcat_image_has_a_window_in_each_image(monkeypatch):
+    """The edit model's: places of both images count from as many as there are words, and bf16 would not hold them."""
+    model, grids = make("longcat"), ((4, 6), (3, 5))
+    inputs = make_inputs(model, (sum(rows * columns for rows, columns in grids), 1), batch=2)
+    ids = [
+        (1.0 + image, TEXT + row, TEXT + column)
+        for image, (rows, columns) in enumerate(grids)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    inputs["img_ids"] = torch.tensor(ids)
+    dense = run(model, inputs)
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+    for wrong, reason in ((torch.tensor(ids).bfloat16(), "do not tell rows from 512 on apart"), (ids[:-1], "grids")):
+        with pytest.raises(ValueError, match=reason):
+            run(model, {**inputs, "img_ids": torch.as_tensor(wrong)})
+
+
+def test_fibo_has_a_window_in_each_image_and_takes_the_pipelines_masks(monkeypatch):
+    model, grids = make("fibo"), ((4, 6), (3, 5))
+    inputs = make_inputs(model, (sum(rows * columns for rows, columns in grids), 1), batch=3)
+    ids = [
+        (image, row, column)
+        for image, (rows, columns) in enumerate(grids)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    inputs["img_ids"] = torch.tensor(ids).double()
+    dense, mask = run(model, inputs), inputs["joint_attention_kwargs"]["attention_mask"]
+    assert not mask.all()
+    expected = masked_dense(model, inputs, reference_mask(grids), monkeypatch)
+    assert (expected - dense).abs().max() > 1e-3
+    hybridize(model, HybridConfig(window=3))
+    torch.testing.assert_close(run(model, inputs), expected, **CLOSE)
+    unpadded = run(model, {**inputs, "joint_attention_kwargs": None})
+    assert (unpadded - expected).abs().max() > 1e-4
+    for wrong in (mask.double(), mask[:, 0, 0], mask & mask.transpose(2, 3)):
+        with pytest.raises(ValueError, match=r"attention_mask hides keys.*bool \(3, 1, 1, 44\), not torch"):
+            run(model, {**inputs, "joint_attention_kwargs": {"attention_mask": wrong}})
+    text = BRIA_FIBO.example_text(model.config, 2, TEXT, torch.zeros)
+    assert forward_peak(model, (4, 6), text, device=torch.device("cpu"), dtype=torch.float32) > 0
 
 
 def test_flux2_calls_that_cannot_be_served():

@@ -216,6 +216,8 @@ def test_bf16_keeps_the_gates_in_fp32(kind, gate, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     low = tree_map(lambda v: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v, inputs)
+    if kind == "longcat":  # whose places bf16 does not hold
+        low |= {name: ids for name, ids in inputs.items() if name.endswith("_ids")}
     expected = run(reference, inputs)
     # what bf16 costs the dense model itself: hybrid attention adds next to nothing to it
     dense = run(make(kind), inputs)

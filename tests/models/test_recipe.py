@@ -8,11 +8,13 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from tiny_pipelines import recipe_of, tiny_pipeline
 
 from hybriddit.models import (
+    BRIA_FIBO,
     CHROMA,
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
     KREA_2,
+    LONGCAT_IMAGE,
     OVIS_IMAGE,
     PIXART_SIGMA,
     QWEN_IMAGE,
@@ -23,7 +25,15 @@ from hybriddit.models.recipe import scheduler_shift
 
 COUNT = 20_000
 RECIPES = {**PIXART_SIGMA.recipes, **STABLE_DIFFUSION_3.recipes, **FLUX.recipes, **CHROMA.recipes, **QWEN_IMAGE.recipes}
-RECIPES |= {**FLUX_2.recipes, **FLUX_2_KLEIN.recipes, **Z_IMAGE.recipes, **OVIS_IMAGE.recipes, **KREA_2.recipes}
+RECIPES |= {
+    **FLUX_2.recipes,
+    **FLUX_2_KLEIN.recipes,
+    **Z_IMAGE.recipes,
+    **OVIS_IMAGE.recipes,
+    **KREA_2.recipes,
+    **LONGCAT_IMAGE.recipes,
+    **BRIA_FIBO.recipes,
+}
 
 
 def draw(name, tokens=1024, scheduler=None, count=COUNT):
@@ -44,6 +54,14 @@ def test_flux_times_are_logit_normal_shifted_by_size(tokens, shift):
     normal = draw("flux_dev", tokens, scheduler).logit() - math.log(shift)
     assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.03
     assert abs((normal < 1).float().mean() - 0.8413) < 0.01
+
+
+def test_a_tenth_of_fibo_s_times_are_uniform():
+    """As its fine-tuning draws them: the others' share below a time is that of a normal distribution."""
+    times = draw("fibo", 1024, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    for time in (0.02, 0.1, 0.5, 0.9):
+        below = (1 + math.erf((math.log(time / (1 - time)) - 0.63) / math.sqrt(2))) / 2
+        assert (times < time).float().mean() == pytest.approx(0.9 * below + 0.1 * time, abs=0.005)
 
 
 @pytest.mark.parametrize("recipe", ["sd3", "chroma"])
@@ -168,6 +186,9 @@ def test_the_table_is_the_designs():
         "ovis_image": (1.0, 0.5, 0.5, 0.1),
         "krea2": (1.0, 0.5, 0.5, 0.1),
         "krea2_turbo": (0.0, 1.0, 0.5, 0.0),
+        "longcat_image": (1.0, 0.5, 0.5, 0.1),
+        "fibo": (1.0, 0.5, 0.5, 0.1),
+        "fibo_lite": (0.0, 1.0, 0.5, 0.0),
     }
 
 
@@ -185,6 +206,8 @@ def test_recipe_is_told_from_the_transformer_or_the_pipeline():
         "ovis_image": "ovis_image",
         "krea2": "krea2",
         "krea2_turbo": "krea2_turbo",
+        "longcat_image": "longcat_image",
+        "fibo": "fibo",
     }.items():
         assert recipe_of(tiny_pipeline(family)) is RECIPES[name]
     flux = tiny_pipeline("flux_dev")

@@ -9,7 +9,8 @@ from hybriddit import HybridConfig, dense_mode, hybridize
 
 CONFIG = HybridConfig(window=3, gate="token", delta_rank=2)
 FEWER = {"z-image": {"layers": 1}, "flux3": {"single_layers": 0}}  # of which they have three kinds
-COMPILED = [kind for kind in KINDS if kind != "krea2"]  # which takes seconds, its layout the way of z-image's
+# the others' take seconds, and their layout goes the way of z-image's
+COMPILED = [kind for kind in KINDS if kind not in ("krea2", "longcat", "fibo")]
 
 
 def gradients(model, inputs, teacher=None):

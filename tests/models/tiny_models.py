@@ -3,11 +3,13 @@
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    BriaFiboTransformer2DModel,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     Flux3Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
+    LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -113,6 +115,16 @@ def ovis(layers=1, single_layers=1, **kwargs):
     )
 
 
+def longcat(layers=1, single_layers=1, **kwargs):
+    return LongCatImageTransformer2DModel(**FLUX_SIZES, num_layers=layers, num_single_layers=single_layers, **kwargs)
+
+
+def fibo(layers=1, single_layers=1, **kwargs):
+    return BriaFiboTransformer2DModel(
+        **FLUX_SIZES, num_layers=layers, num_single_layers=single_layers, text_encoder_dim=10, **kwargs
+    )
+
+
 def z_image(layers=2, refiners=1, **kwargs):
     return ZImageTransformer2DModel(
         in_channels=4,
@@ -180,11 +192,13 @@ KINDS = {
     "ovis": ovis,
     "flux3": flux3,
     "krea2": krea2,
+    "longcat": longcat,
+    "fibo": fibo,
 }
-PADDED = ("chroma", "qwen-image", "krea2")  # a mask hides padded text
-HELD = ("z-image", "flux3")  # no argument brings the layout to the layers
+PADDED = ("chroma", "qwen-image", "krea2", "fibo")  # a mask hides padded text
+HELD = ("z-image", "flux3", "krea2", "longcat")  # no argument brings the layout to the layers
 # packed latents, text first, single blocks
-FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3")
+FLUX_LIKE = ("flux-dev", "flux-schnell", "chroma", "flux2", "ovis", "flux3", "longcat", "fibo")
 # one block: image tokens reach each other by its attention alone
 ONE_BLOCK = {kind: {"layers": 1, **({"single_layers": 0} if kind in FLUX_LIKE else {})} for kind in KINDS}
 ONE_BLOCK["z-image"] = {"layers": 1, "refiners": 0}
@@ -293,8 +307,15 @@ def make_inputs(model, grid, batch=1, seed=1, text=TEXT, references=()):
         if isinstance(model, OvisImageTransformer2DModel):
             inputs["txt_ids"][:, 1:] = torch.arange(text)[:, None]
             return inputs
+        if isinstance(model, LongCatImageTransformer2DModel):
+            inputs["txt_ids"] = torch.tensor([(0, place, place) for place in range(text)]).float()
+            return {**inputs, "img_ids": ids.flatten(0, 1) + torch.tensor([1, text, text])}
+        mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
+        if isinstance(model, BriaFiboTransformer2DModel):
+            layers = [random(batch, text, config.text_encoder_dim) for _ in model.caption_projection]
+            kwargs = {"joint_attention_kwargs": {"attention_mask": mask[:, None, None]}}
+            return {**inputs, "timestep": 1000 * inputs["timestep"], "text_encoder_layers": layers, **kwargs}
         if isinstance(model, ChromaTransformer2DModel):
-            mask = torch.cat((padded(batch, text, seed), torch.ones(batch, height * width, dtype=torch.bool)), 1)
             return {**inputs, "attention_mask": mask}
         guidance = torch.full((batch,), 3.5, dtype=model.dtype) if config.guidance_embeds else None
         return {**inputs, "pooled_projections": random(batch, config.pooled_projection_dim), "guidance": guidance}
@@ -319,7 +340,8 @@ def padded(batch, text, seed):
 def is_packed(model):
     """Whether the model takes latents packed to tokens."""
     packed = FluxTransformer2DModel, ChromaTransformer2DModel, QwenImageTransformer2DModel, Flux2Transformer2DModel
-    return isinstance(model, (*packed, OvisImageTransformer2DModel, Flux3Transformer2DModel, Krea2Transformer2DModel))
+    packed = *packed, OvisImageTransformer2DModel, Flux3Transformer2DModel, Krea2Transformer2DModel
+    return isinstance(model, (*packed, LongCatImageTransformer2DModel, BriaFiboTransformer2DModel))
 
 
 def run(model, inputs, **kwargs):

@@ -25,6 +25,8 @@ CONFIGS = {
     "ovis": {"window": (3, 5), "delta_rank": 2},
     "flux3": {"window": (3, 5), "delta_rank": 2, "layers": {"mode_blocks.image.*": "dense"}},
     "krea2": {"window": (3, 5), "delta_rank": 2, "layers": {"*.0.attn": "dense"}},
+    "longcat": {"window": (3, 5), "layers": {"single*": "dense"}},
+    "fibo": {"window": (3, 5), "layers": {"single*": "dense"}},
 }
 SIT = {
     "num_attention_heads": 2,
@@ -57,7 +59,7 @@ def make_model(kind):
         return model, {"hidden_states": latents, "timestep": torch.tensor([0.3]), "class_labels": torch.tensor([2, 5])}
     model = perturb_hybrid(hybridize(make(kind), HybridConfig(**CONFIGS[kind])).double())
     inputs = make_inputs(model, GRID, batch=2)
-    if kind in FLUX_LIKE and kind not in ("flux2", "ovis", "flux3"):  # a ControlNet's residuals
+    if kind in FLUX_LIKE and kind not in ("flux2", "ovis", "flux3", "longcat", "fibo"):  # a ControlNet's residuals
         residuals = torch.randn(2, 2, GRID[0] * GRID[1], WIDTH).double()
         inputs |= {"controlnet_block_samples": [residuals[0]], "controlnet_single_block_samples": [residuals[1]]}
     elif kind == "qwen-image":
@@ -111,9 +113,9 @@ def compare_with_one(rank, kinds):
 @pytest.mark.parametrize(
     "count, kinds",
     [
-        (2, ("pixart", "sd35-medium", "flux-dev", "sit")),
+        (2, ("pixart", "sd35-medium", "flux-dev", "fibo", "sit")),
         (3, ("sd3", "flux-schnell", "chroma", "flux2", "ovis", "flux3", "krea2", "sit")),
-        (4, ("pixart", "flux-dev", "qwen-image", "sit")),
+        (4, ("pixart", "flux-dev", "qwen-image", "longcat", "sit")),
     ],
 )
 def test_several_processes_are_one(count, kinds, tmp_path):

@@ -24,6 +24,8 @@ PIPELINES = {
     "z_image": "ZImagePipeline",
     "ovis_image": "OvisImagePipeline",
     "krea2": "Krea2Pipeline",
+    "longcat_image": "LongCatImagePipeline",
+    "fibo_16": "BriaFiboPipeline",
 }
 
 
@@ -73,6 +75,7 @@ LOAD = """
 import sys, torch
 from pathlib import Path
 import hybriddit
+import diffusers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/pipelines"]
 from test_hybrid_pipelines import PIPELINES, same
@@ -80,7 +83,8 @@ torch.set_num_threads(int(sys.argv[3]))
 for kind, name in PIPELINES.items():
     folder = Path(sys.argv[2]) / kind
     weights, expected = torch.load(folder / "images.pt", weights_only=True)
-    for loader in (DiffusionPipeline, AutoPipelineForText2Image):
+    known = name not in ("LongCatImagePipeline", "BriaFiboPipeline")  # to diffusers' AutoPipeline
+    for loader in (DiffusionPipeline, AutoPipelineForText2Image if known else getattr(diffusers, name)):
         pipeline = loader.from_pretrained(folder / "pipeline")
         assert type(pipeline).__name__ == name, type(pipeline)
         assert type(pipeline.transformer).__module__ == "hybriddit"

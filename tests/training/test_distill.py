@@ -81,7 +81,8 @@ def independent_losses(family, dense, student, scheduler, latents, noise, times,
         noisy, target = latents + sigma * (noise - latents), noise - latents
     teacher, teacher_layers = attention_outputs(family, dense, noisy, times, text, guidance)
     predicted, student_layers = attention_outputs(family, student, noisy, times, text, guidance)
-    assert len(teacher_layers) == {"pixart_sigma": 2, "sd3": 3, "sd35": 5, "qwen_image": 2, "krea2": 1}.get(family, 3)
+    layers = {"pixart_sigma": 2, "sd35": 5, "qwen_image": 2, "krea2": 1, "longcat_image": 2}
+    assert len(teacher_layers) == layers.get(family, 3)
     errors = [
         sum(
             (((s - t) ** 2).flatten(1).mean(1) / t.flatten(1).var(1, correction=0)).mean()
