@@ -116,12 +116,12 @@ class DenseFluxAttnProcessor(HidesText, FluxAttnProcessor):
 Grids = tuple[tuple[int, int], ...]  # (height, width) in tokens
 
 
-def _grids(ids: torch.Tensor, tokens: int, columns: tuple[int, int]) -> Grids | None:
+def _grids(ids: torch.Tensor, tokens: int, columns: tuple[int, int], from_zero: bool) -> Grids | None:
     """The image grids that the first `tokens` of ids [N, …] describe, see `Flux.grids`; None where they do not."""
     index, row = ids.reshape(-1, ids.shape[-1])[:tokens, list(columns)].cpu().unbind(1)
     rows = [row[index == i] for i in index.unique_consecutive().tolist()]  # of each image
-    widths = [int((own == own[0]).sum()) for own in rows]
-    grids = tuple((len(own) // width, width) for own, width in zip(rows, widths, strict=True))
+    widths = [int((own == (0 if from_zero else own[0])).sum()) for own in rows]
+    grids = tuple((len(own) // max(width, 1), width) for own, width in zip(rows, widths, strict=True))
     return grids if sum(height * width for height, width in grids) == tokens else None
 
 
@@ -193,6 +193,7 @@ class Flux(PackedLatents):
     }
 
     id_columns: ClassVar[tuple[int, int]] = (0, 1)  # where the ids of image tokens have the image's index, and the row
+    rows_from_zero: ClassVar[bool] = True  # whether these count an image's rows from 0 on
 
     def __init__(self):
         # what ids have been found to hold, with their version: on a GPU every reading waits for all work before it
@@ -215,11 +216,11 @@ class Flux(PackedLatents):
         """
         place = first, tokens
         if ids.is_inference():  # a change in place would not show
-            found = _grids(ids[first:], tokens, self.id_columns)
+            found = _grids(ids[first:], tokens, self.id_columns, self.rows_from_zero)
         else:
             version, known, found = self._grids_of.get(ids, (None, None, None))
             if (version, known) != (ids._version, place):
-                found = _grids(ids[first:], tokens, self.id_columns)
+                found = _grids(ids[first:], tokens, self.id_columns, self.rows_from_zero)
                 self._grids_of[ids] = ids._version, place, found
         if found is None:
             argument = self.attention_kwargs

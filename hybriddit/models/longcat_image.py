@@ -69,6 +69,7 @@ class LongCatImage(Flux):
     hybrid_class = HybridLongCatImageTransformer2DModel
     processors = (Processors(LongCatImageAttnProcessor, HybridLongCatImageAttnProcessor),)
     attention_kwargs = None  # diffusers' model has none
+    rows_from_zero = False
     positions = ("plain", "interpolated")  # others would move the text's places with the image's
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {"text-to-image": LongCatImagePipeline}
