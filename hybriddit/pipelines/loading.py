@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate.utils import compare_versions
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 from huggingface_hub import hf_hub_download, model_info
@@ -166,6 +167,8 @@ def load_base(
     """
     missing = f"the pipeline at {base.path!r} does not load"
     made = base.pipeline_class
+    if base.component not in without:
+        check_known(base)
     # diffusers wants to be told of the components that a pipeline does without, such as SD3's third text encoder
     absent = {name for name, kind in component_classes(base.index).items() if kind is None}
     absent |= {name for name in OPTIONAL if name not in base.index} | set(without)
@@ -190,6 +193,32 @@ def load_base(
         if isinstance(part, torch.nn.Module):
             check_whole(part, f"{missing}: its {name}")
     return pipeline
+
+
+def check_known(base: Base) -> None:
+    """Raise ValueError for a transformer saved by a newer diffusers, of which this one would ignore settings or weights."""
+    if base.file is not None or base.family is None:
+        return
+    values = base.read_part(base.component)
+    saved = str(values.get("_diffusers_version"))
+    try:
+        if compare_versions("diffusers", ">=", saved):
+            return
+    except ValueError:  # no version
+        return
+    model, _ = base.shapes()
+    known = {*inspect.signature(type(model).__init__).parameters, "hybrid_config", "quantization_config"}
+    unknown = [f"setting {name}" for name in values if name not in known and not name.startswith("_")]
+    folder = Path(base.folder, base.component)
+    if folder.is_dir() and "quantization_config" not in values:  # which splits weights up
+        weights = dict.fromkeys(name for file in weight_files(folder, base.variant) for name in tensor_headers(file))
+        unknown += [f"weight {name}" for name in weights if name not in model.state_dict()]
+    if unknown:
+        raise ValueError(
+            f"the pipeline at {base.path!r} has what the {type(model).__name__} of diffusers {diffusers.__version__} does not "
+            f"know ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}): it was saved by diffusers {saved}; "
+            "upgrade diffusers"
+        )
 
 
 def check_whole(model: torch.nn.Module, where: str) -> None:

@@ -239,6 +239,29 @@ def test_weights_that_are_missing_from_a_file(part, name, tmp_path, capsys):
     assert not (tmp_path / "hybrid").exists()
 
 
+def test_what_a_newer_diffusers_saved(tmp_path, capsys):
+    """Is refused where this one would ignore some of it, with its names, and else is loaded."""
+    folder = tmp_path / "newer"
+    tiny_pipeline("flux_dev").save_pretrained(folder)
+    config, weights = folder / "transformer" / "config.json", next((folder / "transformer").glob("*.safetensors"))
+    for version, setting, weight, refused in (
+        ("99.0.0", {}, False, None),
+        ("0.30.0", {"num_gates": 3}, True, None),  # whose leftovers are known to diffusers
+        ("99.0.0", {"num_gates": 3}, True, "setting num_gates, weight gates.0.weight"),
+        ("99.0.0", {}, True, "weight gates.0.weight"),
+    ):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_diffusers_version": version, **setting}))
+        tensors = {name: value for name, value in load_file(weights).items() if not name.startswith("gates")}
+        save_file(tensors | ({"gates.0.weight": torch.zeros(2)} if weight else {}), weights, {"format": "pt"})
+        code, said = generate(capsys, folder, tmp_path / "a.png")
+        if refused is None:
+            assert (code, said) == (0, [])
+        else:
+            assert code == 1 and len(said) == 1
+            assert f"does not know ({refused}): it was saved by diffusers 99.0.0; upgrade diffusers" in said[0]
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "num_gates"}))
+
+
 def test_a_quantised_base_without_its_package(tmp_path, capsys):
     base = mixed(tmp_path / "base")
     config = json.loads((base / "transformer" / "config.json").read_text())
