@@ -882,7 +882,8 @@ def add_benchmark(commands) -> None:
         "--shapes",
         nargs="+",
         metavar="NAME",
-        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, z-image, flux3, krea2, sit-xl "
+        help="pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, flux2-klein, z-image, ovis-image, "
+        "flux3, krea2, longcat-image, fibo, sit-xl "
         "and those of families of your own (default: all; two of them on a CPU)",
     )
     sub.add_argument(

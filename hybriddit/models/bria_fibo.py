@@ -92,7 +92,7 @@ class BriaFibo(FilmVAE, Flux):
         "fibo": Recipe(mostly_logit_normal, 1.0, 0.5, 0.5, 0.1),
         "fibo_lite": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
     }
-    published = {"briaai/FIBO": Published(SHAPE, vae_scale_factor=16, text_parameters=SMOLLM3_3B)}
+    published = {"briaai/FIBO": Published(SHAPE, vae_scale_factor=16, shape="fibo", text_parameters=SMOLLM3_3B)}
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         if config.get("guidance_embeds"):

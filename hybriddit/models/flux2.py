@@ -263,7 +263,7 @@ class Flux2Klein(Flux2):
         "black-forest-labs/FLUX.2-klein-4B": Published(KLEIN_4B, text_parameters=QWEN3_4B),
         "black-forest-labs/FLUX.2-klein-9B": Published(KLEIN_9B, text_parameters=QWEN3_8B),
         "black-forest-labs/FLUX.2-klein-base-4B": Published(
-            KLEIN_4B, text_parameters=QWEN3_4B, recipe="flux2_klein_base"
+            KLEIN_4B, shape="flux2-klein", text_parameters=QWEN3_4B, recipe="flux2_klein_base"
         ),
     }
 

@@ -79,7 +79,7 @@ class LongCatImage(Flux):
     guided_together = False
     recipes = {"longcat_image": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
-        "meituan-longcat/LongCat-Image": Published(SHAPE, text_parameters=QWEN2_5_VL_7B),
+        "meituan-longcat/LongCat-Image": Published(SHAPE, shape="longcat-image", text_parameters=QWEN2_5_VL_7B),
         "meituan-longcat/LongCat-Image-Dev": Published(SHAPE, text_parameters=QWEN2_5_VL_7B),
     }
 

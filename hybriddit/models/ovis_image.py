@@ -44,7 +44,7 @@ class OvisImage(Flux):
     recipes = {"ovis_image": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {
         # the defaults of diffusers' class
-        "AIDC-AI/Ovis-Image-7B": Published(text_parameters=QWEN3_1_7B),
+        "AIDC-AI/Ovis-Image-7B": Published(shape="ovis-image", text_parameters=QWEN3_1_7B),
     }
 
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ def tiny(monkeypatch):
         "z-image": "z-image",
         "flux3": "flux3",
         "krea2": "krea2",
+        "fibo": "fibo",
     }
     for name, kind in kinds.items():
         subject = find_subject(name)
@@ -101,7 +102,19 @@ def test_variants_are_what_their_names_say(tiny, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "z-image", "krea2", "sit-xl"]
+    "name",
+    [
+        "pixart-sigma",
+        "sd3.5-medium",
+        "flux",
+        "qwen-image",
+        "flux2",
+        "z-image",
+        "krea2",
+        "longcat-image",
+        "fibo",
+        "sit-xl",
+    ],
 )
 def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
@@ -158,9 +171,13 @@ def test_the_published_shapes():
         "chroma": (24, 128, 512, True, 16, 512, True),
         "qwen-image": (24, 128, 512, True, 16, 512, True),
         "flux2": (48, 128, 512, True, 16, 512, False),
+        "flux2-klein": (24, 128, 512, True, 16, 512, True),
         "z-image": (30, 128, 512, False, 16, 512, True),
+        "ovis-image": (24, 128, 256, True, 16, 256, True),
         "flux3": (24, 128, 640, True, 16, 640, True),
         "krea2": (48, 128, 512, True, 16, 512, True),
+        "longcat-image": (24, 128, 512, True, 16, 512, True),
+        "fibo": (24, 128, 3000, True, 16, 3000, True),
         "sit-xl": (16, 72, 0, False, 16, 0, True),
     }
 

@@ -206,8 +206,8 @@ def test_unknown_shapes_are_named_with_those_there_are(capsys):
         main(["benchmark", "--shapes", "flux", "nonsense"])
     assert capsys.readouterr().err.splitlines()[-1] == (
         "hybriddit: error: argument --shapes: invalid choice: 'nonsense' "
-        "(choose from pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, z-image, flux3, "
-        "krea2, sit-xl)"
+        "(choose from pixart-sigma, sd3, sd3.5-medium, sd3.5-large, flux, chroma, qwen-image, flux2, flux2-klein, "
+        "z-image, ovis-image, flux3, krea2, longcat-image, fibo, sit-xl)"
     )
     with pytest.raises(ValueError, match="invalid choice: 'nonsense'"):
         running.settings(CPU, **ASKED | {"shapes": ["nonsense"]})

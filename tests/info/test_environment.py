@@ -34,9 +34,13 @@ def test_choices_are_those_of_the_dispatch(capsys):
         "Chroma",
         "Qwen-Image",
         "FLUX.2",
+        "FLUX.2 klein",
         "Z-Image",
+        "Ovis-Image",
         "FLUX.3 klein",
         "Krea 2",
+        "LongCat-Image",
+        "FIBO",
     )
     assert [(c["family"], c["pixels"]) for c in choices] == [
         (name, size) for name in names for size in (512, 1024, 4096)
