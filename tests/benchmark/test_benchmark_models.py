@@ -102,19 +102,7 @@ def test_variants_are_what_their_names_say(tiny, name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "pixart-sigma",
-        "sd3.5-medium",
-        "flux",
-        "qwen-image",
-        "flux2",
-        "z-image",
-        "krea2",
-        "longcat-image",
-        "fibo",
-        "sit-xl",
-    ],
+    "name", ["pixart-sigma", "sd3.5-medium", "flux", "qwen-image", "flux2", "z-image", "krea2", "fibo", "sit-xl"]
 )
 def test_a_sampler_calls_the_transformer_as_often_as_is_counted(tiny, name):
     subject = find_subject(name)
