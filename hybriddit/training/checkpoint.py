@@ -17,7 +17,7 @@ from ..config import ADDED_FIELDS
 from ..files import flush, read_json, read_tensors, write_tensors
 
 # The far branch's fields that SiTs did not have at first, with what they were then.
-ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False}
+ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False, "mixer": "linear"}
 # Settings that older checkpoints lack, with the values that those runs had.
 ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 ADDED_SETTINGS |= {f"model.{name}": value for name, value in ADDED_SIT_FIELDS.items()}
