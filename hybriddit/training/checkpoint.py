@@ -30,8 +30,8 @@ CONTENT = {
     "data.content": "what the images, captions or prompts are",
 }
 PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
-
-
+# Of any job, the settings that must not change when a run is resumed; with other moments the optimizer could not go on.
+KEPT = ("train.batch_size", "train.precision", "train.seed", "optim.use_8bit_adam")
 TABLES = ("qmap1", "qmap2")  # of bitsandbytes' moments
 
 
