@@ -177,6 +177,20 @@ def test_stages_within_a_limit_of_memory(command, tmp_path):
     assert code == 1 and "GiB" in err and not list(tmp_path.glob("b*")), "refused before the first stage"
 
 
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
+    """While the first stage is encoded, and while the last is decoded, strip by strip."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(f"diffusers.AutoencoderKL.{part}", full)
+    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "128x128"]
+    code, _, err = command("generate", *words, *(["--max-memory", 0.1] if part == "decode" else []))
+    assert code == 1 and err.splitlines()[-1].startswith("hybriddit: the image does not fit the device's memory"), err
+    assert not (tmp_path / "a.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

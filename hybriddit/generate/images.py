@@ -179,7 +179,12 @@ def make_strips(
 
     with _made(task):
         strips = strips_within(pipeline, memory, decode=decode, **_with_generator(task))
-    return strips, {**task.record, "width": memory.width, "height": memory.height}
+    return _fitting(strips), {**task.record, "width": memory.width, "height": memory.height}
+
+
+def _fitting(strips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    with fits_memory():
+        yield from strips
 
 
 def _with_generator(task: Task) -> dict[str, Any]:
@@ -191,24 +196,31 @@ def _with_generator(task: Task) -> dict[str, Any]:
 @contextlib.contextmanager
 def _made(task: Task) -> Iterator[None]:
     """Raises ValueError where diffusers would give a black image, and where the device's memory is full."""
-    import torch
-
     from ..pipelines.memory import OVERFLOWED
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), fits_memory():
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         try:
             yield
         except RuntimeWarning:
             raise ValueError(f"the image of seed {task.seed} is not finite: {OVERFLOWED}") from None
-        except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            torch.cuda.empty_cache()
-            raise ValueError(
-                "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
-                "strips (--max-memory, for hybrids)"
-            ) from None
+
+
+@contextlib.contextmanager
+def fits_memory() -> Iterator[None]:
+    """Raises ValueError where the device's memory is full while an image is made, decoded or encoded."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        torch.cuda.empty_cache()
+        raise ValueError(
+            "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
+            "strips (--max-memory, for hybrids)"
+        ) from None
 
 
 def check_settings(

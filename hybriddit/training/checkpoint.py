@@ -17,7 +17,7 @@ from ..config import ADDED_FIELDS
 from ..files import flush, read_json, read_tensors, write_tensors
 
 # The far branch's fields that SiTs did not have at first, with what they were then.
-ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False}
+ADDED_SIT_FIELDS = {"feature_map": "elu", "projection": 0, "far_rope": False, "mixer": "linear"}
 # Settings that older checkpoints lack, with the values that those runs had.
 ADDED_SETTINGS = {f"hybrid.{name}": value for name, value in ADDED_FIELDS.items()}
 ADDED_SETTINGS |= {f"model.{name}": value for name, value in ADDED_SIT_FIELDS.items()}
@@ -30,8 +30,8 @@ CONTENT = {
     "data.content": "what the images, captions or prompts are",
 }
 PLACES = {"model.path": "model.weights", "data.folder": "data.content", "data.prompts": "data.content"}
-
-
+# Of any job, the settings that must not change when a run is resumed; with other moments the optimizer could not go on.
+KEPT = ("train.batch_size", "train.precision", "train.seed", "optim.use_8bit_adam")
 TABLES = ("qmap1", "qmap2")  # of bitsandbytes' moments
 
 

@@ -43,13 +43,14 @@ from ..pipelines.loading import Base, check_parts, find_base, load_base, quiet, 
 from ..pipelines.prepare import place
 from ..stored import component_classes
 from .batches import bucket_turn, epoch_order, step_generator, step_of_turn
-from .checkpoint import checkpoints, gather, read_state
+from .checkpoint import KEPT, checkpoints, gather, read_state
 from .frechet import FrechetDistance, as_rgb, check_samples
 from .loop import Job, fit, start_run
 from .losses import captured_outputs, converted_layers, distribution_loss, layer_loss, layers_alone
 from .optimizer import is_gate
 from .processes import check_launcher
 from .run_config import HYBRID, DistillConfig, LossConfig, to_dict
+from .run_log import flat
 from .step_cost import mean_step_cost, step_flops
 
 Tokens = tuple[int, int]  # (rows, columns) of an image
@@ -677,8 +678,7 @@ def resume_settings(config: DistillConfig) -> dict:
     if not source.trajectories:
         unused.add("states")
     values["data"] = {name: value for name, value in values["data"].items() if name not in unused}
-    names = ("batch_size", "precision", "seed")
-    kept = {f"train.{name}": values["train"][name] for name in names}
+    kept = {name: value for name, value in flat(values).items() if name in KEPT}
     for section in ("model", "hybrid", "data", "loss"):
         kept |= {f"{section}.{name}": value for name, value in values[section].items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}

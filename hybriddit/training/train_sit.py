@@ -31,11 +31,12 @@ from ..models.wrapping import check_unwrapped, has_lora
 from ..pipelines.loading import quiet
 from ..pipelines.sit import SiTPipeline, id2label_of
 from .batches import epoch_order, loader_rate, step_generator
-from .checkpoint import ADDED_SIT_FIELDS, gather
+from .checkpoint import ADDED_SIT_FIELDS, KEPT, gather
 from .frechet import FrechetDistance, as_rgb
 from .loop import Job, fit, start_run, trained_parameters
 from .processes import check_launcher
 from .run_config import SiTConfig, to_dict
+from .run_log import flat
 
 
 def run(config: SiTConfig, *, resume: bool = False) -> SiTTransformer2DModel:
@@ -274,8 +275,7 @@ def check_same_set(data: ClassData, path: Path) -> None:
 def resume_settings(config: SiTConfig) -> dict:
     """The settings that must not change when a run is resumed."""
     values = to_dict(config)
-    names = ("batch_size", "precision", "seed")
-    kept = {f"train.{name}": values["train"][name] for name in names}
+    kept = {name: value for name, value in flat(values).items() if name in KEPT}
     kept |= {"data.flip": values["data"]["flip"]}
     # a run that was given one of these must not go on, as another model, where it is left out
     values["model"] = ADDED_SIT_FIELDS | values["model"]

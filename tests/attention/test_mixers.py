@@ -164,6 +164,13 @@ def test_alone_with_text(name, masked):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_gate_of_each_token_may_be_that_of_all_images(name):
+    layer, layout, qkv = make(name, GRIDS["one"], 0, window=(3, 3), gate="token")
+    gate = torch.randn(1, layout.image_length, HEADS, 1, dtype=torch.float64)
+    torch.testing.assert_close(layer(*qkv, layout, gate=gate), layer(*qkv, layout, gate=gate.expand(2, -1, -1, -1)))
+
+
 @pytest.mark.parametrize("name", ["blocks", "scan"])
 def test_a_fresh_one_is_or_nears_linear_attention(name):
     """Without factors, and with no decay, the weights are LinearMixer's."""

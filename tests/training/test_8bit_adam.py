@@ -1,6 +1,7 @@
 """AdamW's moments in 8 bits: what a checkpoint keeps of them, what they take, and where they cannot be."""
 
 import importlib.machinery
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -9,11 +10,12 @@ import torch
 from torch import nn
 
 from hybriddit.cli import main
+from hybriddit.training import distill, train_sit
 from hybriddit.training import optimizer as optimizers
-from hybriddit.training.checkpoint import load_checkpoint, saving_checkpoint
+from hybriddit.training.checkpoint import load_checkpoint, read_state, saving_checkpoint
 from hybriddit.training.dry_run import dry_run, report
 from hybriddit.training.optimizer import check_8bit, make_optimizer, moment_bytes
-from hybriddit.training.run_config import DistillConfig, load_config
+from hybriddit.training.run_config import DistillConfig, SiTConfig, load_config
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -88,6 +90,19 @@ def test_resumed_steps_are_those_of_an_unbroken_run(library, tmp_path):
     assert load_checkpoint(tmp_path / "step-00000003", named, average, optimizer, {}) == 3
     assert all(map(torch.equal, trained(model, optimizer, range(3, 5)), expected))
     assert optimizer.state[named["0.weight"]]["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("job, kind", [(distill, DistillConfig), (train_sit, SiTConfig)])
+def test_a_run_does_not_go_on_with_moments_of_the_other_kind(job, kind, tmp_path):
+    for first, then in ((False, True), (True, False)):
+        config = kind()
+        config.optim.use_8bit_adam = first
+        settings = job.resume_settings(config)
+        (tmp_path / "state.json").write_text(json.dumps({"step": 1, "settings": settings}))
+        assert read_state(tmp_path, settings)["step"] == 1
+        config.optim.use_8bit_adam = then
+        with pytest.raises(ValueError, match=r"made with other values of optim\.use_8bit_adam: resume with"):
+            read_state(tmp_path, job.resume_settings(config))
 
 
 def test_the_moments_take_what_is_estimated(library):

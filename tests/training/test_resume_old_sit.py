@@ -52,12 +52,12 @@ def test_a_run_of_the_names_before_goes_on(tmp_path):
     assert "exp_avg/transformer_blocks.0.attn.gate" in old and "average/transformer_blocks.1.ff.net.2.weight" in old
     save_file(old, first / "state.safetensors")
     state = json.loads((first / "state.json").read_text())
-    for field in ("feature_map", "projection", "far_rope"):  # which SiT did not have then
+    for field in ("feature_map", "projection", "far_rope", "mixer"):  # which SiT did not have then
         del state["settings"][f"model.{field}"]
     (first / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"made with other values of model\.feature_map: resume with"):
         run(load_config(tmp_path / "run.yaml", ["model.feature_map=hedgehog"]), resume=True)
-    said = ["model.feature_map=elu", "model.projection=0", "model.far_rope=false"]
+    said = ["model.feature_map=elu", "model.projection=0", "model.far_rope=false", "model.mixer=linear"]
     read_state(first, resume_settings(load_config(tmp_path / "run.yaml", said)))  # the same model: not refused
 
     resumed = run(config, resume=True).state_dict()
@@ -66,10 +66,10 @@ def test_a_run_of_the_names_before_goes_on(tmp_path):
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("field", ["feature_map", "projection", "far_rope"])
+@pytest.mark.parametrize("field", ["feature_map", "projection", "far_rope", "mixer"])
 def test_a_run_does_not_go_on_where_a_field_of_its_far_branch_is_left_out(field, tmp_path):
     """The weights alone would not always tell."""
-    far = {"feature_map": "hedgehog", "projection": None, "rope": True, "far_rope": True}
+    far = {"feature_map": "hedgehog", "projection": None, "rope": True, "far_rope": True, "mixer": "pooled"}
     config = SiTConfig(model={"attention": "linear", **far})
     (tmp_path / "state.json").write_text(json.dumps({"step": 1, "settings": resume_settings(config)}))
     read_state(tmp_path, resume_settings(config))

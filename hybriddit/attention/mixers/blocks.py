@@ -110,8 +110,8 @@ class PartSums(NamedTuple):
         lse: Tensor | None = None,
     ) -> Tensor:
         """As `KeySums.joined`."""
-        if gate is not None and gate.ndim == 4:
-            gate = gate.expand(-1, self.pieces.length, -1, -1)
+        if gate is not None and gate.ndim == 4:  # one of all images too, as pieces are images of a batch
+            gate = gate.expand(len(near), self.pieces.length, -1, -1)
         beside = [
             self.pieces.apart(x) if x is not None and x.ndim > 2 else itertools.repeat(x) for x in (near, gate, lse)
         ]
