@@ -5,10 +5,11 @@ Importing this imports no torch. Nothing here needs more than torch, but for `fr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,20 @@ def check_offload(setting: str, offload: str | None, device: torch.device) -> No
         raise ValueError(
             f"{setting}{offload} spares the memory of an accelerator, and the device is the CPU: leave it out"
         )
+
+
+@contextlib.contextmanager
+def fits_memory(otherwise: str) -> Iterator[None]:
+    """Raises ValueError with these words where the device's memory is full: what does not fit, and what to do."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        torch.cuda.empty_cache()
+        raise ValueError(otherwise) from None
 
 
 def find_device(name: str | None = None) -> torch.device:

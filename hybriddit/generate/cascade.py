@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from ..images import open_image
+from ..machine import fits_memory
 from ..strips_file import save_image, write_strips
-from .images import MAX_SEED, Task, family_of_pipeline, fits_memory, make, make_strips, token_pixels
+from .images import MAX_SEED, TOO_LARGE, Task, family_of_pipeline, make, make_strips, token_pixels
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -241,7 +242,7 @@ def make_in_stages(
     for number in range(there, count):
         stage, started = cascade.stages[number], time.monotonic()
         with contextlib.ExitStack() as within:
-            within.enter_context(fits_memory())  # what is enlarged is encoded too
+            within.enter_context(fits_memory(TOO_LARGE))  # what is enlarged is encoded too
             within.enter_context(cascade.positions_of(denoiser(pipeline), number))
             own = task
             if stage.schedule is not None:

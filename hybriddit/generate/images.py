@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.text import check_text
 from ..images import flatten
-from ..machine import running_versions
+from ..machine import fits_memory, running_versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ..pipelines.memory import Decode, MemoryPlan
 
 MAX_SEED = 2**63 - 1
+TOO_LARGE = (
+    "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
+    "strips (--max-memory, for hybrids)"
+)
 
 # generate's argument -> the pipeline's argument
 ARGUMENTS = {
@@ -183,7 +187,7 @@ def make_strips(
 
 
 def _fitting(strips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    with fits_memory():
+    with fits_memory(TOO_LARGE):
         yield from strips
 
 
@@ -198,29 +202,12 @@ def _made(task: Task) -> Iterator[None]:
     """Raises ValueError where diffusers would give a black image, and where the device's memory is full."""
     from ..pipelines.memory import OVERFLOWED
 
-    with warnings.catch_warnings(), fits_memory():
+    with warnings.catch_warnings(), fits_memory(TOO_LARGE):
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         try:
             yield
         except RuntimeWarning:
             raise ValueError(f"the image of seed {task.seed} is not finite: {OVERFLOWED}") from None
-
-
-@contextlib.contextmanager
-def fits_memory() -> Iterator[None]:
-    """Raises ValueError where the device's memory is full while an image is made, decoded or encoded."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:  # a CPU's allocator has no class of errors of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        torch.cuda.empty_cache()
-        raise ValueError(
-            "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
-            "strips (--max-memory, for hybrids)"
-        ) from None
 
 
 def check_settings(

@@ -30,7 +30,7 @@ from ..data.sources import SOURCES, make_data
 from ..data.teacher import PromptEmbeddings, Teacher, encoder_names
 from ..data.teacher_images import sample
 from ..images import Grid
-from ..machine import check_offload
+from ..machine import check_offload, fits_memory
 from ..metrics.images import Images
 from ..models import dense_mode, family_of, hybridize, is_hybrid, save_adapter
 from ..models.adapters import describe_base
@@ -56,6 +56,10 @@ from .step_cost import mean_step_cost, step_flops
 Tokens = tuple[int, int]  # (rows, columns) of an image
 
 # settings that a config may leave to the teacher's recipe
+TOO_LARGE = (
+    "the teacher, or what it makes at once, does not fit the device's memory: lower data.batch_size, or set data.offload to "
+    "model, group or sequential; --dry-run counts what is needed"
+)
 OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
 
 
@@ -92,18 +96,20 @@ def run(config: DistillConfig, *, resume: bool = False) -> nn.Module:
     for note in (base.note, few):
         if note and accelerator.is_main_process:
             print(f"note: {note}", file=sys.stderr)
-    texts = prompt_embeddings(base, config, accelerator.device, processes)
-    teacher = load_teacher(base, config, accelerator.device, config.data.offload, texts)
-    if resume:
-        settings = {**settings, "model.weights": teacher.describe([base.component])[base.component]["weights"]}
-        read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
-    progress = config.train.progress and accelerator.is_main_process
-    data = make_data(teacher, config.data, progress=progress, processes=processes)
-    digest = teacher.describe([base.component])[base.component]["weights"]
-    if config.data.offload:  # to train, its weights stay on the device
-        teacher.free()
-        teacher = load_teacher(base, config, accelerator.device, None, teacher.texts)
-    return distill(teacher.pipeline, data, config, resume=resume, digest=digest)
+    with fits_memory(TOO_LARGE):
+        texts = prompt_embeddings(base, config, accelerator.device, processes)
+        teacher = load_teacher(base, config, accelerator.device, config.data.offload, texts)
+        if resume:
+            settings = {**settings, "model.weights": teacher.describe([base.component])[base.component]["weights"]}
+            read_state(checkpoints(Path(config.output.folder) / "checkpoints")[-1], settings, usual)
+        progress = config.train.progress and accelerator.is_main_process
+        data = make_data(teacher, config.data, progress=progress, processes=processes)
+        digest = teacher.describe([base.component])[base.component]["weights"]
+        if config.data.offload:  # to train, its weights stay on the device
+            teacher.free()
+            teacher = load_teacher(base, config, accelerator.device, None, teacher.texts)
+        pipeline = teacher.pipeline
+    return distill(pipeline, data, config, resume=resume, digest=digest)
 
 
 def load_teacher(

@@ -34,6 +34,10 @@ from .run_log import changed_settings, log, plot_log, read_starts, record_start,
 from .tracker import start_tracker, track_image, tracked_run
 
 # dense bf16 TFLOP/s, by a part of the device's name
+TOO_LARGE = (
+    "a step does not fit the device's memory: set train.gradient_checkpointing=true, or raise train.accumulation, so that "
+    "it holds fewer images at once; --dry-run counts what is needed, and --resume goes on from the newest checkpoint"
+)
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
@@ -152,7 +156,7 @@ def fit(job: Job, config, accelerator: Accelerator, *, resume: bool = False) -> 
     since = time.perf_counter()
     # not with several processes: the launcher stops them all, and one that goes on would wait for the others
     signals = stop_signals() if writes and accelerator.num_processes == 1 else nullcontext([])
-    with signals as stopped, progress_bar(job.name, first, config, accelerator) as bar:
+    with fits_memory(TOO_LARGE), signals as stopped, progress_bar(job.name, first, config, accelerator) as bar:
         for step, parts in batches(job.make_batch, range(first, config.train.steps), accelerator.device):
             set_learning_rates(optimizer, step, config)
             metrics = torch.zeros(len(names), device=accelerator.device)
