@@ -499,8 +499,8 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions",
-        help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX and Chroma also "
-        "ntk, yarn, dominant or clear",
+        help="of tokens in images larger than the model's own: interpolated (default), plain, ntk, yarn, dominant or clear; "
+        "docs/generate.md says which models have which",
     )
 
 
