@@ -376,7 +376,10 @@ def add_generate(commands) -> None:
         help="SiT: name or index of a class; may be given repeatedly",
     )
     sub.add_argument(
-        "--image", type=Path, help="image to start from (SD3, FLUX, Chroma, Qwen-Image, Z-Image), or to edit (FLUX.2)"
+        "--image",
+        type=Path,
+        help="image to start from (SD3, FLUX, Chroma, Qwen-Image, Z-Image), or to edit (FLUX.2, FLUX Kontext, Fibo-Edit, "
+        "LongCat-Image-Edit)",
     )
     sub.add_argument(
         "--mask",
