@@ -376,7 +376,10 @@ def add_generate(commands) -> None:
         help="SiT: name or index of a class; may be given repeatedly",
     )
     sub.add_argument(
-        "--image", type=Path, help="image to start from (SD3, FLUX, Chroma, Qwen-Image, Z-Image), or to edit (FLUX.2)"
+        "--image",
+        type=Path,
+        help="image to start from (SD3, FLUX, Chroma, Qwen-Image, Z-Image), or to edit (FLUX.2, FLUX Kontext, Fibo-Edit, "
+        "LongCat-Image-Edit)",
     )
     sub.add_argument(
         "--mask",
@@ -499,8 +502,8 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions",
-        help="of tokens in images larger than the model's own: interpolated (default), plain; with FLUX and Chroma also "
-        "ntk, yarn, dominant or clear",
+        help="of tokens in images larger than the model's own: interpolated (default), plain, ntk, yarn, dominant or clear; "
+        "docs/generate.md says which models have which",
     )
 
 

@@ -473,7 +473,7 @@ def test_a_pipeline_of_no_family_is_taken_as_diffusers_knows_it():
         for_task(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()), True, mask is not None)
 
 
-@pytest.mark.parametrize("family", ["z_image", "krea2"])
+@pytest.mark.parametrize("family", ["z_image", "krea2", "krea2_turbo"])
 def test_some_pipelines_guide_from_0_on(family):
     """They count from 0: a guidance of 0.5 heeds the negative prompt, and one of 0 does not."""
     pipeline = tiny_pipeline(family)

@@ -259,6 +259,7 @@ def tiny_pipeline(family: str, seed: int = 0, latent_channels: int = 4):
             in_channels=12,
             out_channels=12,
             patch_size=2,
+            scale_factor_spatial=pixels,
             is_residual=True,
         ).eval()
         transformer = BriaFiboTransformer2DModel(**FLUX_SIZES, in_channels=latent_channels, text_encoder_dim=8)

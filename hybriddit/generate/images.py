@@ -424,7 +424,7 @@ def _arguments(
             no_effect("true_cfg", "it guides only above 1")
         if not guides and getattr(denoiser(pipeline), "config", {}).get("guidance_embeds") is False:
             no_effect("guidance", "this model was distilled to need none")
-    elif pipeline.config.get("is_distilled"):
+    elif family is not None and family.unguided_if_distilled and pipeline.config.get("is_distilled"):
         no_effect("guidance", "this model was distilled to need none")
     elif used["guidance"] is not None:
         above = 1.0 if family is None else family.guides_above

@@ -155,7 +155,8 @@ class Family(ABC):
     samples_with_vae: whether the pipeline needs its VAE for latents, too.
     vae_class: the VAE's usual class.
     guided: whether sampling runs the model twice, with the prompt and with an empty or negative one; guided_together:
-        whether that is one call with both; guides_above: the scale above which it does so.
+        whether that is one call with both; guides_above: the scale above which it does so; unguided_if_distilled: whether
+        pipelines that say `is_distilled` never do, whatever the scale.
     usual_side: of the images that the pipelines make where no size is asked for, in pixels, if neither their
         `default_sample_size` nor the model's `sample_size` tells it.
     guidance_argument: the argument of the pipelines' call that sets the scale of that, or of a guidance embedding.
@@ -195,6 +196,7 @@ class Family(ABC):
     guided: ClassVar[bool] = True
     guided_together: ClassVar[bool] = True
     guides_above: ClassVar[float] = 1.0
+    unguided_if_distilled: ClassVar[bool] = False
     usual_side: ClassVar[int] = 0
     guidance_argument: ClassVar[str] = "guidance_scale"
     empty_prompt: ClassVar[str] = ""

@@ -255,6 +255,7 @@ class Flux2Klein(Flux2):
     samples_with_vae = True
     guided = True
     guided_together = False
+    unguided_if_distilled = True
     recipes = {
         "flux2_klein": Recipe(sampled_few_steps, 0.0, 1.0, 0.5, 0.0, few_steps=True),
         "flux2_klein_base": Recipe(sampled_logit_normal, 1.0, 0.5, 0.5, 0.1),

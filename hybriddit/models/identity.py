@@ -69,7 +69,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
         return _of_all(f"{part} {tensor_digest(getattr(tensor, part))}" for part in parts)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     factors = _factors().to(tensor.device)
-    for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(PART):
+    flat = tensor.contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one value is contiguous at any stride, of which bytes have no view
+    for part in flat.view(torch.uint8).split(PART):
         if len(part) % (8 * BLOCK) or part.storage_offset() % 8:
             part = F.pad(part, (0, -len(part) % (8 * BLOCK)))  # a copy, of whole blocks
         words = part.view(torch.int64).view(-1, BLOCK)

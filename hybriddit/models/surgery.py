@@ -290,6 +290,8 @@ def inject_token_layout(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     family = family_of(model)
     inputs = arguments_of(model, args, kwargs)
     if family.attention_kwargs is None:
+        if any(isinstance(value, dict) and "token_layout" in value for value in inputs.values()):
+            raise ValueError(f"{family.name} is not given a token_layout: its other arguments tell it")
         with_layout(model, inputs, model._layout_holder.given or family.token_layout(model, inputs))
         return None
     attention_kwargs = inputs.get(family.attention_kwargs) or {}

@@ -57,8 +57,8 @@ class DataConfig:
     cache: folder for the latents and prompt embeddings, reused and added to if it holds some of them already; None keeps
         them in memory.
     height, width: in pixels. steps: of the teacher's sampler.
-    guidance_scale: the pipeline's argument of that name (Qwen-Image: true_cfg_scale); Z-Image's guides above 0, others
-        above 1.
+    guidance_scale: the pipeline's argument of that name (Qwen-Image: true_cfg_scale); Z-Image's and Krea 2's guide above
+        0, others above 1.
     max_sequence_length: text tokens; None is the pipeline's default.
     batch_size: images made, or images or prompts encoded, at a time in each process.
     seed: image i is made from seed + i; for "folder", it draws the caption of an image that has several.

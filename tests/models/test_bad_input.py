@@ -156,6 +156,10 @@ def test_forward_arguments():
     block = model.transformer_blocks[0].attn
     refused(ValueError, "needs `token_layout`", block, torch.zeros(1, 20, 32), torch.zeros(1, 5, 32))
 
+    model = hybridize(make("krea2"), HybridConfig(window=3))
+    inputs = make_inputs(model, GRID)
+    refused(ValueError, "not given a token_layout", lambda: run(model, inputs, attention_kwargs=layout))
+
     model = hybridize(make("pixart"), HybridConfig(window=3))
     mask = torch.ones(1, 20)
     refused(ValueError, "no attention mask", lambda: run(model, make_inputs(model, GRID), attention_mask=mask))

@@ -75,6 +75,8 @@ def test_where_the_weights_are_does_not_count():
     assert weights_digest(moved) == expected
     strided = nn.ParameterDict({"p0": nn.Parameter(odd.t().contiguous().t()), "p1": moved["p1"]})
     assert weights_digest(strided) == expected
+    value = torch.tensor(0.5)
+    assert identity.tensor_digest(value.expand(1)) == identity.tensor_digest(value[None]), "as a pipeline's time is"
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     expected = weights_digest(layers)
     cpu_offload(layers, torch.device("cpu"))
