@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..files import replacing
 from ..images import Grid, open_image, save_grid
+from ..machine import fits_memory
 from ..models.wrapping import is_plain
 from .batches import batches
 from .checkpoint import checkpoints, load_checkpoint, saving_checkpoint

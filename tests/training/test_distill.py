@@ -322,6 +322,23 @@ def test_every_epoch_is_a_new_shuffle_of_the_whole_set():
     assert epoch_order(10, 1, 0, 10) != epochs[0]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_a_full_device_is_one_line(error, prepared, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise error
+
+    pipeline, data = prepared("flux_dev")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="set train.gradient_checkpointing=true"):
+        patch.setattr(distill_module.Distillation, "losses", full)
+        distill(pipeline, data, tiny_config(None))
+    pipeline.save_pretrained(tmp_path / "teacher")
+    config = tiny_config(tmp_path / "run", data__prompts=["a"], data__images=4, data__height=64, data__width=64)
+    config.model.path = str(tmp_path / "teacher")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="lower data.batch_size, or set data.offload"):
+        patch.setattr(distill_module, "make_data", full)
+        distill_module.run(config)
+
+
 def test_resume_gives_what_an_unbroken_run_gives(prepared, tmp_path, monkeypatch):
     def settings(folder):
         return tiny_config(
