@@ -45,7 +45,7 @@ def shown_strips(model: nn.Module, rows: int, most: int | None = None) -> Iterat
         raise ValueError(f"strips have 1 row of tokens or more, not {rows}")
     model = unwrapped(model)
     if not is_hybrid(model):
-        raise ValueError(f"{type(model).__name__} is dense: strips are for models with hybrid attention")
+        raise ValueError(f"strips are for pretrained models that were made hybrid, not for a {type(model).__name__}")
     if getattr(model, "is_cache_enabled", False):
         raise ValueError("diffusers' caches keep what blocks gave for the whole image: disable_cache() first")
     family, names = family_of(model), {module: name for name, module in model.named_modules()}

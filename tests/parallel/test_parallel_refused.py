@@ -38,6 +38,8 @@ def try_everything(rank):
     timed = hybridize(make("qwen-image", zero_cond_t=True), HybridConfig(window=3))
     refused("zero_cond_t: each token of this Qwen-Image has a time", shard, timed, world)
     refused("images of Z-Image are not spread over processes", shard, hybrid("z-image"), world)
+    scanning = hybridize(make("pixart"), HybridConfig(window=3, mixer="scan"))
+    refused("transformer_blocks.0.attn1.hybrid sees the whole image at once (a mixer", shard, scanning, world)
     refused("2 dimensions: give the one that shares an image", shard, hybrid(), init_device_mesh("cpu", (1, 2)))
     refused("is within OptimizedModule", shard, torch.compile(hybrid()), world)
     refused("2 processes cannot share an image of 1 rows of tokens", run, spread, make_inputs(spread, (1, 4)))

@@ -2,8 +2,8 @@
 
 A mixer is made by Mixer(heads, head_dim, feature_map=..., projection=..., temperature=..., center_keys=...) and has the
 methods of LinearMixer: `forward`, `flops` and `work`; and its `states`. One whose sums over parts of the keys add up to
-those over all of them says so by `sums_add_up`: its layers can be shown an image in strips. The others run on whole
-images alone.
+those over all of them says so by `sums_add_up`: its layers can be shown an image in strips; and one that runs on an
+image spread over processes by `spreads`. The others run on whole images alone.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class LinearMixer(nn.Module):
             raise ValueError(f"feature map {feature_map!r} does not take {what}: use a projection of at most {most}")
         self.heads, self.head_dim, self.feature_map, self.center_keys = heads, head_dim, feature_map, center_keys
         self.channels, self.features = channels, phi.features(channels)
-        self.sums_add_up = FEATURE_MAPS[feature_map].fused and not center_keys
+        self.spreads = FEATURE_MAPS[feature_map].fused
+        self.sums_add_up = self.spreads and not center_keys
         self.projection_q = self.projection_k = self.log_temperature_q = self.log_temperature_k = None
         if projection:
             self.projection_q, self.projection_k = (nn.Parameter(torch.empty(heads, head_dim, channels)) for _ in "qk")

@@ -22,7 +22,7 @@ class MultiscaleMixer(LinearMixer):
 
     def __init__(self, heads: int, head_dim: int, **settings):
         super().__init__(heads, head_dim, **settings)
-        self.sums_add_up = False
+        self.spreads = self.sums_add_up = False
         width = heads * head_dim
         self.key_conv, self.value_conv = (
             nn.Conv2d(width, width, SIDE, padding=SIDE // 2, groups=width, bias=False) for _ in range(2)

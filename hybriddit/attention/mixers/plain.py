@@ -24,7 +24,7 @@ class PlainMixer(LinearMixer):
 
     def __init__(self, heads: int, head_dim: int, **settings):
         super().__init__(heads, head_dim, **settings)
-        self.sums_add_up = False
+        self.spreads = self.sums_add_up = False
 
     def phi(self, x: torch.Tensor) -> torch.Tensor:
         """The feature map, of projected queries or keys: [B, N, heads, m] -> [B, N, heads, features]."""
