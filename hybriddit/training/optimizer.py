@@ -33,7 +33,7 @@ def check_8bit(config, *, sharded: bool = False) -> None:
     if not config.optim.use_8bit_adam:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError("optim.use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+        raise ModuleNotFoundError('optim.use_8bit_adam needs bitsandbytes: pip install "hybriddit[8bit]"')
     if sharded:
         raise ValueError(
             "optim.use_8bit_adam does not run with FSDP, which shares out the moments by itself: leave it out"

@@ -123,7 +123,7 @@ def test_where_it_cannot_run(library, monkeypatch):
         check_8bit(config_of(), sharded=True)
     monkeypatch.setattr(optimizers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     check_8bit(config_of(False))
-    with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
+    with pytest.raises(ModuleNotFoundError, match="needs bitsandbytes: pip install"):
         check_8bit(config_of())
 
 
@@ -131,7 +131,7 @@ def test_it_is_told_before_anything_is_made(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(optimizers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
     words = ["configs/distill/demo.yaml", "optim.use_8bit_adam=true", f"output.folder={tmp_path / 'run'}"]
     assert main(["distill", *words]) == 1
-    assert capsys.readouterr().err.endswith("optim.use_8bit_adam needs bitsandbytes: pip install bitsandbytes\n")
+    assert capsys.readouterr().err.endswith('needs bitsandbytes: pip install "hybriddit[8bit]"\n')
     assert not (tmp_path / "run").exists()
 
 
