@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
 from ..files import read_json, write_json
@@ -243,7 +243,7 @@ def read_image(path: Path, height: int, width: int) -> Image.Image:
 @torch.no_grad()
 def encode_images(pipeline, images: Sequence[Image.Image]) -> torch.Tensor:
     """Latents of images, RGB and of one size, as the transformer takes them."""
-    # as diffusers' image processors do it, of which FIBO's would make the sides multiples of two tokens
-    pixels = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in images]) / 255).permute(0, 3, 1, 2)
-    pixels = (2 * pixels - 1).to(pipeline._execution_device, pipeline.vae.dtype)
+    # not by the pipeline's own processor: FIBO's would make the sides multiples of two tokens
+    pixels = VaeImageProcessor(do_resize=False).preprocess(list(images))
+    pixels = pixels.to(pipeline._execution_device, pipeline.vae.dtype)
     return family_of(denoiser(pipeline)).encode_images(pipeline.vae, pixels)

@@ -37,9 +37,8 @@ from .family import Processors, Published
 from .film_vae import FilmVAE
 from .flux import Flux, HidesText, HybridFluxAttnProcessor, position_ids
 from .hybrid_model import hybrid_class
-from .recipe import Recipe, shifted_logit_normal
+from .recipe import Recipe, sampled_few_steps, shifted_logit_normal
 from .wrapping import with_method
-from .z_image import sampled_few_steps
 
 
 class DenseBriaFiboAttnProcessor(HidesText, BriaFiboAttnProcessor):

@@ -748,15 +748,13 @@ def block_stacks(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]
 
     Lists of single layers are none, such as FIBO's for text.
     """
-    stacks: list[tuple[nn.Module, str, nn.Module]] = []
+    stacks = []
     for name, child in model.named_children():
-        held = child.named_children() if isinstance(child, nn.ModuleDict) else [(name, child)]
-        stacks += [(child if isinstance(child, nn.ModuleDict) else model, *found) for found in held]
-    return [
-        found
-        for found in stacks
-        if isinstance(found[2], nn.ModuleList) and any(len(list(block.children())) > 1 for block in found[2])
-    ]
+        if isinstance(child, nn.ModuleDict):
+            stacks += block_stacks(child)
+        elif isinstance(child, nn.ModuleList) and any(len(list(block.children())) > 1 for block in child):
+            stacks.append((model, name, child))
+    return stacks
 
 
 def families() -> Sequence[Family]:

@@ -60,3 +60,6 @@ class FilmVAE(Family):
 
     def decoder(self, vae: nn.Module) -> nn.Module:
         return _Decoding(vae)
+
+    def published_vae(self, channels: int) -> nn.Module:
+        return self.vae_class(z_dim=channels)

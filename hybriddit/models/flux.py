@@ -158,10 +158,10 @@ TEXT = T5_XXL + 123_060_480  # with CLIP's L
 class Flux(PackedLatents):
     """FLUX.1: dev, whose guidance scale is an input, and schnell, made for 1 to 4 steps.
 
-    position_embedding: the model's name for what makes its rotary tables of ids.
+    position_embedding: the model's name for what makes its rotary tables of ids. id_columns: where the ids of image tokens
+    have the image's index, and the row. rows_from_zero: whether these count an image's rows from 0 on.
     """
 
-    position_embedding = "pos_embed"
     name = "FLUX"
     dense_class = FluxTransformer2DModel
     hybrid_class = HybridFluxTransformer2DModel
@@ -192,8 +192,9 @@ class Flux(PackedLatents):
         "black-forest-labs/FLUX.1-schnell": Published({"guidance_embeds": False}, text_parameters=TEXT),
     }
 
-    id_columns: ClassVar[tuple[int, int]] = (0, 1)  # where the ids of image tokens have the image's index, and the row
-    rows_from_zero: ClassVar[bool] = True  # whether these count an image's rows from 0 on
+    position_embedding: ClassVar[str] = "pos_embed"
+    id_columns: ClassVar[tuple[int, int]] = (0, 1)
+    rows_from_zero: ClassVar[bool] = True
 
     def __init__(self):
         # what ids have been found to hold, with their version: on a GPU every reading waits for all work before it

@@ -131,9 +131,6 @@ class Krea2(FilmVAE, Flux):
             )
         return TokenLayout(text, self.grids("position_ids", ids, tokens, first=text), text_first=True)
 
-    def published_vae(self, channels: int) -> nn.Module:
-        return AutoencoderKLQwenImage(z_dim=channels)
-
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         embeds, mask = pipeline.encode_prompt(prompts, **length)
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}

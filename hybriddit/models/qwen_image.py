@@ -231,9 +231,6 @@ class QwenImage(FilmVAE, PackedLatents):
             with torch.device("cpu"):
                 model.pos_embed = type(own)(own.theta, own.axes_dim, own.scale_rope)
 
-    def published_vae(self, channels: int) -> nn.Module:
-        return AutoencoderKLQwenImage(z_dim=channels)
-
     def encode_prompts(self, pipeline: Any, prompts: list[str], **length: int) -> dict[str, torch.Tensor]:
         """All prompts are padded to one length, and so may be of one batch: the mask hides the rest.
 

@@ -58,6 +58,12 @@ def sampled_logit_normal(count: int, tokens: int, scheduler: Any, generator: tor
     return moved(torch.randn(count, generator=generator).sigmoid(), sampling_shift(tokens, scheduler.config))
 
 
+def sampled_few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
+    """The times of pipelines' schedules of 1 to 8 steps."""
+    steps = few_steps(count, tokens, scheduler, generator, most=8)
+    return moved(steps, sampling_shift(tokens, scheduler.config))
+
+
 def moved(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     """Times at which sigma / (1 - sigma) is `shift` times as large."""
     return shift * sigma / (1 + (shift - 1) * sigma)

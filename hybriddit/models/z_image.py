@@ -37,7 +37,7 @@ from .flux2 import QWEN3_4B
 from .hybrid_model import hybrid_class
 from .positions import rotary_tables
 from .processing import LayoutHolder, check_call, far_inputs, norm, project
-from .recipe import Recipe, few_steps, moved, sampled_logit_normal, sampling_shift
+from .recipe import Recipe, sampled_few_steps, sampled_logit_normal
 
 PATCH = 2  # of forward and of the pipelines, whatever other sizes a model has weights for
 
@@ -82,12 +82,6 @@ class HybridZSingleStreamAttnProcessor:
         text_mask = None if attention_mask is None else attention_mask[:, image_length:]
         out = attn.hybrid(query, key, value, token_layout, text_mask=text_mask, **far).flatten(2).to(query.dtype)
         return attn.to_out[1](project(attn, "to_out.0", out))
-
-
-def sampled_few_steps(count: int, tokens: int, scheduler: Any, generator: torch.Generator) -> torch.Tensor:
-    """The times of the pipelines' schedules of 1 to 8 steps."""
-    steps = few_steps(count, tokens, scheduler, generator, most=8)
-    return moved(steps, sampling_shift(tokens, scheduler.config))
 
 
 def _filled(length: int) -> int:

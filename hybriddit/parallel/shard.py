@@ -66,7 +66,11 @@ def shard(transformer: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> nn.Mo
         raise ValueError(f"the model is on {device}, and the processes talk by {found}: GPUs need nccl, CPUs gloo")
     check_equal_models(transformer, group)
     for name, module in transformer.named_modules():
-        if isinstance(module, HybridAttention) and module.far is not None and not module.far.spreads:
+        if not isinstance(module, HybridAttention):
+            continue
+        if module.pooled is not None:
+            raise ValueError(f"{name} has pooled keys: such a model's images are not spread over processes")
+        if module.far is not None and not module.far.spreads:
             raise ValueError(
                 f"the far branch of {name} sees the whole image at once (a mixer of whole images, or a feature map without "
                 "kernels): such a model's images are not spread over processes"

@@ -211,8 +211,9 @@ def check_known(base: Base) -> None:
     unknown = [f"setting {name}" for name in values if name not in known and not name.startswith("_")]
     folder = Path(base.folder, base.component)
     if folder.is_dir() and "quantization_config" not in values:  # which splits weights up
-        weights = dict.fromkeys(name for file in weight_files(folder, base.variant) for name in tensor_headers(file))
-        unknown += [f"weight {name}" for name in weights if name not in model.state_dict()]
+        weights = [name for file in weight_files(folder, base.variant) for name in tensor_headers(file)]
+        known = model.state_dict().keys()
+        unknown += [f"weight {name}" for name in weights if name not in known]
     if unknown:
         raise ValueError(
             f"the pipeline at {base.path!r} has what the {type(model).__name__} of diffusers {diffusers.__version__} does not "

@@ -55,11 +55,11 @@ from .step_cost import mean_step_cost, step_flops
 
 Tokens = tuple[int, int]  # (rows, columns) of an image
 
-# settings that a config may leave to the teacher's recipe
 TOO_LARGE = (
     "the teacher, or what it makes at once, does not fit the device's memory: lower data.batch_size, or set data.offload to "
     "model, group or sequential; --dry-run counts what is needed"
 )
+# settings that a config may leave to the teacher's recipe
 OF_RECIPE = ("model.recipe", "loss.task", "loss.output", "loss.layer", "loss.prompt_dropout")
 
 

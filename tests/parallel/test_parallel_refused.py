@@ -38,6 +38,8 @@ def try_everything(rank):
     timed = hybridize(make("qwen-image", zero_cond_t=True), HybridConfig(window=3))
     refused("zero_cond_t: each token of this Qwen-Image has a time", shard, timed, world)
     refused("images of Z-Image are not spread over processes", shard, hybrid("z-image"), world)
+    pooling = hybridize(make("pixart"), HybridConfig(window=3, pooled_keys=2, linear=False))
+    refused("transformer_blocks.0.attn1.hybrid has pooled keys", shard, pooling, world)
     scanning = hybridize(make("pixart"), HybridConfig(window=3, mixer="scan"))
     refused("transformer_blocks.0.attn1.hybrid sees the whole image at once (a mixer", shard, scanning, world)
     refused("2 dimensions: give the one that shares an image", shard, hybrid(), init_device_mesh("cpu", (1, 2)))
