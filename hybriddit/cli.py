@@ -34,6 +34,7 @@ STAGES = {
     "stage_strength": "strength",
     "stage_steps": "steps",
     "stage_scale": "scale",
+    "upscaler": "upscaler",
 }
 ADAPTER_HELP = (
     "folder or repository of a distilled adapter; or the folder of a distillation, or of one of its checkpoints"
@@ -426,7 +427,7 @@ def generate(options: argparse.Namespace) -> None:
 
     wanted = _stages(options)
     if options.size is None and wanted:
-        raise ValueError("--schedule, --positions and --stage-… are for images in stages: give --size too")
+        raise ValueError("--schedule, --positions, --upscaler and --stage-… are for images in stages: give --size too")
     stages = None if options.size is None else StageSettings(parse_size(options.size), **wanted)
     _generate(options, "size", stages=stages)
 
@@ -499,6 +500,12 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage-steps", type=int, help="steps of a stage, instead of the schedule's")
     parser.add_argument(
         "--stage-scale", type=float, help="how much larger a stage is than the one before, at most (default: 2)"
+    )
+    parser.add_argument(
+        "--upscaler",
+        type=Path,
+        metavar="FILE",
+        help="upscaler module, such as Real-ESRGAN's, that enlarges each stage instead of Lanczos' filter; it needs spandrel",
     )
     parser.add_argument(
         "--positions",

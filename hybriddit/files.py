@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,26 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     if expected not in (None, checksum(tensors)):
         raise ValueError(f"{path} is damaged (its checksum does not match)")
     return tensors
+
+
+def read_weights(path: str | os.PathLike, allowed: Sequence[type] = ()) -> Any:
+    """What a weights file holds, on the CPU: a .safetensors file's tensors, or what torch.load with weights_only gives.
+
+    allowed: classes that may be in the file besides. Raises FileNotFoundError, or ValueError for a damaged file and for one
+    that holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    import torch
+
+    with path.open("rb") as file, torch.serialization.safe_globals(list(allowed)):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from error
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -40,6 +40,7 @@ NAMES = {
         "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips"
     ),
     "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
+    "hybriddit.pipelines.upscaler": "Upscaler load_upscaler",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",
     "hybriddit.generate": "generate check_settings",
     "hybriddit.images": "open_image read_record save_png",

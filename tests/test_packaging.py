@@ -50,7 +50,7 @@ def test_every_dependency_has_a_reason_and_every_import_a_dependency():
     required = {requirement(line) for line in PROJECT["dependencies"]}
     optional = {
         requirement(line)
-        for extra in ("natten", "gpu", "eval", "app", "8bit")
+        for extra in ("natten", "gpu", "eval", "app", "8bit", "upscaler")
         for line in PROJECT["optional-dependencies"][extra]
     }
     imported = imports(ROOT / "hybriddit")

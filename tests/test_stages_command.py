@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import finish_together
+from spandrel.architectures.Compact import Compact
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
 import hybriddit
@@ -142,6 +143,41 @@ def test_an_image_is_upscaled(command, tmp_path):
     finally:
         Path("photo.png").write_bytes(kept)
     assert not np.array_equal(pixels(tmp_path / "a.png"), before)
+
+
+def save_upscaler(path, scale, seed=0):
+    """A file of Real-ESRGAN's small architecture, untrained: it enlarges like PIL's nearest, and adds a little."""
+    torch.manual_seed(seed)
+    module = Compact(num_feat=8, num_conv=1, upscale=scale)
+    module.body[-1].weight.data *= 0.1
+    torch.save({"params": module.state_dict()}, path)
+
+
+def test_stages_are_enlarged_by_an_upscaler(command, tmp_path, capsys):
+    save_upscaler(tmp_path / "up.pth", 4)
+    words = ["--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x256", "--stage-strength", 0.01]
+    with_it = [*words, "--upscaler", tmp_path / "up.pth"]
+    assert command("generate", *words, out="plain.png")[0] == 0 and command("generate", *with_it)[0] == 0
+    record = read_record(tmp_path / "a.png")
+    assert record["upscaler"] == str(tmp_path / "up.pth") and len(record["upscaler_sha256"]) == 64
+    assert np.array_equal(pixels(tmp_path / "a-stage1.png"), pixels(tmp_path / "plain-stage1.png"))
+    for name in ("-stage2.png", ".png"):
+        assert not np.array_equal(pixels(tmp_path / f"a{name}"), pixels(tmp_path / f"plain{name}"))
+    before = (tmp_path / "a.png").stat().st_mtime_ns
+    assert command("generate", *with_it)[0] == 0 and (tmp_path / "a.png").stat().st_mtime_ns == before
+    save_upscaler(tmp_path / "up.pth", 4, seed=1)  # the same name, other weights
+    assert command("generate", *with_it)[0] == 0 and (tmp_path / "a.png").stat().st_mtime_ns != before
+    save_upscaler(tmp_path / "two.pth", 2)
+    for more, said in (
+        (
+            ["--upscaler", tmp_path / "two.pth", "--stage-scale", 4],
+            "the upscaler enlarges 2 times, and a stage from 64",
+        ),
+        (["--upscaler", tmp_path / "none.pth"], "no upscaler"),
+        (["--upscaler", "photo.png"], "photo.png is damaged, or holds more than tensors"),
+    ):
+        code, _, err = command("generate", *words, *more, out="c.png")
+        assert code == 1 and said in err and err.count("\n") == 1 and not list(tmp_path.glob("c*")), err
 
 
 def test_stages_of_a_class(tmp_path, capsys):

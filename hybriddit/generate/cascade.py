@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections import deque
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..pipelines.cascade import Schedule
     from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.upscaler import Upscaler
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Cascade:
     """The stages of a large image.
 
     unit: pixels along each side of which images are multiples. native: (rows, columns) of tokens in an image of the model's
-    own size in this shape. positions: see `models.scaled_positions`.
+    own size in this shape. positions: see `models.scaled_positions`. upscaler: enlarges the stage before, in place of Lanczos'
+    filter.
     """
 
     stages: tuple[Stage, ...]
     unit: int
     native: tuple[int, int]
     positions: str | None
+    upscaler: Upscaler | None = None
 
     def padded(self, number: int) -> tuple[int, int]:
         """(width, height) in pixels of what the model makes for a stage, before it is cropped."""
@@ -87,7 +91,7 @@ class StageSettings:
 
     size: (width, height) in pixels; or enlarge: an image file, and factor: how many times as large on each side, where no
     size is given. schedule: a name in `pipelines.cascade.SCHEDULES`; strength, steps: instead of its. scale, positions: see
-    `plan_cascade`.
+    `plan_cascade`. upscaler: a file, see `pipelines.upscaler.load_upscaler`.
     """
 
     size: tuple[int, int] | None = None
@@ -98,6 +102,7 @@ class StageSettings:
     steps: int | None = None
     scale: float = 2.0
     positions: str | None = None
+    upscaler: Path | None = None
 
     def target(self, image: Image.Image | None) -> tuple[int, int]:
         """The size of the last stage. image: what is enlarged."""
@@ -135,12 +140,14 @@ def plan_cascade(
     first: tuple[int | None, int | None] = (None, None),
     scale: float = 2.0,
     positions: str | None = None,
+    upscaler: Upscaler | None = None,
 ) -> Cascade:
     """The stages up to a size, (width, height) in pixels. image: what is enlarged, else the first stage makes an image.
 
     first: (width, height) of the first stage, by default the model's own in the shape of `size`. Stages behind an image are
     not smaller than that either. scale: see `pipelines.cascade.stage_sizes`. positions: see `models.scaled_positions`; None:
-    "interpolated", where the family has it. Raises ValueError for what cannot work, before anything is made.
+    "interpolated", where the family has it. upscaler: of the stages behind the first one. Raises ValueError for what cannot
+    work, before anything is made.
     """
     from ..models.family import denoiser, families
     from ..pipelines.cascade import check_schedule, first_size, native_size, padded_size, stage_sizes
@@ -175,6 +182,9 @@ def plan_cascade(
         raise ValueError(f"{size[0]} x {size[1]} pixels are no larger than the image, {image.width} x {image.height}")
     else:
         sizes = [other for other in sizes[:-1] if other[0] * other[1] >= own[0] * own[1]] + sizes[-1:]
+    if upscaler is not None:
+        for smaller, larger in itertools.pairwise([image.size, *sizes] if image else sizes):
+            upscaler.check(smaller, larger)
     if family is None:
         if positions is not None:
             raise ValueError("--positions is for text-to-image pipelines: a SiT spreads its own over any size")
@@ -187,7 +197,7 @@ def plan_cascade(
             family.check_grid(model.config, (height // unit, width // unit))
     check_schedule(pipeline, schedule)
     stages = tuple(Stage(other, schedule if image or number else None) for number, other in enumerate(sizes))
-    return Cascade(stages, unit, (own[1] // unit, own[0] // unit), positions)
+    return Cascade(stages, unit, (own[1] // unit, own[0] // unit), positions, upscaler)
 
 
 def stage_paths(path: Path, count: int) -> list[Path]:
@@ -248,7 +258,8 @@ def make_in_stages(
             if stage.schedule is not None:
                 generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)
                 tiles = stage.memory is not None and stage.memory.tiles
-                repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, tiles=tiles)
+                options = {"tiles": tiles, "upscaler": cascade.upscaler}
+                repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, **options)
                 own = replace(task, arguments={**task.arguments, **within.enter_context(repaint)})
             if stage.memory is None:
                 image = make(pipeline, own)[0].crop((0, 0, *stage.size))

@@ -144,6 +144,12 @@ def run(
     if enlarged is not None:
         digest = hashlib.sha256(enlarged.tobytes()).hexdigest()
         source |= {"enlarged": str(stages.enlarge), "enlarged_sha256": digest}
+    if stages is not None and stages.upscaler is not None:
+        if not stages.upscaler.is_file():
+            raise FileNotFoundError(f"no upscaler {stages.upscaler}")
+        with stages.upscaler.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        source |= {"upscaler": str(stages.upscaler), "upscaler_sha256": digest}
     settings["image"] = open_image(image) if image else None
     settings["mask"] = open_image(mask, "L", "black") if mask else None
     check_settings(subjects, **settings)
@@ -155,12 +161,14 @@ def run(
     from ..models.family import denoiser
     from ..pipelines.loading import load_sit_pipeline, silence_libraries
     from ..pipelines.prepare import place, tile_vae
+    from ..pipelines.upscaler import load_upscaler
 
     if quiet:
         silence_libraries()
     where, notes = find_device(device), []
     check_offload("--offload ", offload, where)
     kind = weights_dtype(dtype, where)
+    upscaler = load_upscaler(stages.upscaler, kind) if stages is not None and stages.upscaler else None
     if class_labels:
         pipeline = load_sit_pipeline(model, kind, variant=variant)
     else:
@@ -176,7 +184,7 @@ def run(
     cascade = None
     if stages is not None:
         first = settings.get("width"), settings.get("height")
-        options = {"first": first, "scale": stages.scale, "positions": stages.positions}
+        options = {"first": first, "scale": stages.scale, "positions": stages.positions, "upscaler": upscaler}
         cascade = plan_cascade(pipeline, size, schedule, image=enlarged, **options)
         settings["height"], settings["width"] = (tokens * cascade.unit for tokens in cascade.native)
         for file in (file for path in paths for file in stage_paths(path, len(cascade.stages))):

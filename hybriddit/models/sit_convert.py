@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files import read_tensors
+from ..files import read_weights
 from .sit import SiTTransformer2DModel
 from .sit_names import renamed
 
@@ -70,17 +68,8 @@ def read_original(path: str | os.PathLike) -> dict[str, Tensor]:
     A .safetensors file is read as such, any other by torch.load with weights_only. Raises FileNotFoundError, or
     ValueError if the file is damaged or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
     # the authors' training script saves its arguments, an argparse.Namespace, in the file
-    with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from error
+    loaded = read_weights(path, [argparse.Namespace])
     for name in ("ema", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]

@@ -24,6 +24,7 @@ from ..models import family_of
 from ..models.family import denoiser, family_of_class
 from .memory import blended_rows
 from .sit import SiTPipeline
+from .upscaler import Upscaler
 
 GUIDES = (None, "residual", "low-frequency")
 ENLARGED_IN = ("pixels", "latents")
@@ -40,7 +41,7 @@ class Schedule:
         is replaced by the enlarged image's with as much noise (DemoFusion's skip residual, arXiv 2311.16973);
         "low-frequency": the same, of what the smaller image can show alone (as in I-Max, arXiv 2410.07536). The part falls
         from 1 to 0 with sigma, as half a cosine, cubed.
-    enlarged_in: "pixels": by Lanczos, then encoded; "latents": bicubic, of the smaller image's latents.
+    enlarged_in: "pixels": by Lanczos or an upscaler, then encoded; "latents": bicubic, of the smaller image's latents.
     """
 
     sigma: float
@@ -129,18 +130,22 @@ def repainting(
     generator: torch.Generator,
     *,
     tiles: bool = False,
+    upscaler: Upscaler | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Let a text-to-image pipeline, or a SiTPipeline, paint an image anew at a larger size within the block, once.
 
     image: what is enlarged. size: (width, height) in pixels; the pipeline's image goes beyond it, at the right and at the
     bottom, up to a multiple of what the model takes. generator: draws the noise, on its own device. tiles: whether the VAE
-    encodes in tiles. Yields arguments for the pipeline's call, which is otherwise as the user wants it.
+    encodes in tiles. upscaler: enlarges pixels in place of Lanczos' filter. Yields arguments for the pipeline's call, which is
+    otherwise as the user wants it.
 
-    Raises ValueError for a pipeline whose scheduler or VAE does not allow it.
+    Raises ValueError for a pipeline whose scheduler or VAE does not allow it, and for an upscaler that enlarges less.
     """
     check_schedule(pipeline, schedule)
+    if upscaler is not None and schedule.enlarged_in != "pixels":
+        raise ValueError(f"an upscaler enlarges pixels, and this schedule {schedule.enlarged_in}")
     if isinstance(pipeline, SiTPipeline):
-        yield _repainting_sit(pipeline, image, size, schedule, generator, tiles)
+        yield _repainting_sit(pipeline, image, size, schedule, generator, tiles, upscaler)
         return
     model, own = denoiser(pipeline), pipeline.scheduler
     family = family_of(model)
@@ -149,7 +154,7 @@ def repainting(
     rows, columns = padded[1] // scale, padded[0] // scale  # of latents
     small = _smaller(image, size, (rows, columns))
     scheduler, arguments = family.sampling_from(own, schedule.sigmas())
-    enlarged = _enlarged(pipeline, image, size, padded, schedule, tiles)
+    enlarged = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler)
     latents = family.model_latents(pipeline.vae, enlarged)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
 
@@ -192,8 +197,11 @@ def _enlarged(
     padded: tuple[int, int],
     schedule: Schedule,
     tiles: bool,
+    upscaler: Upscaler | None,
 ) -> torch.Tensor:
     """The VAE's latents of the enlarged image, as the schedule says."""
+    if upscaler is not None:
+        image = upscaler.enlarge(image, size, pipeline._execution_device, pipeline.progress_bar)
     if schedule.enlarged_in == "pixels":
         return encode_enlarged(pipeline, image, size, padded, tiles)
     scale = pipeline.vae_scale_factor
@@ -209,11 +217,12 @@ def _repainting_sit(
     schedule: Schedule,
     generator: torch.Generator,
     tiles: bool,
+    upscaler: Upscaler | None,
 ) -> dict[str, Any]:
     """`repainting` for a model of classes, by Euler's steps along its path."""
     config, path = pipeline.transformer.config, pipeline.config.path
     padded = padded_size(size, pipeline.vae_scale_factor * config.patch_size)
-    latents = _enlarged(pipeline, image, size, padded, schedule, tiles)
+    latents = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler)
     if pipeline.vae is not None:
         latents = (latents - (pipeline.vae.config.shift_factor or 0.0)) * pipeline.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator).to(latents)
