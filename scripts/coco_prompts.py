@@ -26,7 +26,8 @@ def rows(annotations: Path, count: int, seed: int) -> list[dict]:
         names = {image["id"]: image["file_name"] for image in found["images"]}
         captions: dict[int, list[str]] = {}
         for one in found["annotations"]:
-            captions.setdefault(one["image_id"], []).append(" ".join(one["caption"].split()))
+            if caption := " ".join(one["caption"].split()):
+                captions.setdefault(one["image_id"], []).append(caption)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{annotations} has not the lists of a captions_*.json of MS-COCO ({error})") from None
     if count < 1:

@@ -11,6 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 launch=${LAUNCH:-$python -m}
 count=${COUNT:-30000}
+clip=${CLIP:-laion/CLIP-ViT-g-14-laion2B-s12B-b42K}
 
 # told now, and not after 30,000 images: what the scores need, and a COUNT other than that of the prompts that are there
 [ -d "$val2014" ] || { echo "coco_protocol.sh: no folder of images at $val2014" >&2; exit 1; }
@@ -22,14 +23,16 @@ drawn=$(wc -l <"$out/prompts.jsonl")
     exit 1
 }
 
-"$python" - <<'END'
+"$python" - "$clip" <<'END'
 import sys
 
 from hybriddit.metrics.inception import find_inception
+from hybriddit.metrics.perceptual import ClipText
 
 try:
     find_inception()
-except OSError as error:
+    ClipText(sys.argv[1])
+except (OSError, ValueError) as error:
     sys.exit(f"coco_protocol.sh: {error}")
 END
 
@@ -39,7 +42,7 @@ score() { # name, options of generate
     $launch hybriddit generate --model "$model" "$@" --prompts "$out/prompts.jsonl" --height "$size" --width "$size" \
         --steps "${STEPS:-25}" --guidance "${GUIDANCE:-7.5}" --out "$out/$name/image.png"
     $launch hybriddit evaluate "$out/$name" "$val2014" --size 256 --out "$out/$name.json" \
-        --clip "${CLIP:-laion/CLIP-ViT-g-14-laion2B-s12B-b42K}"
+        --clip "$clip"
 }
 
 score teacher

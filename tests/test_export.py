@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_clip import save_tiny_clip
 
 from hybriddit.cli import EXPORTS, build_parser, main
 from hybriddit.data.prompts import read_prompts
@@ -171,7 +172,8 @@ def test_prompts_of_coco(tmp_path):
         "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(9)],
         "annotations": [
             {"image_id": i, "id": 5 * i + j, "caption": f" caption {j}\nof {i} "} for i in range(8) for j in (0, 1)
-        ],
+        ]
+        + [{"image_id": i, "id": 100 + i, "caption": " \n"} for i in range(9)],
     }
     (tmp_path / "captions.json").write_text(json.dumps(annotations))
 
@@ -201,12 +203,17 @@ def test_the_protocol_on_coco_is_the_papers(tmp_path):
     environment = {**os.environ, "PYTHON": python, "LAUNCH": "echo", "COUNT": "5", "PYTHONPATH": str(ROOT)}
     environment["TORCH_HOME"] = str(tmp_path)
     words = ["captions.json", "val2014", "out", "512", "base", "run/adapter"]
+    environment["CLIP"] = "./clip"
     run = partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment)
     done = run([script, *words])
     assert done.returncode == 1 and done.stderr == "coco_protocol.sh: no folder of images at val2014\n"
     (tmp_path / "val2014").mkdir()
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     (tmp_path / "hub/checkpoints" / FILES[0]).touch()
+    done = run([script, *words], env=environment | {"CLIP": "./none"})
+    assert done.returncode == 1 and "generate" not in done.stdout, "before images are made"
+    assert done.stderr == "coco_protocol.sh: --clip: no folder ./none\n"
+    save_tiny_clip(tmp_path / "clip")
     done = run([script, *words])
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out/prompts.jsonl").read_text().splitlines()) == 5
@@ -214,7 +221,8 @@ def test_the_protocol_on_coco_is_the_papers(tmp_path):
     for made, scored, adapter in ((*told[:2], None), (*told[2:], "run/adapter")):
         assert (made.model, made.adapter, made.steps, made.guidance) == ("base", adapter, 25, 7.5)
         assert (made.height, made.width, made.out.parent) == (512, 512, scored.samples)
-        assert (scored.size, str(scored.reference)) == (256, "val2014") and "ViT-g-14" in scored.clip
+        assert (scored.size, str(scored.reference)) == (256, "val2014") and scored.clip == "./clip"
+    assert "clip=${CLIP:-laion/CLIP-ViT-g-14-laion2B-s12B-b42K}" in script.read_text()
     done = run([script, *words], env=environment | {"COUNT": "6"})
     assert done.returncode == 1 and "has 5 prompts, not 6: give another OUT, or COUNT=5" in done.stderr
     done = run([script, *words[:4]])

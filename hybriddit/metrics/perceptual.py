@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,8 @@ def _pretrained(
     import transformers
     from transformers.utils import logging
 
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():  # which transformers would take for a repository
+        raise ValueError(f"{option}: no folder {name}")
     told, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # else a long table of missing weights precedes the line below

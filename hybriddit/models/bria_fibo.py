@@ -84,6 +84,7 @@ class BriaFibo(FilmVAE, Flux):
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {"text-to-image": BriaFiboPipeline}
     text_encoders = ("text_encoder",)
+    longest_text = 3000
     vae_class = AutoencoderKLWan
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = True

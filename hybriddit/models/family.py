@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from inspect import signature
-from math import prod
+from math import inf, prod
 from textwrap import shorten
 from typing import Any, ClassVar, NamedTuple
 
@@ -151,6 +151,7 @@ class Family(ABC):
         ordinary pipeline: its models are converted and measured, and no command makes images with or distills them.
     other_pipelines: further sets of those, for models of the same class that go with other text encoders.
     text_encoders: the pipeline's components without which it cannot read prompts; others may be missing.
+    longest_text: the largest max_sequence_length that the pipelines take; None: they do not limit it.
     scheduler: the pipeline's usual scheduler class.
     samples_with_vae: whether the pipeline needs its VAE for latents, too.
     vae_class: the VAE's usual class.
@@ -190,6 +191,7 @@ class Family(ABC):
     pipelines: ClassVar[Mapping[str, type]]
     other_pipelines: ClassVar[tuple[Mapping[str, type], ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    longest_text: ClassVar[int | None] = None
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     scheduler: ClassVar[type]
     samples_with_vae: ClassVar[bool] = False
@@ -423,8 +425,13 @@ class Family(ABC):
     def text_length(self, max_sequence_length: int | None = None, tokenizer_length: int = 77) -> int:
         """How many text tokens the transformer receives; a max_sequence_length of None is the pipeline's default.
 
-        tokenizer_length: the maximum length of the pipeline's first tokenizer, in tokens.
+        tokenizer_length: the maximum length of the pipeline's first tokenizer, in tokens. Raises ValueError for a length that
+        the pipelines do not take.
         """
+        if max_sequence_length is not None and max_sequence_length > (self.longest_text or inf):
+            raise ValueError(
+                f"max_sequence_length of {self.name} is at most {self.longest_text}, not {max_sequence_length}"
+            )
         return self.usual_sequence_length() if max_sequence_length is None else max_sequence_length
 
     def usual_sequence_length(self) -> int | None:

@@ -181,6 +181,7 @@ class Flux(PackedLatents):
         "inpainting": FluxInpaintPipeline,
     }
     text_encoders = ("text_encoder", "text_encoder_2")
+    longest_text = 512
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = False  # the guidance scale is distilled into the model
     recipes = {

@@ -156,6 +156,7 @@ class Flux2(Flux):
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {"text-to-image": Flux2Pipeline, "image-to-image": Flux2Pipeline}
     text_encoders = ("text_encoder",)
+    longest_text = None
     vae_class = AutoencoderKLFlux2
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = False  # the guidance scale is distilled into the model

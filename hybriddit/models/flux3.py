@@ -108,6 +108,7 @@ class Flux3(Flux):
     positions = ("plain",)
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {}
+    longest_text = None
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = True
     guided_together = False

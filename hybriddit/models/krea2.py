@@ -90,6 +90,7 @@ class Krea2(FilmVAE, Flux):
     joint_arguments = ("position_ids",)
     pipelines = {"text-to-image": Krea2Pipeline}
     text_encoders = ("text_encoder",)
+    longest_text = None
     scheduler = FlowMatchEulerDiscreteScheduler
     vae_class = AutoencoderKLQwenImage
     guided = True

@@ -38,6 +38,7 @@ class OvisImage(Flux):
     image_arguments = ("hidden_states", "img_ids")
     pipelines = {"text-to-image": OvisImagePipeline}
     text_encoders = ("text_encoder",)
+    longest_text = 256
     scheduler = FlowMatchEulerDiscreteScheduler
     guided = True
     guided_together = False

@@ -143,6 +143,7 @@ class QwenImage(FilmVAE, PackedLatents):
         "image-to-image": QwenImageImg2ImgPipeline,
         "inpainting": QwenImageInpaintPipeline,
     }
+    longest_text = 1024
     scheduler = FlowMatchEulerDiscreteScheduler
     vae_class = AutoencoderKLQwenImage
     guidance_argument = "true_cfg_scale"

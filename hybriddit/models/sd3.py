@@ -126,6 +126,7 @@ class StableDiffusion3(Family):
         "inpainting": StableDiffusion3InpaintPipeline,
     }
     text_encoders = ("text_encoder", "text_encoder_2")
+    longest_text = 512
     scheduler = FlowMatchEulerDiscreteScheduler
     recipes = {"sd3": Recipe(shifted_logit_normal, 1.0, 0.5, 0.5, 0.1)}
     published = {

@@ -10,13 +10,11 @@ import torchvision
 from PIL import Image
 from standins import extractor, images
 from test_compare import command, saved  # noqa: F401
+from tiny_clip import SIZES, save_tiny_clip
 from tiny_pipelines import PROMPTS
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
-    CLIPTokenizer,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -26,7 +24,6 @@ from hybriddit.cli import main
 from hybriddit.images import open_image, save_png
 from hybriddit.metrics.perceptual import load_perceptual
 
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ALEXNET = torchvision.models.alexnet
 
 
@@ -34,14 +31,8 @@ ALEXNET = torchvision.models.alexnet
 def networks(tmp_path_factory):
     """Folders of a CLIP, whose vocabulary is letters, and of a DINO."""
     folder = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz," for end in ("", "</w>")]
-    vocabulary = {word: i for i, word in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
-    text = {**SIZES, "vocab_size": len(vocabulary), "max_position_embeddings": 77, "eos_token_id": 1}
+    save_tiny_clip(folder / "clip")
     vision = {**SIZES, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "clip")
-    squares = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    CLIPProcessor(squares, CLIPTokenizer(vocab=vocabulary, merges=[])).save_pretrained(folder / "clip")
     ViTModel(ViTConfig(**vision), add_pooling_layer=False).save_pretrained(folder / "dino")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
     return folder
@@ -129,7 +120,7 @@ def test_equal_images_are_alike(networks, alexnet):
 
 def test_networks_that_are_not_there_are_refused_first(saved, networks, command, monkeypatch):  # noqa: F811
     for options, message in [
-        (["--clip", networks / "none"], f"--clip: no such model of transformers at '{networks / 'none'}'"),
+        (["--clip", networks / "none"], f"--clip: no folder {networks / 'none'}"),
         (["--clip", networks / "dino"], "it has no weights for logit_scale of a CLIPModel"),
         (["--dino", networks / "clip"], "is a CLIPModel, and no vision transformer"),
     ]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import of_prompt, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, of_prompt, tiny_pipeline
 
 import hybriddit
 from hybriddit import HybridConfig, hybridize, load_adapter, restore_dense, save_adapter
+from hybriddit.models import family_of
 
 CONFIG = HybridConfig(window=3)
 PIPELINES = {
@@ -57,6 +58,26 @@ def same(pipeline, weights, images):
     state = pipeline.transformer.state_dict()
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in state)
     torch.testing.assert_close(generate(pipeline), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_texts_are_as_long_as_the_pipelines_take(kind):
+    """A length that distillation takes is one that the pipeline's own check takes, which it makes before all else."""
+    pipeline = tiny_pipeline(kind)
+    family = family_of(pipeline.transformer)
+    if kind == "longcat_image":  # which takes none at all
+        return
+    longest = family.longest_text or 5000
+    sizes = {"height": 64, "width": 64} | ({"use_resolution_binning": False} if kind == "pixart_sigma" else {})
+    assert family.text_length(longest) >= longest
+    pipeline.encode_prompt = lambda *args, **kwargs: 1 / 0  # what comes after the check
+    with pytest.raises(ZeroDivisionError):
+        pipeline(prompt=PROMPTS[0], **sizes, max_sequence_length=longest)
+    if family.longest_text:
+        with pytest.raises(ValueError, match="max_sequence_length"):
+            pipeline(prompt=PROMPTS[0], **sizes, max_sequence_length=longest + 1)
+        with pytest.raises(ValueError, match=rf"max_sequence_length of .* is at most {longest}, not {longest + 1}"):
+            family.text_length(longest + 1)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
