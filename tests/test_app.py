@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from tiny_pipelines import tiny_pipeline
 
 import hybriddit
 from hybriddit import HybridConfig, hybridize, load_adapter, save_adapter
@@ -169,6 +170,8 @@ def test_the_functions_of_the_page(adapters, images, tmp_path, monkeypatch):
     assert f"{nearness(images[None], images[adapters[0]]):.2f} dB" in html
     assert "guidance has no effect: this model was distilled to need none" in html
     assert read_record(other) == records["hybrid"]
+    small = tiny_pipeline("flux_dev").transformer
+    save_adapter(hybridize(small, HybridConfig(window=3)), tmp_path / "other")
     # what is found wrong without reading weights leaves the model in place
     monkeypatch.setattr("hybriddit.pipelines.loading.load_base", lambda *args: pytest.fail("a model is loaded"))
     kept = page.session
@@ -176,6 +179,7 @@ def test_the_functions_of_the_page(adapters, images, tmp_path, monkeypatch):
         ("", "", "give a model"),
         ("/nowhere", "", "no diffusers pipeline at '/nowhere'"),
         (TEACHER, "/nowhere", "no adapter folder /nowhere"),
+        (TEACHER, str(tmp_path / "other"), "does not fit this model"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             page.load(model, more)

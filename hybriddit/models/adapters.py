@@ -176,6 +176,19 @@ def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
             tensor.copy_(weights[name])
 
 
+def check_adapter_fits(model: nn.Module, folder_or_repo_id: str | os.PathLike) -> None:
+    """Raise as `load_adapter` does for an adapter that does not fit a model on the meta device, which becomes its hybrid.
+
+    So it is told before weights, which may take minutes, are read; but not whether these are the adapter's base.
+    """
+    read = _read(model, str(folder_or_repo_id))
+    if not is_hybrid(model):
+        with torch.device("meta"):
+            hybridize(model, read.config)
+    expected = {name: tensor.shape for name, tensor in plain_state(model, ".hybrid.").items()}
+    check_fit(read.weights, expected, f"the adapter in {read.source}")
+
+
 def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
     """Raise ValueError for a model of other weights than those that the adapter was made from, if it tells them."""
     if base.get("weights") is None:

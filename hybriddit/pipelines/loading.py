@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from ..config import HybridConfig
 from ..files import read_json
 from ..models import SiTTransformer2DModel, families
+from ..models.adapters import check_adapter_fits
 from ..models.family import Family, component_names, family_of_class, find_published
 from ..stored import (
     MODULAR_INDEX,
@@ -290,6 +291,8 @@ def check_convertible(
         raise ValueError(f"{base.path} is hybrid already: give the dense pipeline that it was made from")
     if own not in (None, config):
         raise ValueError(f"{base.path} is hybrid with another config than {adapter}: give the dense pipeline")
+    if adapter is not None:
+        check_adapter_fits(base.shapes()[0], adapter)
 
 
 def _family(base: Base) -> Family:
