@@ -57,6 +57,7 @@ class Upscaler:
         self.module.to(device)
         try:
             with progress(total=len(tiles)) as bar:
+                bar.set_description("upscaler")
                 for left, top, right, bottom in tiles:
                     across, down = image.width / size[0], image.height / size[1]
                     seen = (

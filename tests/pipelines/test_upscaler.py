@@ -51,6 +51,9 @@ class Bar:
     def __exit__(self, *_):
         pass
 
+    def set_description(self, text):
+        pass
+
     def update(self):
         self.done += 1
 
