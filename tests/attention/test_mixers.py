@@ -1,6 +1,8 @@
 """Far branches of other papers against dense float64 weights, written out from their definitions."""
 
 import math
+import sys
+from types import ModuleType
 
 import oracles
 import pytest
@@ -9,6 +11,7 @@ from torch.nn.functional import softplus
 
 from hybriddit.attention import HybridAttention, TokenLayout
 from hybriddit.attention.mixers import MIXERS, check_mixer
+from hybriddit.attention.mixers import scan as scans
 
 HEADS, HEAD_DIM, TEXT = 3, 12, 4
 GRIDS = {"one": ((8, 4),), "two": ((5, 4), (3, 9))}
@@ -212,3 +215,55 @@ def test_settings_that_it_has_not():
     check_mixer("pooled")
     with pytest.raises(ValueError, match="mixer 'pooled' weighs keys by exp.q . k., without feature map 'elu'"):
         check_mixer("pooled", feature_map="elu")
+
+
+def causal(query, key, value, g, scale):
+    """What flash-linear-attention's chunk_simple_gla is documented to give, token by token: [B, N, heads, E], state."""
+    state, found = 0, []
+    for q, k, v, decay in zip(*(x.unbind(1) for x in (query, key, value, g)), strict=True):
+        state = state * decay.exp()[..., None, None] + k[..., :, None] * v[..., None, :]
+        found.append(scale * torch.einsum("bhk,bhke->bhe", q, state))
+    return torch.stack(found, 1), None
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    """A module in place of flash-linear-attention's, whose kernels need a GPU."""
+    modules = {name: ModuleType(name) for name in ("fla", "fla.ops", "fla.ops.simple_gla")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    modules["fla.ops.simple_gla"].chunk_simple_gla = causal
+    scans.kernels_refusal.cache_clear()
+    yield modules["fla.ops.simple_gla"]
+    scans.kernels_refusal.cache_clear()
+
+
+@pytest.mark.parametrize("length", [1, 2, 70, 130])
+def test_scans_by_flash_linear_attention(length, fla):
+    """Causal scans there and back, against the dense weights; values and gradients."""
+    inputs = [torch.randn(2, length, 3, n, dtype=torch.float64, requires_grad=True) for n in (5, 5, 4, 1)]
+    query, key, value, decay = inputs
+    place = softplus(decay - 2).cumsum(1).squeeze(-1).transpose(1, 2)
+    weights = torch.einsum("bihk,bjhk->bhij", query, key) * torch.exp(-(place[..., None] - place[:, :, None]).abs())
+    expected = torch.einsum("bhij,bjhe->bihe", weights, value)
+    for way in (scans.scan_by_kernels, scans.scan_in_chunks):
+        out = way(query, key, value, softplus(decay - 2))
+        torch.testing.assert_close(out, expected)
+        for grad, right in zip(
+            torch.autograd.grad(out.sin().sum(), inputs),
+            torch.autograd.grad(expected.sin().sum(), inputs, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(grad, right)
+
+
+def test_kernels_that_are_missing_or_wrong_do_not_scan(fla, monkeypatch):
+    case = torch.device("cpu"), 5, 4, True
+    assert scans.kernels_refusal(*case) is None
+    scans.kernels_refusal.cache_clear()
+    fla.chunk_simple_gla = lambda query, *args, **kwargs: (causal(query * 1.05, *args, **kwargs)[0], None)
+    with pytest.warns(UserWarning, match="scans do not use flash-linear-attention: its output is wrong"):
+        assert "wrong" in scans.kernels_refusal(*case)
+    scans.kernels_refusal.cache_clear()
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", None)
+    assert "is not installed" in scans.kernels_refusal(*case)

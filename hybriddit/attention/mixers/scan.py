@@ -4,11 +4,13 @@ gated linear attention (arXiv 2312.06635; for images DiG, arXiv 2405.18428). In 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..trial import failure_reason, warn_once
 from .plain import PlainMixer
 
 CHUNK = 64  # tokens whose weights are written at once
@@ -44,7 +46,7 @@ class ScanMixer(PlainMixer):
                 ordered = [x[:, :, heads] for x in parts]
                 if by_columns:
                     ordered = [turned(x, grid) for x in ordered]
-                result = scan(*(x.transpose(1, 2) for x in ordered)).transpose(1, 2)
+                result = scan(*ordered)
                 out[:, :, heads] = turned(result, grid[::-1]) if by_columns else result
             found.append(out)
         text = torch.einsum("bmhf,bhfe->bmhe", query, self.text_state(text_key, text_value, text_mask))
@@ -65,10 +67,57 @@ def turned(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def scan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """sum_j query_i . key_j exp(-|L_i - L_j|) value_j, with L_i the sum of decays up to i, chunk by chunk.
+    """sum_j query_i . key_j exp(-|L_i - L_j|) value_j, with L_i the sum of decays up to i.
 
-    query, key [B, heads, N, features], value [B, heads, N, E], decay [B, heads, N, 1], not negative.
+    query, key [B, N, heads, features], value [B, N, heads, E], decay [B, N, heads, 1], not negative. On a GPU it is computed
+    by flash-linear-attention's kernels where they are installed and give what plain torch does on a small case.
     """
+    inputs = query, key, value, decay
+    if query.device.type == "cuda" and query.dtype == torch.float32 and not torch.compiler.is_compiling():
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if kernels_refusal(query.device, query.shape[3], value.shape[3], gradients) is None:
+            return scan_by_kernels(*inputs)
+    return scan_in_chunks(*inputs)
+
+
+@lru_cache(maxsize=64)
+def kernels_refusal(device: torch.device, features: int, width: int, gradients: bool) -> str | None:
+    """Why flash-linear-attention's kernels do not scan here, or None; warns if they are installed and fail."""
+    try:
+        import fla.ops.simple_gla  # noqa: F401
+    except ImportError:
+        return "flash-linear-attention is not installed (pip install fla-core)"
+    except Exception as error:  # one for another torch or Triton may raise anything
+        warn_once(f"scans do not use flash-linear-attention, which fails with {type(error).__name__}: {error}")
+        return "flash-linear-attention does not load"
+    shapes = (2, 90, 3, features), (2, 90, 3, features), (2, 90, 3, width), (2, 90, 3, 1)
+    run, reference = (
+        lambda query, key, value, decay, scans=scans: scans(query, key, value, F.softplus(decay - 3))
+        for scans in (scan_by_kernels, scan_in_chunks)
+    )
+    reason = failure_reason(run, reference, shapes, device, torch.float32, gradients)
+    if reason:
+        warn_once(f"scans do not use flash-linear-attention: {reason}")
+    return reason
+
+
+def scan_by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """`scan` by flash-linear-attention: causal both ways, less each token's own part, which is in both.
+
+    Its weights from j to a later i decay by tokens j + 1 to i, so the way back has each token's decay one place later.
+    """
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    decay = -decay.squeeze(-1)
+    ahead, _ = chunk_simple_gla(query, key, value, g=decay, scale=1.0)
+    back = [x.flip(1).contiguous() for x in (query, key, value, F.pad(decay[:, 1:], (0, 0, 0, 1)))]
+    behind, _ = chunk_simple_gla(*back[:3], g=back[3], scale=1.0)
+    return ahead + behind.flip(1) - (query * key).sum(-1, keepdim=True) * value
+
+
+def scan_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """`scan` in plain torch, chunk by chunk."""
+    query, key, value, decay = (x.transpose(1, 2) for x in (query, key, value, decay))
     length = query.shape[2]
     size = min(CHUNK, length)
     query, key, value, decay = (
@@ -84,7 +133,7 @@ def scan(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: tor
     kept = torch.exp(-whole)
     before, after = _running(ahead, kept), _running(behind.flip(2), kept.flip(2)).flip(2)
     out = out + (query * torch.exp(-place)) @ before + (query * torch.exp(place - whole)) @ after
-    return out.flatten(2, 3)[:, :, :length]
+    return out.flatten(2, 3)[:, :, :length].transpose(1, 2)
 
 
 def _running(states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
