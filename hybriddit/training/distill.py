@@ -214,7 +214,7 @@ def distill(
     grids = token_grids(pipeline, data)
     accelerator = start_run(config, "adapter", resume_settings(config), usual, resume=resume)
     check_layer_steps(config, accelerator)
-    check_quantised(base, accelerator)
+    check_quantised(base, accelerator, config.train.compile)
     trained = make_student(base, config)
     dtype = base.dtype
     if dtype != torch.float32 and config.train.precision == "no":
@@ -468,10 +468,14 @@ class Distillation(Job):
         return latents.float(), noise, times, text, far_only, earlier
 
 
-def check_quantised(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ValueError where FSDP would have to shard quantised weights."""
-    if accelerator.is_fsdp2 and not all(is_plain(weight) for weight in model.parameters()):
+def check_quantised(model: nn.Module, accelerator: Accelerator, compiles: bool = False) -> None:
+    """Raise ValueError where quantised weights do not train: sharded by FSDP, or compiled on a CPU."""
+    if all(is_plain(weight) for weight in model.parameters()):
+        return
+    if accelerator.is_fsdp2:
         raise ValueError("FSDP does not shard quantised weights: train with DDP, where each process has all of them")
+    if compiles and accelerator.device.type == "cpu":  # with torchao's, torch 2.15 ends by a segmentation fault
+        raise ValueError("train.compile does not work with quantised weights on a CPU: set train.compile=false")
 
 
 def check_layer_steps(config: DistillConfig, accelerator: Accelerator) -> None:

@@ -108,7 +108,11 @@ def test_fsdp_is_refused():
     model = nn.Linear(8, 8).bfloat16().requires_grad_(False)
     check_quantised(model, SimpleNamespace(is_fsdp2=True))
     model.weight = quantised(model.weight)
-    check_quantised(model, SimpleNamespace(is_fsdp2=False))
+    one = SimpleNamespace(is_fsdp2=False, device=torch.device("cpu"))
+    check_quantised(model, one)
+    check_quantised(model, SimpleNamespace(is_fsdp2=False, device=torch.device("cuda")), compiles=True)
+    with pytest.raises(ValueError, match="train.compile does not work with quantised weights on a CPU"):
+        check_quantised(model, one, compiles=True)
     with pytest.raises(ValueError, match="FSDP does not shard quantised weights: train with DDP"):
         check_quantised(model, SimpleNamespace(is_fsdp2=True))
 
