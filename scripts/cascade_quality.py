@@ -4,11 +4,12 @@
     python scripts/cascade_quality.py --out outputs/cascade/flux
     python scripts/cascade_quality.py --config configs/distill/demo_sd3.yaml --out outputs/cascade/sd3
     python scripts/cascade_quality.py --report outputs/cascade/flux outputs/cascade/sd3
+    python scripts/cascade_quality.py --seams
 
 Rows are model (dense, hybrid, window only) x way (direct, each schedule of a cascade, Lanczos' enlargement alone) x
 positions. Students are distilled once and kept; rows that are done are not repeated. Each image is judged as a whole,
 scaled down to the size that the judge knows. --report writes the tables of benchmarks/results/cascade.md, whose other
-text stays, and its pictures.
+text stays, and its pictures. --seams prints how far the tiles of the teacher's VAE show at 4 times the size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from hybriddit.files import read_json, replacing, write_json
 from hybriddit.images import contact_sheet
 from hybriddit.machine import git_state
 from hybriddit.models import family_of, scaled_positions
-from hybriddit.pipelines.cascade import SCHEDULES, Schedule, repainting, stage_sizes
+from hybriddit.pipelines.cascade import SCHEDULES, Schedule, encode_enlarged, repainting, stage_sizes
 from hybriddit.pipelines.loading import load_pipeline
+from hybriddit.pipelines.memory import decode_in_strips
 from hybriddit.training.distill import distill
 from hybriddit.training.run_config import load_config
 
@@ -100,12 +102,16 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="of the distillations")
     parser.add_argument("--images", type=int, default=len(SHOWN), help="of each row (default: %(default)s)")
     parser.add_argument("--report", type=Path, nargs="+", metavar="OUT", help="write the tables and the pictures")
+    parser.add_argument("--seams", action="store_true", help="of the VAE's tiles, and no rows")
     args = parser.parse_args()
     if args.report:
         report(args.report)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     quality = Quality(args.config, args.set, args.out, args.images)
+    if args.seams:
+        print_seams(quality)
+        return
     for row in rows_of(family_of(quality.dense).positions):
         quality.run(row)
     print(table(args.out))
@@ -228,6 +234,42 @@ def gradient(images: np.ndarray) -> float:
     """Mean difference of neighbouring pixels, of uint8 [N, H, W, 3]."""
     images = images.astype(float)
     return float(np.abs(np.diff(images, axis=1)).mean() + np.abs(np.diff(images, axis=2)).mean())
+
+
+@torch.no_grad()
+def print_seams(quality: Quality) -> None:
+    """Encode and decode the teacher's images, enlarged 4 times, whole and in tiles.
+
+    The gradient at seams is the mean difference of neighbouring columns and rows where a tile is blended into the next, in
+    proportion to that of the image's other places; and that in proportion to the whole's.
+    """
+    pipeline, size = quality.pipeline_of(quality.dense), (4 * quality.config.data.width, 4 * quality.config.data.height)
+    vae, side = pipeline.vae, (quality.config.data.width, quality.config.data.height)
+    images = [quality.direct(scene.prompt, side, "plain") for scene in quality.scenes]
+    pixels = vae.tile_sample_min_size
+    blended = int(pixels * vae.tile_overlap_factor)
+    at_seam = np.arange(size[0] - 1) % (pixels - blended) < blended
+    at_seam[: pixels - blended] = False  # the first tile has none at its beginning
+
+    def share(image: np.ndarray) -> float:
+        image = image.astype(float)
+        across, down = np.abs(np.diff(image, axis=1)).mean((0, 2)), np.abs(np.diff(image, axis=0)).mean((1, 2))
+        return float(np.mean([part[at_seam].mean() / part[~at_seam].mean() for part in (across, down)]))
+
+    def decoded(image: Image.Image, encodes: bool, decodes: bool) -> np.ndarray:
+        latents = encode_enlarged(pipeline, image, size, size, encodes).to(vae.dtype)
+        if decodes:
+            return np.concatenate(list(decode_in_strips(vae, latents)))
+        pixels = vae.decode(latents).sample[0].permute(1, 2, 0) / 2 + 0.5
+        return (pixels.clamp(0, 1) * 255).round().byte().numpy()
+
+    whole = [decoded(image, False, False) for image in images]
+    for name, ways in {"decoded in tiles": (False, True), "encoded and decoded in tiles": (True, True)}.items():
+        tiled = [decoded(image, *ways) for image in images]
+        error = [np.square(a.astype(float) - b).mean() for a, b in zip(tiled, whole, strict=True)]
+        ratio = [share(a) / share(b) for a, b in zip(tiled, whole, strict=True)]
+        psnr = np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))
+        print(f"{name}: {psnr:.1f} dB to the whole, gradient at seams {np.mean(ratio):.3f} of the whole's there")
 
 
 def read_rows(out: Path) -> list[dict]:

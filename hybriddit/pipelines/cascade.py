@@ -24,6 +24,7 @@ from ..models import family_of
 from ..models.family import denoiser, family_of_class
 from .memory import blended_rows
 from .sit import SiTPipeline
+from .tile_norms import crop_places, norms_of_crops
 from .upscaler import Upscaler
 
 GUIDES = (None, "residual", "low-frequency")
@@ -259,8 +260,8 @@ def encode_enlarged(
     Without a VAE they are the pixels, in [-1, 1].
 
     padded: size of what is encoded: the image, and its last row and column again where that is larger. tiles: encode in the
-    VAE's tiles, a row of them at a time, so that the enlarged image is never held as a whole; the latents are those of
-    diffusers' own tiled encoding.
+    VAE's tiles, a row of them at a time, so that the enlarged image is never held as a whole; they are cut and blended as in
+    diffusers' own tiled encoding, and their group norms have one image's statistics, see `tile_norms`.
     """
     vae, device = pipeline.vae, torch.device(pipeline._execution_device)
 
@@ -276,14 +277,18 @@ def encode_enlarged(
         widths = ((0, more[1]), (0, more[0]), (0, 0))[: np.asarray(image).ndim]
         image = Image.fromarray(np.pad(np.asarray(image), widths, "edge"))
 
-    def encode(left: int, top: int, side: tuple[int, int]) -> torch.Tensor:
+    def pixels_of(left: int, top: int, side: tuple[int, int]) -> torch.Tensor:
         right, bottom = min(left + side[0], padded[0]), min(top + side[1], padded[1])
         # Pillow's filter reaches beyond the box
         box = (left * across, top * down, right * across, bottom * down)
         part = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
         pixels = torch.from_numpy(np.array(part)).to(device).view(part.height, part.width, -1).permute(2, 0, 1)[None]
         pixels = pixels / 127.5 - 1
-        return pixels if vae is None else to_latents(pixels.to(vae.dtype))
+        return pixels if vae is None else pixels.to(vae.dtype)
+
+    def encode(left: int, top: int, side: tuple[int, int]) -> torch.Tensor:
+        pixels = pixels_of(left, top, side)
+        return pixels if vae is None else to_latents(pixels)
 
     if not tiles:
         return encode(0, 0, padded).float()
@@ -292,4 +297,11 @@ def encode_enlarged(
     rows = (
         [encode(left, top, (side, side)) for left in range(0, padded[0], step)] for top in range(0, padded[1], step)
     )
-    return torch.cat(list(blended_rows(vae, rows, blended, latents - blended)), 2).float()
+
+    def encode_crops() -> None:
+        places, (height, width) = crop_places(padded[::-1], side, side // latents)
+        to_latents(torch.cat([pixels_of(x, y, (width, height)) for y, x in places]))
+
+    several = max(padded) > step
+    with norms_of_crops(vae, vae.encoder, encode_crops) if several else contextlib.nullcontext():
+        return torch.cat(list(blended_rows(vae, rows, blended, latents - blended)), 2).float()

@@ -19,6 +19,7 @@ from ..models import family_of, in_strips
 from ..models.family import TILED_VAES, denoiser
 from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak
 from ..strips_file import seconds_of_file
+from .tile_norms import crop_places, norms_of_crops
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
 BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
@@ -189,8 +190,8 @@ def _plan_decoder(
     decoder, channels = known
     on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
 
-    def count(latents: tuple[int, int]) -> int:
-        return decoder_peak(decoder, (channels, *latents), **on)
+    def count(latents: tuple[int, int], images: int = 1) -> int:
+        return decoder_peak(decoder, (channels, *latents), images=images, **on)
 
     latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
     if not tiled:
@@ -204,8 +205,9 @@ def _plan_decoder(
     if whole and not vae.use_tiling and (needed := int(count(latents) * MARGIN)) <= available:
         return needed, False
     tile = tuple(min(side, vae.tile_latent_min_size) for side in latents)
+    places, crop = crop_places(latents, vae.tile_latent_min_size)
     rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize  # two, and the strip made of them
-    needed = int((count(tile) + rows_of_tiles) * MARGIN)
+    needed = int(max(count(tile) + rows_of_tiles, count(crop, len(places))) * MARGIN)
     if needed > available:
         raise ValueError(
             f"{width} x {height} pixels need {_gib(needed)} GiB where the VAE decodes them in tiles, and "
@@ -230,7 +232,8 @@ def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates:
     size = vae.tile_latent_min_size
     step, tile = int(size * (1 - vae.tile_overlap_factor)), tuple(min(side, size) for side in latents)
     decoded = [sum(min(size, side - start) for start in range(0, side, step)) for side in latents]
-    return cost(tile).seconds * decoded[0] * decoded[1] / (tile[0] * tile[1])
+    places, crop = crop_places(latents, size)
+    return cost(tile).seconds * decoded[0] * decoded[1] / (tile[0] * tile[1]) + cost(crop).seconds * len(places)
 
 
 def free_beside_weights(pipeline: Any, device: torch.device) -> int:
@@ -280,7 +283,8 @@ def _decode_and_free(pipeline: Any, latents: torch.Tensor, tiles: bool, decode: 
 def decode_in_strips(vae: nn.Module, latents: torch.Tensor, decode: Decode | None = None) -> Iterator[np.ndarray]:
     """Decode latents [1, C, h, w], as the VAE takes them, to strips of the image: uint8 [rows, width, 3], from the top.
 
-    The pixels are those of diffusers' own `tiled_decode`, of which two rows of tiles are held at a time.
+    Tiles are cut and blended as by diffusers' own `tiled_decode`; two rows of them are held at a time. Their group norms
+    have one image's statistics, see `tile_norms`.
 
     decode: gives the decoded tiles of a row of tiles of latents, such as `parallel.decoding_together`; None: the VAE
     decodes one after another. Raises ValueError where pixels are not finite.
@@ -292,8 +296,15 @@ def decode_in_strips(vae: nn.Module, latents: torch.Tensor, decode: Decode | Non
         decode([latents[:, :, top : top + size, left : left + size] for left in range(0, latents.shape[3], step)])
         for top in range(0, latents.shape[2], step)
     )
-    for strip in blended_rows(vae, rows, blended, pixels - blended):
-        yield _pixels(strip)
+
+    def decode_crops() -> None:
+        places, (height, width) = crop_places(latents.shape[2:], size)
+        vae.decode(torch.cat([latents[:, :, y : y + height, x : x + width] for y, x in places]))
+
+    several = max(latents.shape[2:]) > step
+    with norms_of_crops(vae, vae.decoder, decode_crops) if several else contextlib.nullcontext():
+        for strip in blended_rows(vae, rows, blended, pixels - blended):
+            yield _pixels(strip)
 
 
 def _pixels(strip: torch.Tensor) -> np.ndarray:

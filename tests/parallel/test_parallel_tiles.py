@@ -54,7 +54,7 @@ def decode_strips_together(rank):
     vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[-2:]))
     found = list(decode_in_strips(vae, z, decoding_together(vae, dist.group.WORLD)))
     assert len(found) == len(wanted) == 4 and all(map(np.array_equal, found, wanted))
-    assert len(calls) == 4  # of the three tiles in each of four rows, one each
+    assert len(calls) == 1 + 4  # crops for the norms; and of the three tiles in each of four rows, one each
 
 
 def test_several_processes_share_each_row_of_tiles(tmp_path):
