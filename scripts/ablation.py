@@ -89,7 +89,7 @@ ROWS: dict[str, list[str]] = {
     # what learns
     "no low-rank deltas": ["hybrid.delta_rank=null"],
     "deltas of rank 8": ["hybrid.delta_rank=8"],
-    "every third layer dense": ["hybrid.layers={'*blocks.0.*': dense, '*blocks.3.*': dense}"],
+    "blocks 0 and 3 of each kind dense": ["hybrid.layers={'*blocks.0.*': dense, '*blocks.3.*': dense}"],
     # losses
     "task loss 1": ["loss.task=1"],
     "layer loss 0.5": ["loss.layer=0.5"],
