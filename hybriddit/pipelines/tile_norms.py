@@ -25,12 +25,14 @@ SHARE, LEAST = 4, 8  # how many of them are a tile's side, but for tiles of less
 def crop_places(size: tuple[int, int], tile: int, unit: int = 1) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     """(top, left) of CROPS x CROPS crops, evenly over an image of this size, (rows, columns), and the size of each.
 
-    tile: a tile's side. unit: what all these are counted in, of which a latent has so many.
+    tile: a tile's side. unit: what all these are counted in, of which a latent has so many. Where crops are more than a part
+    SHARE of a tile's side, there are fewer, which together are about as large.
     """
     side = max(tile // SHARE, min(tile, LEAST * unit))
+    count = max(2, CROPS * (tile // SHARE) // side)
     crop = tuple(min(side, length) for length in size)
     tops, lefts = (
-        [round(i * (length - own) / (CROPS - 1)) for i in range(CROPS)] for length, own in zip(size, crop, strict=True)
+        [round(i * (length - own) / (count - 1)) for i in range(count)] for length, own in zip(size, crop, strict=True)
     )
     return [(top, left) for top in tops for left in lefts], crop
 

@@ -35,7 +35,9 @@ def psnr(one, other):
 @pytest.mark.parametrize("size", [(7, 100), (64, 64), (33, 500), (1, 1)])
 def test_crops_are_spread_over_the_image(size):
     assert crop_places(size, 128)[1] == tuple(min(32, length) for length in size)
-    assert crop_places(size, 6)[1] == tuple(min(6, length) for length in size)
+    few, crop = crop_places(size, 6)
+    assert len(few) == 4 and crop == tuple(min(6, length) for length in size)
+    assert len(crop_places(size, 16)[0]) == 9
     assert crop_places(size, 64, 4)[1] == tuple(min(32, length) for length in size)
     places, crop = crop_places(size, 32)
     assert len(places) == CROPS**2 and crop == tuple(min(8, length) for length in size)
