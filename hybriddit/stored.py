@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -122,8 +123,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     raise ValueError(f"{folder} has no weights in safetensors")
 
 
-def tensor_headers(path: Path) -> dict[str, tuple[str, int]]:
-    """(dtype, number of elements) of each tensor, from a safetensors file's header; dtypes as "F32", "BF16".
+def tensor_headers(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of each tensor, from a safetensors file's header; dtypes as "F32", "BF16".
 
     Raises ValueError if the file is damaged.
     """
@@ -132,7 +133,7 @@ def tensor_headers(path: Path) -> dict[str, tuple[str, int]]:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return {key: (part.get_dtype(), prod(part.get_shape())) for key, part in slices.items()}
+            return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
 
@@ -144,9 +145,9 @@ def stored_dtype(files: Iterable[Path]) -> str:
     """
     elements = Counter()
     for file in files:
-        for dtype, count in tensor_headers(file).values():
+        for dtype, shape in tensor_headers(file).values():
             if dtype.startswith(("F", "BF")):
-                elements[dtype] += count
+                elements[dtype] += prod(shape)
     if not elements:
         return "float32"
     [(dtype, _)] = elements.most_common(1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -238,7 +239,7 @@ def gradient(images: np.ndarray) -> float:
 
 @torch.no_grad()
 def print_seams(quality: Quality) -> None:
-    """Encode and decode the teacher's images, enlarged 4 times, whole and in tiles.
+    """Encode and decode the teacher's images, enlarged 4 times, whole and in tiles: hybriddit's and diffusers'.
 
     The gradient at seams is the mean difference of neighbouring columns and rows where a tile is blended into the next, in
     proportion to that of the image's other places; and that in proportion to the whole's.
@@ -256,16 +257,23 @@ def print_seams(quality: Quality) -> None:
         across, down = np.abs(np.diff(image, axis=1)).mean((0, 2)), np.abs(np.diff(image, axis=0)).mean((1, 2))
         return float(np.mean([part[at_seam].mean() / part[~at_seam].mean() for part in (across, down)]))
 
-    def decoded(image: Image.Image, encodes: bool, decodes: bool) -> np.ndarray:
-        latents = encode_enlarged(pipeline, image, size, size, encodes).to(vae.dtype)
-        if decodes:
-            return np.concatenate(list(decode_in_strips(vae, latents)))
-        pixels = vae.decode(latents).sample[0].permute(1, 2, 0) / 2 + 0.5
-        return (pixels.clamp(0, 1) * 255).round().byte().numpy()
+    def decoded(image: Image.Image, encodes: bool) -> np.ndarray:
+        return np.concatenate(list(decode_in_strips(vae, encode_enlarged(pipeline, image, size, size, encodes))))
 
-    whole = [decoded(image, False, False) for image in images]
-    for name, ways in {"decoded in tiles": (False, True), "encoded and decoded in tiles": (True, True)}.items():
-        tiled = [decoded(image, *ways) for image in images]
+    def decoded_by_diffusers(image: Image.Image, encodes: bool, decodes: bool = True) -> np.ndarray:
+        enlarged = np.asarray(image.resize(size, Image.Resampling.LANCZOS)).copy()
+        vae.use_tiling = encodes
+        latents = vae.encode(torch.from_numpy(enlarged).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
+        vae.use_tiling = decodes
+        image = vae.decode(latents).sample[0].permute(1, 2, 0) / 2 + 0.5
+        vae.use_tiling = False
+        return (image.clamp(0, 1) * 255).round().byte().numpy()
+
+    whole = [decoded_by_diffusers(image, False, False) for image in images]
+    ways = {"each tile's own norms, as in diffusers": decoded_by_diffusers, "norms of crops": decoded}
+    for (norms, way), encodes in itertools.product(ways.items(), (False, True)):
+        name = f"{norms}: {'encoded and ' if encodes else ''}decoded in tiles"
+        tiled = [way(image, encodes) for image in images]
         error = [np.square(a.astype(float) - b).mean() for a, b in zip(tiled, whole, strict=True)]
         ratio = [share(a) / share(b) for a, b in zip(tiled, whole, strict=True)]
         psnr = np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))

@@ -195,6 +195,10 @@ def test_stages_of_a_class(tmp_path, capsys):
     (tmp_path / "a.png").unlink()
     assert main(words) == 0
     assert "stage 2 of 3 is there" in capsys.readouterr().out
+    save_upscaler(tmp_path / "up.pth", 2)
+    assert main([*words[:-1], str(tmp_path / "up.png"), "--upscaler", str(tmp_path / "up.pth"), "--quiet"]) == 0
+    assert Image.open(tmp_path / "up.png").size == (30, 30)
+    assert not np.array_equal(pixels(tmp_path / "up.png"), pixels(tmp_path / "a.png"))
     for more, said in (
         (["--positions", "plain"], "a SiT spreads its own"),
         (["--schedule", "residual"], "not for a SiT"),

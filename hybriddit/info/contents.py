@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _model(folder: Path, variant: str | None) -> dict[str, Any]:
     name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
     files = weight_files(folder, variant)
     headers = {key: header for file in files for key, header in tensor_headers(file).items()}
-    sizes = {key: size for key, (_, size) in headers.items()}
+    sizes = {key: prod(shape) for key, (_, shape) in headers.items()}
     model = {
         "class": name,
         "family": _family_name(name, values),

@@ -16,13 +16,14 @@ from torch import nn
 from ..attention.mixers import check_mixer
 from ..config import HybridConfig
 from ..files import read_tensors, replacing, write_json, write_tensors
-from ..stored import ADAPTER_FILES, find_adapter, public_name
+from ..stored import ADAPTER_FILES, find_adapter, public_name, tensor_headers
 from .family import family_of, is_hybrid, model_of
 from .identity import base_digest
 from .surgery import hybrid_family, hybridize, restore_dense
 from .wrapping import plain_state, unwrapped
 
 CONFIG_NAME, WEIGHTS_NAME = ADAPTER_FILES
+ANEW = "save or fetch it anew"
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, *, base: Mapping[str, Any] | None = None) -> None:
@@ -151,7 +152,7 @@ def _read(model: nn.Module, source: str) -> _Read:
     try:
         return _Read(source, config, base, read_tensors(weights_path))
     except ValueError as error:
-        raise ValueError(f"{error}: save or fetch it anew") from error
+        raise ValueError(f"{error}: {ANEW}") from error
 
 
 def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
@@ -164,7 +165,7 @@ def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
         raise ValueError(f"the model is hybrid with another config than {source}: restore_dense(model) first")
     try:
         own = _hybrid_state(model)
-        check_fit(weights, {name: tensor.shape for name, tensor in own.items()}, f"the adapter in {source}")
+        check_fit(shapes_of(weights), shapes_of(own), f"the adapter in {source}")
         if check_base:
             _check_base(model, base, source)
     except ValueError:
@@ -176,17 +177,26 @@ def _apply(model: nn.Module, adapter: _Read, check_base: bool) -> None:
             tensor.copy_(weights[name])
 
 
-def check_adapter_fits(model: nn.Module, folder_or_repo_id: str | os.PathLike) -> None:
-    """Raise as `load_adapter` does for an adapter that does not fit a model on the meta device, which becomes its hybrid.
+def check_adapter_fits(model: nn.Module, config: HybridConfig, source: str) -> None:
+    """Raise as `load_adapter` does for an adapter of this config that does not fit a model on the meta device.
 
-    So it is told before weights, which may take minutes, are read; but not whether these are the adapter's base.
+    The model becomes its hybrid. So it is told before weights, which may take minutes, are read; but not whether these
+    are the adapter's base.
     """
-    read = _read(model, str(folder_or_repo_id))
     if not is_hybrid(model):
         with torch.device("meta"):
-            hybridize(model, read.config)
-    expected = {name: tensor.shape for name, tensor in plain_state(model, ".hybrid.").items()}
-    check_fit(read.weights, expected, f"the adapter in {read.source}")
+            hybridize(model, config)
+    weights_path = _adapter_file(source, WEIGHTS_NAME)
+    try:
+        found = {name: shape for name, (_, shape) in tensor_headers(weights_path).items()}
+    except ValueError as error:
+        raise ValueError(f"{error}: {ANEW}") from error
+    check_fit(found, shapes_of(plain_state(model, ".hybrid.")), f"the adapter in {source}")
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], source: str) -> None:
@@ -225,19 +235,17 @@ def _hybrid_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def check_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise ValueError where weights do not have these names and shapes. what: they are, to begin the message with."""
+def check_fit(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raise ValueError where weights of these shapes are not those expected. what: they are, to begin the message with."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         how = f"lacks {len(missing)} of its weights ({missing[0]}, …)" if missing else ""
         how += " and " if missing and unknown else ""
         how += f"has {len(unknown)} that it has no place for ({unknown[0]}, …)" if unknown else ""
         raise ValueError(f"{what} does not fit this model: it {how}")
-    for name, tensor in found.items():
-        if tuple(tensor.shape) != tuple(expected[name]):
-            raise ValueError(
-                f"{what} does not fit this model: {name} is {tuple(tensor.shape)}, the model's is {tuple(expected[name])}"
-            )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise ValueError(f"{what} does not fit this model: {name} is {shape}, the model's is {expected[name]}")
 
 
 def read_adapter_config(folder_or_repo_id: str | os.PathLike) -> tuple[HybridConfig, str | None]:

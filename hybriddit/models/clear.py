@@ -14,7 +14,7 @@ from torch import nn
 from ..config import FULL, HybridConfig
 from ..files import read_tensors
 from ..stored import PICKLED
-from .adapters import check_fit, hub_file
+from .adapters import check_fit, hub_file, shapes_of
 from .family import Family, family_of, model_of
 from .processing import delta_name, full_update
 from .surgery import hybridize, restore_dense
@@ -49,7 +49,7 @@ def load_clear(model_or_pipeline: Any, source: str | os.PathLike, *, window: int
     path = _file(str(source), window, down_factor)
     found = read_tensors(path)
     _check_pooling(found, path, down_factor)
-    check_fit(found, _shapes(model, family, down_factor), f"{path}, as a file of CLEAR's,")
+    check_fit(shapes_of(found), _shapes(model, family, down_factor), f"{path}, as a file of CLEAR's,")
     hybridize(model, config)
     try:
         _take_weights(model, family, found)
@@ -113,15 +113,15 @@ def _pooling_shape(side: int) -> tuple[int, ...]:
     return 1, 1, 1, side, 1, side, 1  # of [B, heads, rows, side, columns, side, D]
 
 
-def _shapes(model: nn.Module, family: Family, down_factor: int) -> dict[str, torch.Size | tuple[int, ...]]:
+def _shapes(model: nn.Module, family: Family, down_factor: int) -> dict[str, tuple[int, ...]]:
     """The shape of everything that a file has for this model, by name."""
-    shapes: dict[str, torch.Size | tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, attn in family.attentions(model).items():
         for projection, module in family.projections(attn).items():
             if projection in PROJECTIONS:
-                shapes[f"{name}.{projection}.weight"] = torch.Size((module.out_features, module.in_features))
+                shapes[f"{name}.{projection}.weight"] = (module.out_features, module.in_features)
                 if module.bias is not None:
-                    shapes[f"{name}.{projection}.bias"] = torch.Size((module.out_features,))
+                    shapes[f"{name}.{projection}.bias"] = (module.out_features,)
         if down_factor > 1:
             shapes[f"{name}.{POOLING}"] = _pooling_shape(down_factor)
     return shapes

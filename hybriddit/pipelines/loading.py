@@ -292,7 +292,7 @@ def check_convertible(
     if own not in (None, config):
         raise ValueError(f"{base.path} is hybrid with another config than {adapter}: give the dense pipeline")
     if adapter is not None:
-        check_adapter_fits(base.shapes()[0], adapter)
+        check_adapter_fits(base.shapes()[0], config, adapter)
 
 
 def _family(base: Base) -> Family:

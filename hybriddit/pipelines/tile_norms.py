@@ -52,7 +52,7 @@ def norms_of_crops(vae: nn.Module, part: nn.Module, run: Callable[[], Any]) -> I
 
     def of_batch(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         found[norm] = _statistics(x, norm.num_groups)
-        return _normalized(norm, x, *found[norm])
+        return _normalized(norm, *found[norm], x)
 
     slicing, vae.use_slicing = vae.use_slicing, False  # which takes a batch apart
     try:
@@ -64,14 +64,8 @@ def norms_of_crops(vae: nn.Module, part: nn.Module, run: Callable[[], Any]) -> I
         vae.use_slicing = slicing
     with contextlib.ExitStack() as within:
         for norm, statistics in found.items():
-            within.enter_context(with_forward(norm, partial(_with_statistics, norm, statistics)))
+            within.enter_context(with_forward(norm, partial(_normalized, norm, *statistics)))
         yield
-
-
-def _with_statistics(
-    norm: nn.GroupNorm, statistics: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
-    return _normalized(norm, x, *statistics)
 
 
 def _statistics(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +83,7 @@ def _statistics(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tenso
     return mean, (square - mean.square()).clamp(min=0)
 
 
-def _normalized(norm: nn.GroupNorm, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+def _normalized(norm: nn.GroupNorm, mean: torch.Tensor, variance: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The group norm of [B, C, ...] by these statistics."""
     each = norm.num_channels // norm.num_groups
     mean, variance = (value.repeat_interleave(each) for value in (mean, variance))

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ def load_upscaler(path: str | os.PathLike, dtype: torch.dtype = torch.float32) -
     try:
         found = spandrel.ModelLoader().load_from_state_dict(spandrel.canonicalize_state_dict(state))
     except (spandrel.UnsupportedModelError, RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = shorten(str(error), 200, placeholder=" …")
         raise ValueError(f"{unknown}" + (f" ({reason})" if reason else "")) from error
     channels = found.input_channels, found.output_channels
     if found.purpose != "SR" or found.scale < 2 or channels != (3, 3):
