@@ -21,9 +21,8 @@ from ..metrics.nearness import nearness
 from ..models import family_of
 from ..models.family import denoiser
 from ..models.flops import attention_flops
-from ..models.surgery import hybridize
 from ..pipelines.loading import load_pipeline
-from ..training.distill import distill
+from ..training.distill import distill, make_student
 from ..training.run_config import DistillConfig, load_config
 from .canvas import Scene
 from .judge import Judge, match_score
@@ -119,8 +118,7 @@ def run(config_path: str | Path, out: str | Path, overrides: Sequence[str] = ())
     say(
         2, f"its attention becomes hybrid: a window of {config.hybrid.window} on a grid of {grid[0]} x {grid[1]} tokens"
     )
-    hybridize(denoiser(pipeline), config.hybrid)
-    added = sum(p.numel() for name, p in denoiser(pipeline).named_parameters() if ".hybrid." in name)
+    added = sum(p.numel() for p in make_student(denoiser(pipeline), config).values())
     undistilled = generate(pipeline, prompts, seeds, sampling, "undistilled")
 
     say(3, f"{config.train.steps} steps of distillation: {added:,} added parameters learn, the teacher's stay")

@@ -4,8 +4,10 @@ import runpy
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hybriddit.demo import run
 from hybriddit.demo.canvas import SCENES
 from hybriddit.demo.run import SEEDS, SHOWN, compare, warnings_of
 from hybriddit.images import contact_sheet
@@ -29,6 +31,26 @@ def test_the_demo_warns_where_distilling_made_it_worse():
     assert warnings_of({"undistilled": before, "distilled": after}) == []
     [warning] = warnings_of({"undistilled": before, "distilled": {**after, "psnr": 16.1, "ssim": 0.7}})
     assert "worse (PSNR fell from 18.3 to 16.1, SSIM fell from 0.71 to 0.7): " in warning
+
+
+def test_the_seed_decides_how_the_student_begins(tmp_path, monkeypatch):
+    """Whatever was drawn before from torch's generator, which is another number in each process."""
+    begun = []
+
+    def begin(pipeline, *_):
+        begun.append({name: p for name, p in pipeline.transformer.named_parameters() if ".hybrid." in name})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "distill", begin)
+    monkeypatch.setattr(run, "generate", lambda *_: None)
+    monkeypatch.setattr(run, "make_data", lambda *_: None)
+    for drawn, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(drawn)
+        with pytest.raises(KeyboardInterrupt):
+            run.run("configs/distill/demo.yaml", tmp_path, [f"train.seed={seed}"])
+    first, again, other = begun
+    assert first and all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_contact_sheet_shows_every_image(tmp_path):
