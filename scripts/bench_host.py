@@ -56,6 +56,7 @@ def main() -> None:
     torch.set_num_threads(1)
     heads, head_dim, text, grid = 2, 16, 8, (20, 20)  # the host does not see sizes, but a CPU would copy them
     layer = hybrid.HybridAttention(heads * head_dim, heads, head_dim, window=(4, 4), gate="token", rotary="model")
+    layer.cast(torch.bfloat16)  # as a loaded pipeline's is
     layout = TokenLayout(text, (grid,), text_first=True)
     query, key, value = torch.zeros(3, 1, text + grid[0] * grid[1], heads, head_dim, dtype=torch.bfloat16).unbind()
     far_query, far_key, near = torch.zeros(3, 1, grid[0] * grid[1], heads, head_dim, dtype=torch.bfloat16).unbind()

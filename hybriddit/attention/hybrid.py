@@ -326,7 +326,8 @@ class HybridAttention(nn.Module):
         if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
             sums = self.far(far_query, far_key, value, only_sums=True, layout=layout)
         if sums is not None:
-            images = (tokens.unflatten(1, grids[0]) for tokens in images)
+            shape = value.shape
+            images = (tokens.view(shape[0], *grids[0], *shape[2:]) for tokens in images)
             return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
         near = attention_over_grids(*images, grids, return_lse=joint, **settings)
         if joint:

@@ -19,18 +19,22 @@ def autocast(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def check_dtype(tensors: Sequence[Tensor]) -> None:
     """Raises ValueError unless all tensors have one floating-point dtype."""
-    if any(x.dtype != tensors[0].dtype for x in tensors) or not tensors[0].is_floating_point():
-        raise ValueError(
-            "attention takes floating-point tensors of one dtype, got " + ", ".join(str(x.dtype) for x in tensors)
-        )
+    dtype = tensors[0].dtype
+    for x in tensors:
+        if x.dtype != dtype or not dtype.is_floating_point:
+            raise ValueError(
+                "attention takes floating-point tensors of one dtype, got " + ", ".join(str(x.dtype) for x in tensors)
+            )
 
 
 def check_device(tensors: Sequence[Tensor]) -> None:
     """Raises ValueError unless all tensors are on one device."""
-    # a plain loop: on a small grid these checks are a measurable part of the call
-    if any(x.device != tensors[0].device for x in tensors):
-        devices = ", ".join(str(x.device) for x in tensors)
-        raise ValueError(f"attention inputs are on several devices ({devices}): use one device")
+    # plain loops, here and above: on a small grid these checks are a measurable part of the call
+    device = tensors[0].device
+    for x in tensors:
+        if x.device != device:
+            devices = ", ".join(str(x.device) for x in tensors)
+            raise ValueError(f"attention inputs are on several devices ({devices}): use one device")
 
 
 def check_mask(name: str, mask: Tensor, key: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -44,28 +45,41 @@ def in_force(overrides: dict[str, dict], kernel: str) -> tuple:
     return tuple(overrides[kernel].items()) if kernel in overrides else ()
 
 
-def with_unit(*tensors: Tensor | None, largest: int | None = None) -> tuple[list[Tensor | None], int]:
-    """The tensors with a contiguous last dimension, and the unit of their strides: 8 if it divides all others, else 1.
+def laid_out(
+    *tensors: Tensor | None, largest: int | None = None
+) -> tuple[Sequence[Tensor | None], int, tuple[tuple[int, ...], ...]]:
+    """The tensors with a contiguous last dimension, the unit of their strides (8 if it divides them all, else 1), and each
+    one's strides in that unit, of all dimensions but the last; three zeros for None.
 
     Kernels are given strides in that unit: the compiler detects divisibility by 16 only, and would give up wide loads
     where the head width is 72. A stride of tokens (dimension 1) that is not below `largest` is made contiguous too.
     """
-    made, unit = [], 8
-    for x in tensors:
-        if x is not None:
-            strides = x.stride()
-            if strides[-1] != 1 or (largest is not None and strides[1] >= largest):
-                x = x.contiguous()
-                strides = x.stride()
-            if unit == 8 and (x.data_ptr() % 16 or any(stride % 8 for stride in strides[:-1])):
-                unit = 1
-        made.append(x)
-    return made, unit
+    given = tuple([x if x is None else x.stride() for x in tensors])
+    copied, unit, strides = _strides(given, largest)
+    if copied:
+        tensors = [x.contiguous() if number in copied else x for number, x in enumerate(tensors)]
+        given = tuple([x if x is None else x.stride() for x in tensors])
+        _, unit, strides = _strides(given, None)
+    if unit == 8:
+        for x in tensors:
+            if x is not None and x.data_ptr() % 16:
+                return tensors, 1, _strides(given, None, 1)[2]
+    return tensors, unit, strides
 
 
-def strides_of(x: Tensor, unit: int) -> list[int]:
-    """Strides in this unit, of all dimensions but the last."""
-    return [stride // unit for stride in x.stride()[:-1]]
+@lru_cache(maxsize=512)
+def _strides(
+    given: tuple[tuple[int, ...] | None, ...], largest: int | None, unit: int = 8
+) -> tuple[frozenset[int], int, tuple[tuple[int, ...], ...]]:
+    """Which tensors of these strides have to be copied, the unit of at most `unit`, and the strides in it."""
+    known = [(number, strides) for number, strides in enumerate(given) if strides is not None]
+    copied = frozenset(
+        number for number, strides in known if strides[-1] != 1 or (largest is not None and strides[1] >= largest)
+    )
+    if any(stride % unit for _, strides in known for stride in strides[:-1]):
+        unit = 1
+    in_unit = ((0, 0, 0) if strides is None else tuple(n // unit for n in strides[:-1]) for strides in given)
+    return copied, unit, tuple(in_unit)
 
 
 def on_device(x: Tensor):

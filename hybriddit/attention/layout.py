@@ -29,7 +29,10 @@ class TokenLayout(NamedTuple):
     @property
     def image_length(self) -> int:
         """Image tokens in the sequence, of all grids together."""
-        return sum(height * width for height, width in self.grids)
+        length = 0
+        for height, width in self.grids:
+            length += height * width
+        return length
 
     @property
     def place(self) -> tuple[int, int]:
@@ -58,19 +61,19 @@ class TokenLayout(NamedTuple):
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, ...] -> text [B, T, ...], image [B, N, ...]; views. Raises ValueError where S is not T + N."""
-        expected = self.text_length + self.image_length
-        if tokens.shape[1] != expected:
+        text_length, image_length = self.text_length, self.image_length
+        if tokens.shape[1] != text_length + image_length:
             raise ValueError(
-                f"the layer received {tokens.shape[1]} tokens, but its layout has {self.text_length} of text and "
-                f"{self.image_length} of image (grids {self.grids}): pass the right `token_layout`"
+                f"the layer received {tokens.shape[1]} tokens, but its layout has {text_length} of text and "
+                f"{image_length} of image (grids {self.grids}): pass the right `token_layout`"
             )
-        if self.text_length == 0:
+        if text_length == 0:
             return tokens[:, :0], tokens  # no split, whose gradient would be a copy
-        lengths = (self.text_length, self.image_length)
+        # a small call waits for the host, and Tensor.split takes twice as long
         if self.text_first:
-            text, image = tokens.split(lengths, dim=1)
+            text, image = torch.split_with_sizes(tokens, (text_length, image_length), 1)
         else:
-            image, text = tokens.split(lengths[::-1], dim=1)
+            image, text = torch.split_with_sizes(tokens, (image_length, text_length), 1)
         return text, image
 
     def join(self, text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
+from ..operators import as_operator
 from ..rows import RowShard
 from ..trial import KERNEL_MAX_WIDTH, failure_reason, kernel_refusal, warn_once
 from . import torch as torch_passes
@@ -90,7 +91,7 @@ def linear_attention(
     phi = FEATURE_MAPS[feature_map]
     eps = phi.eps if eps is None else eps
     if query_projection is not None:
-        query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
+        query_projection, key_projection = _as(query.dtype, query_projection), _as(query.dtype, key_projection)
     if not phi.fused:
         if backend != "auto":
             raise ValueError(f'backend "{backend}" does not have feature map {feature_map!r}: use backend "auto"')
@@ -214,7 +215,7 @@ def begin_sum_keys(
     query, key, value = autocast((query, key, value))
     check_dtype((query, key, value))
     if query_projection is not None:
-        query_projection, key_projection = (x.to(query.dtype) for x in (query_projection, key_projection))
+        query_projection, key_projection = _as(query.dtype, query_projection), _as(query.dtype, key_projection)
     gradients = torch.is_grad_enabled()
     triton = _choose_triton(backend, query, value, query_projection, feature_map, gradients)
     begun = _begin_sums(key, value, key_projection, key_mask, feature_map, triton, rows)
@@ -234,6 +235,10 @@ def begin_sum_keys(
     return finish
 
 
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # as it mostly is: a call that does nothing takes a microsecond
+
+
 def _choose_triton(
     backend: str, query: Tensor, value: Tensor, projection: Tensor | None, feature_map: str, gradients: bool
 ) -> bool:
@@ -242,7 +247,7 @@ def _choose_triton(
         return False
     # plain ints, because torch.compile may keep sizes symbolic
     channels = query.shape[3] if projection is None else projection.shape[2]
-    widths = tuple(map(operator.index, (query.shape[3], value.shape[3], channels)))
+    widths = operator.index(query.shape[3]), operator.index(value.shape[3]), operator.index(channels)
     case = (backend, query.device, query.dtype, *widths, feature_map, projection is not None, gradients)
     if torch.compiler.is_compiling():
         from ..tracing import constant
@@ -304,25 +309,27 @@ def triton_refusal(
 
 
 def _check(query, key, value, near, gate, lse, key_mask, query_projection, key_projection):
-    if not query.ndim == key.ndim == value.ndim == 4:
+    queries, keys, values = query.shape, key.shape, value.shape
+    if not len(queries) == len(keys) == len(values) == 4:
         raise ValueError(f"linear attention takes [B, N, heads, D] tensors, got {shapes(query, key, value)}")
-    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+    if queries != keys and (queries[0] != keys[0] or queries[2:] != keys[2:]):
         raise ValueError(f"query and key must agree in batch, heads and width, got {shapes(query, key)}")
-    if key.shape[:3] != value.shape[:3]:
+    if keys != values and keys[:3] != values[:3]:
         raise ValueError(f"key and value must agree in batch, tokens and heads, got {shapes(key, value)}")
     if (near is None) != (gate is None):
         raise ValueError("near and gate come together: pass both or neither")
-    if near is not None and near.shape != (*query.shape[:3], value.shape[3]):
+    if near is not None and near.shape != (*queries[:3], values[3]):
         raise ValueError(f"near must have the result's shape, one of {shapes(query, value)}, got {shapes(near)}")
     if near is not None and not _broadcasts(gate.shape, near.shape):
         raise ValueError(f"gate must broadcast to near, got {shapes(gate, near)}")
     if (query_projection is None) != (key_projection is None):
         raise ValueError("query_projection and key_projection come together: pass both or neither")
     if query_projection is not None:
-        if query_projection.shape != key_projection.shape or query_projection.shape[:-1] != query.shape[2:]:
+        matrices = query_projection.shape
+        if matrices != key_projection.shape or matrices[:-1] != queries[2:]:
             given = shapes(query_projection, key_projection)  # only here: torch.compile cannot print symbolic sizes
-            raise ValueError(f"the projections must be {list(query.shape[2:])} x m, one m for both, got {given}")
-        if not 1 <= query_projection.shape[-1] <= KERNEL_MAX_WIDTH:
+            raise ValueError(f"the projections must be {list(queries[2:])} x m, one m for both, got {given}")
+        if not 1 <= matrices[-1] <= KERNEL_MAX_WIDTH:
             raise ValueError(
                 f"the projections must have 1 to {KERNEL_MAX_WIDTH} channels, got {shapes(query_projection)}"
             )
@@ -340,7 +347,7 @@ def _broadcasts(shape, target) -> bool:
 
 # Opaque operators: torch.compile sees one node each instead of unrolling the loops, and the state may be summed over
 # several devices between them. F is the number of features, m the projection's channels.
-@torch.library.custom_op("hybriddit::linear_state", mutates_args=())
+@as_operator("linear_state")
 def _linear_state(
     key: Tensor, value: Tensor, projection: Tensor | None, key_mask: Tensor | None, feature_map: str, triton: bool
 ) -> tuple[Tensor, Tensor]:
@@ -367,7 +374,7 @@ def _linear_state_backward(
     return _with_projection_gradient(key, *_passes(triton).state_backward(*inputs))
 
 
-@torch.library.custom_op("hybriddit::linear_output", mutates_args=())
+@as_operator("linear_output")
 def _linear_output(
     query: Tensor,
     state: Tensor,

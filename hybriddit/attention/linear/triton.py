@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
+from ..launch import in_force, laid_out, multiprocessors, on_device, over, power_of_2, target_of
 from ..tuned import tuned_options
 from . import features as maps
 from . import phi
@@ -757,7 +757,7 @@ def output(
     out = query.new_empty(batch, length, heads, state.shape[3], dtype=state.dtype if wide else query.dtype)
     if out.numel() == 0:
         return out
-    (query, near), unit = with_unit(query, near, largest=LARGEST_ROW)
+    (query, near), unit, strides = laid_out(query, near, largest=LARGEST_ROW)
     gate = None if gate is None else gate.expand(out.shape)
     per_channel = near is not None and gate.stride(3) != 0
     options, per_sm = _options("output", query, state.shape[3], projection, feature_map, per_channel)
@@ -778,8 +778,8 @@ def output(
             rows_per_split,
             eps,
             count,
-            *strides_of(query, unit),
-            *((0, 0, 0) if near is None else strides_of(near, unit)),
+            *strides[0],
+            *strides[1],
             *((0, 0, 0, 0) if near is None else gate.stride()),
             *((0, 0, 0) if lse is None else lse.stride()),
             UNIT=unit,
@@ -807,7 +807,7 @@ def output_backward(
         grad_projection = None if projection is None else torch.zeros_like(projection)
         return grad_query.zero_(), torch.zeros_like(state), torch.zeros_like(mean), grad_projection
     row_scale, row_weight = query.new_empty(2, batch, heads, length, dtype=torch.float32)
-    (grad_out, query), unit = with_unit(grad_out, query, largest=LARGEST_ROW)
+    (grad_out, query), unit, strides = laid_out(grad_out, query, largest=LARGEST_ROW)
     options, per_sm = _options("output_backward", query, state.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(query, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
@@ -826,8 +826,8 @@ def output_backward(
             heads,
             rows_per_split,
             eps,
-            *strides_of(grad_out, unit),
-            *strides_of(query, unit),
+            *strides[0],
+            *strides[1],
             UNIT=unit,
             **options,
         )
@@ -848,7 +848,7 @@ def state_backward(
     grad_key, grad_value = key.new_empty(key.shape), value.new_empty(value.shape)
     if key.numel() == 0 or value.numel() == 0:
         return grad_key.zero_(), grad_value.zero_(), None if projection is None else torch.zeros_like(projection)
-    (key, value), unit = with_unit(key, value, largest=LARGEST_ROW)
+    (key, value), unit, strides = laid_out(key, value, largest=LARGEST_ROW)
     options, per_sm = _options("state_backward", key, value.shape[3], projection, feature_map)
     splits, rows_per_split = _splits(key, batch * heads, options["BLOCK_N"], per_sm)
     shares = _projection_shares(projection, splits, batch)
@@ -867,8 +867,8 @@ def state_backward(
             heads,
             rows_per_split,
             1 / length,
-            *strides_of(key, unit),
-            *strides_of(value, unit),
+            *strides[0],
+            *strides[1],
             UNIT=unit,
             MASKED=key_mask is not None,
             **options,
@@ -893,7 +893,7 @@ def _sums(
         return x.new_zeros(batch, heads, features, out_width, dtype=torch.float32), x.new_zeros(
             batch, heads, features, 1, dtype=torch.float32
         )
-    (x, y), unit = with_unit(x, y, largest=LARGEST_ROW)
+    (x, y), unit, strides = laid_out(x, y, largest=LARGEST_ROW)
     blocks = over(out_width, options["BLOCK_E"])
     if feature_map == "polynomial":
         blocks *= over(features, options["BLOCK_F"])
@@ -913,8 +913,8 @@ def _sums(
             heads,
             rows_per_split,
             factor,
-            *strides_of(x, unit),
-            *strides_of(y, unit),
+            *strides[0],
+            *strides[1],
             UNIT=unit,
             SCALED=row_scale is not None,
             **options,

@@ -142,7 +142,7 @@ def joined_attention(
     batch, height, width, heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     near = query, key, value, text_key, text_value
-    rule = {"window": window, "stride": stride, "dilation": dilation, "circle": circle, "scale": scale}
+    rule = window, stride, dilation, circle, scale
     if not isinstance(sums, KeySums):
         return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
     tokens = batch, height * width, heads, head_dim
@@ -153,7 +153,7 @@ def joined_attention(
     check_dtype((query, sums.query))
     check_device((query, sums.query, sums.state, gate))
     if _serves_any_size(backend, circle, *near):
-        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *rule.values(), backend)
+        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *rule, backend)
     taken = None
     if gate.shape[-1] == 1 and query.numel():
         channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
@@ -161,7 +161,7 @@ def joined_attention(
         taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
     if taken is None:
         return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
-    gate = gate.expand(*tokens[:3], 1)
+    gate = gate if gate.shape == tokens[:3] + (1,) else gate.expand(*tokens[:3], 1)
     return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
 
 
@@ -169,7 +169,8 @@ def _joined_apart(near, text_mask, sums, gate, joint, backend, rule) -> Tensor:
     """`joined_attention` by window attention, and the second pass of linear attention after it."""
     query, key, value, text_key, text_value = near
     text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-    out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text, **rule)
+    settings = dict(zip(("window", "stride", "dilation", "circle", "scale"), rule, strict=True))
+    out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text, **settings)
     out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
     return sums.joined(out.flatten(1, 2), gate, joint, lse).view(query.shape)
 
@@ -336,11 +337,8 @@ def _cast_and_check(query, key, value, text_key, text_value, text_mask):
         raise ValueError(f"query, key and value must share one shape [B, H, W, heads, D], got {shapes(*image)}")
     if text:
         batch, _, _, heads, head_dim = query.shape
-        if (
-            text_key.ndim != 4
-            or text_key.shape != text_value.shape
-            or (text_key.shape[0], *text_key.shape[2:]) != (batch, heads, head_dim)
-        ):
+        sizes = text_key.shape
+        if len(sizes) != 4 or sizes != text_value.shape or (sizes[0], *sizes[2:]) != (batch, heads, head_dim):
             raise ValueError(
                 f"text_key and text_value must be [{batch}, S, {heads}, {head_dim}] here, got {shapes(*text)}"
             )

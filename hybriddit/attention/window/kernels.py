@@ -14,6 +14,7 @@ reproducible bit for bit. Offsets are 64-bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..launch import in_force, multiprocessors, on_device, over, power_of_2, strides_of, target_of, with_unit
+from ..launch import in_force, laid_out, multiprocessors, on_device, over, power_of_2, target_of
 from ..linear import phi
 from ..linear import triton as linear
 from ..tuned import tuned_options
@@ -1285,11 +1286,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Window attention [B, H, W, heads, D], and its log-sum-exp [B, heads, H, W] in float32."""
     shape = query.shape
-    (query, key, value, text_key, text_value), unit = with_unit(query, key, value, text_key, text_value)
+    tensors, unit, strides = laid_out(query, key, value, text_key, text_value)
+    query, key, value, text_key, text_value = tensors
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
     launch = _launch("forward", *case, in_force(OVERRIDES, "forward"))
-    out = query.new_empty(shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((shape[0], shape[3], shape[1], shape[2]), dtype=torch.float32)
     if text_key is None:
         text_key, text_value = key, value
@@ -1305,11 +1307,7 @@ def forward(
             lse,
             *launch.numbers,
             scale,
-            *strides_of(query, unit),
-            *strides_of(key, unit),
-            *strides_of(value, unit),
-            *strides_of(text_key, unit)[-3:],
-            *strides_of(text_value, unit)[-3:],
+            *itertools.chain(*strides),
             UNIT=unit,
             **launch.constants,
         )
@@ -1338,14 +1336,14 @@ def joined(
 ) -> Tensor:
     """Window attention joined with linear attention, [B, H, W, heads, D]; see `window.triton`'s operator."""
     shape = query.shape
-    tensors, unit = with_unit(query, key, value, text_key, text_value, far_query)
+    tensors, unit, strides = laid_out(query, key, value, text_key, text_value, far_query)
     query, key, value, text_key, text_value, far_query = tensors
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
     launch = _launch("joined", *case, in_force(OVERRIDES, "joined"))
     channels = None if projection is None else projection.shape[2]
     far = _kept_far_options(query.device, query.dtype, shape[4], feature_map, channels)
-    out = query.new_empty(shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if text_key is None:
         text_key, text_value = key, value
     with on_device(query):
@@ -1366,12 +1364,7 @@ def joined(
             scale,
             float(shape[1] * shape[2]),
             eps,
-            *strides_of(query, unit),
-            *strides_of(key, unit),
-            *strides_of(value, unit),
-            *strides_of(text_key, unit)[-3:],
-            *strides_of(text_value, unit)[-3:],
-            *strides_of(far_query, unit),
+            *itertools.chain(*strides),
             *gate.stride(),
             UNIT=unit,
             JOINT=joint,
@@ -1404,16 +1397,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of query, key, value and text, contiguous."""
     shape = query.shape
-    tensors, unit = with_unit(query, key, value, grad_out, text_key, text_value)
+    tensors, unit, strides = laid_out(query, key, value, grad_out, text_key, text_value)
     query, key, value, grad_out, text_key, text_value = tensors
     text_length, masks_text = 0 if text_key is None else text_key.shape[1], text_mask is not None
     case = query.device, query.dtype, shape, window, stride, dilation, text_length, masks_text
     delta = torch.empty_like(lse)
     grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
     mask = text_mask.contiguous().view(torch.uint8) if masks_text else key
-    image_strides = [stride for x in (query, key, value, grad_out) for stride in strides_of(x, unit)]
     texts = (key, value) if text_key is None else (text_key, text_value)
-    text_strides = [stride for x in texts for stride in strides_of(x, unit)[-3:]]
+    image_strides, text_strides = [*itertools.chain(*strides[:4])], [*itertools.chain(*strides[4:])]
     with on_device(query):
         launch = _launch("query_gradient", *case, in_force(OVERRIDES, "query_gradient"))
         _query_gradient_kernel[(launch.programs,)](
@@ -1466,9 +1458,9 @@ def backward(
             shares,
             *launch.numbers,
             scale,
-            *strides_of(query, unit),
+            *strides[0],
             *text_strides,
-            *strides_of(grad_out, unit),
+            *strides[3],
             UNIT=unit,
             **launch.constants,
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..operators import as_operator
 from ..trial import kernel_refusal
 from .case import WindowCase
 from .rule import seen_pairs
@@ -40,9 +41,10 @@ def attend_joined(
     query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, text_mask=None
 ) -> Tensor:
     """The same, joined with linear attention; see `dispatch.Backend`."""
-    image, text, settings = (query, key, value), (text_key, text_value, text_mask), (window, stride, dilation)
-    sums = far.query.view_as(query), far.state, far.mean, far.projection, gate.view(query.shape[:4])
-    return joined_attention(*image, *text, *sums, *map(list, settings), scale, far.feature_map, far.eps, joint)
+    # sizes one by one: torch takes longer to read them from a torch.Size
+    sums = far.query.view_as(query), far.state, far.mean, far.projection, gate.view(*query.shape[:4])
+    settings = window, stride, dilation, scale, far.feature_map, far.eps, joint
+    return joined_attention(query, key, value, text_key, text_value, text_mask, *sums, *settings)
 
 
 def joined_refusal(case: WindowCase, feature_map: str, channels: int | None) -> str | None:
@@ -78,7 +80,7 @@ def _kernels():
 
 
 # One operator a pass: torch.compile sees a node, whatever the grid.
-@torch.library.custom_op("hybriddit::window_attention", mutates_args=())
+@as_operator("window_attention")
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -96,7 +98,7 @@ def window_attention(
     return _kernels().forward(query, key, value, text_key, text_value, text_mask, *settings)
 
 
-@torch.library.custom_op("hybriddit::joined_attention", mutates_args=())
+@as_operator("joined_attention")
 def joined_attention(
     query: Tensor,
     key: Tensor,
