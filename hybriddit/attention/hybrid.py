@@ -248,6 +248,7 @@ class HybridAttention(nn.Module):
         (text_query, image_query), (text_key, image_key), (text_value, image_value) = (
             token_layout.split(tokens) for tokens in (query, key, value)
         )
+        in_place = False  # whether `image` has rows for the text
         if self.far is not None:
             far_query, far_key = self.far_tokens(far_query, far_key, image_query, image_key, token_layout)
         if self.kind == "linear":
@@ -266,14 +267,22 @@ class HybridAttention(nn.Module):
             if self.far is None:
                 image = attention_over_grids(*images, grids, **settings)
             else:
-                gate = self.gate if gate is None else gate
-                image = self._joined(images, token_layout._replace(text_length=0), settings, far_query, far_key, gate)
+                far = far_query, far_key, self.gate if gate is None else gate
+                image_layout = token_layout._replace(text_length=0)
+                text_rows = (0, 0) if self.value_conv is not None else token_layout.text_rows
+                image = self._joined_at_once(images, image_layout, settings, *far, text_rows)
+                in_place = image is not None
+                if image is None:
+                    image = self._joined(images, image_layout, settings, *far)
         if self.value_conv is not None:
-            image = image + self.value_conv(image_value, grids)
+            image, in_place = image + self.value_conv(image_value, grids), False
         if token_layout.text_length == 0:
             return image
         text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
-        return token_layout.join(text, image)
+        if not in_place:
+            return token_layout.join(text, image)
+        image.narrow(1, 0 if token_layout.text_first else token_layout.image_length, text.shape[1]).copy_(text)
+        return image
 
     def _with_pooled(self, text_key, text_value, text_mask, image_key, image_value, grids):
         """What every image token sees: the text and its mask, and after it the image's pooled keys and values."""
@@ -319,16 +328,24 @@ class HybridAttention(nn.Module):
         query, key, value = (tokens.transpose(1, 2) for tokens in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
+    def _joined_at_once(self, images, layout, settings, far_query, far_key, gate, text_rows):
+        """Near and far as `_joined` gives them, with text_rows before and after the image's that are left to be written.
+
+        None where they are joined one after another.
+        """
+        value, grids = images[2], layout.grids
+        if len(grids) > 1 or self.far_only is not None or torch.is_grad_enabled():
+            return None
+        sums = self.far(far_query, far_key, value, only_sums=True, layout=layout)
+        if sums is None:
+            return None
+        batch, _, *sizes = value.shape
+        images = (tokens.view(batch, *grids[0], *sizes) for tokens in images)
+        return joined_attention(*images, sums, gate, self.join == "joint", text_rows=text_rows, **settings)
+
     def _joined(self, images, layout, settings, far_query, far_key, gate):
         """Near and far, [B, N, heads, D], as `join` says. images: query, key and value; layout: of the image alone."""
         value, joint, lse, grids = images[2], self.join == "joint", None, layout.grids
-        sums = None
-        if len(grids) == 1 and self.far_only is None and not torch.is_grad_enabled():
-            sums = self.far(far_query, far_key, value, only_sums=True, layout=layout)
-        if sums is not None:
-            shape = value.shape
-            images = (tokens.view(shape[0], *grids[0], *shape[2:]) for tokens in images)
-            return joined_attention(*images, sums, gate, joint, **settings).flatten(1, 2)
         near = attention_over_grids(*images, grids, return_lse=joint, **settings)
         if joint:
             near, lse = near

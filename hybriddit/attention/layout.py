@@ -35,6 +35,11 @@ class TokenLayout(NamedTuple):
         return length
 
     @property
+    def text_rows(self) -> tuple[int, int]:
+        """Tokens of text before and after the image."""
+        return (self.text_length, 0) if self.text_first else (0, self.text_length)
+
+    @property
     def place(self) -> tuple[int, int]:
         """(the first of the first grid's rows, the rows of the image that it is of); (0, its height) for a whole image."""
         if self.rows is not None:

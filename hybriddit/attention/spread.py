@@ -106,7 +106,8 @@ def _near_and_far(layer, images, grid, margins, sums, gate, settings) -> Tensor:
         far_query = _with_rows(sums.query.unflatten(1, grid), margins).flatten(1, 2)
         if gate.ndim == 4:  # of each token
             gate = _with_rows(gate.unflatten(1, grid), margins).flatten(1, 2)
-        return joined_attention(*images, sums._replace(query=far_query), gate, joint, **settings)[:, own].flatten(1, 2)
+        image = joined_attention(*images, sums._replace(query=far_query), gate, joint, **settings)
+        return image.narrow(1, margins[0] * grid[1], math.prod(grid))
     near = neighborhood_attention(*images, return_lse=joint, **settings)
     near, lse = (x[:, own].flatten(1, 2) for x in near) if joint else (near[:, own].flatten(1, 2), None)
     gate, lse = layer.opened(gate, lse)

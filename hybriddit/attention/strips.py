@@ -121,11 +121,10 @@ def strip_attention(
         images = (x.unflatten(1, grid) for x in (image_query, image_key, image_value))
         settings = layer.near_settings(scale, text_key, text_value, text_mask)
         if sums is None:
-            image = neighborhood_attention(*images, **settings)
+            image = neighborhood_attention(*images, **settings).flatten(1, 2)
         else:
             gate = layer.gate if gate is None else gate
             image = joined_attention(*images, sums, gate, layer.join == "joint", **settings)
-        image = image.flatten(1, 2)
     if layer.value_conv is not None:
         image = image + layer.value_conv(image_value, token_layout.grids)
     return token_layout.join(whole.text.to(image.dtype), image) if token_layout.text_length else image

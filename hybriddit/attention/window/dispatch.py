@@ -119,11 +119,12 @@ def joined_attention(
     text_key: Tensor | None = None,
     text_value: Tensor | None = None,
     text_mask: Tensor | None = None,
+    text_rows: tuple[int, int] = (0, 0),
     backend: str = "auto",
 ) -> Tensor:
     """`neighborhood_attention` joined with linear attention over the grid's tokens, where no gradient is wanted.
 
-    The result [B, H, W, heads, D] is that of `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also
+    The result [B, H * W, heads, D] is that of `linear_attention(..., near=near, gate=gate, joint=joint)`, with joint also
     lse=lse. It is computed by one kernel, which does not write near, if the backend has one for the case.
 
     Args:
@@ -131,6 +132,8 @@ def joined_attention(
         sums: linear attention's over those tokens in their order, query [B, H * W, heads, D]. Or of a mixer with several
             states: what has `KeySums.joined` alone, which no kernel takes.
         gate: broadcastable to [B, H * W, heads, D].
+        text_rows: further rows of the result before and after the image's, to which the caller is to write: it is
+            [B, before + H * W + after, heads, D], and need not be made from that of the image.
 
     Raises ValueError as there, where gradients are on, and for sums of other tokens.
     """
@@ -144,7 +147,7 @@ def joined_attention(
     near = query, key, value, text_key, text_value
     rule = window, stride, dilation, circle, scale
     if not isinstance(sums, KeySums):
-        return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
+        return _joined_apart(near, text_mask, sums, gate, joint, text_rows, backend, rule)
     tokens = batch, height * width, heads, head_dim
     if sums.query.shape != tokens or sums.state.shape[3] != head_dim:
         raise ValueError(
@@ -153,26 +156,33 @@ def joined_attention(
     check_dtype((query, sums.query))
     check_device((query, sums.query, sums.state, gate))
     if _serves_any_size(backend, circle, *near):
-        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *rule, backend)
+        return joined_of_any_size(*near, text_mask, *sums, gate, joint, *rule, text_rows, backend)
     taken = None
     if gate.shape[-1] == 1 and query.numel():
         channels = None if sums.projection is None else operator.index(sums.projection.shape[2])
         case = _case(*near, window, stride, dilation, circle)
         taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
     if taken is None:
-        return _joined_apart(near, text_mask, sums, gate, joint, backend, rule)
+        return _joined_apart(near, text_mask, sums, gate, joint, text_rows, backend, rule)
     gate = gate if gate.shape == tokens[:3] + (1,) else gate.expand(*tokens[:3], 1)
-    return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_mask=text_mask)
+    return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_rows, text_mask=text_mask)
 
 
-def _joined_apart(near, text_mask, sums, gate, joint, backend, rule) -> Tensor:
+def _joined_apart(near, text_mask, sums, gate, joint, text_rows, backend, rule) -> Tensor:
     """`joined_attention` by window attention, and the second pass of linear attention after it."""
     query, key, value, text_key, text_value = near
     text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
     settings = dict(zip(("window", "stride", "dilation", "circle", "scale"), rule, strict=True))
     out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text, **settings)
     out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
-    return sums.joined(out.flatten(1, 2), gate, joint, lse).view(query.shape)
+    image = sums.joined(out.flatten(1, 2), gate, joint, lse)
+    if not any(text_rows):
+        return image
+    before, after = text_rows
+    batch, length, *sizes = image.shape
+    whole = image.new_empty(batch, before + length + after, *sizes)
+    whole.narrow(1, before, length).copy_(image)
+    return whole
 
 
 def _serves_any_size(backend: str, circle: bool, *inputs: Tensor | None) -> bool:
@@ -302,6 +312,7 @@ def joined_of_any_size(
     dilation: Sequence[int],
     circle: bool,
     scale: float,
+    text_rows: Sequence[int],
     backend: str,
 ) -> Tensor:
     """`joined_attention`, contiguous; far_query to triton: of `KeySums`."""
@@ -320,13 +331,14 @@ def joined_of_any_size(
         text_key=text_key,
         text_value=text_value,
         text_mask=text_mask,
+        text_rows=tuple(text_rows),
         backend=backend,
     ).contiguous()
 
 
 @joined_of_any_size.register_fake
 def _(query, *args):
-    return query.new_empty(query.shape)
+    return triton.among_text(query, args[-2])
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):
@@ -371,7 +383,7 @@ class Backend(NamedTuple):
     slower: (case) -> why another backend is faster, or None.
     attend_with_lse: as attend, -> (output, log-sum-exp [B, H, W, heads]), on lse_devices (their types; None is any).
         lse_gradients: whether both have gradients.
-    attend_joined: as attend, with (linear attention's sums, gate [B, N, heads, 1], joint) after them; see
+    attend_joined: as attend, with (linear attention's sums, gate [B, N, heads, 1], joint, text_rows) after them; see
         `joined_attention`. joined_refusal: (case, feature map, channels of the projection or None) -> why it cannot, or
         None.
     masks_text: whether all take text_mask, bool [B, S]; else padded text is hidden by a wider head.
@@ -496,13 +508,14 @@ def _joined_failure(
 
     def run(*inputs):
         near, far, phi, gate = arguments(inputs)
-        return BACKENDS[name].attend_joined(*near, *settings, sum_keys(*far, backend="torch", **phi), gate, joint)
+        sums = sum_keys(*far, backend="torch", **phi)
+        return BACKENDS[name].attend_joined(*near, *settings, sums, gate, joint, (0, 0))
 
     def reference(*inputs):
         near, far, phi, gate = arguments(inputs)
         near, lse = (x.flatten(1, 2) for x in tiled.attend_with_lse(*near, *settings))
         phi |= {"joint": True, "lse": lse} if joint else {}
-        return linear_attention_formula(*far, near=near, gate=gate, **phi).unflatten(1, grid)
+        return linear_attention_formula(*far, near=near, gate=gate, **phi)
 
     return failure_reason(run, reference, sizes, device, dtype, False)
 

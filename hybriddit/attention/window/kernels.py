@@ -755,6 +755,8 @@ def _joined_kernel(
     gate_row,
     gate_column,
     gate_head,
+    out_batch,
+    out_first,
     UNIT: tl.constexpr,
     TEXT: tl.constexpr,
     HAS_TEXT_MASK: tl.constexpr,
@@ -778,10 +780,11 @@ def _joined_kernel(
     FAR_PRECISION: tl.constexpr,
     SELECT: tl.constexpr,
 ):
-    """Window attention joined with linear attention over the whole image, see `_join`: out [B, H, W, heads, D], contiguous.
+    """Window attention joined with linear attention over the whole image, see `_join`; out [B, H, W, heads, D].
 
     state, mean [B, heads, F, D or 1] and projection [heads, D, m]: contiguous. gate [B, H, W, heads]: its strides are in
-    elements.
+    elements. The first image of out begins after out_first heads, each other one out_batch heads after the one before; all
+    are contiguous.
     """
     dilation = dilation_y, dilation_x
     place, axis_y, axis_x, start_y, start_x = _tile_of_program(
@@ -815,7 +818,7 @@ def _joined_kernel(
     )  # fmt: skip
     token = (residue_y + y * dilation_y) * width + residue_x + x * dilation_x
     offset = token.to(tl.int64) * heads * WIDTH
-    out += batch * height * width * heads * WIDTH + head * WIDTH
+    out += (batch * out_batch + out_first + head) * WIDTH
     _store(out, offset, inside, total, WIDTH, 0, BLOCK_D)
     if BLOCK_2:
         _store(out, offset, inside, total_2, WIDTH, BLOCK_D, BLOCK_2)
@@ -1333,8 +1336,9 @@ def joined(
     feature_map: str,
     eps: float,
     joint: bool,
+    text_rows: tuple[int, int],
 ) -> Tensor:
-    """Window attention joined with linear attention, [B, H, W, heads, D]; see `window.triton`'s operator."""
+    """Window attention joined with linear attention; see `window.triton`'s operator."""
     shape = query.shape
     tensors, unit, strides = laid_out(query, key, value, text_key, text_value, far_query)
     query, key, value, text_key, text_value, far_query = tensors
@@ -1343,7 +1347,9 @@ def joined(
     launch = _launch("joined", *case, in_force(OVERRIDES, "joined"))
     channels = None if projection is None else projection.shape[2]
     far = _kept_far_options(query.device, query.dtype, shape[4], feature_map, channels)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, height, width, heads, head_dim = shape
+    before, tokens = text_rows[0], height * width
+    out = query.new_empty(batch, before + tokens + text_rows[1], heads, head_dim)
     if text_key is None:
         text_key, text_value = key, value
     with on_device(query):
@@ -1362,10 +1368,12 @@ def joined(
             out,
             *launch.numbers,
             scale,
-            float(shape[1] * shape[2]),
+            float(tokens),
             eps,
             *itertools.chain(*strides),
             *gate.stride(),
+            out.stride(0) // head_dim,
+            before * heads,
             UNIT=unit,
             JOINT=joint,
             **launch.constants,

@@ -38,12 +38,12 @@ def attend_with_lse(
 
 
 def attend_joined(
-    query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, text_mask=None
+    query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, text_rows, text_mask=None
 ) -> Tensor:
     """The same, joined with linear attention; see `dispatch.Backend`."""
     # sizes one by one: torch takes longer to read them from a torch.Size
     sums = far.query.view_as(query), far.state, far.mean, far.projection, gate.view(*query.shape[:4])
-    settings = window, stride, dilation, scale, far.feature_map, far.eps, joint
+    settings = window, stride, dilation, scale, far.feature_map, far.eps, joint, text_rows
     return joined_attention(query, key, value, text_key, text_value, text_mask, *sums, *settings)
 
 
@@ -118,14 +118,16 @@ def joined_attention(
     feature_map: str,
     eps: float,
     joint: bool,
+    text_rows: Sequence[int],
 ) -> Tensor:
-    """near + share (far - near), [B, H, W, heads, D], with near window attention. It has no gradients.
+    """near + share (far - near), with near window attention. It has no gradients.
 
+    It is written to rows of a new tensor [B, before + H * W + after, heads, D], text_rows being (before, after).
     far = phi(q') state / (phi(q') . mean + eps) with q' = far_query, [B, H, W, heads, D], times the projection, if there
     is one; state and mean are the means over the grid's tokens, see `linear.dispatch`. gate: [B, H, W, heads], the share;
     with joint, the share is `joint_share` of its `joint_gate` times the number of tokens.
     """
-    settings = tuple(window), tuple(stride), tuple(dilation), scale, feature_map, eps, joint
+    settings = tuple(window), tuple(stride), tuple(dilation), scale, feature_map, eps, joint, tuple(text_rows)
     near = query, key, value, text_key, text_value, text_mask
     return _kernels().joined(*near, far_query, state, mean, projection, gate, *settings)
 
@@ -162,7 +164,13 @@ def _(query, *args):
 
 @joined_attention.register_fake
 def _(query, *args):
-    return query.new_empty(query.shape)
+    return among_text(query, args[-1])
+
+
+def among_text(query: Tensor, text_rows: Sequence[int]) -> Tensor:
+    """A new tensor for the image's tokens, of query [B, H, W, heads, D], and rows of text before and after them."""
+    batch, height, width, heads, head_dim = query.shape
+    return query.new_empty(batch, text_rows[0] + height * width + text_rows[1], heads, head_dim)
 
 
 @window_attention_backward.register_fake
