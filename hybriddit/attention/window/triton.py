@@ -38,12 +38,12 @@ def attend_with_lse(
 
 
 def attend_joined(
-    query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, text_rows, text_mask=None
+    query, key, value, text_key, text_value, window, stride, dilation, scale, far, gate, joint, rows, text_mask=None
 ) -> Tensor:
     """The same, joined with linear attention; see `dispatch.Backend`."""
     # sizes one by one: torch takes longer to read them from a torch.Size
     sums = far.query.view_as(query), far.state, far.mean, far.projection, gate.view(*query.shape[:4])
-    settings = window, stride, dilation, scale, far.feature_map, far.eps, joint, text_rows
+    settings = window, stride, dilation, scale, far.feature_map, far.eps, joint, rows
     return joined_attention(query, key, value, text_key, text_value, text_mask, *sums, *settings)
 
 

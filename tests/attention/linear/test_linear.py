@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention import oracles
+from attention.operators import check_operator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -222,14 +223,14 @@ def test_operator_registration(feature_map, channels):
     operators = torch.ops.hybriddit
     key_mask = torch.tensor([[True, False, True, True], [False, True, True, False]])
     for mask in None, key_mask:
-        torch.library.opcheck(operators.linear_state, (key, value, to_key, mask, feature_map, False))
+        check_operator(operators.linear_state, (key, value, to_key, mask, feature_map, False))
     sums = operators.linear_state(key, value, to_key, None, feature_map, False)
     state, mean = (x.detach().requires_grad_() for x in sums)
     settings = to_query, 1e-4, feature_map, False
-    torch.library.opcheck(operators.linear_output, (query, state, mean, None, None, *settings))
+    check_operator(operators.linear_output, (query, state, mean, None, None, *settings))
     near, gate = torch.randn(2, 5, 2, 4, dtype=torch.float64), torch.randn(2, 1, dtype=torch.float64)
     joined = (query, state, mean, near.requires_grad_(), gate.requires_grad_(), *settings)
-    torch.library.opcheck(operators.linear_output, joined)
+    check_operator(operators.linear_output, joined)
 
 
 def test_non_contiguous_input():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention import interpreter, oracles
 from attention.interpreter import poisoned  # noqa: F401
+from attention.operators import check_operator
 from torch.utils import deterministic
 
 from hybriddit.attention import TokenLayout, linear_attention
@@ -230,11 +231,11 @@ def test_the_backend_named_is_the_one_that_runs(monkeypatch):
 def test_operator_registration():
     (query, key, value), _ = random_inputs((2, 5, 4, 2, 16, 16), torch.float32)
     operators = torch.ops.hybriddit
-    torch.library.opcheck(operators.linear_state, (key, value, None, None, "elu", True), atol=1e-5, rtol=1e-5)
+    check_operator(operators.linear_state, (key, value, None, None, "elu", True), atol=1e-5, rtol=1e-5)
     state, mean = (x.detach().requires_grad_() for x in operators.linear_state(key, value, None, None, "elu", True))
     near, gate = torch.randn_like(query).requires_grad_(), torch.randn(2, 1, device=DEVICE).requires_grad_()
     for join in ((None, None), (near, gate)):
-        torch.library.opcheck(
+        check_operator(
             operators.linear_output, (query, state, mean, *join, None, 1e-4, "elu", True), atol=1e-5, rtol=1e-5
         )
 
@@ -555,10 +556,10 @@ def test_operator_registration_with_a_projection():
     key_mask = torch.tensor([[True, False, True, True]], device=DEVICE)
     operators, checks = torch.ops.hybriddit, ("test_schema", "test_faketensor", "test_autograd_registration")
     arguments = key, value, projection, key_mask, "hedgehog", True
-    torch.library.opcheck(operators.linear_state, arguments, test_utils=checks)
+    check_operator(operators.linear_state, arguments, test_utils=checks)
     sums = operators.linear_state(*arguments)
     arguments = query, *sums, None, None, projection, 1e-8, "hedgehog", True
-    torch.library.opcheck(operators.linear_output, arguments, test_utils=checks)
+    check_operator(operators.linear_output, arguments, test_utils=checks)
     arguments = query.detach(), query.detach(), *(x.detach() for x in sums), projection.detach(), 1e-8, "hedgehog", True
     torch.library.opcheck(operators.linear_output_backward, arguments, test_utils=checks[:2])
 

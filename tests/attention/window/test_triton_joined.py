@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention import interpreter, oracles
 from attention.interpreter import poisoned  # noqa: F401
+from attention.operators import check_operator
 from test_triton import DEVICE, TOLERANCE, fenced, kernels
 from test_window import LAYOUTS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -283,10 +284,10 @@ def test_compile_and_the_operator(monkeypatch):
         sums = sum_keys(*far, value, feature_map="elu", **phi)
         tensors = *near[:3], *texts, far[0].view(image), *sums[1:4]
         case = *tensors, gate.view(image[:4]), [3, 4], [1, 1], [1, 1], 0.3, "elu", 1e-4, True
-        for overload in (torch.ops.hybriddit.joined_attention.default, torch.ops.hybriddit.joined_attention.lean):
-            torch.library.opcheck(overload, (*case, [0, 0]))
-            # the rows left to be written are not the same in two runs
-            torch.library.opcheck(overload, (*case, [0, 2]), test_utils=("test_schema", "test_faketensor"))
+        check_operator(torch.ops.hybriddit.joined_attention, (*case, [0, 0]))
+        # the rows left to be written are not the same in two runs
+        checks = "test_schema", "test_faketensor"
+        check_operator(torch.ops.hybriddit.joined_attention, (*case, [0, 2]), test_utils=checks)
 
 
 def test_flops_are_counted():
