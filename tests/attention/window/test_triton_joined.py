@@ -174,13 +174,13 @@ class Seen(TorchDispatchMode):
         return out
 
 
-def make_layer(monkeypatch, grid=(6, 7), text=5, **options):
+def make_layer(monkeypatch, grid=(6, 7), text=5, text_first=True, **options):
     monkeypatch.setattr(hybrid, "joined_attention", partial(joined_attention, backend="triton"))
     torch.manual_seed(0)
     layer = HybridAttention(48, 2, 24, window=(3, 4), **options).to(DEVICE)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    layout, tokens = TokenLayout(text, (grid,), True), text + grid[0] * grid[1]
+    layout, tokens = TokenLayout(text, (grid,), text_first), text + grid[0] * grid[1]
     heads = 2, layer.kv_heads, layer.kv_heads
     return layer, layout, [torch.randn(2, tokens, n, 24, device=DEVICE) for n in heads]
 
@@ -196,6 +196,8 @@ def call(layer, layout, qkv):
     [
         ({}, True),
         ({"gate": "token", "temperature": True, "center_keys": True, "stride": (2, 1)}, True),
+        ({"text_first": False, "gate": "token", "value_conv": 3}, True),
+        ({"text_first": False, "map_rank": 0}, True),
         ({"feature_map": "elu", "projection": 0, "join": "gate", "kv_heads": 1, "map_rank": 0}, True),
         ({"gate": "channel"}, False),
         ({"feature_map": "elu", "projection": 40}, False),
@@ -208,12 +210,14 @@ def test_a_layer_is_joined_in_the_window_s_kernel(options, fused, monkeypatch):
         out = call(*case)
     assert ("hybriddit::joined_attention" in seen.names) == fused
     assert ("hybriddit::linear_output" in seen.names) == (not fused)
-    assert "aten::cat" not in seen.names  # the image's rows are written where they stay
+    in_place = "value_conv" not in options  # then the image's rows are written where they stay
+    assert ("aten::cat" not in seen.names) == in_place
     with torch.enable_grad(), Seen() as seen:
         torch.testing.assert_close(out, call(*case).detach(), atol=2e-5, rtol=2e-5)
     assert "hybriddit::joined_attention" not in seen.names
     case[0].far_only = torch.tensor([True, False], device=DEVICE)
-    assert not torch.allclose(call(*case)[0, 5:], out[0, 5:])
+    image = slice(5, None) if case[1].text_first else slice(-5)
+    assert not torch.allclose(call(*case)[0, image], out[0, image])
     torch.testing.assert_close(call(*case)[1], out[1], atol=2e-5, rtol=2e-5)
 
 
