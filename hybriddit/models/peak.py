@@ -178,12 +178,16 @@ class _Held(TorchDispatchMode):
         super().__init__()
         self.besides = {tensor.untyped_storage()._cdata for tensor in besides}
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.held = self.peak = 0
         self.note(held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.note(tree_leaves(out))
+        if func._schema.name == "aten::convolution" and out.device.type == "cpu":
+            # oneDNN copies image and weights, and then the result, to and from an order of its own
+            copies = sum(x.numel() * x.itemsize for x in args[:2]), out.untyped_storage().nbytes()
+            self.peak = max(self.peak, self.held + max(copies))
         return out
 
     def note(self, values: Iterable[Any]) -> None:
@@ -194,7 +198,8 @@ class _Held(TorchDispatchMode):
                 if storage._cdata in self.besides:
                     continue
                 self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        self.held = sum(size for _, size in self.storages.values())
+        self.peak = max(self.peak, self.held)
 
 
 class _Worked(TorchDispatchMode):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,9 +101,63 @@ def plan_memory(
     max_sequence_length: text tokens, as the pipeline's call has them; None: its default.
 
     The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError if
-    none does, or if the VAE does not fit, in tiles if it can decode in those. Found by counting tensors, not by running
-    anything, in seconds.
+    none does, or if the VAE does not fit, in tiles if it can decode in those; it names a smaller size that does. Found by
+    counting tensors, not by running anything, in seconds.
     """
+    settings = {"images": images, "available": available, "passes": passes, "max_sequence_length": max_sequence_length}
+    try:
+        return _plan(pipeline, width, height, rates=rates, **settings)
+    except _TooLarge as error:
+        family = family_of(denoiser(pipeline))
+        side = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
+        fits = _size_that_fits(partial(_plan, pipeline, **settings), (width, height), side, error.share)
+        raise ValueError(str(error) + (f": {fits[0]} x {fits[1]} should fit" if fits else "")) from None
+
+
+class _TooLarge(ValueError):
+    """Of an image. share: of the bytes that it needs at least, those that are there."""
+
+    def __init__(self, width: int, height: int, needed: int, available: int, where: str = "besides the weights"):
+        given = f"{width} x {height} pixels need {_gib(needed)} GiB {where}"
+        super().__init__(f"{given}, and {_gib(available)} GiB are there")
+        self.share = available / needed
+
+
+def _size_that_fits(
+    plan: Callable[[int, int], MemoryPlan], size: tuple[int, int], unit: int, share: float
+) -> tuple[int, int] | None:
+    """A smaller size of the same shape, multiples of unit, that `plan` does not refuse; None if none is found soon.
+
+    share: of the bytes that the size needs, those that are there.
+    """
+    scale = 1.0
+    for _ in range(6):
+        scale *= 0.96 * share**0.5  # what does not shrink with the image makes more than one round of it
+        smaller = tuple(int(length * scale) // unit * unit for length in size)
+        if not all(smaller):
+            return None
+        try:
+            plan(*smaller)
+        except _TooLarge as error:
+            share = error.share
+        except ValueError:  # its strips would be too low
+            share = 0.5
+        else:
+            return smaller
+    return None
+
+
+def _plan(
+    pipeline: Any,
+    width: int,
+    height: int,
+    *,
+    images: int,
+    available: int,
+    passes: int,
+    max_sequence_length: int | None,
+    rates: Rates | None = None,
+) -> MemoryPlan:
     model, size = denoiser(pipeline), f"{width} x {height} pixels"
     if available <= 0:
         raise ValueError(f"{size}: no memory is left on the device beside the weights")
@@ -111,16 +165,8 @@ def plan_memory(
     side = family.token_pixels(model.config, pipeline.vae_scale_factor)
     grid = height // side, width // side
     tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
-
-    def refuse(needed: int) -> NoReturn:
-        fits = [int((available / needed) ** 0.5 * length) // side * side for length in (width, height)]
-        raise ValueError(
-            f"{size} need {_gib(needed)} GiB besides the weights, and {_gib(available)} GiB are there"
-            + (f": {fits[0]} x {fits[1]} should fit" if all(fits) else "")
-        )
-
     if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory
-        refuse(4 * tokens)
+        raise _TooLarge(width, height, 4 * tokens, available)
     length = family.text_length(max_sequence_length)
     text = family.example_text(model.config, images, length, lambda *shape: torch.zeros(()).expand(shape))
     peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
@@ -139,7 +185,7 @@ def plan_memory(
         if transformer <= available:
             break
     else:
-        refuse(transformer)
+        raise _TooLarge(width, height, transformer, available)
     decoder, tiles = _plan_decoder(pipeline, width, height, available)
     times = None
     if rates is not None:
@@ -197,10 +243,8 @@ def _plan_decoder(
     if not tiled:
         needed = int(count(latents) * MARGIN)
         if needed > available:
-            raise ValueError(
-                f"{width} x {height} pixels need {_gib(needed)} GiB where the VAE decodes them at once, and "
-                f"{_gib(available)} GiB are there: let it decode in tiles (vae_tiling)"
-            )
+            where = "where the VAE decodes them at once (with vae_tiling it needs less)"
+            raise _TooLarge(width, height, needed, available, where)
         return needed, False
     if whole and not vae.use_tiling and (needed := int(count(latents) * MARGIN)) <= available:
         return needed, False
@@ -209,10 +253,7 @@ def _plan_decoder(
     rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize  # two, and the strip made of them
     needed = int(max(count(tile) + rows_of_tiles, count(crop, len(places))) * MARGIN)
     if needed > available:
-        raise ValueError(
-            f"{width} x {height} pixels need {_gib(needed)} GiB where the VAE decodes them in tiles, and "
-            f"{_gib(available)} GiB are there"
-        )
+        raise _TooLarge(width, height, needed, available, "where the VAE decodes them in tiles")
     return needed, True
 
 

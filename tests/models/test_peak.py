@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from tiny_models import make, make_inputs, perturb_hybrid
 from tiny_pipelines import tiny_pipeline
 from torch.profiler import ProfilerActivity, profile
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybriddit import HybridConfig, hybridize, in_strips
 from hybriddit.attention.rates import Rates
 from hybriddit.models import family_of
-from hybriddit.models.peak import decoder_cost, forward_cost, forward_peak
+from hybriddit.models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
 
 # strips of fewer tokens have masks, which are kept after the first pass: some megabytes that are counted again
 GRIDS = [(96, 128), (80, 160), (128, 128), (144, 136)]
@@ -57,6 +58,19 @@ def test_the_peak_that_is_counted_is_the_allocators(kind, rows, grids):
         given = sum(x.nbytes for x in tree_leaves(inputs) if isinstance(x, torch.Tensor))
         with in_strips(model, rows) if rows else contextlib.nullcontext():
             assert counted == pytest.approx(given + allocated(lambda inputs=inputs: model(**inputs)), rel=0.1), grid
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 0.02), (torch.bfloat16, 0.13)], ids=str)
+@pytest.mark.parametrize("widths", [(32, 64), (16, 32, 64)], ids=str)
+def test_the_peak_of_a_decoder_is_the_allocators(widths, dtype, off):
+    """Convolutions on a CPU copy what they read and write. Some other operation takes more in bfloat16."""
+    blocks = {f"{way.lower()}_block_types": [f"{way}{coder}Block2D"] * len(widths)
+              for way, coder in (("Down", "Encoder"), ("Up", "Decoder"))}  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=widths, latent_channels=4, norm_num_groups=8, **blocks).eval().to(dtype)
+    for latents in ((32, 32), (24, 56), (16, 80)):
+        counted = decoder_peak(vae.decoder, (4, *latents), device=torch.device("cpu"), dtype=dtype)
+        sample = torch.randn(1, 4, *latents, dtype=dtype)
+        assert counted == pytest.approx(sample.nbytes + allocated(lambda x=sample: vae.decoder(x)), rel=off), latents
 
 
 def test_the_states_of_parts_count():

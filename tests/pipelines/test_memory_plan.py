@@ -54,7 +54,7 @@ def test_the_largest_strips_that_fit_are_taken(kind):
     tight = plan_memory(pipeline, width, height, available=int(1.1 * whole) - 1)
     assert tight.rows == 32 and tight.transformer == pytest.approx(1.1 * half, rel=1e-3)
     assert plan_memory(pipeline, width, height, available=int(1.1 * half) - 1).rows == 16
-    with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* should fit"):
+    with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* are there$"):  # none would
         plan_memory(pipeline, width, height, available=10_000)
     least = peak_of(pipeline, width, height, 8)
     with pytest.raises(ValueError, match="should fit") as told:  # of the same shape, and it does
@@ -62,6 +62,16 @@ def test_the_largest_strips_that_fit_are_taken(kind):
     fits = [int(word) for word in str(told.value).split(": ")[-1].split() if word.isdigit()]
     assert 0.8 < fits[0] / width <= 1 and 0.8 < fits[1] / height <= 1
     plan_memory(pipeline, *fits, available=least)
+
+
+@pytest.mark.parametrize("size, available", [((4096, 4096), 2**21), ((1024, 128), 2**20)])
+def test_a_size_that_should_fit_does(size, available):
+    """From far beyond and from near, whatever part of the memory does not shrink with the image."""
+    pipeline = hybrid_pipeline("flux_dev")
+    with pytest.raises(ValueError, match="should fit") as told:
+        plan_memory(pipeline, *size, available=available)
+    fits = [int(word) for word in str(told.value).split(": ")[-1].split() if word.isdigit()]
+    plan_memory(pipeline, *fits, available=available)
 
 
 def test_a_plan_says_how_long_each_stage_takes_at_least():
