@@ -236,6 +236,7 @@ def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
     [
         (["--size", "64x64"], "64 x 64 pixels are no larger than the first stage, 64 x 64"),
         (["--size", "512"], "a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not '512'"),
+        (["--size", "9" * 5000 + "x512"], "a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not '9999"),
         (["--size", "0x512"], "a size is WIDTHxHEIGHT"),
         (["--size", "128x128", "--schedule", "fast"], "unknown schedule 'fast': choose from refine, sdedit"),
         (["--size", "128x128", "--stage-strength", "1.5"], "the noise of a stage is above 0"),
@@ -247,7 +248,7 @@ def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
         (["--size", "128x128", "--image", "photo.png"], "--image has no meaning for an image in stages"),
         (["--schedule", "refine"], "are for images in stages: give --size too"),
         (["--positions", "yarn"], "are for images in stages: give --size too"),
-        (["--size", "2000000x2000000"], "need"),
+        (["--size", "2000000x2000000", "--max-memory", "0.002"], "pixels need"),
     ],
 )
 def test_what_generate_refuses(words, said, command, tmp_path):
@@ -261,6 +262,7 @@ def test_what_generate_refuses(words, said, command, tmp_path):
     [
         (["photo.png", "--scale", "1"], "enlarged more than 1 times, not 1.0"),
         (["photo.png", "--scale", "nan"], "enlarged more than 1 times"),
+        (["photo.png", "--scale", "1e300"], "an image file has at most 2147483647 pixels a side"),
         (["photo.png", "--size", "96x72"], "96 x 72 pixels are no larger than the image, 96 x 72"),
         (["photo.png", "--size", "500x100"], "of another shape than 96 x 72"),
         (["nothing.png", "--scale", "2"], "no image file nothing.png"),
@@ -278,6 +280,14 @@ def test_the_image_itself_is_not_overwritten(name, command, saved, tmp_path):
     code, _, err = command("upscale", tmp_path / name, "--scale", 4, "--model", "sd3")
     assert code == 1 and f"{name} is the image that is enlarged, and would be overwritten: give another --out" in err
     assert (tmp_path / name).read_bytes() == (saved / "photo.png").read_bytes()
+
+
+def test_another_s_file_with_a_stage_s_name_is_kept(command, saved, tmp_path):
+    (tmp_path / "a-stage1.png").write_bytes((saved / "photo.png").read_bytes())
+    code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "128x128")
+    assert code == 1 and "a-stage1.png is there already, and is no image of hybriddit's: move it" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["a-stage1.png"]
+    assert (tmp_path / "a-stage1.png").read_bytes() == (saved / "photo.png").read_bytes()
 
 
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..images import open_image
+from ..images import read_record
 from ..machine import fits_memory
 from ..strips_file import save_image, write_strips
 from .images import MAX_SEED, TOO_LARGE, Task, family_of_pipeline, make, make_strips, token_pixels
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ..pipelines.cascade import Schedule
     from ..pipelines.memory import Decode, MemoryPlan
     from ..pipelines.upscaler import Upscaler
+
+
+LARGEST_SIDE = 2**31 - 1  # of a PNG file, in pixels
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,19 @@ class StageSettings:
             return self.size
         if not 1 < self.factor < math.inf:
             raise ValueError(f"an image is enlarged more than 1 times, not {self.factor}")
+        if max(image.size) * self.factor > LARGEST_SIDE:
+            raise ValueError(f"an image file has at most {LARGEST_SIDE} pixels a side: enlarge by less than {self.factor}")
         return tuple(round(side * self.factor) for side in image.size)
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Read WIDTHxHEIGHT in pixels, such as 4096x2048. Raises ValueError for anything else."""
     width, _, height = text.lower().partition("x")
-    if not (width.strip().isdecimal() and height.strip().isdecimal() and int(width) and int(height)):
-        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not {text!r}")
+    sides = [side.strip() for side in (width, height)]
+    # no image file has sides of more than ten digits
+    if not all(side.isdecimal() and len(side) <= 10 and 0 < int(side) <= LARGEST_SIDE for side in sides):
+        given = repr(text) if len(text) <= 40 else f"{text[:40]!r}..."
+        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 4096x2048, not {given}")
     return int(width), int(height)
 
 
@@ -208,8 +216,15 @@ def stage_paths(path: Path, count: int) -> list[Path]:
 def stages_there(
     cascade: Cascade, task: Task, path: Path, source: dict[str, Any], is_made: Callable[[Path, dict[str, Any]], bool]
 ) -> int:
-    """How many stages of an image need not be made. is_made: whether a file is there with such a record."""
-    made = list(map(is_made, stage_paths(path, len(cascade.stages)), _records(cascade, task, source)))
+    """How many stages of an image need not be made. is_made: whether a file is there with such a record.
+
+    Raises ValueError where another's file has a stage's name.
+    """
+    *own, last = stage_paths(path, len(cascade.stages))  # the last is named by the user, who may write over it
+    for file in own:
+        if file.exists() and read_record(file) is None:
+            raise ValueError(f"{file} is there already, and is no image of hybriddit's: move it, or give another --out")
+    made = list(map(is_made, (*own, last), _records(cascade, task, source)))
     return max((number for number, there in enumerate(made, 1) if there), default=0)
 
 
@@ -229,13 +244,14 @@ def make_in_stages(
     decode: Decode | None = None,
     *,
     image: Image.Image | None,
+    opens: Callable[[Path, tuple[int, int]], Image.Image],
     source: dict[str, Any],
     says: Callable[[str], None] | None,
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
     The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
-    the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
+    the first stage's image. image: what is enlarged, if not that. opens: a stage's file, of this size. source: what the records say besides. says: is told of
     each stage; None: another process saves them.
     """
     import torch
@@ -246,7 +262,7 @@ def make_in_stages(
     count = len(cascade.stages)
     paths, records = stage_paths(path, count), _records(cascade, task, source)
     if 0 < there < count:
-        image = open_image(paths[there - 1])
+        image = opens(paths[there - 1], cascade.stages[there - 1].size)
         if says:
             says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
     for number in range(there, count):

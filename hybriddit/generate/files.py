@@ -16,6 +16,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from ..images import open_image, read_record
 from ..machine import check_offload, find_device
 from ..stored import check_any_base
@@ -214,7 +217,7 @@ def run(
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
-    with _processes(pipeline, where, parallel) as (of_first, decode):
+    with _processes(pipeline, where, parallel) as (of_first, opens, decode):
         is_made = partial(_is_made, refuses=prompts is not None)
         if cascade is not None:
             there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
@@ -227,7 +230,8 @@ def run(
         for (path, task), number in zip(share, there, strict=True):
             if cascade is not None:
                 says = (print if announce else lambda text: None) if leads else None
-                make_in_stages(pipeline, task, path, cascade, number, decode, image=enlarged, source=source, says=says)
+                own = {"image": enlarged, "opens": opens, "source": source, "says": says}
+                make_in_stages(pipeline, task, path, cascade, number, decode, **own)
                 continue
             if number:
                 continue
@@ -253,20 +257,28 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[tuple[Callable[[list[int]], list[int]], Decode | None]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path, tuple[int, int]], Image.Image], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
-    Yields a function that gives what the first process called it with (the others may have other disks), and how a row
-    of the VAE's tiles is decoded.
+    Yields a function that gives what the first process called it with (the others may have other disks), one that opens an
+    image of (width, height) as the first process finds it, and how a row of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list, None
+        yield list, lambda path, size: open_image(path), None
         return
-    from ..parallel import decoding_together, gathered_numbers, together
+    import torch
+    import torch.distributed as dist
+
+    from ..parallel import decoding_together, gathered_numbers, of_first, together
 
     with together(pipeline, device) as group:
+
+        def opens(path: Path, size: tuple[int, int]) -> Image.Image:
+            pixels = np.array(open_image(path)) if dist.get_rank(group) == 0 else np.empty((size[1], size[0], 3), np.uint8)
+            return Image.fromarray(of_first(torch.from_numpy(pixels), group).numpy())
+
         vae = getattr(pipeline, "vae", None)
-        yield lambda numbers: gathered_numbers(numbers, group)[0], decoding_together(vae, group)
+        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decoding_together(vae, group)
 
 
 def open_pipeline(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 TOO_LARGE = (
-    "the image does not fit the device's memory: choose a smaller size, or let `hybriddit generate` make it in "
-    "strips (--max-memory, for hybrids)"
+    "the image does not fit the device's memory: choose a smaller size, or, for a hybrid of a text-to-image model in one "
+    "process, let `hybriddit generate` make it in strips (--max-memory)"
 )
 
 # generate's argument -> the pipeline's argument

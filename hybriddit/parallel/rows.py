@@ -98,6 +98,14 @@ def gathered_numbers(numbers: Sequence[int], group: dist.ProcessGroup) -> list[l
         return [x.tolist() for x in found]
 
 
+def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensor of the first process, on the CPU; those of the others, of its shape and dtype, are written over."""
+    sent = x if "cpu" in backends(group) else x.cuda()
+    with talking():
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+        return sent.cpu()
+
+
 class _Exchange(NamedTuple):
     """Tensors on their way: sent ones, and what arrives with the place that it is for."""
 

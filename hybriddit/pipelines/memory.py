@@ -24,6 +24,7 @@ from .tile_norms import crop_places, norms_of_crops
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
 BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
 OVERFLOWED = "the model, a LoRA or the VAE overflowed; float16 does so earlier than bfloat16 or float32"
+MOST_TOKENS = 2**20  # of a size that is named in place of a larger one
 MARGIN = 1.1  # for what libraries take inside their kernels, and what the allocator cannot use
 
 Decode = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -128,9 +129,11 @@ def _size_that_fits(
 ) -> tuple[int, int] | None:
     """A smaller size of the same shape, multiples of unit, that `plan` does not refuse; None if none is found soon.
 
+    It has at most MOST_TOKENS tokens, as counting takes seconds with as many.
+
     share: of the bytes that the size needs, those that are there.
     """
-    scale = 1.0
+    scale = min(1.0, unit * (MOST_TOKENS / (size[0] * size[1])) ** 0.5)
     for _ in range(6):
         scale *= 0.96 * share**0.5  # what does not shrink with the image makes more than one round of it
         smaller = tuple(int(length * scale) // unit * unit for length in size)

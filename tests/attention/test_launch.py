@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hybriddit.attention.launch import laid_out
 
 
