@@ -114,7 +114,9 @@ class StageSettings:
         if not 1 < self.factor < math.inf:
             raise ValueError(f"an image is enlarged more than 1 times, not {self.factor}")
         if max(image.size) * self.factor > LARGEST_SIDE:
-            raise ValueError(f"an image file has at most {LARGEST_SIDE} pixels a side: enlarge by less than {self.factor}")
+            raise ValueError(
+                f"an image file has at most {LARGEST_SIDE} pixels a side: enlarge by less than {self.factor}"
+            )
         return tuple(round(side * self.factor) for side in image.size)
 
 

@@ -274,7 +274,9 @@ def _processes(
     with together(pipeline, device) as group:
 
         def opens(path: Path, size: tuple[int, int]) -> Image.Image:
-            pixels = np.array(open_image(path)) if dist.get_rank(group) == 0 else np.empty((size[1], size[0], 3), np.uint8)
+            pixels = (
+                np.array(open_image(path)) if dist.get_rank(group) == 0 else np.empty((size[1], size[0], 3), np.uint8)
+            )
             return Image.fromarray(of_first(torch.from_numpy(pixels), group).numpy())
 
         vae = getattr(pipeline, "vae", None)
