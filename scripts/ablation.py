@@ -356,7 +356,9 @@ def plot(rows: dict[str, list[str]], path: Path) -> None:
         if "default" in rows:
             axis.axvline(means[list(rows).index("default")], color="C1", linewidth=1, zorder=0)
         for row, mean in enumerate(means):
-            if column == "psnr" and mean > MOST_SHOWN:  # a model that is nearly the teacher: its point would press all others together
+            if (
+                column == "psnr" and mean > MOST_SHOWN
+            ):  # a model that is nearly the teacher: its point would press all others together
                 axis.annotate(f"{mean:.1f} →", (MOST_SHOWN, row), ha="right", va="center", color="C0")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -253,8 +253,8 @@ def make_in_stages(
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
     The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
-    the first stage's image. image: what is enlarged, if not that. opens: a stage's file, of this size. source: what the records say besides. says: is told of
-    each stage; None: another process saves them.
+    the first stage's image. image: what is enlarged, if not that. opens: a stage's file, which has this size. source: what
+    the records say besides. says: is told of each stage; None: another process saves them.
     """
     import torch
 

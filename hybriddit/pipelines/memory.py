@@ -129,22 +129,22 @@ def _size_that_fits(
 ) -> tuple[int, int] | None:
     """A smaller size of the same shape, multiples of unit, that `plan` does not refuse; None if none is found soon.
 
-    It has at most MOST_TOKENS tokens, as counting takes seconds with as many.
-
-    share: of the bytes that the size needs, those that are there.
+    share: of the bytes that the size needs, those that are there. The size has at most MOST_TOKENS tokens: counting takes
+    seconds with as many.
     """
-    scale = min(1.0, unit * (MOST_TOKENS / (size[0] * size[1])) ** 0.5)
+    scale = unit * (MOST_TOKENS / (size[0] * size[1])) ** 0.5
     for _ in range(6):
-        scale *= 0.96 * share**0.5  # what does not shrink with the image makes more than one round of it
+        # what does not shrink with the image makes more than one round of it
+        scale = min(scale, 0.96 * share**0.5)
         smaller = tuple(int(length * scale) // unit * unit for length in size)
         if not all(smaller):
             return None
         try:
             plan(*smaller)
         except _TooLarge as error:
-            share = error.share
+            share = scale**2 * error.share
         except ValueError:  # its strips would be too low
-            share = 0.5
+            share = scale**2 / 2
         else:
             return smaller
     return None

@@ -55,7 +55,7 @@ def test_the_largest_strips_that_fit_are_taken(kind):
     assert tight.rows == 32 and tight.transformer == pytest.approx(1.1 * half, rel=1e-3)
     assert plan_memory(pipeline, width, height, available=int(1.1 * half) - 1).rows == 16
     with pytest.raises(ValueError, match=rf"{width} x {height} pixels need .* are there$"):  # none would
-        plan_memory(pipeline, width, height, available=10_000)
+        plan_memory(pipeline, width, height, available=100)
     least = peak_of(pipeline, width, height, 8)
     with pytest.raises(ValueError, match="should fit") as told:  # of the same shape, and it does
         plan_memory(pipeline, width, height, available=least)
