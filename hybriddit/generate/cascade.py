@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..images import read_record
+from ..images import open_image, read_record
 from ..machine import fits_memory
 from ..strips_file import save_image, write_strips
 from .images import MAX_SEED, TOO_LARGE, Task, family_of_pipeline, make, make_strips, token_pixels
@@ -237,6 +237,11 @@ def _records(cascade: Cascade, task: Task, source: dict[str, Any]) -> list[dict[
     ]
 
 
+def open_stage(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The image of a stage, which has this size."""
+    return open_image(path)
+
+
 def make_in_stages(
     pipeline: DiffusionPipeline,
     task: Task,
@@ -246,9 +251,9 @@ def make_in_stages(
     decode: Decode | None = None,
     *,
     image: Image.Image | None,
-    opens: Callable[[Path, tuple[int, int]], Image.Image],
     source: dict[str, Any],
     says: Callable[[str], None] | None,
+    opens: Callable[[Path, tuple[int, int]], Image.Image] = open_stage,
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 

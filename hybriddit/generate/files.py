@@ -23,7 +23,15 @@ from ..images import open_image, read_record
 from ..machine import check_offload, find_device
 from ..stored import check_any_base
 from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
-from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stage_paths, stages_there
+from .cascade import (
+    StageSettings,
+    find_schedule,
+    make_in_stages,
+    open_stage,
+    plan_cascade,
+    stage_paths,
+    stages_there,
+)
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
@@ -264,7 +272,7 @@ def _processes(
     image of (width, height) as the first process finds it, and how a row of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list, lambda path, size: open_image(path), None
+        yield list, open_stage, None
         return
     import torch
     import torch.distributed as dist
@@ -275,7 +283,9 @@ def _processes(
 
         def opens(path: Path, size: tuple[int, int]) -> Image.Image:
             pixels = (
-                np.array(open_image(path)) if dist.get_rank(group) == 0 else np.empty((size[1], size[0], 3), np.uint8)
+                np.array(open_stage(path, size))
+                if dist.get_rank(group) == 0
+                else np.empty((size[1], size[0], 3), np.uint8)
             )
             return Image.fromarray(of_first(torch.from_numpy(pixels), group).numpy())
 
