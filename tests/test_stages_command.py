@@ -1,13 +1,14 @@
 """`hybriddit generate --size` and `hybriddit upscale`: files of stages, going on after a stop, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import finish_together
+from runs import finish_together, in_two_processes
 from spandrel.architectures.Compact import Compact
 from tiny_pipelines import TEXT_LENGTH, tiny_pipeline
 
@@ -16,6 +17,7 @@ from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridiz
 from hybriddit.cli import main
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
+from hybriddit.parallel import image_of_first
 from hybriddit.pipelines.cascade import encode_enlarged
 
 SMALL = ["--max-sequence-length", str(TEXT_LENGTH), "--seed", "3", "--quiet"]
@@ -313,3 +315,16 @@ def test_processes_make_each_stage_together(command, tmp_path):
     (tmp_path / "two.png").unlink()
     assert finish_together(2, *given, output=tmp_path / "said") == [0, 0]
     assert np.abs(pixels(tmp_path / "one.png") - pixels(tmp_path / "two.png")).max() <= 2
+
+
+def open_on_own_disk(rank, folder):
+    os.chdir(folder / f"disk{rank}")
+    found = image_of_first(Path("a.png"), torch.distributed.group.WORLD)
+    assert np.array_equal(np.asarray(found), pixels(folder / "disk0" / "a.png"))
+
+
+def test_a_stage_that_only_the_first_process_has_is_gone_on_from(saved, tmp_path):
+    for rank in range(2):
+        (tmp_path / f"disk{rank}").mkdir()
+    (tmp_path / "disk0" / "a.png").write_bytes((saved / "photo.png").read_bytes())
+    assert in_two_processes(open_on_own_disk, tmp_path, output=tmp_path / "said") == [0, 0]

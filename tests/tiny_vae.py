@@ -2,14 +2,14 @@ import torch
 from diffusers import AutoencoderKL
 
 
-def tiny_vae(seed=0):
+def tiny_vae(seed=0, widths=(4, 4), groups=2):
     torch.manual_seed(seed)
     return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
         latent_channels=2,
-        norm_num_groups=2,
+        norm_num_groups=groups,
         sample_size=8,
         scaling_factor=0.5,
         shift_factor=0.25,

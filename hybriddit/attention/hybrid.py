@@ -281,7 +281,7 @@ class HybridAttention(nn.Module):
         text = self.softmax(text_query, key, value, token_layout, scale, text_mask)
         if not in_place:
             return token_layout.join(text, image)
-        image.narrow(1, 0 if token_layout.text_first else token_layout.image_length, text.shape[1]).copy_(text)
+        token_layout.split(image)[0].copy_(text)
         return image
 
     def _with_pooled(self, text_key, text_value, text_mask, image_key, image_value, grids):

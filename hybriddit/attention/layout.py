@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .rows import RowShard
+
+
+def room_for(image: torch.Tensor, text_rows: Sequence[int]) -> torch.Tensor:
+    """A new tensor for an image's tokens [B, H, W, heads, D] one after another, and rows of text before and after them."""
+    batch, height, width, heads, head_dim = image.shape
+    return image.new_empty(batch, text_rows[0] + height * width + text_rows[1], heads, head_dim)
 
 
 class TokenLayout(NamedTuple):

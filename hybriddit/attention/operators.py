@@ -20,8 +20,8 @@ class Operator:
         self._definition = torch.library.custom_op(self.name, function, mutates_args=())
         torch.library.define(f"{self.name}.lean", torch.library.infer_schema(function, mutates_args=()))
         torch.library.impl(f"{self.name}.lean", "default", function)
-        self.packet = getattr(torch.ops.hybriddit, name)
-        self._full, self._lean = self.packet.default, self.packet.lean
+        operator = getattr(torch.ops.hybriddit, name)
+        self._full, self._lean = operator.default, operator.lean
         self.register_autograd = self._definition.register_autograd
 
     def register_fake(self, function: Callable[..., Any]) -> None:

@@ -237,11 +237,6 @@ def _records(cascade: Cascade, task: Task, source: dict[str, Any]) -> list[dict[
     ]
 
 
-def open_stage(path: Path, size: tuple[int, int]) -> Image.Image:
-    """The image of a stage, which has this size."""
-    return open_image(path)
-
-
 def make_in_stages(
     pipeline: DiffusionPipeline,
     task: Task,
@@ -253,13 +248,13 @@ def make_in_stages(
     image: Image.Image | None,
     source: dict[str, Any],
     says: Callable[[str], None] | None,
-    opens: Callable[[Path, tuple[int, int]], Image.Image] = open_stage,
+    opens: Callable[[Path], Image.Image] = open_image,
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
     The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
-    the first stage's image. image: what is enlarged, if not that. opens: a stage's file, which has this size. source: what
-    the records say besides. says: is told of each stage; None: another process saves them.
+    the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
+    each stage; None: another process saves them. opens: opens a stage's file.
     """
     import torch
 
@@ -269,7 +264,7 @@ def make_in_stages(
     count = len(cascade.stages)
     paths, records = stage_paths(path, count), _records(cascade, task, source)
     if 0 < there < count:
-        image = opens(paths[there - 1], cascade.stages[there - 1].size)
+        image = opens(paths[there - 1])
         if says:
             says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
     for number in range(there, count):

@@ -16,27 +16,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from PIL import Image
-
 from ..images import open_image, read_record
 from ..machine import check_offload, find_device
 from ..stored import check_any_base
 from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
-from .cascade import (
-    StageSettings,
-    find_schedule,
-    make_in_stages,
-    open_stage,
-    plan_cascade,
-    stage_paths,
-    stages_there,
-)
+from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stage_paths, stages_there
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
     from ..attention.rates import Rates
     from ..config import HybridConfig
@@ -265,32 +255,21 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path, tuple[int, int]], Image.Image], Decode | None]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path], Image.Image], Decode | None]]:
     """Let all processes make each image together within the block, if they are to.
 
-    Yields a function that gives what the first process called it with (the others may have other disks), one that opens an
-    image of (width, height) as the first process finds it, and how a row of the VAE's tiles is decoded.
+    Yields a function that gives what the first process called it with (the others may have other disks), one that opens the
+    image that it finds, and how a row of the VAE's tiles is decoded.
     """
     if not parallel:
-        yield list, open_stage, None
+        yield list, open_image, None
         return
-    import torch
-    import torch.distributed as dist
-
-    from ..parallel import decoding_together, gathered_numbers, of_first, together
+    from ..parallel import decoding_together, gathered_numbers, image_of_first, together
 
     with together(pipeline, device) as group:
-
-        def opens(path: Path, size: tuple[int, int]) -> Image.Image:
-            pixels = (
-                np.array(open_stage(path, size))
-                if dist.get_rank(group) == 0
-                else np.empty((size[1], size[0], 3), np.uint8)
-            )
-            return Image.fromarray(of_first(torch.from_numpy(pixels), group).numpy())
-
         vae = getattr(pipeline, "vae", None)
-        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decoding_together(vae, group)
+        opens, decode = partial(image_of_first, group=group), decoding_together(vae, group)
+        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decode
 
 
 def open_pipeline(

@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from PIL import Image
 
+from ..images import open_image
 from ..models.family import TILED_VAES, denoiser
+from .rows import gathered_numbers, of_first
 from .shard import shard
 from .tiles import spread_tiles
 
@@ -48,3 +53,11 @@ def together(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[dist
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def image_of_first(path: Path, group: dist.ProcessGroup) -> Image.Image:
+    """The image that the group's first process finds; the others may have other disks. Raises there as `open_image` does."""
+    image = open_image(path) if dist.get_rank(group) == 0 else None
+    width, height = gathered_numbers([0, 0] if image is None else image.size, group)[0]
+    pixels = torch.empty(height, width, 3, dtype=torch.uint8) if image is None else torch.from_numpy(np.array(image))
+    return Image.fromarray(of_first(pixels, group).numpy())

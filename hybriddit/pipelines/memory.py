@@ -109,9 +109,8 @@ def plan_memory(
     try:
         return _plan(pipeline, width, height, rates=rates, **settings)
     except _TooLarge as error:
-        family = family_of(denoiser(pipeline))
-        side = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
-        fits = _size_that_fits(partial(_plan, pipeline, **settings), (width, height), side, error.share)
+        smaller = partial(_plan, pipeline, **settings)
+        fits = _size_that_fits(smaller, (width, height), _token_side(pipeline), error.share)
         raise ValueError(str(error) + (f": {fits[0]} x {fits[1]} should fit" if fits else "")) from None
 
 
@@ -165,7 +164,7 @@ def _plan(
     if available <= 0:
         raise ValueError(f"{size}: no memory is left on the device beside the weights")
     family, device = family_of(model), torch.device(pipeline._execution_device)
-    side = family.token_pixels(model.config, pipeline.vae_scale_factor)
+    side = _token_side(pipeline)
     grid = height // side, width // side
     tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
     if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory
@@ -196,6 +195,12 @@ def _plan(
         decoding = _decoder_seconds(pipeline, width, height, tiles, rates)
         times = StageTimes(rates, passes, forward.seconds, decoding, seconds_of_file(width, height))
     return MemoryPlan(width, height, rows, tiles, transformer, decoder, available, times)
+
+
+def _token_side(pipeline: Any) -> int:
+    """Pixels along each side of a token."""
+    model = denoiser(pipeline)
+    return family_of(model).token_pixels(model.config, pipeline.vae_scale_factor)
 
 
 def _halves(rows: int) -> list[int]:
@@ -306,7 +311,7 @@ def strips_within(
             return iter([np.asarray(pipeline(**arguments).images[0])])
         latents = pipeline(**arguments, output_type="latent").images
     family = family_of(denoiser(pipeline))
-    side = family.token_pixels(denoiser(pipeline).config, pipeline.vae_scale_factor)
+    side = _token_side(pipeline)
     latents = family.sampled_latents(pipeline.vae, latents)
     latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
     return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)

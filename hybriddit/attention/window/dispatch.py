@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import autocast, check_device, check_dtype, check_mask, shapes, sum_dtype
+from ..layout import room_for
 from ..linear import KeySums, linear_attention_formula, sum_keys
 from ..trial import failure_reason, warn_once
 from . import dense, flex, natten, tiled, triton
@@ -164,7 +165,7 @@ def joined_attention(
         taken = _traced(_take_joined)(backend, sums.feature_map, channels, joint, *case)
     if taken is None:
         return _joined_apart(near, text_mask, sums, gate, joint, text_rows, backend, rule)
-    gate = gate if gate.shape == tokens[:3] + (1,) else gate.expand(*tokens[:3], 1)
+    gate = gate.expand(*tokens[:3], 1)
     return BACKENDS[taken].attend_joined(*near, *case[5:8], scale, sums, gate, joint, text_rows, text_mask=text_mask)
 
 
@@ -172,16 +173,15 @@ def _joined_apart(near, text_mask, sums, gate, joint, text_rows, backend, rule) 
     """`joined_attention` by window attention, and the second pass of linear attention after it."""
     query, key, value, text_key, text_value = near
     text = {"text_key": text_key, "text_value": text_value, "text_mask": text_mask}
-    settings = dict(zip(("window", "stride", "dilation", "circle", "scale"), rule, strict=True))
+    window, stride, dilation, circle, scale = rule
+    settings = {"window": window, "stride": stride, "dilation": dilation, "circle": circle, "scale": scale}
     out = neighborhood_attention(query, key, value, return_lse=joint, backend=backend, **text, **settings)
     out, lse = (out[0], out[1].flatten(1, 2)) if joint else (out, None)
     image = sums.joined(out.flatten(1, 2), gate, joint, lse)
     if not any(text_rows):
         return image
-    before, after = text_rows
-    batch, length, *sizes = image.shape
-    whole = image.new_empty(batch, before + length + after, *sizes)
-    whole.narrow(1, before, length).copy_(image)
+    whole = room_for(query, text_rows)
+    whole.narrow(1, text_rows[0], image.shape[1]).copy_(image)
     return whole
 
 
@@ -338,7 +338,7 @@ def joined_of_any_size(
 
 @joined_of_any_size.register_fake
 def _(query, *args):
-    return triton.among_text(query, args[-2])
+    return room_for(query, args[-2])
 
 
 def _cast_and_check(query, key, value, text_key, text_value, text_mask):

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..launch import in_force, laid_out, multiprocessors, on_device, over, power_of_2, target_of
+from ..layout import room_for
 from ..linear import phi
 from ..linear import triton as linear
 from ..tuned import tuned_options
@@ -1347,9 +1348,8 @@ def joined(
     launch = _launch("joined", *case, in_force(OVERRIDES, "joined"))
     channels = None if projection is None else projection.shape[2]
     far = _kept_far_options(query.device, query.dtype, shape[4], feature_map, channels)
-    batch, height, width, heads, head_dim = shape
-    before, tokens = text_rows[0], height * width
-    out = query.new_empty(batch, before + tokens + text_rows[1], heads, head_dim)
+    heads, head_dim = shape[3:]
+    out = room_for(query, text_rows)
     if text_key is None:
         text_key, text_value = key, value
     with on_device(query):
@@ -1368,12 +1368,12 @@ def joined(
             out,
             *launch.numbers,
             scale,
-            float(tokens),
+            float(shape[1] * shape[2]),
             eps,
             *itertools.chain(*strides),
             *gate.stride(),
             out.stride(0) // head_dim,
-            before * heads,
+            text_rows[0] * heads,
             UNIT=unit,
             JOINT=joint,
             **launch.constants,

@@ -128,11 +128,11 @@ def circle_pairs(rows: np.ndarray, columns: np.ndarray, grid: tuple[int, int], r
 
 def pair(name: str, size: int | tuple[int, int]) -> tuple[int, int]:
     """An int or (rows, columns) as a pair. Raises ValueError with `name` for anything else and for sizes below 1."""
-    if type(size) is int and size >= 1:
-        return size, size
-    if type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int and min(size) >= 1:
-        return size
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(sides) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sides):
+    if not (len(sides) == 2 and _is_size(sides[0]) and _is_size(sides[1])):
         raise ValueError(f"{name} must be an int of at least 1 or two of them (rows, columns), got {size!r}")
     return sides
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 1

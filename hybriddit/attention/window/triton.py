@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..layout import room_for
 from ..operators import as_operator
 from ..trial import kernel_refusal
 from .case import WindowCase
@@ -164,13 +165,7 @@ def _(query, *args):
 
 @joined_attention.register_fake
 def _(query, *args):
-    return among_text(query, args[-1])
-
-
-def among_text(query: Tensor, text_rows: Sequence[int]) -> Tensor:
-    """A new tensor for the image's tokens, of query [B, H, W, heads, D], and rows of text before and after them."""
-    batch, height, width, heads, head_dim = query.shape
-    return query.new_empty(batch, text_rows[0] + height * width + text_rows[1], heads, head_dim)
+    return room_for(query, args[-1])
 
 
 @window_attention_backward.register_fake
