@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..images import open_image, read_record
+from ..images import open_image
 from ..machine import fits_memory
 from ..strips_file import save_image, write_strips
 from .images import MAX_SEED, TOO_LARGE, Task, family_of_pipeline, make, make_strips, token_pixels
@@ -215,18 +215,13 @@ def stage_paths(path: Path, count: int) -> list[Path]:
     return [*(path.with_stem(f"{path.stem}-stage{number}") for number in range(1, count)), path]
 
 
-def stages_there(
-    cascade: Cascade, task: Task, path: Path, source: dict[str, Any], is_made: Callable[[Path, dict[str, Any]], bool]
-) -> int:
-    """How many stages of an image need not be made. is_made: whether a file is there with such a record.
+def stages_there(cascade: Cascade, task: Task, path: Path, source: dict[str, Any], is_made: Callable[..., bool]) -> int:
+    """How many stages of an image need not be made.
 
-    Raises ValueError where another's file has a stage's name.
+    is_made: (file, record, named=...) -> whether the file is there with such a record. named: whether the user named it.
     """
-    *own, last = stage_paths(path, len(cascade.stages))  # the last is named by the user, who may write over it
-    for file in own:
-        if file.exists() and read_record(file) is None:
-            raise ValueError(f"{file} is there already, and is no image of hybriddit's: move it, or give another --out")
-    made = list(map(is_made, (*own, last), _records(cascade, task, source)))
+    files = zip(stage_paths(path, len(cascade.stages)), _records(cascade, task, source), strict=True)
+    made = [is_made(file, record, named=file == path) for file, record in files]
     return max((number for number, there in enumerate(made, 1) if there), default=0)
 
 

@@ -482,11 +482,17 @@ def _weights_digest(pipeline: DiffusionPipeline) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _is_made(path: Path, record: dict[str, Any], refuses: bool = True) -> bool:
-    """Whether the image is there, made as the record says. One that was made otherwise is a ValueError, if it is refused."""
+def _is_made(path: Path, record: dict[str, Any], refuses: bool = True, named: bool = True) -> bool:
+    """Whether the image is there, made as the record says. One that was made otherwise is a ValueError, if it is refused.
+
+    named: whether the user named the file, and not hybriddit; else one that has no record is another's, and a ValueError too.
+    """
     if not path.exists():
         return False
-    found = read_record(path) or {}
+    found = read_record(path)
+    if found is None and not named:
+        raise ValueError(f"{path} is there already, and is no image of hybriddit's: move it, or give another --out")
+    found = found or {}
     for name, value in json.loads(json.dumps(record)).items():
         if name not in found or found[name] != value:
             if not refuses:
