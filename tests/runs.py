@@ -50,11 +50,11 @@ def finish_sharded(*arguments, output=None, timeout=300):
     return [process.exitcode for process in processes]
 
 
-def finish_together(count, *arguments, output, timeout=300):
-    """As `finish`, in processes as torchrun starts them; the exit codes of all."""
+def finish_together(count, *arguments, output, before=None, timeout=300):
+    """As `finish`, in processes as torchrun starts them; the exit codes of all. before: gets the rank."""
     port = free_port()
     processes = [
-        start(*arguments, output=f"{output}.{rank}", before=functools.partial(_launched, rank, count, port))
+        start(*arguments, output=f"{output}.{rank}", before=functools.partial(_launched, rank, count, port, before))
         for rank in range(count)
     ]
     for process in processes:
@@ -63,10 +63,12 @@ def finish_together(count, *arguments, output, timeout=300):
     return [process.exitcode for process in processes]
 
 
-def _launched(rank, count, port):
+def _launched(rank, count, port, before):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(count)}
     torch.set_num_threads(1)
+    if before:
+        before(rank)
 
 
 def in_two_processes(function, *arguments, output, timeout=120):

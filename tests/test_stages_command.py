@@ -2,11 +2,13 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from runs import finish_together, in_two_processes
 from spandrel.architectures.Compact import Compact
@@ -304,12 +306,30 @@ def test_sizes_are_read():
     assert parse_size("16384x8192") == (16384, 8192) and parse_size("640X480") == (640, 480)
 
 
+def note_encoded(file, rank):
+    """Write a line for each image or tile that the VAE encodes."""
+    encode = AutoencoderKL.encode
+
+    def noted(vae, pixels, *more, **options):
+        with open(f"{file}.{rank}", "a") as lines:
+            print(*pixels.shape, file=lines)
+        return encode(vae, pixels, *more, **options)
+
+    AutoencoderKL.encode = noted
+
+
 def test_processes_make_each_stage_together(command, tmp_path):
-    """Two processes, each some of the rows: the images of one process, up to a level."""
-    words = ["generate", "--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x248"]
+    """Two processes, each some of the rows, of the VAE's tiles and the upscaler's: the images of one, up to a level."""
+    save_upscaler(tmp_path / "up.pth", 4)
+    words = ["generate", "--model", "flux", "--adapter", "adapter", *FIRST, "--size", "256x248", "--vae-tiling"]
+    words += ["--stage-scale", "4", "--upscaler", str(tmp_path / "up.pth")]
     assert command(*words, out="one.png")[0] == 0
     given = [*words, "--prompt", "a red shoe", *SMALL, "--out", str(tmp_path / "two.png"), "--parallel"]
-    assert finish_together(2, *given, output=tmp_path / "said") == [0, 0]
+    before = partial(note_encoded, tmp_path / "encoded")
+    assert finish_together(2, *given, output=tmp_path / "said", before=before) == [0, 0]
+    for rank, tiles in enumerate((61, 60)):  # of 121, behind the crops for the norms
+        encoded = (tmp_path / f"encoded.{rank}").read_text().splitlines()
+        assert len(encoded) == 1 + tiles, encoded
     for name in ("one-stage1.png", "one.png"):
         assert np.abs(pixels(tmp_path / name) - pixels(tmp_path / name.replace("one", "two"))).max() <= 2
     (tmp_path / "two.png").unlink()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..pipelines.cascade import Schedule
     from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.tiles import Share
     from ..pipelines.upscaler import Upscaler
 
 
@@ -244,16 +245,17 @@ def make_in_stages(
     source: dict[str, Any],
     says: Callable[[str], None] | None,
     opens: Callable[[Path], Image.Image] = open_image,
+    share: Share | None = None,
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
     The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
     the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
-    each stage; None: another process saves them. opens: opens a stage's file.
+    each stage; None: another process saves them. opens: opens a stage's file. share: see `pipelines.cascade.repainting`.
     """
     import torch
 
-    from ..models.family import denoiser
+    from ..models.family import TILED_VAES, denoiser
     from ..pipelines.cascade import repainting
 
     count = len(cascade.stages)
@@ -262,6 +264,8 @@ def make_in_stages(
         image = opens(paths[there - 1])
         if says:
             says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
+    vae = getattr(pipeline, "vae", None)
+    of_vae = isinstance(vae, TILED_VAES) and vae.use_tiling
     for number in range(there, count):
         stage, started = cascade.stages[number], time.monotonic()
         with contextlib.ExitStack() as within:
@@ -270,8 +274,9 @@ def make_in_stages(
             own = task
             if stage.schedule is not None:
                 generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)
-                tiles = stage.memory is not None and stage.memory.tiles
-                options = {"tiles": tiles, "upscaler": cascade.upscaler}
+                # without a plan the VAE decodes by itself, in tiles where the user asks for them
+                tiles = of_vae if stage.memory is None else stage.memory.tiles
+                options = {"tiles": tiles, "upscaler": cascade.upscaler, "share": share}
                 repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, **options)
                 own = replace(task, arguments={**task.arguments, **within.enter_context(repaint)})
             if stage.memory is None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..config import HybridConfig
     from ..pipelines.loading import Base
     from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.tiles import Share
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
@@ -215,7 +216,7 @@ def run(
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
-    with _processes(pipeline, where, parallel) as (of_first, opens, decode):
+    with _processes(pipeline, where, parallel) as (of_first, opens, decode, shares):
         is_made = partial(_is_made, refuses=prompts is not None)
         if cascade is not None:
             there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
@@ -228,7 +229,7 @@ def run(
         for (path, task), number in zip(share, there, strict=True):
             if cascade is not None:
                 says = (print if announce else lambda text: None) if leads else None
-                own = {"image": enlarged, "opens": opens, "source": source, "says": says}
+                own = {"image": enlarged, "source": source, "says": says, "opens": opens, "share": shares}
                 make_in_stages(pipeline, task, path, cascade, number, decode, **own)
                 continue
             if number:
@@ -255,21 +256,21 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path], Image.Image], Decode | None]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path], Image.Image], Decode | None, Share | None]]:
     """Let all processes make each image together within the block, if they are to.
 
     Yields a function that gives what the first process called it with (the others may have other disks), one that opens the
-    image that it finds, and how a row of the VAE's tiles is decoded.
+    image that it finds, how a row of the VAE's tiles is decoded, and how other tiles are shared.
     """
     if not parallel:
-        yield list, open_image, None
+        yield list, open_image, None, None
         return
-    from ..parallel import decoding_together, gathered_numbers, image_of_first, together
+    from ..parallel import decoding_together, gathered_numbers, image_of_first, shared_tiles, together
 
     with together(pipeline, device) as group:
         vae = getattr(pipeline, "vae", None)
-        opens, decode = partial(image_of_first, group=group), decoding_together(vae, group)
-        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decode
+        opens, share = (partial(each, group=group) for each in (image_of_first, shared_tiles))
+        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decoding_together(vae, group), share
 
 
 def open_pipeline(

@@ -3,6 +3,14 @@
 from .launch import image_of_first, together
 from .rows import gathered_numbers
 from .shard import shard
-from .tiles import decoding_together, spread_tiles
+from .tiles import decoding_together, shared_tiles, spread_tiles
 
-__all__ = ["decoding_together", "gathered_numbers", "image_of_first", "shard", "spread_tiles", "together"]
+__all__ = [
+    "decoding_together",
+    "gathered_numbers",
+    "image_of_first",
+    "shard",
+    "shared_tiles",
+    "spread_tiles",
+    "together",
+]

@@ -1,8 +1,8 @@
-"""The tiles of a VAE spread over processes."""
+"""The tiles of an image spread over processes: of a VAE, both ways, and of an upscaler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..models.wrapping import with_forward
-from .rows import talking
+from .rows import backends, gathered_numbers, talking
+
+
+def shared_tiles(makes: Sequence[Callable[[], Tensor]], like: Tensor, group: dist.ProcessGroup) -> Iterator[Tensor]:
+    """All tiles, on every process of a group, each of which makes every n-th.
+
+    makes: a function for each tile; every process has equally many, for the same tiles. like: a tensor of the tiles' dtype
+    and number of dimensions, on their device. With its group given, this is the `share` of `pipelines.cascade.repainting`.
+    """
+    ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
+    travels = like.device if like.device.type in backends(group) else "cuda"
+    for first in range(0, len(makes), len(ranks)):
+        # all make their tile of this round before any waits for another's
+        mine = makes[first + own]() if first + own < len(makes) else None
+        shapes = gathered_numbers([0] * like.ndim if mine is None else mine.shape, group)
+        for place, shape in enumerate(shapes[: len(makes) - first]):
+            if place == own:
+                tile = mine.to(travels, like.dtype).contiguous()
+            else:
+                tile = torch.empty(shape, dtype=like.dtype, device=travels)
+            with talking():
+                dist.broadcast(tile, ranks[place], group=group)
+            yield tile.to(like.device)
 
 
 def spread_tiles(vae: nn.Module, group: dist.ProcessGroup) -> None:
@@ -34,7 +56,7 @@ def _decode(vae: nn.Module, tiled_decode: Callable, group: dist.ProcessGroup, z:
 
     with with_forward(vae.decoder, note):
         tiled_decode(z, **options)
-    decoded = iter(_decode_together(vae, vae.decoder, tiles, group))
+    decoded = iter(_all_decoded(vae.decoder, group, tiles))
     with with_forward(vae.decoder, lambda tile: next(decoded)):
         return tiled_decode(z, **options)
 
@@ -44,22 +66,8 @@ def decoding_together(vae: nn.Module, group: dist.ProcessGroup) -> Callable[[lis
 
     Every process calls it with the same latents, and gets all tiles.
     """
-    return partial(_decode_together, vae, lambda tile: vae.decode(tile, return_dict=False)[0], group=group)
+    return partial(_all_decoded, lambda tile: vae.decode(tile, return_dict=False)[0], group)
 
 
-def _decode_together(
-    vae: nn.Module, decode: Callable[[Tensor], Tensor], tiles: list[Tensor], group: dist.ProcessGroup
-) -> list[Tensor]:
-    """All tiles, of which this process decodes every n-th."""
-    ranks, scale = dist.get_process_group_ranks(group), 2 ** (len(vae.config.block_out_channels) - 1)
-    own, found = dist.get_rank(group), []
-    for number, tile in enumerate(tiles):
-        place = number % len(ranks)
-        if place == 0:  # all begin with their tile of this round, before any waits for another's
-            mine = decode(tiles[number + own]).contiguous() if number + own < len(tiles) else None
-        batch, _, height, width = tile.shape
-        out = mine if place == own else tile.new_empty(batch, vae.config.out_channels, height * scale, width * scale)
-        with talking():
-            dist.broadcast(out, ranks[place], group=group)
-        found.append(out)
-    return found
+def _all_decoded(decode: Callable[[Tensor], Tensor], group: dist.ProcessGroup, tiles: list[Tensor]) -> list[Tensor]:
+    return list(shared_tiles([partial(decode, tile) for tile in tiles], tiles[0], group))

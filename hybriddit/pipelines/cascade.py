@@ -8,9 +8,11 @@ sigma, and sampling goes on from there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from ..models.family import denoiser, family_of_class
 from .memory import blended_rows
 from .sit import SiTPipeline
 from .tile_norms import crop_places, norms_of_crops
+from .tiles import Share, one_by_one
 from .upscaler import Upscaler
 
 GUIDES = (None, "residual", "low-frequency")
@@ -132,13 +135,15 @@ def repainting(
     *,
     tiles: bool = False,
     upscaler: Upscaler | None = None,
+    share: Share | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Let a text-to-image pipeline, or a SiTPipeline, paint an image anew at a larger size within the block, once.
 
     image: what is enlarged. size: (width, height) in pixels; the pipeline's image goes beyond it, at the right and at the
     bottom, up to a multiple of what the model takes. generator: draws the noise, on its own device. tiles: whether the VAE
-    encodes in tiles. upscaler: enlarges pixels in place of Lanczos' filter. Yields arguments for the pipeline's call, which is
-    otherwise as the user wants it.
+    encodes in tiles. upscaler: enlarges pixels in place of Lanczos' filter. share: of the VAE's and the upscaler's tiles among
+    processes that all paint this image, see `parallel.shared_tiles`; None: this process makes them all. Yields arguments for
+    the pipeline's call, which is otherwise as the user wants it.
 
     Raises ValueError for a pipeline whose scheduler or VAE does not allow it, and for an upscaler that enlarges less.
     """
@@ -146,7 +151,7 @@ def repainting(
     if upscaler is not None and schedule.enlarged_in != "pixels":
         raise ValueError(f"an upscaler enlarges pixels, and this schedule {schedule.enlarged_in}")
     if isinstance(pipeline, SiTPipeline):
-        yield _repainting_sit(pipeline, image, size, schedule, generator, tiles, upscaler)
+        yield _repainting_sit(pipeline, image, size, schedule, generator, tiles, upscaler, share)
         return
     model, own = denoiser(pipeline), pipeline.scheduler
     family = family_of(model)
@@ -155,7 +160,7 @@ def repainting(
     rows, columns = padded[1] // scale, padded[0] // scale  # of latents
     small = _smaller(image, size, (rows, columns))
     scheduler, arguments = family.sampling_from(own, schedule.sigmas())
-    enlarged = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler)
+    enlarged = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler, share)
     latents = family.model_latents(pipeline.vae, enlarged)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
 
@@ -199,16 +204,18 @@ def _enlarged(
     schedule: Schedule,
     tiles: bool,
     upscaler: Upscaler | None,
+    share: Share | None,
 ) -> torch.Tensor:
     """The VAE's latents of the enlarged image, as the schedule says."""
     if upscaler is not None:
-        image = upscaler.enlarge(image, size, pipeline._execution_device, pipeline.progress_bar)
+        image = upscaler.enlarge(image, size, pipeline._execution_device, pipeline.progress_bar, share)
     if schedule.enlarged_in == "pixels":
-        return encode_enlarged(pipeline, image, size, padded, tiles)
+        return encode_enlarged(pipeline, image, size, padded, tiles, share)
     scale = pipeline.vae_scale_factor
     latents = padded[1] // scale, padded[0] // scale
     smaller = tuple(length * scale for length in reversed(_smaller(image, size, latents)))
-    return F.interpolate(encode_enlarged(pipeline, image, smaller, smaller, tiles), size=latents, mode="bicubic")
+    encoded = encode_enlarged(pipeline, image, smaller, smaller, tiles, share)
+    return F.interpolate(encoded, size=latents, mode="bicubic")
 
 
 def _repainting_sit(
@@ -219,11 +226,12 @@ def _repainting_sit(
     generator: torch.Generator,
     tiles: bool,
     upscaler: Upscaler | None,
+    share: Share | None,
 ) -> dict[str, Any]:
     """`repainting` for a model of classes, by Euler's steps along its path."""
     config, path = pipeline.transformer.config, pipeline.config.path
     padded = padded_size(size, pipeline.vae_scale_factor * config.patch_size)
-    latents = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler)
+    latents = _enlarged(pipeline, image, size, padded, schedule, tiles, upscaler, share)
     if pipeline.vae is not None:
         latents = (latents - (pipeline.vae.config.shift_factor or 0.0)) * pipeline.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -253,7 +261,12 @@ def _after_steps(scheduler: Any, change: Callable[[int, torch.Tensor], torch.Ten
 
 @torch.no_grad()
 def encode_enlarged(
-    pipeline: Any, image: Image.Image, size: tuple[int, int], padded: tuple[int, int], tiles: bool
+    pipeline: Any,
+    image: Image.Image,
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    tiles: bool,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """The VAE's latents [1, C, h, w], in float32, of an image enlarged by Lanczos' filter to size: (width, height).
 
@@ -261,7 +274,8 @@ def encode_enlarged(
 
     padded: size of what is encoded: the image, and its last row and column again where that is larger. tiles: encode in the
     VAE's tiles, a row of them at a time, so that the enlarged image is never held as a whole; they are cut and blended as in
-    diffusers' own tiled encoding, and their group norms have one image's statistics, see `tile_norms`.
+    diffusers' own tiled encoding, and their group norms have one image's statistics, see `tile_norms`. share: of the tiles
+    among processes that all encode this image, see `parallel.shared_tiles`.
     """
     vae, device = pipeline.vae, torch.device(pipeline._execution_device)
 
@@ -294,9 +308,10 @@ def encode_enlarged(
         return encode(0, 0, padded).float()
     side, latents = vae.tile_sample_min_size, vae.tile_latent_min_size
     step, blended = int(side * (1 - vae.tile_overlap_factor)), int(latents * vae.tile_overlap_factor)
-    rows = (
-        [encode(left, top, (side, side)) for left in range(0, padded[0], step)] for top in range(0, padded[1], step)
-    )
+    lefts, tops = range(0, padded[0], step), range(0, padded[1], step)
+    makes = [partial(encode, left, top, (side, side)) for top in tops for left in lefts]
+    encoded = (share or one_by_one)(makes, torch.empty(0, 0, 0, 0, dtype=vae.dtype, device=device))
+    rows = (list(itertools.islice(encoded, len(lefts))) for _ in tops)
 
     def encode_crops() -> None:
         places, (height, width) = crop_places(padded[::-1], side, side // latents)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from ..files import read_weights
+from .tiles import Share, one_by_one
 
 TILE, AROUND = 256, 32  # pixels of the small image along a tile's sides, and what a module sees around it
 ROUNDED = 1.05  # sizes of stages are rounded: by as much a stage may be larger than its upscaler makes it
@@ -43,44 +45,63 @@ class Upscaler:
 
     @torch.no_grad()
     def enlarge(
-        self, image: Image.Image, size: tuple[int, int], device: torch.device | str, progress: Progress
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        device: torch.device | str,
+        progress: Progress,
+        share: Share | None = None,
     ) -> Image.Image:
         """The image, in RGB, enlarged to size: (width, height) in pixels. Held once, and its tiles' results.
 
         The module, which is on the device meanwhile and on the CPU again afterwards, sees tiles of the image with 32 pixels
         around each. What it makes larger than asked is made smaller by Lanczos' filter. progress: is given the number of
-        tiles, as a pipeline's progress_bar. Raises ValueError for a size beyond the module's scale.
+        tiles, as a pipeline's progress_bar. share: of the tiles among processes that all enlarge this image, see
+        `parallel.shared_tiles`. Raises ValueError for a size beyond the module's scale.
         """
         self.check(image.size, size)
         image, whole = image.convert("RGB"), np.empty((size[1], size[0], 3), np.uint8)
         tiles = list(_tiles(image.size, size))
-        weight = next(self.module.parameters(), torch.empty(0))
+        makes = [partial(self._tile, image, size, device, tile) for tile in tiles]
         self.module.to(device)
         try:
             with progress(total=len(tiles)) as bar:
                 bar.set_description("upscaler")
-                for left, top, right, bottom in tiles:
-                    across, down = image.width / size[0], image.height / size[1]
-                    seen = (
-                        max(0, math.floor(left * across) - AROUND),
-                        max(0, math.floor(top * down) - AROUND),
-                        min(image.width, math.ceil(right * across) + AROUND),
-                        min(image.height, math.ceil(bottom * down) + AROUND),
-                    )
-                    pixels = torch.from_numpy(np.array(image.crop(seen))).to(device).permute(2, 0, 1)[None]
-                    made = self._made(pixels.to(weight.dtype) / 255)
-                    box = (
-                        (left * across - seen[0]) * self.scale,
-                        (top * down - seen[1]) * self.scale,
-                        min((right * across - seen[0]) * self.scale, made.width),  # but for rounding
-                        min((bottom * down - seen[1]) * self.scale, made.height),
-                    )
-                    part = made.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
-                    whole[top:bottom, left:right] = np.asarray(part)
+                made = (share or one_by_one)(makes, torch.empty(0, 0, 3, dtype=torch.uint8))
+                for (left, top, right, bottom), pixels in zip(tiles, made, strict=True):
+                    whole[top:bottom, left:right] = pixels.numpy()
                     bar.update()
         finally:
             self.module.to("cpu")
         return Image.fromarray(whole)
+
+    def _tile(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        device: torch.device | str,
+        tile: tuple[int, int, int, int],
+    ) -> torch.Tensor:
+        """A tile, (left, top, right, bottom), of an image enlarged to size: uint8 [rows, columns, 3], on the CPU."""
+        left, top, right, bottom = tile
+        across, down = image.width / size[0], image.height / size[1]
+        seen = (
+            max(0, math.floor(left * across) - AROUND),
+            max(0, math.floor(top * down) - AROUND),
+            min(image.width, math.ceil(right * across) + AROUND),
+            min(image.height, math.ceil(bottom * down) + AROUND),
+        )
+        weight = next(self.module.parameters(), torch.empty(0))
+        pixels = torch.from_numpy(np.array(image.crop(seen))).to(device).permute(2, 0, 1)[None]
+        made = self._made(pixels.to(weight.dtype) / 255)
+        box = (
+            (left * across - seen[0]) * self.scale,
+            (top * down - seen[1]) * self.scale,
+            min((right * across - seen[0]) * self.scale, made.width),  # but for rounding
+            min((bottom * down - seen[1]) * self.scale, made.height),
+        )
+        part = made.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
+        return torch.from_numpy(np.array(part))
 
     def _made(self, pixels: torch.Tensor) -> Image.Image:
         """The image that the module makes of [1, 3, h, w] in [0, 1]."""
