@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import pickle
+import platform
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUM = "hybriddit_sha256"
+UNTOUCHED = 24 * 3600  # seconds after which a temporary file of another machine is taken for left behind
 # how systems and file systems say that a folder cannot be opened, or has no fsync
 NO_FOLDER_FSYNC = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
@@ -45,9 +49,10 @@ def _telling(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends without an error.
 
-    Otherwise the temporary file is removed, and `path` is as it was.
+    Otherwise the temporary file is removed, and `path` is as it was. Only where the process is killed the temporary file
+    stays, for `remove_left`.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = temporary_path(path)
     try:
         with _telling(path):
             yield partial
@@ -56,6 +61,43 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where `replacing` keeps what is written, named after the machine and the process."""
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
+
+
+def _machine() -> str:
+    """Eight letters for who counts this process, where machines and containers share a disk."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino  # a container counts its processes by itself
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def remove_left(paths: Iterable[Path]) -> None:
+    """Remove the temporary files of `replacing` that killed processes have left beside these paths.
+
+    That is, those of this machine's processes that have ended, and others that nobody has written to for a day: whether
+    their process is alive cannot be seen from here. What cannot be removed, such as another user's, stays.
+    """
+    import psutil
+
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(path.name)
+    machine, now = _machine(), time.time()
+    for folder in filter(Path.is_dir, names):
+        for left in folder.iterdir():
+            found = re.fullmatch(r"\.(.+)\.([0-9a-f]{8})\.(\d{1,9})\.tmp", left.name)
+            if found is None or found[1] not in names[folder]:
+                continue
+            with suppress(OSError):  # another process may have removed it meanwhile
+                here = found[2] == machine
+                if not psutil.pid_exists(int(found[3])) if here else now - left.stat().st_mtime > UNTOUCHED:
+                    left.unlink()
 
 
 @contextmanager

@@ -51,6 +51,14 @@ def open_image(path: str | Path, mode: str = "RGB", background: str = "white") -
     return _decode(path, lambda image: _upright(flatten(image, mode, background), image))
 
 
+def reduced_image(path: str | Path, factor: int) -> Image.Image:
+    """An RGB image of hybriddit's, of which factor x factor pixels become one, their mean. Raises as `open_image` does.
+
+    The file and its pixels are in memory once meanwhile.
+    """
+    return _decode(path, lambda image: image.reduce(factor))
+
+
 def flatten(image: Image.Image, mode: str = "RGB", background: str = "white") -> Image.Image:
     """An image as "RGB" or "L", put on a background where it is transparent.
 

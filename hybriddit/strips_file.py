@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .files import replacing
-from .images import PNG_START, RECORD_KEY, TIFF_DESCRIPTION, save_png
+from .images import PNG_START, RECORD_KEY, TIFF_DESCRIPTION, image_size, reduced_image, save_png
 
 STRIP_ENDINGS = (".png", ".tif", ".tiff")
 BAND = 2**18  # bytes that are compressed at once, or somewhat more
@@ -45,21 +45,30 @@ def write_strips(
     than a TIFF file holds (4 GiB); OSError, with the path, where the disk is full.
     """
     check_strips_file(path, width, height)
-    large = max(width, height) > PREVIEW_FROM
-    side = -(-max(width, height) // PREVIEW_SIDE) if large else 1  # of the square that is a pixel of the preview
-    rows = min(height, -(-max(1, BAND // (3 * width)) // side) * side)  # of whole squares
+    side = _preview_square(width, height)
+    least = max(1, side)
+    rows = min(height, -(-max(1, BAND // (3 * width)) // least) * least)  # of whole squares
     bands, small = _bands(strips, width, height, rows), []
-    if large:
+    if side:
         bands = _noting(bands, lambda band: small.append(np.asarray(Image.fromarray(band).reduce(side))))
     write = _write_png if path.suffix.lower() == ".png" else partial(_write_tiff, rows=rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file, bands, width, height, record)
-    if not large:
+        if side:
+            preview_path(path).unlink(missing_ok=True)  # of another image
+    return _save_preview(path, Image.fromarray(np.concatenate(small))) if side else None
+
+
+def add_preview(path: Path) -> Path | None:
+    """Write the small copy of a large image that is there without it, because the disk was full or the process was killed.
+
+    Returns its path; None where none is missing. Raises as `write_strips` and `images.open_image` do.
+    """
+    side = _preview_square(*image_size(path))
+    if not side or preview_path(path).exists():
         return None
-    with replacing(preview_path(path)) as temporary:
-        Image.fromarray(np.concatenate(small)).save(temporary, format="JPEG", quality=90)
-    return preview_path(path)
+    return _save_preview(path, reduced_image(path, side))
 
 
 def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None = None) -> Path | None:
@@ -76,6 +85,18 @@ def check_strips_file(path: Path, width: int, height: int) -> None:
         raise ValueError(f"{path} must end in .png, .tif or .tiff: no others are written strip by strip")
     if path.suffix.lower() != ".png" and 3 * width * height >= 2**32 - 2**24:  # the rest is for record and tables
         raise ValueError(f"{path}: a TIFF file holds 4 GiB, and {width} x {height} pixels are more: give a .png")
+
+
+def _preview_square(width: int, height: int) -> int:
+    """The side of the square that is a pixel of an image's preview; 0 for an image that gets none."""
+    longest = max(width, height)
+    return -(-longest // PREVIEW_SIDE) if longest > PREVIEW_FROM else 0
+
+
+def _save_preview(path: Path, small: Image.Image) -> Path:
+    with replacing(preview_path(path)) as temporary:
+        small.save(temporary, format="JPEG", quality=90)
+    return preview_path(path)
 
 
 def preview_path(path: Path) -> Path:

@@ -3,13 +3,25 @@
 import errno
 import fcntl
 import os
+import subprocess
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from hybriddit import files
-from hybriddit.files import filling, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
+from hybriddit.files import (
+    filling,
+    read_json,
+    read_tensors,
+    remove_left,
+    replacing,
+    replacing_folder,
+    temporary_path,
+    write_json,
+    write_tensors,
+)
 from hybriddit.training.checkpoint import checkpoints, saving_checkpoint
 
 
@@ -27,6 +39,39 @@ def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path):
         partial.write_text("half")
         raise KeyboardInterrupt
     assert tree(tmp_path) == {"a.txt": "new"}
+
+
+def test_what_others_still_write_is_left(tmp_path):
+    """Of this machine what a process that is alive writes; of others, whose processes cannot be seen, for a day."""
+    path, ended = tmp_path / "a.b.png", subprocess.Popen(["true"])
+    ended.wait()
+    own = temporary_path(path).name
+    machine = own.split(".")[4]
+    assert own == f".a.b.png.{machine}.{os.getpid()}.tmp" and len(machine) == 8
+    other = "0" * 8
+    kept = [own, f".a.b.png.{machine}.1.tmp", f".a.b.png.{other}.{ended.pid}.tmp", f".b.png.{machine}.{ended.pid}.tmp"]
+    kept += ["a.b.png", ".a.b.png.tmp", f".a.b.png.{ended.pid}.tmp", f"a.b.png.{machine}.{ended.pid}.tmp"]
+    left = [f".a.b.png.{machine}.{ended.pid}.tmp", f".a.b.png.{other}.{os.getpid()}.tmp"]
+    for name in kept + left:
+        (tmp_path / name).touch()
+    yesterday = time.time() - 25 * 3600
+    for name in (own, left[1]):
+        os.utime(tmp_path / name, (yesterday, yesterday))
+    remove_left([path, path.with_name("a.png"), tmp_path / "new" / "c.png"])
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+    remove_left([])
+
+
+def test_containers_do_not_take_their_processes_for_each_other_s(monkeypatch, tmp_path):
+    """They may have the host's name, and number their processes alike."""
+    names = {temporary_path(tmp_path / "a").name}
+    monkeypatch.setattr(files.platform, "node", lambda: "other")
+    names.add(temporary_path(tmp_path / "a").name)
+    stat = os.stat
+    space = os.stat_result([0, 7, *[0] * 8])
+    monkeypatch.setattr(files.os, "stat", lambda path, **more: space if "/ns/" in str(path) else stat(path, **more))
+    names.add(temporary_path(tmp_path / "a").name)
+    assert len(names) == 3
 
 
 def test_tensors_may_be_read_by_those_who_may_read_other_files(tmp_path):

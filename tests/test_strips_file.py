@@ -1,5 +1,6 @@
 """Images that are written strip by strip: PIL reads what was given, and no one holds the whole."""
 
+import errno
 import os
 import resource
 import signal
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from hybriddit import strips_file
+from hybriddit.files import remove_left
 from hybriddit.images import image_size, open_image, read_record
 from hybriddit.info.contents import describe
-from hybriddit.strips_file import preview_path, write_strips
+from hybriddit.strips_file import add_preview, preview_path, write_strips
 
 ROOT = Path(__file__).parents[1]
 RECORD = {"prompt": 'a "red"\nshoe, 赤い靴', "seed": 3, "mask": None}
@@ -132,7 +134,12 @@ def strips():
 write_strips(Path(sys.argv[1]), strips(), 1000, 4000)
 """
     assert python(program, tmp_path / "a.png").returncode == -signal.SIGKILL
-    assert not (tmp_path / "a.png").exists()
+    [left] = tmp_path.iterdir()
+    assert left.stat().st_size > 1_000_000
+    remove_left([tmp_path / "b.png"])
+    assert left.exists()
+    remove_left([tmp_path / "b.png", tmp_path / "a.png"])
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux")
@@ -179,6 +186,31 @@ def test_a_large_image_has_a_preview_of_averages(tmp_path, monkeypatch):
         assert max(preview.shape) <= 50
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.b.png")), pixels)
     assert write_strips(tmp_path / "c.png", in_strips(picture(100, 100), 13), 100, 100) is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_a_preview_that_did_not_fit_is_made_later(name, tmp_path, monkeypatch):
+    for setting, value in {"PREVIEW_FROM": 100, "PREVIEW_SIDE": 50, "BAND": 3000}.items():
+        monkeypatch.setattr(strips_file, setting, value)
+    path, pixels = tmp_path / name, picture(150, 101)
+    small = write_strips(path, in_strips(pixels, 13), 101, 150, RECORD)
+    assert add_preview(path) is None
+    wanted = small.read_bytes()
+    small.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # however large it is
+        assert add_preview(path) == small and small.read_bytes() == wanted
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="a.preview.jpg'$"):
+        patch.setattr(Image.Image, "save", full)
+        write_strips(path, in_strips(pixels[::-1], 13), 101, 150, RECORD)
+    assert os.listdir(tmp_path) == [name], "no preview of the old image beside the new one"
+    assert add_preview(path) == small and small.read_bytes() != wanted
+    write_strips(tmp_path / f"few-{name}", [picture(100, 100)], 100, 100)
+    assert add_preview(tmp_path / f"few-{name}") is None
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])

@@ -226,6 +226,15 @@ def stages_there(cascade: Cascade, task: Task, path: Path, source: dict[str, Any
     return max((number for number, there in enumerate(made, 1) if there), default=0)
 
 
+@contextlib.contextmanager
+def told_to_delete() -> Iterator[None]:
+    """Let errors of an image file that is there, and is damaged, say what to do."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, or give another --out") from error
+
+
 def _records(cascade: Cascade, task: Task, source: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {**source, **task.record, **cascade.record, "stage": number, "width": stage.size[0], "height": stage.size[1]}
@@ -261,7 +270,8 @@ def make_in_stages(
     count = len(cascade.stages)
     paths, records = stage_paths(path, count), _records(cascade, task, source)
     if 0 < there < count:
-        image = opens(paths[there - 1])
+        with told_to_delete():
+            image = opens(paths[there - 1])
         if says:
             says(f"stage {there} of {count} is there, made with these settings: {paths[there - 1]}")
     vae = getattr(pipeline, "vae", None)

@@ -16,11 +16,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import remove_left
 from ..images import open_image, read_record
 from ..machine import check_offload, find_device
 from ..stored import check_any_base
-from ..strips_file import STRIP_ENDINGS, check_strips_file, save_image, write_strips
-from .cascade import StageSettings, find_schedule, make_in_stages, plan_cascade, stage_paths, stages_there
+from ..strips_file import STRIP_ENDINGS, add_preview, check_strips_file, preview_path, save_image, write_strips
+from .cascade import (
+    StageSettings,
+    find_schedule,
+    make_in_stages,
+    plan_cascade,
+    stage_paths,
+    stages_there,
+    told_to_delete,
+)
 from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
 
 if TYPE_CHECKING:
@@ -216,6 +225,9 @@ def run(
 
     share = list(zip(paths, tasks, strict=True))[0 if parallel else rank :: 1 if parallel else processes]
     leads = not parallel or rank == 0  # writes what it makes
+    if leads:
+        written = [file for path, _ in share for file in stage_paths(path, len(memory))]
+        remove_left([*written, *map(preview_path, written)])
     with _processes(pipeline, where, parallel) as (of_first, opens, decode, shares):
         is_made = partial(_is_made, refuses=prompts is not None)
         if cascade is not None:
@@ -227,6 +239,11 @@ def run(
             print(f"{kept} of {len(share)} images are there already, made with these settings: they are kept")
         started = time.monotonic()
         for (path, task), number in zip(share, there, strict=True):
+            if number and leads:
+                with told_to_delete():
+                    preview = add_preview(stage_paths(path, len(memory))[number - 1])
+                if preview and announce:
+                    print(f"a small copy, which was missing, saved to {preview}")
             if cascade is not None:
                 says = (print if announce else lambda text: None) if leads else None
                 own = {"image": enlarged, "source": source, "says": says, "opens": opens, "share": shares}
@@ -490,7 +507,8 @@ def _is_made(path: Path, record: dict[str, Any], refuses: bool = True, named: bo
     """
     if not path.exists():
         return False
-    found = read_record(path)
+    with told_to_delete():
+        found = read_record(path)
     if found is None and not named:
         raise ValueError(f"{path} is there already, and is no image of hybriddit's: move it, or give another --out")
     found = found or {}

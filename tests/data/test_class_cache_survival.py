@@ -13,6 +13,7 @@ from runs import finish, start, wait_for
 from tiny_vae import tiny_vae
 
 from hybriddit.data import class_cache
+from hybriddit.files import temporary_path
 
 SHARDS = 12
 
@@ -46,7 +47,7 @@ def slowly():
     write = class_cache.save_shard
 
     def slow(path, tensors):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as `replacing` names it
+        partial = temporary_path(path)
         partial.write_bytes(b"half")
         time.sleep(0.1)
         write(path, tensors)
