@@ -26,6 +26,8 @@ from .machine import MENDABLE, OFFLOADS
 SAMPLERS = ("euler", "heun", "dopri5", "sde-euler", "sde-heun")
 # a copy of the keys of `generate.export.BENCHMARKS`, whose import would load numpy (tests/test_export.py compares them)
 EXPORTS = ("geneval", "t2i-compbench", "hpsv2", "dpg-bench")
+# a copy of `hybriddit.pipelines.cascade`'s, whose import would load torch (tests/test_stages_command.py compares them)
+ENLARGED_IN = ("pixels", "latents")
 DTYPES = ("float32", "bfloat16", "float16")
 # options of images in stages, and what StageSettings calls them
 STAGES = {
@@ -33,6 +35,7 @@ STAGES = {
     "positions": "positions",
     "stage_strength": "strength",
     "stage_steps": "steps",
+    "stage_enlarge": "enlarged_in",
     "stage_scale": "scale",
     "upscaler": "upscaler",
 }
@@ -498,6 +501,12 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
         "--stage-strength", type=float, help="noise that a stage starts from, instead of the schedule's"
     )
     parser.add_argument("--stage-steps", type=int, help="steps of a stage, instead of the schedule's")
+    parser.add_argument(
+        "--stage-enlarge",
+        choices=ENLARGED_IN,
+        help="what of the stage before is enlarged: pixels, by Lanczos' filter or --upscaler, or the VAE's latents (default: "
+        "the schedule's, which is pixels)",
+    )
     parser.add_argument(
         "--stage-scale", type=float, help="how much larger a stage is than the one before, at most (default: 2)"
     )

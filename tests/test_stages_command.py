@@ -22,7 +22,7 @@ from hybriddit.files import temporary_path
 from hybriddit.generate import cascade, parse_size
 from hybriddit.images import read_record
 from hybriddit.parallel import image_of_first
-from hybriddit.pipelines.cascade import encode_enlarged
+from hybriddit.pipelines.cascade import ENLARGED_IN, encode_enlarged
 
 SMALL = ["--max-sequence-length", str(TEXT_LENGTH), "--seed", "3", "--quiet"]
 FIRST = ["--height", "64", "--width", "64", "--steps", "2"]
@@ -211,6 +211,28 @@ def test_stages_are_enlarged_by_an_upscaler(command, tmp_path, capsys):
         assert code == 1 and said in err and err.count("\n") == 1 and not list(tmp_path.glob("c*")), err
 
 
+def test_latents_are_enlarged_where_they_are_asked_for(command, tmp_path):
+    """The first stage is the same, the next is not; nor is one kept that was made otherwise."""
+    assert cli.ENLARGED_IN == ENLARGED_IN
+    words = ["generate", "--model", "sd3", *FIRST, "--size", "128x128", "--stage-strength", 0.001]
+    assert command(*words)[0] == 0
+    first, pixelwise = pixels(tmp_path / "a-stage1.png"), pixels(tmp_path / "a.png")
+    assert command(*words, "--stage-enlarge", "pixels")[0] == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixelwise)
+    assert command(*words, "--stage-enlarge", "latents")[0] == 0
+    assert read_record(tmp_path / "a.png")["schedule"]["enlarged_in"] == "latents"
+    assert np.array_equal(pixels(tmp_path / "a-stage1.png"), first)
+    pipeline = hybriddit.HybridStableDiffusion3Pipeline.from_pretrained("sd3")
+    small = encode_enlarged(pipeline, Image.open(tmp_path / "a-stage1.png"), (64, 64), (64, 64), False)
+    latents = torch.nn.functional.interpolate(small, size=(32, 32), mode="bicubic")
+    with torch.no_grad():
+        alone = pipeline.vae.decode(latents).sample[0].clamp(-1, 1).permute(1, 2, 0).flatten()  # the start
+    nearness = [np.corrcoef(alone, image.ravel())[0, 1] for image in (pixels(tmp_path / "a.png"), pixelwise)]
+    assert nearness[0] > 0.95 > nearness[1], nearness
+    code = command("upscale", "photo.png", "--model", "sd3", "--scale", 2, "--stage-enlarge", "latents", out="b.png")[0]
+    assert code == 0 and read_record(tmp_path / "b.png")["schedule"]["enlarged_in"] == "latents"
+
+
 def test_stages_of_a_class(tmp_path, capsys):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "sample_size": 8, "num_classes": 3}
@@ -273,6 +295,11 @@ def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
         (["--size", "128x128", "--stage-strength", "1.5"], "the noise of a stage is above 0"),
         (["--size", "128x128", "--stage-steps", "0"], "a stage takes 1 step or more"),
         (["--size", "128x128", "--stage-scale", "1.0001"], "at least 1.2 times as large"),
+        (
+            ["--size", "128x128", "--stage-enlarge", "latents", "--upscaler", __file__],
+            "--upscaler enlarges pixels: leave it, or --stage-enlarge latents, out",
+        ),
+        (["--stage-enlarge", "pixels"], "are for images in stages: give --size too"),
         (["--size", "128x256"], "128 x 256 pixels are of another shape than 64 x 64, which would be stretched"),
         (["--size", "128x128", "--height", "63"], "height 63 of the first stage is no multiple of 8"),
         (["--size", "128x128", "--positions", "far"], "positions of FLUX are plain or interpolated or ntk"),

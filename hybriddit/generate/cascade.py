@@ -94,8 +94,8 @@ class StageSettings:
     """What the user asks of a cascade.
 
     size: (width, height) in pixels; or enlarge: an image file, and factor: how many times as large on each side, where no
-    size is given. schedule: a name in `pipelines.cascade.SCHEDULES`; strength, steps: instead of its. scale, positions: see
-    `plan_cascade`. upscaler: a file, see `pipelines.upscaler.load_upscaler`.
+    size is given. schedule: a name in `pipelines.cascade.SCHEDULES`; strength, steps, enlarged_in: instead of its. scale,
+    positions: see `plan_cascade`. upscaler: a file, see `pipelines.upscaler.load_upscaler`.
     """
 
     size: tuple[int, int] | None = None
@@ -104,6 +104,7 @@ class StageSettings:
     schedule: str | None = None
     strength: float | None = None
     steps: int | None = None
+    enlarged_in: str | None = None
     scale: float = 2.0
     positions: str | None = None
     upscaler: Path | None = None
@@ -132,13 +133,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def find_schedule(name: str | None, strength: float | None, steps: int | None) -> Schedule:
-    """The schedule of this name, or the usual one, with another noise to start from or another number of steps."""
+def find_schedule(
+    name: str | None, strength: float | None, steps: int | None, enlarged_in: str | None = None
+) -> Schedule:
+    """The schedule of this name, or the usual one, with another noise to start from, number of steps or way to enlarge."""
     from ..pipelines.cascade import SCHEDULES
 
     if name is not None and name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose from {', '.join(SCHEDULES)}")
-    changed = {key: value for key, value in {"sigma": strength, "steps": steps}.items() if value is not None}
+    given = {"sigma": strength, "steps": steps, "enlarged_in": enlarged_in}
+    changed = {key: value for key, value in given.items() if value is not None}
     return replace(SCHEDULES[name or next(iter(SCHEDULES))], **changed)
 
 
