@@ -270,6 +270,15 @@ def test_stages_within_a_limit_of_memory(command, tmp_path):
     assert code == 1 and "GiB" in err and not list(tmp_path.glob("b*")), "refused before the first stage"
 
 
+def test_the_tiles_that_are_asked_for_are_those_of_encoding_too(command, tmp_path, monkeypatch):
+    """By a dense model, of which no memory is planned: the enlarged image is never there as a whole."""
+    monkeypatch.setattr(AutoencoderKL, "encode", AutoencoderKL.encode)
+    note_encoded(tmp_path / "encoded", 0)
+    assert command("generate", "--model", "sd3", *FIRST, "--size", "128x124", "--vae-tiling")[0] == 0
+    sizes = [tuple(map(int, line.split()[2:])) for line in (tmp_path / "encoded.0").read_text().splitlines()]
+    assert len(sizes) == 1 + 6 * 6 and max(max(size) for size in sizes) == 32
+
+
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
     """While the first stage is encoded, and while the last is decoded, strip by strip."""
@@ -297,7 +306,7 @@ def test_a_full_device_is_one_line(part, command, tmp_path, monkeypatch):
         (["--size", "128x128", "--stage-scale", "1.0001"], "at least 1.2 times as large"),
         (
             ["--size", "128x128", "--stage-enlarge", "latents", "--upscaler", __file__],
-            "--upscaler enlarges pixels: leave it, or --stage-enlarge latents, out",
+            "--upscaler enlarges pixels, not latents: leave it or --stage-enlarge out",
         ),
         (["--stage-enlarge", "pixels"], "are for images in stages: give --size too"),
         (["--size", "128x256"], "128 x 256 pixels are of another shape than 64 x 64, which would be stretched"),

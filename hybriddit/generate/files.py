@@ -151,7 +151,7 @@ def run(
                 raise ValueError(f"{name} has no meaning for an image in stages")
         schedule = find_schedule(stages.schedule, stages.strength, stages.steps, stages.enlarged_in)
         if stages.upscaler is not None and schedule.enlarged_in != "pixels":
-            raise ValueError(f"--upscaler enlarges pixels: leave it, or --stage-enlarge {schedule.enlarged_in}, out")
+            raise ValueError(f"--upscaler enlarges pixels, not {schedule.enlarged_in}: leave it or --stage-enlarge out")
         enlarged = open_image(stages.enlarge) if stages.enlarge else None
         size = stages.target(enlarged)
     if enlarged is not None:
