@@ -56,6 +56,7 @@ COLUMNS = {
     "prompt_agreement": "garments right, %",
     "pair_match": "pairs right, %",
     "astray": "light astray, %",
+    "self_similarity": "self-similarity",
     "psnr": "PSNR to the first stage, dB",
     "sharpness": "sharpness",
     "seconds": "seconds",
@@ -181,6 +182,7 @@ class Quality:
             **vars(row),
             **judged(small, self.scenes, self.judge),
             "astray": astray(small),
+            "self_similarity": self_similarity(small),
             "psnr": float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))),
             "sharpness": gradient(pixels) / gradient(enlarged),
             "seconds": seconds,
@@ -229,6 +231,28 @@ def astray(images: np.ndarray) -> float:
     light = np.square(images.astype(float)).sum(3)
     inside = sum(light[:, TOP : TOP + GARMENT, x : x + GARMENT].sum((1, 2)) for x in (LEFT, RIGHT))
     return float(np.mean(1 - inside / np.maximum(light.sum((1, 2)), 1e-6)))
+
+
+def self_similarity(images: np.ndarray, side: int = 12, step: int = 2) -> float:
+    """How much images repeat themselves: of uint8 [N, H, W, 3], the mean over their patches that show something.
+
+    Each patch, of side x side pixels, is compared with all that do not overlap it: the largest correlation, in [-1, 1], of
+    the two in grey. Patches with less than a quarter of the contrast (standard deviation) of the image's strongest show
+    nothing. 0 for images without any contrast.
+    """
+    found = []
+    for image in torch.from_numpy(images.astype(np.float64)).mean(3):
+        patches = image.unfold(0, side, step).unfold(1, side, step)
+        places = torch.cartesian_prod(*(torch.arange(length) * step for length in patches.shape[:2]))
+        patches = patches.reshape(len(places), -1)
+        patches = patches - patches.mean(1, keepdim=True)
+        contrast = patches.norm(dim=1)
+        shown = contrast > contrast.max() / 4
+        patches, places = patches[shown] / contrast[shown, None], places[shown]
+        apart = (places[:, None] - places).abs().amax(2) >= side
+        best = torch.where(apart, patches @ patches.T, -1.0).amax(1) if len(places) else torch.zeros(1)
+        found.append(float(best.mean()))
+    return float(np.mean(found))
 
 
 def gradient(images: np.ndarray) -> float:
