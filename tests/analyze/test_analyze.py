@@ -231,7 +231,9 @@ def test_a_stopped_analysis_goes_on_and_another_budget_measures_only_its_plan(co
     assert resumed["plan"] == whole["plan"]
     again = json.loads(command("--out", tmp_path / "stopped", "--json", "--budget", 1)[1])
     assert again["plan"]["change"] == pytest.approx(0, abs=1e-9)
-    assert list(again["plan"]["layers"].values()) == ["window:3", "dense", "dense"]  # of equal errors, the cheaper
+    local, uniform, sharp = again["plan"]["layers"].values()
+    assert (local, sharp) == ("window:3", "dense")  # of equal errors, the cheaper
+    assert uniform in ("linear", "dense")  # whose errors differ by rounding, if at all
     assert again["layers"] == resumed["layers"]
 
 

@@ -32,7 +32,8 @@ def assert_computes_what_it_did(model, folder):
     with torch.no_grad():
         sample = model.double().eval()(latents, times, labels).sample
     expected = load_file(folder / "expected.safetensors")["sample"]
-    torch.testing.assert_close(sample, expected, rtol=1e-12, atol=1e-12)
+    # places and times are embedded in float32, whose sines differ between processors by a rounding
+    torch.testing.assert_close(sample, expected, rtol=1e-6, atol=1e-7)
 
 
 @every_model
