@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from tiny_memory import allocated
 from tiny_models import make, make_inputs, perturb_hybrid
 from tiny_pipelines import tiny_pipeline
 from tiny_vae import tiny_vae
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,20 +18,6 @@ from hybriddit.models.peak import decoder_cost, decoder_peak, forward_cost, forw
 
 # strips of fewer tokens have masks, which are kept after the first pass: some megabytes that are counted again
 GRIDS = [(96, 128), (80, 160), (128, 128), (144, 136)]
-
-
-def allocated(call):
-    """The most bytes that the call holds, from the allocator's own events. It is called before, for what is kept."""
-    with torch.no_grad():
-        call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
-        call()
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize(
