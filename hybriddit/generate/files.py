@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from ..pipelines.cascade import Schedule
     from ..pipelines.loading import Base
     from ..pipelines.memory import Decode, MemoryPlan
-    from ..pipelines.upscaler import Upscaler
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
 
@@ -215,7 +214,7 @@ def run(
         memory = []
         for number, stage in reversed([*enumerate(cascade.stages)]):  # the largest first: it is what may not fit
             with cascade.positions_of(denoiser(pipeline), number):
-                memory.insert(0, planned(cascade.padded(number), stage.schedule, upscaler))
+                memory.insert(0, planned(cascade.padded(number), stage.schedule))
         cascade = cascade.within(memory)
     if memory[-1] is not None:
         check_strips_file(out, memory[-1].width, memory[-1].height)
@@ -405,12 +404,11 @@ def _plan_memory(
     rates: Callable[[], Rates | None],
     size: tuple[int, int],
     schedule: Schedule | None = None,
-    upscaler: Upscaler | None = None,
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
     processes: that share each image. rates: measures the device's, for how long it will take, or gives None. size: (width,
-    height) in pixels. schedule: of a stage that paints a smaller image anew, which the upscaler, if there is one, enlarges.
+    height) in pixels. schedule: of a stage that paints an enlarged image anew.
     Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import denoiser, families, family_of
@@ -449,7 +447,6 @@ def _plan_memory(
         max_sequence_length=task.arguments.get("max_sequence_length"),
         processes=processes,
         enlarges=schedule is not None,
-        upscaler=upscaler if schedule is not None else None,
     )
 
 

@@ -21,7 +21,6 @@ from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forwar
 from ..strips_file import seconds_of_file
 from .sit import SiTPipeline
 from .tile_norms import crop_places, norms_of_crops
-from .upscaler import Upscaler
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
 BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
@@ -54,9 +53,8 @@ class MemoryPlan:
     width, height: in pixels. rows: of tokens in each strip that the transformer sees, see `in_strips`; None: it sees the
     whole image. tiles: whether the VAE decodes, and encodes, in tiles. transformer, decoder: the bytes that they take at
     most besides the weights on the device; decoder is None for a VAE of which that is not known. available: those there
-    are for them. times: None where no rates were given. encoder, upscaler: likewise of a stage that begins with a smaller
-    image; None where nothing is enlarged, or it is not known. weights: bytes of the pipeline's on the device. processes:
-    that share the image; all figures are of one of them.
+    are for them. times: None where no rates were given. encoder: like decoder, of a stage that begins with an enlarged image;
+    None of others. weights: bytes of the pipeline's on the device. processes: that share the image; the figures are of one.
     """
 
     width: int
@@ -68,21 +66,20 @@ class MemoryPlan:
     available: int
     times: StageTimes | None = None
     encoder: int | None = None
-    upscaler: int | None = None
     weights: int | None = None
     processes: int = 1
 
     def __str__(self) -> str:
-        parts = "the whole image at once" if self.rows is None else f"in strips of {self.rows} rows of tokens"
-        shared = f", in each of {self.processes} processes" if self.processes > 1 else ""
-        if shared:
-            parts = f"the rows of one of {self.processes} processes"
-        tiles = "in tiles" if self.tiles else "the whole image at once"
-        beside = "" if self.weights is None else f" besides {_gib(self.weights)} GiB of weights"
-        lines = [f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB{beside}{shared}:"]
-        rows = [("transformer", self.transformer, parts), ("VAE", self.decoder, f"decodes {tiles}")]
-        rows += [("VAE", self.encoder, f"encodes {tiles}")] if self.encoder is not None else []
-        rows += [("upscaler", self.upscaler, "a tile, and its weights")] if self.upscaler is not None else []
+        whole, shared = "the whole image at once", ""
+        parts = whole if self.rows is None else f"in strips of {self.rows} rows of tokens"
+        tiles = "in tiles" if self.tiles else whole
+        if self.processes > 1:
+            parts, shared = "the rows of one process", f" in each of {self.processes} processes"
+        available = f"of {_gib(self.available)} GiB besides the weights{shared}"
+        lines = [f"memory for {self.width} x {self.height} pixels, {available}:"]
+        rows = [] if self.weights is None else [("weights", self.weights, "on the device")]
+        rows += [("transformer", self.transformer, parts), ("VAE", self.decoder, f"decodes {tiles}")]
+        rows += [] if self.encoder is None else [("VAE", self.encoder, f"encodes {tiles}")]
         for name, size, how in rows:
             lines.append(f"    {name:11}  " + ("not counted" if size is None else f"{_gib(size):>7} GiB, {how}"))
         if (times := self.times) is not None:
@@ -111,7 +108,6 @@ def plan_memory(
     max_sequence_length: int | None = None,
     processes: int = 1,
     enlarges: bool = False,
-    upscaler: Upscaler | None = None,
 ) -> MemoryPlan:
     """Find how a pipeline makes an image of this size, in pixels, in so many bytes besides the weights.
 
@@ -119,7 +115,7 @@ def plan_memory(
     2 with guidance (in strips, they go one after another). passes: how often they do. rates: of the device (see
     `attention.rates.probe_rates`); with them the plan says how long it takes. max_sequence_length: text tokens, as the
     pipeline's call has them; None: its default. processes: that share the image, see `parallel.shard`; the plan is of the
-    one that holds most. enlarges: whether the VAE encodes an enlarged image first, and upscaler what enlarges it.
+    one that holds most. enlarges: whether the VAE encodes an enlarged image first; what an upscaler takes is not counted.
 
     The transformer sees the whole image if that fits, else, of a hybrid in one process, the largest strips that fit, by
     halves. Raises ValueError if none does, or if the VAE does not fit, in tiles if it can work in those; it names a smaller
@@ -127,20 +123,13 @@ def plan_memory(
     """
     settings = {"images": images, "available": available, "passes": passes, "max_sequence_length": max_sequence_length}
     settings |= {"processes": processes, "enlarges": enlarges}
-    upscaling = None
-    if upscaler is not None:
-        upscaling = int(upscaler.peak(torch.device(pipeline._execution_device)) * MARGIN)
-        if upscaling > available:
-            needs = f"the upscaler needs {_gib(upscaling)} GiB besides the weights"
-            raise ValueError(f"{needs}, and {_gib(available)} GiB are there")
     try:
-        plan = _plan(pipeline, width, height, rates=rates, **settings)
+        return _plan(pipeline, width, height, rates=rates, **settings)
     except _TooLarge as error:
         smaller = partial(_plan, pipeline, **settings)
         fits = _size_that_fits(smaller, (width, height), _token_side(pipeline), error.share)
         told = [f": {fits[0]} x {fits[1]} should fit"] if fits else []
         raise ValueError("; ".join([str(error) + "".join(told), *error.hints])) from None
-    return replace(plan, upscaler=upscaling)
 
 
 class _TooLarge(ValueError):
@@ -350,7 +339,7 @@ def _encoder_bytes(pipeline: Any, known: _Vae, width: int, height: int, tiles: b
     vae, scale, pixels = pipeline.vae, pipeline.vae_scale_factor, (height, width)
 
     def count(pixels: tuple[int, int], images: int = 1) -> int:
-        sample = torch.zeros(()).expand(images, vae.config.get("in_channels") or 3, *pixels)
+        sample = torch.zeros(()).expand(images, 1 if vae.config.get("in_channels") == 1 else 3, *pixels)
         return module_peak(known.encoder, {"sample": sample}, torch.device(pipeline._execution_device), vae.dtype)
 
     if not tiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ from PIL import Image
 from torch import nn
 
 from ..files import read_weights
-from ..models.peak import module_peak
 
 TILE, AROUND = 256, 32  # pixels of the small image along a tile's sides, and what a module sees around it
 ROUNDED = 1.05  # sizes of stages are rounded: by as much a stage may be larger than its upscaler makes it
@@ -42,14 +40,6 @@ class Upscaler:
                 f"the upscaler enlarges {self.scale} times, and a stage from {smaller[0]} x {smaller[1]} to "
                 f"{size[0]} x {size[1]} pixels is {ratio:.3g} times as large: make stages smaller, by --stage-scale"
             )
-
-    def peak(self, device: torch.device) -> int:
-        """The bytes that this takes on a device at most: the module's weights, and one tile's pass."""
-        weights = list(self.module.parameters())
-        seen = torch.zeros(()).expand(1, 3, TILE + 2 * AROUND, TILE + 2 * AROUND)
-        dtype = weights[0].dtype if weights else torch.float32
-        name = next(iter(inspect.signature(self.module.forward).parameters))
-        return sum(weight.nbytes for weight in weights) + module_peak(self.module, {name: seen}, device, dtype)
 
     @torch.no_grad()
     def enlarge(
