@@ -278,20 +278,27 @@ class _Vae(NamedTuple):
 
 
 def _known_vae(pipeline: Any) -> _Vae | None:
-    """The parts of a pipeline's VAE; None for one of another kind, and where there is none."""
+    """The parts of a pipeline's VAE; None for one of another kind or that changes its dtype, and where there is none."""
     model, vae = denoiser(pipeline), pipeline.vae
     if isinstance(pipeline, SiTPipeline):
         return _Vae(vae.encoder, vae.decoder, model.config.in_channels) if isinstance(vae, TILED_VAES) else None
     family = family_of(model)
-    if not isinstance(vae, family.vae_class):
+    if not isinstance(vae, family.vae_class) or _upcasts(pipeline):
         return None
     return _Vae(family.encoder(vae), family.decoder(vae), family.latent_channels(model.config))
 
 
-def _in_our_tiles(pipeline: Any) -> bool:
+def _decodes_here(pipeline: Any) -> bool:
     """Whether the latents are decoded here, in tiles or at once; others are by the pipeline, in its own tiles if any."""
-    checked = getattr(pipeline, "safety_checker", None) is not None  # by the pipeline, of images that it decodes
-    return isinstance(pipeline.vae, TILED_VAES) and pipeline.vae.config.out_channels == 3 and not checked
+    checked = getattr(pipeline, "safety_checker", None) is not None  # which looks at images that the pipeline decodes
+    vae = pipeline.vae
+    return isinstance(vae, TILED_VAES) and vae.config.out_channels == 3 and not checked and not _upcasts(pipeline)
+
+
+def _upcasts(pipeline: Any) -> bool:
+    """Whether the pipeline decodes in float32 with a VAE in float16, as SDXL's, which overflows otherwise."""
+    vae = pipeline.vae
+    return hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast
 
 
 def _plan_vae(
@@ -302,7 +309,7 @@ def _plan_vae(
     None for what is not known, or not done. whole: whether it may see the whole image at once. enlarges: whether it encodes.
     Raises ValueError where it fits in neither way.
     """
-    vae, known, tiled = pipeline.vae, _known_vae(pipeline), _in_our_tiles(pipeline)
+    vae, known, tiled = pipeline.vae, _known_vae(pipeline), _decodes_here(pipeline)
     if known is None or not (tiled or (whole and not vae.use_tiling)):
         return None, None, False
     ways = [False] if not tiled or (whole and not vae.use_tiling) else []
@@ -352,7 +359,7 @@ def _encoder_bytes(pipeline: Any, known: _Vae, width: int, height: int, tiles: b
 
 def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates: Rates) -> float | None:
     vae, known = pipeline.vae, _known_vae(pipeline)
-    if known is None or not (_in_our_tiles(pipeline) or not vae.use_tiling):
+    if known is None or not (_decodes_here(pipeline) or not vae.use_tiling):
         return None
     on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
 
@@ -402,7 +409,7 @@ def strips_within(
     """
     strips = contextlib.nullcontext() if plan.rows is None else in_strips(denoiser(pipeline), plan.rows)
     with strips:
-        if not _in_our_tiles(pipeline):
+        if not _decodes_here(pipeline):
             return iter([np.asarray(pipeline(**arguments).images[0].convert("RGB"))])
         latents = pipeline(**arguments, output_type="latent").images
     if isinstance(pipeline, SiTPipeline):

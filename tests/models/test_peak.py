@@ -11,7 +11,7 @@ from tiny_vae import tiny_vae
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybriddit import HybridConfig, hybridize, in_strips
+from hybriddit import HybridConfig, SiTTransformer2DModel, hybridize, in_strips
 from hybriddit.attention.rates import Rates
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
@@ -55,6 +55,17 @@ def test_the_peak_of_a_decoder_is_the_allocators(widths, dtype, off):
         counted = decoder_peak(vae.decoder, (2, *latents), device=torch.device("cpu"), dtype=dtype)
         sample = torch.randn(1, 2, *latents, dtype=dtype)
         assert counted == pytest.approx(sample.nbytes + allocated(lambda x=sample: vae.decoder(x)), rel=off), latents
+
+
+def test_the_peak_of_a_sit_is_the_allocators():
+    """Its layers that are of no window, and have the same weights, see the whole image at once."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "sample_size": 8, "num_classes": 3}
+    model = SiTTransformer2DModel(**sizes, in_channels=4, attention=["window", "softmax", "hybrid"], window=6).eval()
+    labels, grid = {"class_labels": torch.tensor([1, 3])}, (64, 48)
+    inputs = {"hidden_states": torch.randn(2, 4, 128, 96), "timestep": torch.ones(2), **labels}
+    counted = forward_peak(model, grid, labels, device=torch.device("cpu"), dtype=torch.float32)
+    given = sum(x.nbytes for x in inputs.values())
+    assert counted == pytest.approx(given + allocated(lambda: model(**inputs)), rel=0.1)
 
 
 def test_the_states_of_parts_count():

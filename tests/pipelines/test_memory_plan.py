@@ -265,6 +265,24 @@ def test_a_dense_pipeline_is_planned_as_a_whole(kind):
     plan_memory(pipeline, *sizes_in(told), available=tight)
 
 
+def test_what_the_pipeline_does_with_its_vae_is_left_to_it():
+    """SDXL's VAE in float16 is made float32 to decode, and a safety checker looks at the image."""
+    pipeline = tiny_pipeline("sdxl")
+    assert plan_memory(pipeline, 64, 64, available=2**40).decoder > 0
+    pipeline.vae.half()
+    assert plan_memory(pipeline, 64, 64, available=2**40).decoder is None
+    call = {"prompt": "a red shoe", "width": 64, "height": 64, "num_inference_steps": 1}
+    plan = MemoryPlan(64, 64, None, False, transformer=0, decoder=None, available=0)
+    [image] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    usual = pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0]
+    assert np.array_equal(image, np.asarray(usual))
+    pipeline = tiny_pipeline("sd15")
+    vars(pipeline)["safety_checker"] = object()
+    pipeline.run_safety_checker = lambda image, *_: (image.fill_(-1), None)
+    [image] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    assert not image.any()
+
+
 SIT = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "num_classes": 3, "in_channels": 4}
 
 
