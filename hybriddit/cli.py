@@ -574,8 +574,9 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--max-memory",
         type=float,
         metavar="GIB",
-        help="memory that an image of a hybrid may take on the device besides the weights; blocks run over strips of the "
-        "image, and the VAE decodes in tiles, where it has to (default: what is free, from 2048 x 2048 pixels on)",
+        help="memory that an image may take on the device besides the weights, of each process; a hybrid's blocks run over "
+        "strips of the image, and the VAE works in tiles, where they have to (default: what is free, from 2048 x 2048 "
+        "pixels on)",
     )
     parser.add_argument(
         "--parallel",

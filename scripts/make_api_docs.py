@@ -36,9 +36,7 @@ NAMES = {
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
     "hybriddit.parallel": "shard spread_tiles decoding_together shared_tiles",
-    "hybriddit.pipelines.memory": (
-        "MemoryPlan StageTimes plan_memory plan_shared make_within strips_within decode_in_strips"
-    ),
+    "hybriddit.pipelines.memory": "MemoryPlan StageTimes plan_memory make_within strips_within decode_in_strips",
     "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.upscaler": "Upscaler load_upscaler",
     "hybriddit.pipelines.loading": "Base find_base load_base load_pipeline load_sit_pipeline",

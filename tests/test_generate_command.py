@@ -199,10 +199,32 @@ def test_a_limit_of_memory(command, tmp_path, monkeypatch):
     assert abs(pixels(tmp_path / "1.png") - pixels(tmp_path / "0.005.png")).max() <= 1
     code, _, said = command(**tall, max_memory=0.0001)
     assert code == 1 and "64 x 768 pixels need" in said and "should fit" in said
-    code, _, said = command(max_memory=1)
-    assert code == 1 and "--max-memory is for images that a hybrid text-to-image pipeline makes" in said
+    assert read_record(tmp_path / "1.png")["tiles"] is False
+    code, _, said = command("--image", tmp_path / "1.png", max_memory=1)
+    assert code == 1 and "--max-memory is for images" in said and "not for a FluxImg2ImgPipeline" in said
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        code, _, said = command("--parallel", **tall, max_memory=0.001)
+    assert code == 1 and "64 x 768 pixels need" in said and said.endswith("should fit; or start more processes")
     code, _, said = command(max_memory=0)
     assert code == 1 and "--max-memory must be a number of GiB above 0, not 0.0" in said
+
+
+def test_a_limit_of_memory_of_a_dense_pipeline(command, tmp_path):
+    assert command(out="usual.png")[0] == command(out="a.png", max_memory=1)[0] == 0
+    assert abs(pixels(tmp_path / "usual.png") - pixels(tmp_path / "a.png")).max() <= 1
+    code, _, said = command(height=768, max_memory=0.0004, out="b.png")
+    assert code == 1 and "64 x 768 pixels need" in said and "a hybrid of this model could make them in strips" in said
+    assert "\n" not in said and not (tmp_path / "b.png").exists()
+
+
+def test_a_limit_of_memory_of_a_sit(command, tmp_path):
+    model = SiTTransformer2DModel(2, 12, in_channels=3, num_layers=1, sample_size=8, num_classes=2)
+    SiTPipeline(model).save_pretrained(tmp_path / "sit")
+    given = {"model": tmp_path / "sit", "height": 64, "width": 64, "steps": 1}
+    assert command("--class-label", 1, **given, max_memory=1)[0] == 0
+    code, _, said = command("--class-label", 1, **given, max_memory=0.001, out="b.png")
+    assert code == 1 and "64 x 64 pixels need" in said and said.endswith("should fit") and "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -412,7 +434,7 @@ def test_several_processes_make_each_image_together(saved, command, tmp_path):
     one = ["--adapter", "adapter", "--prompts", "prompts.txt", "--vae-tiling"]
     assert command(*one, out="one.png", **given)[0] == 0
     command_line = flags(**SIZE, **given, model=saved / "flux", adapter=saved / "adapter", out=tmp_path / "two.png")
-    command_line += ["--prompts", saved / "prompts.txt", "--parallel", "--vae-tiling"]
+    command_line += ["--prompts", saved / "prompts.txt", "--parallel", "--vae-tiling", "--max-memory", 1]
     for kept in (0, 6):
         codes = finish_together(3, "generate", *command_line, output=tmp_path / "said")
         said = [(tmp_path / f"said.{rank}").read_text() for rank in range(3)]

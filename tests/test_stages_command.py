@@ -264,6 +264,13 @@ def test_stages_within_a_limit_of_memory(command, tmp_path):
     assert command("generate", *words, out="free.png")[0] == 0
     code, _, err = command("generate", *words, "--max-memory", 0.012)
     assert code == 0, err
+    assert [read_record(tmp_path / name)["tiles"] for name in ("a-stage1.png", "a.png", "free.png")] == [
+        False,
+        True,
+        False,
+    ]
+    before = (tmp_path / "a.png").stat().st_mtime_ns
+    assert command("generate", *words)[0] == 0 and (tmp_path / "a.png").stat().st_mtime_ns == before, "kept, in tiles"
     free, tight = (np.asarray(Image.open(tmp_path / name).resize((64, 62)), float) for name in ("free.png", "a.png"))
     assert np.corrcoef(free.ravel(), tight.ravel())[0, 1] > 0.7, "tiles are encoded and decoded by themselves"
     code, _, err = command("generate", *words, "--max-memory", 0.001, out="b.png")
@@ -360,6 +367,9 @@ def test_another_s_file_with_a_stage_s_name_is_kept(command, saved, tmp_path):
 def test_a_size_beyond_the_table_of_positions(command, tmp_path):
     code, _, err = command("generate", "--model", "sd3", *FIRST, "--size", "512x512", "--positions", "plain")
     assert code == 1 and "an image of 32 x 32 tokens is too large: this model has positions for 16 x 16" in err
+    assert not list(tmp_path.iterdir())
+    code, _, err = command("generate", "--model", "sd3", "--size", "4096x16")
+    assert code == 1 and "4096 x 16 pixels are too long a shape for this model, whose own size in it is 1024 x 8" in err
     assert not list(tmp_path.iterdir())
     assert command("generate", "--model", "sd3", *FIRST, "--size", "512x512")[0] == 0
     assert read_record(tmp_path / "a.png")["positions"] == "interpolated"

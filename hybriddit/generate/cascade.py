@@ -210,9 +210,18 @@ def plan_cascade(
         for other in sizes if positions == family.positions[0] else ():
             width, height = padded_size(other, unit)
             family.check_grid(model.config, (height // unit, width // unit))
+    native = own[1] // unit, own[0] // unit
+    if family is not None and not any(first):
+        try:
+            family.check_grid(model.config, native)
+        except ValueError as error:
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels are too long a shape for this model, whose own size in it is {own[0]} x {own[1]}: "
+                f"{error}"
+            ) from error
     check_schedule(pipeline, schedule)
     stages = tuple(Stage(other, schedule if image or number else None) for number, other in enumerate(sizes))
-    return Cascade(stages, unit, (own[1] // unit, own[0] // unit), positions, upscaler)
+    return Cascade(stages, unit, native, positions, upscaler)
 
 
 def stage_paths(path: Path, count: int) -> list[Path]:
@@ -265,6 +274,7 @@ def make_in_stages(
     The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
     the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
     each stage; None: another process saves them. opens: opens a stage's file. share: see `pipelines.cascade.repainting`.
+    Records also say whether the VAE worked in tiles; stages are gone on from whether or not it would again.
     """
     import torch
 
@@ -286,10 +296,10 @@ def make_in_stages(
             within.enter_context(fits_memory(TOO_LARGE))  # what is enlarged is encoded too
             within.enter_context(cascade.positions_of(denoiser(pipeline), number))
             own = task
+            # without a plan the VAE works by itself, in tiles where the user asks for them
+            tiles = of_vae if stage.memory is None else stage.memory.tiles
             if stage.schedule is not None:
                 generator = torch.Generator().manual_seed((task.seed + (number + 1 << 40)) & MAX_SEED)
-                # without a plan the VAE decodes by itself, in tiles where the user asks for them
-                tiles = of_vae if stage.memory is None else stage.memory.tiles
                 options = {"tiles": tiles, "upscaler": cascade.upscaler, "share": share}
                 repaint = repainting(pipeline, image, stage.size, stage.schedule, generator, **options)
                 own = replace(task, arguments={**task.arguments, **within.enter_context(repaint)})
@@ -305,10 +315,11 @@ def make_in_stages(
             if image is None:
                 deque(strips, maxlen=0)
             continue
+        record = {**records[number], "tiles": tiles}
         if image is None:
-            preview = write_strips(paths[number], strips, *stage.size, records[number])
+            preview = write_strips(paths[number], strips, *stage.size, record)
         else:
-            preview = save_image(image, paths[number], records[number])
+            preview = save_image(image, paths[number], record)
         seconds = time.monotonic() - started
         left = _seconds_left(cascade, number, seconds, task.record.get("steps"))
         says(

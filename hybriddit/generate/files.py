@@ -30,7 +30,18 @@ from .cascade import (
     stages_there,
     told_to_delete,
 )
-from .images import NoEffectWarning, Task, check_inputs, check_settings, for_task, image_count, make, make_strips, plan
+from .images import (
+    NoEffectWarning,
+    Task,
+    check_inputs,
+    check_settings,
+    family_of_pipeline,
+    for_task,
+    image_count,
+    make,
+    make_strips,
+    plan,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +50,7 @@ if TYPE_CHECKING:
 
     from ..attention.rates import Rates
     from ..config import HybridConfig
+    from ..pipelines.cascade import Schedule
     from ..pipelines.loading import Base
     from ..pipelines.memory import Decode, MemoryPlan
     from ..pipelines.tiles import Share
@@ -95,7 +107,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Load a pipeline, generate images and save each as a PNG or TIFF file with its record as soon as it is made.
 
-    Images of a hybrid that are large, or whose memory or tiling is asked for, are written while they are decoded. Beside
+    Images that are large, or whose memory or tiling is asked for, are written while they are decoded. Beside
     each image with a side above 4096 pixels comes a small copy, see `strips_file.write_strips`.
 
     model, variant, config: see `pipelines.loading.find_base`. prompts: a file, see `data.prompts.read_prompts`.
@@ -103,7 +115,7 @@ def run(
     file PATH or PATH:WEIGHT. image, mask: files. device: see
     `machine.find_device`. dtype: such as "float16"; None is bfloat16 on a GPU and float32 on a CPU. offload: see
     `pipelines.prepare.place`. vae_tiling: decode in tiles. max_memory: GiB that an image may take on the device besides
-    the weights; None is what is free there, for large images of a hybrid. seed_per_prompt, settings: those of `generate`.
+    the weights, of each process; None is what is free there, for large images. seed_per_prompt, settings: those of `generate`.
     quiet: no progress bars, and no notes on stderr. announce: print each file saved.
 
     With prompts from a file, each of several processes (torchrun, accelerate launch) makes its share: together they
@@ -129,8 +141,6 @@ def run(
         )
     if parallel and processes == 1:
         raise ValueError("--parallel is for several processes: torchrun --nproc-per-node 2 -m hybriddit generate …")
-    if parallel and max_memory is not None:
-        raise ValueError("--max-memory is for one process: leave it out with --parallel")
     if parallel and offload:
         raise ValueError("--parallel needs the weights in place: leave --offload out")
     if prompts is None and seed_per_prompt:
@@ -207,14 +217,16 @@ def run(
     notes += more
     tells = not quiet and rank == 0
     rates = cache(lambda: probe_rates(where, kind) if tells and where.type in ("cpu", "cuda") else None)
-    planned = partial(_plan_memory, pipeline, tasks[0], where, max_memory, parallel, vae_tiling, rates)
+    planned = partial(
+        _plan_memory, pipeline, tasks[0], where, max_memory, processes if parallel else 1, vae_tiling, rates
+    )
     if cascade is None:
         memory = [planned(_size(pipeline, tasks[0]))]
     else:
         memory = []
         for number, stage in reversed([*enumerate(cascade.stages)]):  # the largest first: it is what may not fit
             with cascade.positions_of(denoiser(pipeline), number):
-                memory.insert(0, planned(cascade.padded(number), stage.schedule and stage.schedule.steps))
+                memory.insert(0, planned(cascade.padded(number), stage.schedule))
         cascade = cascade.within(memory)
     if memory[-1] is not None:
         check_strips_file(out, memory[-1].width, memory[-1].height)
@@ -407,37 +419,55 @@ def _plan_memory(
     task: Task,
     device: torch.device,
     gib: float | None,
-    parallel: bool,
+    processes: int,
     vae_tiling: bool,
     rates: Callable[[], Rates | None],
     size: tuple[int, int],
-    steps: int | None = None,
+    schedule: Schedule | None = None,
 ) -> MemoryPlan | None:
     """How images of a task's kind are made in so many GiB, or the memory that is free; None where all is done at once.
 
-    rates: measures the device's, for how long it will take, or gives None. size: (width, height) in pixels. steps: of the
-    sampler; None: the task's. Raises ValueError, where a limit is given, for a pipeline that does not keep one.
+    processes: that share each image. rates: measures the device's, for how long it will take, or gives None. size: (width,
+    height) in pixels. schedule: of a stage that paints an enlarged image anew.
+    Raises ValueError, where a limit is given, for a pipeline that does not keep one.
     """
     from ..models.family import denoiser, families, family_of
-    from ..pipelines.memory import free_beside_weights, plan_memory, plan_shared
+    from ..pipelines.memory import free_beside_weights, plan_memory
+    from ..pipelines.sit import SiTPipeline
 
-    model = denoiser(pipeline)
+    of_classes = isinstance(pipeline, SiTPipeline)
     from_text = any(isinstance(pipeline, family.pipeline_classes("text-to-image")) for family in families())
-    if model is None or model.config.get("hybrid_config") is None or not from_text:
+    if not of_classes and (not from_text or family_of_pipeline(pipeline) is None):
         if gib is not None:
-            raise ValueError("--max-memory is for images that a hybrid text-to-image pipeline makes of a prompt")
+            raise ValueError(
+                "--max-memory is for images that a text-to-image pipeline makes of a prompt, or a SiT of a class, and "
+                f"not for a {type(pipeline).__name__}"
+            )
         return None
     if gib is None and size[0] * size[1] < LARGE and not vae_tiling:
         return None
-    family = family_of(model)
-    guided = family.guided and (task.record.get("guidance") or 0) > family.guides_above
-    available = free_beside_weights(pipeline, device) if gib is None else int(gib * 2**30)
-    if parallel:
-        return plan_shared(pipeline, *size, available=available)
-    passes = (steps or task.record["steps"]) * (2 if (task.record.get("true_cfg") or 0) > 1 else 1)
-    text = task.arguments.get("max_sequence_length")
-    counts = {"images": 1 + guided, "passes": passes, "max_sequence_length": text}
-    return plan_memory(pipeline, *size, available=available, rates=rates(), **counts)
+    if gib is not None:
+        available = int(gib * 2**30)
+    else:  # of a CPU's memory each process on this machine has a part
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if processes > 1 and device.type == "cpu" else 1
+        available = free_beside_weights(pipeline, device) // sharing
+    guidance, steps = task.record.get("guidance"), schedule.steps if schedule else task.record["steps"]
+    if of_classes:
+        guided = guidance != 1
+    else:
+        family = family_of(denoiser(pipeline))
+        guided = family.guided and (guidance or 0) > family.guides_above
+    return plan_memory(
+        pipeline,
+        *size,
+        images=1 + guided,
+        available=available,
+        passes=(steps or 1) * (2 if (task.record.get("true_cfg") or 0) > 1 else 1),
+        rates=rates() if processes == 1 and steps else None,  # what travels is not timed
+        max_sequence_length=task.arguments.get("max_sequence_length"),
+        processes=processes,
+        enlarges=schedule is not None,
+    )
 
 
 def output_paths(out: Path, num_images: int) -> list[Path]:

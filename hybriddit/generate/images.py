@@ -178,12 +178,15 @@ def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str
 def make_strips(
     pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan, decode: Decode | None = None
 ) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
-    """Make one image within the memory of a plan. Returns it in strips with its record, see `memory.strips_within`."""
+    """Make one image within the memory of a plan. Returns it in strips with its record, see `memory.strips_within`.
+
+    The record says whether the VAE works in tiles, which changes the image a little.
+    """
     from ..pipelines.memory import strips_within
 
     with _made(task):
         strips = strips_within(pipeline, memory, decode=decode, **_with_generator(task))
-    return _fitting(strips), {**task.record, "width": memory.width, "height": memory.height}
+    return _fitting(strips), {**task.record, "width": memory.width, "height": memory.height, "tiles": memory.tiles}
 
 
 def _fitting(strips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

@@ -18,10 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from ..attention.rates import Rates
+from ..attention.rows import SilentRows, shares_of
 from ..attention.work import Work
 from .family import block_stacks, family_of, is_hybrid
 from .hybrid_model import stays_in_fp32
 from .positions import scaled_positions, scaling_of
+from .sit import SiTTransformer2DModel
+from .spread import Spread, check_spreads
 from .strips import shown_strips
 
 
@@ -33,17 +36,48 @@ def forward_peak(
     device: torch.device,
     dtype: torch.dtype,
     rows: int | None = None,
+    processes: int = 1,
 ) -> int:
     """The most bytes that one forward pass without gradients holds besides the weights, its inputs included.
 
-    model: on any device, as are the prompts' tensors `text` (see `Family.encode_prompts`), as many as there are images.
-    grid: (rows, columns) in tokens. device, dtype: of the pass. rows: that of `in_strips`; None: the whole image at once.
+    model: on any device, as are the prompts' tensors `text` (see `Family.encode_prompts`), as many as there are images;
+    of a SiT they are {"class_labels": [B]}. grid: (rows, columns) in tokens. device, dtype: of the pass. rows: that of
+    `in_strips`; None: the whole image at once. processes: so many share the image, see `hybriddit.parallel.shard`; it is
+    the peak of the one that holds most then. Not in strips. Raises ValueError for an image that they cannot share.
 
     What libraries take inside their kernels is not seen. Only one block of each kind is run, and two of its strips.
     """
+    if processes > 1:
+        check_spreads(model)
+        return max(
+            _share_peak(model, grid, text, device, dtype, processes, rank) for rank in _heaviest(grid[0], processes)
+        )
     small, inputs, _ = _small_call(model, grid, text)
     with _as_called(model, small, rows, most=2):
         return _watched(_Held, small, inputs, device, dtype).peak
+
+
+def _share_peak(
+    model: nn.Module,
+    grid: tuple[int, int],
+    text: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int,
+    rank: int,
+) -> int:
+    """The peak of one of several processes that share an image."""
+    small, inputs, _ = _small_call(model, grid, text)
+    Spread(lambda height: SilentRows(height, processes, rank)).attach(small)
+    with _as_called(model, small, None):
+        return _watched(_Held, small, inputs, device, dtype).peak
+
+
+def _heaviest(height: int, processes: int) -> set[int]:
+    """The ranks of which one holds most: the first attends to the text too, those within fetch rows from both sides."""
+    shares = shares_of(height, processes)
+    within = sorted(range(1, processes - 1), key=lambda rank: shares[rank][1])
+    return {0, *within[-1:], processes - 1}
 
 
 # what makes a tensor without filling it, views that say not that they are, and questions
@@ -94,11 +128,17 @@ def _small_call(
     model: nn.Module, grid: tuple[int, int], text: Mapping[str, torch.Tensor]
 ) -> tuple[nn.Module, dict[str, Any], dict[nn.Module, int]]:
     """A twin of the model with one block of each kind, the arguments of its call, and how many blocks each stands for."""
-    family, count = family_of(model), len(next(iter(text.values())))
+    count = len(next(iter(text.values())))
     with torch.device("meta"):
         small = type(model).from_config(model.config).eval()
-    family.make_tables(small)
     blocks = _one_block_of_each_kind(small)
+    if isinstance(model, SiTTransformer2DModel):
+        shape = model.config.in_channels, *(side * model.config.patch_size for side in grid)
+        latents = torch.zeros(()).expand(count, *shape)
+        inputs = {"hidden_states": latents, "timestep": torch.full((count,), 0.5), **text}
+        return small, {**inputs, "return_dict": False}, blocks
+    family = family_of(model)
+    family.make_tables(small)
     latents = torch.zeros(()).expand(count, *family.latents_shape(model.config, grid))
     guidance = 1.0 if family.takes_guidance(model.config) else None
     inputs = family.model_inputs(latents, torch.full((count,), family.middle_time), text, grid, guidance)
@@ -237,7 +277,7 @@ Watcher = TypeVar("Watcher", _Held, _Worked)
 
 def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:
     """Leave one block of each structure in a model's stacks. Returns how many there were of each; {}: all are left."""
-    if family_of(model).skip_connections:
+    if not isinstance(model, SiTTransformer2DModel) and family_of(model).skip_connections:
         return {}
     found = {}
     for holder, name, stack in block_stacks(model):
@@ -253,4 +293,8 @@ def _one_block_of_each_kind(model: nn.Module) -> dict[nn.Module, int]:
 
 def _structure(block: nn.Module) -> tuple:
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-    return shapes, tuple((name, type(module)) for name, module in block.named_modules())
+    # of attention without weights too
+    return shapes, tuple(
+        (name, type(module), *(getattr(module, part, None) for part in ("kind", "window")))
+        for name, module in block.named_modules()
+    )

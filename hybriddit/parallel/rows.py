@@ -11,25 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention.rows import Reach, RowShard
+from ..attention.rows import Parcels, RankRows, Reach, parcels_of
 
 
-class Rows(RowShard):
+class Rows(RankRows):
     """This process's rows of an image of `height` rows that the processes of a group share, in the order of their ranks.
 
     Raises ValueError for more processes than rows.
     """
 
     def __init__(self, group: dist.ProcessGroup, height: int):
-        self.group, self.height = group, height
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if height < self.size:
-            raise ValueError(
-                f"{self.size} processes cannot share an image of {height} rows of tokens: start at most {height}"
-            )
-        self.shares = shares_of(height, self.size)
-        self.first, self.count = self.shares[self.rank]
-        self.leads = self.rank == 0
+        super().__init__(height, dist.get_world_size(group), dist.get_rank(group))
+        self.group = group
 
     @torch.compiler.disable
     def total(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -107,16 +100,15 @@ def of_first(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Exchange(NamedTuple):
-    """Tensors on their way: sent ones, and what arrives with the place that it is for."""
+    """Tensors on their way."""
 
     works: list[dist.Work]
-    sent: list[Tensor]
-    arrivals: list[tuple[Tensor, Tensor]]
+    parcels: Parcels
 
     def finish(self, put: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Wait, and put what has arrived in its place."""
         _wait(self.works)
-        for arrived, place in self.arrivals:
+        for _, arrived, place in self.parcels.arrivals:
             put(place, arrived)
 
 
@@ -150,12 +142,7 @@ class _Extended(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, reach, begun, *images):
         ctx.rows, ctx.reach = rows, reach
-        begin, end = reach(rows.first, rows.count)
-        outs = [image.new_empty(len(image), end - begin, *image.shape[2:]) for image in images]
-        for image, out in zip(images, outs, strict=True):
-            out[:, rows.first - begin : rows.first - begin + rows.count] = image
-        gives = [(peer, image[:, part]) for peer, part in _asked(rows, reach, rows.first) for image in images]
-        takes = [(peer, out[:, part]) for peer, part in _wanted(rows, reach, begin) for out in outs]
+        outs, gives, takes = rows.widened(images, reach)
         begun.append(_exchange(rows, gives, takes))
         return tuple(outs)
 
@@ -166,8 +153,8 @@ class _Extended(torch.autograd.Function):
         begin, _ = reach(rows.first, rows.count)
         own = slice(rows.first - begin, rows.first - begin + rows.count)
         outs = [grad[:, own].clone(memory_format=torch.contiguous_format) for grad in grads]
-        gives = [(peer, grad[:, part]) for peer, part in _wanted(rows, reach, begin) for grad in grads]
-        takes = [(peer, out[:, part]) for peer, part in _asked(rows, reach, rows.first) for out in outs]
+        gives = [(peer, grad[:, part]) for peer, part in rows.wanted(reach, begin) for grad in grads]
+        takes = [(peer, out[:, part]) for peer, part in rows.asked(reach, rows.first) for out in outs]
         _exchange(rows, gives, takes).finish(Tensor.add_)
         return None, None, None, *outs
 
@@ -184,39 +171,13 @@ class _Gathered(torch.autograd.Function):
         return None, grad[:, ctx.rows.first : ctx.rows.first + ctx.rows.count]
 
 
-def shares_of(height: int, size: int) -> list[tuple[int, int]]:
-    """The (first, count) of the rows of each of `size` processes."""
-    ends = [height * rank // size for rank in range(size + 1)]
-    return [(first, end - first) for first, end in zip(ends[:-1], ends[1:], strict=True)]
-
-
-def _wanted(rows: Rows, reach: Reach, origin: int) -> list[tuple[int, slice]]:
-    """The rows that this process wants of each other, counted from the row `origin`."""
-    own = rows.shares[rows.rank]
-    return [(peer, _common(reach(*own), share, origin)) for peer, share in enumerate(rows.shares) if peer != rows.rank]
-
-
-def _asked(rows: Rows, reach: Reach, origin: int) -> list[tuple[int, slice]]:
-    """The rows of this process that each other wants, counted from the row `origin`."""
-    own = rows.shares[rows.rank]
-    return [(peer, _common(reach(*share), own, origin)) for peer, share in enumerate(rows.shares) if peer != rows.rank]
-
-
-def _common(wanted: tuple[int, int], share: tuple[int, int], origin: int) -> slice:
-    first, end = max(wanted[0], share[0]), min(wanted[1], share[0] + share[1])
-    return slice(first - origin, max(first, end) - origin)
-
-
 def _exchange(rows: Rows, gives: list[tuple[int, Tensor]], takes: list[tuple[int, Tensor]]) -> _Exchange:
     """Begin to send tensors to other processes, (rank, tensor), and to receive some of theirs, (rank, place)."""
-    sent = [(peer, x.contiguous()) for peer, x in gives if x.numel()]
-    arrivals = [(peer, torch.empty_like(x, memory_format=torch.contiguous_format), x) for peer, x in takes if x.numel()]
-    ranks = dist.get_process_group_ranks(rows.group)
-    operations = [dist.P2POp(dist.isend, x, ranks[peer], rows.group) for peer, x in sent]
-    operations += [dist.P2POp(dist.irecv, x, ranks[peer], rows.group) for peer, x, _ in arrivals]
+    parcels, ranks = parcels_of(gives, takes), dist.get_process_group_ranks(rows.group)
+    operations = [dist.P2POp(dist.isend, x, ranks[peer], rows.group) for peer, x in parcels.sent]
+    operations += [dist.P2POp(dist.irecv, x, ranks[peer], rows.group) for peer, x, _ in parcels.arrivals]
     with talking():
-        works = dist.batch_isend_irecv(operations) if operations else []
-    return _Exchange(works, [x for _, x in sent], [(arrived, place) for _, arrived, place in arrivals])
+        return _Exchange(dist.batch_isend_irecv(operations) if operations else [], parcels)
 
 
 def _wait(works: list[dist.Work]) -> None:

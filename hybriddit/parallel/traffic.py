@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..attention import HybridAttention, TokenLayout
-from .rows import shares_of
+from ..attention.rows import shares_of
 
 SUM_SIZE = 4  # bytes of an element of sums, which are in float32
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torch import nn
 
 from ..attention.rates import Rates
 from ..machine import free_bytes
-from ..models import family_of, in_strips
+from ..models import family_of, in_strips, is_hybrid
 from ..models.family import TILED_VAES, denoiser
-from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak
+from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forward_peak, module_peak
 from ..strips_file import seconds_of_file
+from .sit import SiTPipeline
 from .tile_norms import crop_places, norms_of_crops
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
@@ -50,25 +51,36 @@ class MemoryPlan:
     """How an image is made within a device's memory.
 
     width, height: in pixels. rows: of tokens in each strip that the transformer sees, see `in_strips`; None: it sees the
-    whole image. tiles: whether the VAE decodes in tiles. transformer, decoder: the bytes that they take at most besides
-    the weights on the device; decoder is None for a VAE of which that is not known, transformer where several processes
-    share the image. available: those there are for them. times: None where no rates were given.
+    whole image. tiles: whether the VAE decodes, and encodes, in tiles. transformer, decoder: the bytes that they take at
+    most besides the weights on the device; decoder is None for a VAE of which that is not known. available: those there
+    are for them. times: None where no rates were given. encoder: like decoder, of a stage that begins with an enlarged image;
+    None of others. weights: bytes of the pipeline's on the device. processes: that share the image; the figures are of one.
     """
 
     width: int
     height: int
     rows: int | None
     tiles: bool
-    transformer: int | None
+    transformer: int
     decoder: int | None
     available: int
     times: StageTimes | None = None
+    encoder: int | None = None
+    weights: int | None = None
+    processes: int = 1
 
     def __str__(self) -> str:
-        parts = "the whole image at once" if self.rows is None else f"in strips of {self.rows} rows of tokens"
-        tiles = "in tiles" if self.tiles else "the whole image at once"
-        lines = [f"memory for {self.width} x {self.height} pixels, of {_gib(self.available)} GiB:"]
-        for name, size, how in (("transformer", self.transformer, parts), ("VAE", self.decoder, tiles)):
+        whole, shared = "the whole image at once", ""
+        parts = whole if self.rows is None else f"in strips of {self.rows} rows of tokens"
+        tiles = "in tiles" if self.tiles else whole
+        if self.processes > 1:
+            parts, shared = "the rows of one process", f" in each of {self.processes} processes"
+        available = f"of {_gib(self.available)} GiB besides the weights{shared}"
+        lines = [f"memory for {self.width} x {self.height} pixels, {available}:"]
+        rows = [] if self.weights is None else [("weights", self.weights, "on the device")]
+        rows += [("transformer", self.transformer, parts), ("VAE", self.decoder, f"decodes {tiles}")]
+        rows += [] if self.encoder is None else [("VAE", self.encoder, f"encodes {tiles}")]
+        for name, size, how in rows:
             lines.append(f"    {name:11}  " + ("not counted" if size is None else f"{_gib(size):>7} GiB, {how}"))
         if (times := self.times) is not None:
             transformer = f"{_time(times.passes * times.forward):>10}, {times.passes} x {_time(times.forward)}"
@@ -94,33 +106,47 @@ def plan_memory(
     passes: int = 1,
     rates: Rates | None = None,
     max_sequence_length: int | None = None,
+    processes: int = 1,
+    enlarges: bool = False,
 ) -> MemoryPlan:
-    """Find how a hybrid pipeline makes an image of this size, in pixels, in so many bytes besides the weights.
+    """Find how a pipeline makes an image of this size, in pixels, in so many bytes besides the weights.
 
-    images: that go through the transformer together, 2 with guidance (in strips, they go one after another). passes: how
-    often they do. rates: of the device (see `attention.rates.probe_rates`); with them the plan says how long it takes.
-    max_sequence_length: text tokens, as the pipeline's call has them; None: its default.
+    pipeline: a text-to-image pipeline, hybrid or dense, or a SiTPipeline. images: that go through the transformer together,
+    2 with guidance (in strips, they go one after another). passes: how often they do. rates: of the device (see
+    `attention.rates.probe_rates`); with them the plan says how long it takes. max_sequence_length: text tokens, as the
+    pipeline's call has them; None: its default. processes: that share the image, see `parallel.shard`; the plan is of the
+    one that holds most. enlarges: whether the VAE encodes an enlarged image first; what an upscaler takes is not counted.
 
-    The transformer sees the whole image if that fits, else the largest strips that fit, by halves. Raises ValueError if
-    none does, or if the VAE does not fit, in tiles if it can decode in those; it names a smaller size that does. Found by
-    counting tensors, not by running anything, in seconds.
+    The transformer sees the whole image if that fits, else, of a hybrid in one process, the largest strips that fit, by
+    halves. Raises ValueError if none does, or if the VAE does not fit, in tiles if it can work in those; it names a smaller
+    size that does. Found by counting tensors, not by running anything, in seconds.
     """
     settings = {"images": images, "available": available, "passes": passes, "max_sequence_length": max_sequence_length}
+    settings |= {"processes": processes, "enlarges": enlarges}
     try:
         return _plan(pipeline, width, height, rates=rates, **settings)
     except _TooLarge as error:
         smaller = partial(_plan, pipeline, **settings)
         fits = _size_that_fits(smaller, (width, height), _token_side(pipeline), error.share)
-        raise ValueError(str(error) + (f": {fits[0]} x {fits[1]} should fit" if fits else "")) from None
+        told = [f": {fits[0]} x {fits[1]} should fit"] if fits else []
+        raise ValueError("; ".join([str(error) + "".join(told), *error.hints])) from None
 
 
 class _TooLarge(ValueError):
-    """Of an image. share: of the bytes that it needs at least, those that are there."""
+    """Of an image. share: of the bytes that it needs at least, those that are there. hints: what else would help."""
 
-    def __init__(self, width: int, height: int, needed: int, available: int, where: str = "besides the weights"):
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        needed: int,
+        available: int,
+        where: str = "besides the weights",
+        hints: tuple[str, ...] = (),
+    ):
         given = f"{width} x {height} pixels need {_gib(needed)} GiB {where}"
         super().__init__(f"{given}, and {_gib(available)} GiB are there")
-        self.share = available / needed
+        self.share, self.hints = available / needed, hints
 
 
 def _size_that_fits(
@@ -158,23 +184,25 @@ def _plan(
     available: int,
     passes: int,
     max_sequence_length: int | None,
+    processes: int,
+    enlarges: bool,
     rates: Rates | None = None,
 ) -> MemoryPlan:
     model, size = denoiser(pipeline), f"{width} x {height} pixels"
     if available <= 0:
         raise ValueError(f"{size}: no memory is left on the device beside the weights")
-    family, device = family_of(model), torch.device(pipeline._execution_device)
+    device = torch.device(pipeline._execution_device)
     side = _token_side(pipeline)
     grid = height // side, width // side
-    tokens = grid[0] * grid[1] * family.first_layer(model).width * model.dtype.itemsize  # bytes, of one image
+    channels, text = _channels_and_text(pipeline, images, max_sequence_length)
+    tokens = -(-grid[0] // processes) * grid[1] * channels * model.dtype.itemsize  # bytes, of one image
+    too_large = partial(_TooLarge, width, height, available=available, **_remedies(pipeline, processes))
     if 2 * tokens > available:  # a block's input and output alone: to count the rest would itself take memory
-        raise _TooLarge(width, height, 4 * tokens, available)
-    length = family.text_length(max_sequence_length)
-    text = family.example_text(model.config, images, length, lambda *shape: torch.zeros(()).expand(shape))
-    peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype)
+        raise too_large(needed=4 * tokens)
+    peak = partial(forward_peak, model, grid, text, device=device, dtype=model.dtype, processes=processes)
     # the whole image takes its tokens several times; where that is too much it is not tried, because tables of positions
     # are made in earnest
-    choices = _halves(grid[0])
+    choices = _halves(grid[0]) if processes == 1 and is_hybrid(model) else []
     if 8 * images * tokens <= available or not choices:
         choices.insert(0, None)
     for rows in choices:
@@ -187,19 +215,48 @@ def _plan(
         if transformer <= available:
             break
     else:
-        raise _TooLarge(width, height, transformer, available)
-    decoder, tiles = _plan_decoder(pipeline, width, height, available)
+        raise too_large(needed=transformer)
+    decoder, encoder, tiles = _plan_vae(pipeline, width, height, available, whole=processes == 1, enlarges=enlarges)
     times = None
     if rates is not None:
         forward = forward_cost(model, grid, text, rates, device=device, dtype=model.dtype, rows=rows)
         decoding = _decoder_seconds(pipeline, width, height, tiles, rates)
         times = StageTimes(rates, passes, forward.seconds, decoding, seconds_of_file(width, height))
-    return MemoryPlan(width, height, rows, tiles, transformer, decoder, available, times)
+    weights, _ = _weights_on(pipeline, device)
+    plan = MemoryPlan(width, height, rows, tiles, transformer, decoder, available, times)
+    return replace(plan, encoder=encoder, weights=weights, processes=processes)
+
+
+def _remedies(pipeline: Any, processes: int) -> dict[str, Any]:
+    """How an image that is too large for the transformer is told of, and what would help besides a smaller one."""
+    model = denoiser(pipeline)
+    if processes > 1:
+        where = f"besides the weights in each of {processes} processes"
+        return {"where": where, "hints": ("or start more processes",)}
+    if isinstance(pipeline, SiTPipeline) or is_hybrid(model) or family_of(model).skip_connections:
+        return {}
+    return {"hints": ("a hybrid of this model could make them in strips (hybriddit convert, or --adapter)",)}
+
+
+def _channels_and_text(
+    pipeline: Any, images: int, max_sequence_length: int | None
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Channels of a token in the transformer, and what stands for the text, or the labels, of so many images."""
+    model = denoiser(pipeline)
+    if isinstance(pipeline, SiTPipeline):
+        labels = torch.zeros(images, dtype=torch.long)
+        return model.config.num_attention_heads * model.config.attention_head_dim, {"class_labels": labels}
+    family = family_of(model)
+    length = family.text_length(max_sequence_length)
+    text = family.example_text(model.config, images, length, lambda *shape: torch.zeros(()).expand(shape))
+    return family.first_layer(model).width, text
 
 
 def _token_side(pipeline: Any) -> int:
     """Pixels along each side of a token."""
     model = denoiser(pipeline)
+    if isinstance(pipeline, SiTPipeline):
+        return pipeline.vae_scale_factor * model.config.patch_size
     return family_of(model).token_pixels(model.config, pipeline.vae_scale_factor)
 
 
@@ -212,68 +269,102 @@ def _halves(rows: int) -> list[int]:
     return found
 
 
-def plan_shared(pipeline: Any, width: int, height: int, *, available: int) -> MemoryPlan:
-    """How each of several processes that share an image makes it: the VAE's tiles are shared, a row of them at a time.
+class _Vae(NamedTuple):
+    """What takes the memory of encoding and of decoding, see `Family.encoder`, and the channels of latents."""
 
-    Raises ValueError where they do not fit.
-    """
-    decoder, tiles = _plan_decoder(pipeline, width, height, available, whole=False)
-    return MemoryPlan(width, height, None, tiles, None, decoder, available)
+    encoder: nn.Module
+    decoder: nn.Module
+    channels: int
 
 
-def _known_decoder(pipeline: Any) -> tuple[nn.Module, int] | None:
-    """What takes the memory of decoding, see `Family.decoder`, and the channels of latents; None for another VAE."""
-    family = family_of(denoiser(pipeline))
-    if not isinstance(pipeline.vae, family.vae_class):
+def _known_vae(pipeline: Any) -> _Vae | None:
+    """The parts of a pipeline's VAE; None for one of another kind or that changes its dtype, and where there is none."""
+    model, vae = denoiser(pipeline), pipeline.vae
+    if isinstance(pipeline, SiTPipeline):
+        return _Vae(vae.encoder, vae.decoder, model.config.in_channels) if isinstance(vae, TILED_VAES) else None
+    family = family_of(model)
+    if not isinstance(vae, family.vae_class) or _upcasts(pipeline):
         return None
-    return family.decoder(pipeline.vae), family.latent_channels(denoiser(pipeline).config)
+    return _Vae(family.encoder(vae), family.decoder(vae), family.latent_channels(model.config))
 
 
-def _plan_decoder(
-    pipeline: Any, width: int, height: int, available: int, whole: bool = True
-) -> tuple[int | None, bool]:
-    """The bytes that the VAE takes at most, None where that is not known, and whether it decodes in tiles.
+def _decodes_here(pipeline: Any) -> bool:
+    """Whether the latents are decoded here, in tiles or at once; others are by the pipeline, in its own tiles if any."""
+    checked = getattr(pipeline, "safety_checker", None) is not None  # which looks at images that the pipeline decodes
+    vae = pipeline.vae
+    return isinstance(vae, TILED_VAES) and vae.config.out_channels == 3 and not checked and not _upcasts(pipeline)
 
-    whole: whether it may decode the whole image at once. Raises ValueError where it fits in neither way.
+
+def _upcasts(pipeline: Any) -> bool:
+    """Whether the pipeline decodes in float32 with a VAE in float16, as SDXL's, which overflows otherwise."""
+    vae = pipeline.vae
+    return hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast
+
+
+def _plan_vae(
+    pipeline: Any, width: int, height: int, available: int, *, whole: bool = True, enlarges: bool = False
+) -> tuple[int | None, int | None, bool]:
+    """The bytes that the VAE takes at most to decode and to encode, and whether it does so in tiles.
+
+    None for what is not known, or not done. whole: whether it may see the whole image at once. enlarges: whether it encodes.
+    Raises ValueError where it fits in neither way.
     """
-    vae, known = pipeline.vae, _known_decoder(pipeline)
-    # tiled by `decode_in_strips`; others do so by themselves, and are not counted then
-    tiled = isinstance(vae, TILED_VAES)
+    vae, known, tiled = pipeline.vae, _known_vae(pipeline), _decodes_here(pipeline)
     if known is None or not (tiled or (whole and not vae.use_tiling)):
-        return None, False
-    decoder, channels = known
-    on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
+        return None, None, False
+    ways = [False] if not tiled or (whole and not vae.use_tiling) else []
+    for tiles in [*ways, True] if tiled else ways:
+        where = "in tiles" if tiles else "at once (with vae_tiling it needs less)"
+        decoder = int(_decoder_bytes(pipeline, known, width, height, tiles) * MARGIN)
+        encoder = int(_encoder_bytes(pipeline, known, width, height, tiles) * MARGIN) if enlarges else None
+        needed = max(decoder, encoder or 0)
+        if needed <= available:
+            return decoder, encoder, tiles
+    does = "decodes" if needed == decoder else "encodes"
+    raise _TooLarge(width, height, needed, available, f"where the VAE {does} them {where}")
+
+
+def _decoder_bytes(pipeline: Any, known: _Vae, width: int, height: int, tiles: bool) -> int:
+    """What decoding takes; in tiles two rows of them are held, and the strip made of them, see `decode_in_strips`."""
+    vae, scale = pipeline.vae, pipeline.vae_scale_factor
+    latents = height // scale, width // scale
 
     def count(latents: tuple[int, int], images: int = 1) -> int:
-        return decoder_peak(decoder, (channels, *latents), images=images, **on)
+        on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
+        return decoder_peak(known.decoder, (known.channels, *latents), images=images, **on)
 
-    latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
-    if not tiled:
-        needed = int(count(latents) * MARGIN)
-        if needed > available:
-            where = "where the VAE decodes them at once (with vae_tiling it needs less)"
-            raise _TooLarge(width, height, needed, available, where)
-        return needed, False
-    if whole and not vae.use_tiling and (needed := int(count(latents) * MARGIN)) <= available:
-        return needed, False
+    if not tiles:
+        return count(latents)
     tile = tuple(min(side, vae.tile_latent_min_size) for side in latents)
     places, crop = crop_places(latents, vae.tile_latent_min_size)
-    rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize  # two, and the strip made of them
-    needed = int(max(count(tile) + rows_of_tiles, count(crop, len(places))) * MARGIN)
-    if needed > available:
-        raise _TooLarge(width, height, needed, available, "where the VAE decodes them in tiles")
-    return needed, True
+    rows_of_tiles = 3 * 3 * vae.tile_sample_min_size * width * vae.dtype.itemsize
+    return max(count(tile) + rows_of_tiles, count(crop, len(places)))
+
+
+def _encoder_bytes(pipeline: Any, known: _Vae, width: int, height: int, tiles: bool) -> int:
+    """What encoding takes; in tiles all latents are held, twice at last, see `cascade.encode_enlarged`."""
+    vae, scale, pixels = pipeline.vae, pipeline.vae_scale_factor, (height, width)
+
+    def count(pixels: tuple[int, int], images: int = 1) -> int:
+        sample = torch.zeros(()).expand(images, 1 if vae.config.get("in_channels") == 1 else 3, *pixels)
+        return module_peak(known.encoder, {"sample": sample}, torch.device(pipeline._execution_device), vae.dtype)
+
+    if not tiles:
+        return count(pixels)
+    side = vae.tile_sample_min_size
+    places, crop = crop_places(pixels, side, side // vae.tile_latent_min_size)
+    latents = known.channels * (height // scale) * (width // scale) * (vae.dtype.itemsize + torch.float32.itemsize)
+    return max(count(tuple(min(side, length) for length in pixels)) + latents, count(crop, len(places)))
 
 
 def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates: Rates) -> float | None:
-    vae, known = pipeline.vae, _known_decoder(pipeline)
-    if known is None or not (isinstance(vae, TILED_VAES) or not vae.use_tiling):
+    vae, known = pipeline.vae, _known_vae(pipeline)
+    if known is None or not (_decodes_here(pipeline) or not vae.use_tiling):
         return None
-    decoder, channels = known
     on = {"device": torch.device(pipeline._execution_device), "dtype": vae.dtype}
 
     def cost(latents: tuple[int, int]) -> Cost:
-        return decoder_cost(decoder, (channels, *latents), rates, **on)
+        return decoder_cost(known.decoder, (known.channels, *latents), rates, **on)
 
     latents = height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor
     if not tiles:
@@ -287,33 +378,46 @@ def _decoder_seconds(pipeline: Any, width: int, height: int, tiles: bool, rates:
 
 def free_beside_weights(pipeline: Any, device: torch.device) -> int:
     """Bytes that are free on a device for an image, once the weights are there that come as a whole when they are used."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and hasattr(part, "_hf_hook")]
-    coming = [sum(weight.nbytes for weight in part.parameters() if not weight.is_meta) for part in parts]
-    return free_bytes(device) - max(coming, default=0)
+    return free_bytes(device) - _weights_on(pipeline, device)[1]
+
+
+def _weights_on(pipeline: Any, device: torch.device) -> tuple[int, int]:
+    """Bytes of a pipeline's weights on a device while it is used, and of those the largest that come as a whole then."""
+    coming = staying = 0
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            weights = [weight for weight in part.parameters() if not weight.is_meta]
+            if hasattr(part, "_hf_hook"):
+                coming = max(coming, sum(weight.nbytes for weight in weights))
+            else:
+                staying += sum(weight.nbytes for weight in weights if weight.device.type == device.type)
+    return staying + coming, coming
 
 
 def make_within(pipeline: Any, plan: MemoryPlan, **arguments: Any) -> Image.Image:
-    """Call a text-to-image pipeline as planned, for one image. arguments: of the call."""
+    """Call a pipeline as planned, for one image. arguments: of the call."""
     return Image.fromarray(np.concatenate(list(strips_within(pipeline, plan, **arguments))))
 
 
 def strips_within(
     pipeline: Any, plan: MemoryPlan, *, decode: Decode | None = None, **arguments: Any
 ) -> Iterator[np.ndarray]:
-    """Call a text-to-image pipeline as planned, for one image: uint8 [rows, width, 3], from the top, never held whole.
+    """Call a pipeline as planned, for one image: uint8 [rows, width, 3], from the top, never held whole.
 
     decode: see `decode_in_strips`. arguments: of the call. The transformer has done its part when this returns; the VAE
     decodes while the strips are taken. Raises ValueError, of a strip too, where pixels are not finite.
     """
     strips = contextlib.nullcontext() if plan.rows is None else in_strips(denoiser(pipeline), plan.rows)
     with strips:
-        if not isinstance(pipeline.vae, TILED_VAES):
-            return iter([np.asarray(pipeline(**arguments).images[0])])
+        if not _decodes_here(pipeline):
+            return iter([np.asarray(pipeline(**arguments).images[0].convert("RGB"))])
         latents = pipeline(**arguments, output_type="latent").images
-    family = family_of(denoiser(pipeline))
-    side = _token_side(pipeline)
-    latents = family.sampled_latents(pipeline.vae, latents)
-    latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
+    if isinstance(pipeline, SiTPipeline):
+        latents = pipeline.vae_latents(latents)
+    else:
+        family, side = family_of(denoiser(pipeline)), _token_side(pipeline)
+        latents = family.sampled_latents(pipeline.vae, latents)
+        latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
     return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)
 
 

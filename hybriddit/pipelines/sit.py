@@ -288,9 +288,12 @@ class SiTPipeline(DiffusionPipeline):
         """
         if self.vae is None:
             return latents
+        return self.vae.decode(self.vae_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+
+    def vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the VAE decodes, of latents as output_type="latent" returns them."""
         config = self.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def _images(self, latents: torch.Tensor, output_type: str):
         pixels = self.decode(latents)

@@ -4,34 +4,20 @@ import contextlib
 
 import pytest
 import torch
+from tiny_memory import allocated
 from tiny_models import make, make_inputs, perturb_hybrid
 from tiny_pipelines import tiny_pipeline
 from tiny_vae import tiny_vae
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybriddit import HybridConfig, hybridize, in_strips
+from hybriddit import HybridConfig, SiTTransformer2DModel, hybridize, in_strips
 from hybriddit.attention.rates import Rates
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
 
 # strips of fewer tokens have masks, which are kept after the first pass: some megabytes that are counted again
 GRIDS = [(96, 128), (80, 160), (128, 128), (144, 136)]
-
-
-def allocated(call):
-    """The most bytes that the call holds, from the allocator's own events. It is called before, for what is kept."""
-    with torch.no_grad():
-        call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
-        call()
-    held = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize(
@@ -70,6 +56,17 @@ def test_the_peak_of_a_decoder_is_the_allocators(widths):
         assert counted == pytest.approx(sample.nbytes + allocated(lambda x=sample: vae.decoder(x)), rel=0.02), latents
         half = decoder_peak(vae.decoder, (2, *latents), device=cpu, dtype=torch.bfloat16)
         assert half == pytest.approx(counted / 2, rel=0.02), latents
+
+
+def test_the_peak_of_a_sit_is_the_allocators():
+    """Its layers that are of no window, and have the same weights, see the whole image at once."""
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "sample_size": 8, "num_classes": 3}
+    model = SiTTransformer2DModel(**sizes, in_channels=4, attention=["window", "softmax", "hybrid"], window=6).eval()
+    labels, grid = {"class_labels": torch.tensor([1, 3])}, (64, 48)
+    inputs = {"hidden_states": torch.randn(2, 4, 128, 96), "timestep": torch.ones(2), **labels}
+    counted = forward_peak(model, grid, labels, device=torch.device("cpu"), dtype=torch.float32)
+    given = sum(x.nbytes for x in inputs.values())
+    assert counted == pytest.approx(given + allocated(lambda: model(**inputs)), rel=0.1)
 
 
 def test_the_states_of_parts_count():

@@ -4,22 +4,24 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
+from tiny_memory import allocated
 from tiny_pipelines import TEXT_LENGTH, hybrid_pipeline, tiny_pipeline
 from tiny_vae import without_norms
 
-from hybriddit import HybridConfig, hybridize
+from hybriddit import HybridConfig, SiTPipeline, SiTTransformer2DModel, hybridize
 from hybriddit.attention.rates import Rates
 from hybriddit.machine import free_bytes
 from hybriddit.models import family_of
 from hybriddit.models.peak import decoder_peak, forward_peak
 from hybriddit.pipelines import memory
+from hybriddit.pipelines.cascade import encode_enlarged
 from hybriddit.pipelines.memory import (
     MemoryPlan,
     decode_in_strips,
     free_beside_weights,
     make_within,
     plan_memory,
-    plan_shared,
     strips_within,
 )
 from hybriddit.pipelines.prepare import place
@@ -200,9 +202,9 @@ def test_what_cannot_fit_is_refused_in_one_line():
         plan_memory(pipeline, 48, 128, available=1)
     transformer = plan_memory(pipeline, 48, 128, available=2**40).transformer
     pipeline.vae = AutoencoderKL(block_out_channels=(64, 64, 64), **VAE)
-    for plan in (plan_memory, plan_shared):
+    for processes in (1, 2):
         with pytest.raises(ValueError, match="GiB where the VAE decodes them in tiles"):
-            plan(pipeline, 48, 128, available=transformer)
+            plan_memory(pipeline, 48, 128, available=transformer, processes=processes)
 
 
 def test_a_far_branch_that_cannot_be_shown_strips_is_named():
@@ -224,10 +226,128 @@ def test_a_vae_of_another_kind_is_not_counted():
     assert np.array_equal(image, pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0])
 
 
-def test_processes_that_share_an_image_share_the_vaes_tiles():
-    plan = plan_shared(hybrid_pipeline("flux_dev"), 48, 128, available=2**40)
-    assert (plan.rows, plan.tiles, plan.transformer) == (None, True, None) and plan.decoder > 0
-    assert "transformer  not counted" in str(plan) and "in tiles" in str(plan)
+def test_processes_that_share_an_image_share_its_rows_and_tiles():
+    pipeline = hybrid_pipeline("flux_dev")
+    model, text = pipeline.transformer, {}
+    text = family_of(model).example_text(model.config, 1, family_of(model).text_length(), torch.zeros)
+    where = {"device": CPU, "dtype": torch.float32}
+    alone, shared = (forward_peak(model, (64, 24), text, **where, processes=count) for count in (1, 3))
+    assert shared < 0.7 * alone
+    plan = plan_memory(pipeline, 192, 512, available=2**40, processes=3)
+    assert (plan.rows, plan.tiles) == (None, True) and plan.transformer == pytest.approx(1.1 * shared, rel=1e-3)
+    said = str(plan)
+    assert "besides the weights in each of 3 processes" in said and "GiB, the rows of one process" in said
+    least = int(0.8 * plan.transformer)
+    with pytest.raises(ValueError, match="in each of 3 processes.* should fit; or start more processes$") as told:
+        plan_memory(pipeline, 192, 512, available=least, processes=3)
+    plan_memory(pipeline, *sizes_in(told), available=least, processes=3)
+    with pytest.raises(ValueError, match="5 processes cannot share an image of 4 rows of tokens"):
+        plan_memory(pipeline, 48, 32, available=2**40, processes=5)
+    with pytest.raises(ValueError, match="is not hybrid: hybridize it first"):
+        plan_memory(tiny_pipeline("flux_dev"), 48, 128, available=2**40, processes=2)
+
+
+def sizes_in(told):
+    """The (width, height) that a refusal names in place of the one that was asked for."""
+    words = str(told.value).split(": ")[1].split()
+    return int(words[0]), int(words[2])
+
+
+@pytest.mark.parametrize("kind", ["flux_dev", "sd15"])
+def test_a_dense_pipeline_is_planned_as_a_whole(kind):
+    pipeline = tiny_pipeline(kind)
+    plan = plan_memory(pipeline, 256, 256, available=2**40)
+    assert (plan.rows, plan.tiles) == (None, False) and 0 < plan.transformer < 2**30
+    hint = "; a hybrid of this model could make them in strips .*" if kind == "flux_dev" else ""
+    tight = int(0.8 * plan.transformer)
+    with pytest.raises(ValueError, match=rf"256 x 256 pixels need .*: \d+ x \d+ should fit{hint}$") as told:
+        plan_memory(pipeline, 256, 256, available=tight)
+    plan_memory(pipeline, *sizes_in(told), available=tight)
+
+
+def test_what_the_pipeline_does_with_its_vae_is_left_to_it():
+    """SDXL's VAE in float16 is made float32 to decode, and a safety checker looks at the image."""
+    pipeline = tiny_pipeline("sdxl")
+    assert plan_memory(pipeline, 64, 64, available=2**40).decoder > 0
+    pipeline.vae.half()
+    assert plan_memory(pipeline, 64, 64, available=2**40).decoder is None
+    call = {"prompt": "a red shoe", "width": 64, "height": 64, "num_inference_steps": 1}
+    plan = MemoryPlan(64, 64, None, False, transformer=0, decoder=None, available=0)
+    [image] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    usual = pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0]
+    assert np.array_equal(image, np.asarray(usual))
+    pipeline = tiny_pipeline("sd15")
+    vars(pipeline)["safety_checker"] = object()
+    pipeline.run_safety_checker = lambda image, *_: (image.fill_(-1), None)
+    [image] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    assert not image.any()
+
+
+SIT = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "num_classes": 3, "in_channels": 4}
+
+
+def test_a_sit_is_planned_and_made_in_tiles():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8), **VAE).eval()
+    pipeline = SiTPipeline(SiTTransformer2DModel(**SIT, sample_size=8, attention="hybrid", window=3), vae)
+    pipeline.set_progress_bar_config(disable=True)
+    whole = plan_memory(pipeline, 256, 256, available=2**40, images=2, rates=Rates(1e9, 1e10))
+    labels = {"class_labels": torch.zeros(2, dtype=torch.long)}
+    counted = forward_peak(pipeline.transformer, (32, 32), labels, device=CPU, dtype=torch.float32)
+    assert whole.transformer == pytest.approx(1.1 * counted, rel=1e-3) and whole.times.forward > 0
+    with pytest.raises(ValueError, match=r"256 x 256 pixels need .*: \d+ x \d+ should fit$") as told:
+        plan_memory(pipeline, 256, 256, available=whole.transformer - 1, images=2)
+    plan_memory(pipeline, *sizes_in(told), available=whole.transformer - 1, images=2)
+    call = {"class_labels": 1, "width": 64, "height": 96, "num_inference_steps": 2}
+    made = [np.asarray(pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0], int)]
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 32
+    for tiles in (False, True):
+        if tiles:
+            without_norms(vae)
+            vae.enable_tiling()
+            made = [np.asarray(pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0], int)]
+        plan = MemoryPlan(64, 96, None, tiles, transformer=0, decoder=0, available=0)
+        strips = list(strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1)))
+        assert abs(np.concatenate(strips) - made[0]).max() <= 1 and (not tiles or len(strips) > 3)
+    plan = plan_memory(pipeline, 256, 256, available=2**40)
+    assert plan.tiles and plan.decoder > 0
+
+
+def test_a_sit_of_grey_pixels():
+    pipeline = SiTPipeline(SiTTransformer2DModel(**{**SIT, "in_channels": 1}, sample_size=8))
+    pipeline.set_progress_bar_config(disable=True)
+    plan = plan_memory(pipeline, 16, 8, available=2**40, enlarges=True)
+    assert (plan.decoder, plan.encoder, plan.tiles) == (None, None, False)
+    call = {"class_labels": 1, "width": 16, "height": 8, "num_inference_steps": 1}
+    [strip] = strips_within(pipeline, plan, **call, generator=torch.Generator().manual_seed(1))
+    usual = pipeline(**call, generator=torch.Generator().manual_seed(1)).images[0]
+    assert strip.shape == (8, 16, 3) and np.array_equal(strip[..., 0], np.asarray(usual))
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_the_peak_of_encoding_is_the_allocators(tiles):
+    pipeline = tiny_pipeline("pixart_sigma")
+    pipeline.vae = vae = AutoencoderKL(block_out_channels=(16, 32, 64), **VAE).eval()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 128, 32
+    if tiles:
+        vae.enable_tiling()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
+    plan = plan_memory(pipeline, 256, 384, available=2**40, enlarges=True)
+    held = allocated(lambda: encode_enlarged(pipeline, image, (256, 384), (256, 384), tiles))
+    assert plan.tiles == tiles and plan.encoder / 1.1 == pytest.approx(held, rel=0.1)
+    assert "GiB, encodes " + ("in tiles" if tiles else "the whole image at once") in str(plan)
+    assert plan_memory(pipeline, 256, 384, available=2**40).encoder is None
+
+
+def test_what_encoding_takes_may_be_what_does_not_fit(monkeypatch):
+    pipeline = hybrid_pipeline("flux_dev")
+    usual = plan_memory(pipeline, 48, 128, available=2**40, enlarges=True)
+    counted = memory.module_peak
+    monkeypatch.setattr(memory, "module_peak", lambda *call: 100 * counted(*call))
+    limit = 2 * max(usual.transformer, usual.decoder, usual.encoder)
+    assert not plan_memory(pipeline, 48, 128, available=limit).tiles
+    with pytest.raises(ValueError, match="48 x 128 pixels need .* where the VAE encodes them in tiles"):
+        plan_memory(pipeline, 48, 128, available=limit, enlarges=True)
 
 
 def test_weights_that_come_as_a_whole_need_room():
@@ -241,5 +361,8 @@ def test_weights_that_come_as_a_whole_need_room():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "free_bytes", lambda device: 10**9)
         assert free_beside_weights(pipeline, CPU) == 10**9
+        plan = plan_memory(pipeline, 48, 128, available=2**40)
+        assert plan.weights == sum(weights.values()) and "GiB, on the device" in str(plan)
         place(pipeline, CPU, "model")
         assert free_beside_weights(pipeline, CPU) == 10**9 - max(weights.values())
+        assert memory._weights_on(pipeline, CPU)[0] == max(weights.values())
