@@ -35,7 +35,7 @@ NAMES = {
         "adm_metrics evaluate frechet_distance_of load_inception to_uint8 read_images spatial_features "
         "frechet_distance inception_score precision_recall Moments moments merge"
     ),
-    "hybriddit.parallel": "shard spread_tiles decoding_together shared_tiles",
+    "hybriddit.parallel": "shard spread_tiles shared_tiles",
     "hybriddit.pipelines.memory": "MemoryPlan StageTimes plan_memory make_within strips_within decode_in_strips",
     "hybriddit.pipelines.cascade": "Schedule repainting stage_sizes first_size",
     "hybriddit.pipelines.upscaler": "Upscaler load_upscaler",

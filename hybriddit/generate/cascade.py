@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..pipelines.cascade import Schedule
-    from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.memory import MemoryPlan
     from ..pipelines.tiles import Share
     from ..pipelines.upscaler import Upscaler
 
@@ -261,7 +261,6 @@ def make_in_stages(
     path: Path,
     cascade: Cascade,
     there: int,
-    decode: Decode | None = None,
     *,
     image: Image.Image | None,
     source: dict[str, Any],
@@ -271,10 +270,10 @@ def make_in_stages(
 ) -> None:
     """Make the stages of one image behind the first `there`, whose files exist, and save each as soon as it is made.
 
-    The last one is written while it is decoded, if it has a plan. decode: see `pipelines.memory.decode_in_strips`. task: of
-    the first stage's image. image: what is enlarged, if not that. source: what the records say besides. says: is told of
-    each stage; None: another process saves them. opens: opens a stage's file. share: see `pipelines.cascade.repainting`.
-    Records also say whether the VAE worked in tiles; stages are gone on from whether or not it would again.
+    The last one is written while it is decoded, if it has a plan. task: of the first stage's image. image: what is enlarged,
+    if not that. source: what the records say besides. says: is told of each stage; None: another process saves them. opens:
+    opens a stage's file. share: see `pipelines.cascade.repainting`. Records also say whether the VAE worked in tiles; stages
+    are gone on from whether or not it would again.
     """
     import torch
 
@@ -306,7 +305,7 @@ def make_in_stages(
             if stage.memory is None:
                 image = make(pipeline, own)[0].crop((0, 0, *stage.size))
             else:
-                strips, _ = make_strips(pipeline, own, stage.memory, decode)
+                strips, _ = make_strips(pipeline, own, stage.memory, share)
         if stage.memory is not None:
             strips, image = _cropped(strips, stage.size), None
             if number < count - 1:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ..config import HybridConfig
     from ..pipelines.cascade import Schedule
     from ..pipelines.loading import Base
-    from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.memory import MemoryPlan
     from ..pipelines.tiles import Share
 
 LARGE = 2048 * 2048  # pixels from which an image's memory is planned without being asked
@@ -242,7 +242,7 @@ def run(
     if leads:
         written = [file for path, _ in share for file in stage_paths(path, len(memory))]
         remove_left([*written, *map(preview_path, written)])
-    with _processes(pipeline, where, parallel) as (of_first, opens, decode, shares):
+    with _processes(pipeline, where, parallel) as (of_first, opens, share_tiles):
         is_made = partial(_is_made, refuses=prompts is not None)
         if cascade is not None:
             there = of_first([stages_there(cascade, task, path, source, is_made) for path, task in share])
@@ -260,8 +260,8 @@ def run(
                     print(f"a small copy, which was missing, saved to {preview}")
             if cascade is not None:
                 says = (print if announce else lambda text: None) if leads else None
-                own = {"image": enlarged, "source": source, "says": says, "opens": opens, "share": shares}
-                make_in_stages(pipeline, task, path, cascade, number, decode, **own)
+                own = {"image": enlarged, "source": source, "says": says, "opens": opens, "share": share_tiles}
+                make_in_stages(pipeline, task, path, cascade, number, **own)
                 continue
             if number:
                 continue
@@ -269,7 +269,7 @@ def run(
                 picture, record = make(pipeline, task)
                 preview = save_image(picture, path, {**source, **record}) if leads else None
             else:
-                strips, record = make_strips(pipeline, task, memory[0], decode)
+                strips, record = make_strips(pipeline, task, memory[0], share_tiles)
                 if leads:
                     preview = write_strips(path, strips, memory[0].width, memory[0].height, {**source, **record})
                 else:
@@ -287,21 +287,20 @@ def run(
 @contextlib.contextmanager
 def _processes(
     pipeline: DiffusionPipeline, device: torch.device, parallel: bool
-) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path], Image.Image], Decode | None, Share | None]]:
+) -> Iterator[tuple[Callable[[list[int]], list[int]], Callable[[Path], Image.Image], Share | None]]:
     """Let all processes make each image together within the block, if they are to.
 
     Yields a function that gives what the first process called it with (the others may have other disks), one that opens the
-    image that it finds, how a row of the VAE's tiles is decoded, and how other tiles are shared.
+    image that it finds, and how tiles are shared.
     """
     if not parallel:
-        yield list, open_image, None, None
+        yield list, open_image, None
         return
-    from ..parallel import decoding_together, gathered_numbers, image_of_first, shared_tiles, together
+    from ..parallel import gathered_numbers, image_of_first, shared_tiles, together
 
     with together(pipeline, device) as group:
-        vae = getattr(pipeline, "vae", None)
         opens, share = (partial(each, group=group) for each in (image_of_first, shared_tiles))
-        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, decoding_together(vae, group), share
+        yield lambda numbers: gathered_numbers(numbers, group)[0], opens, share
 
 
 def open_pipeline(

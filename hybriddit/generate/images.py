@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..models.family import Family
-    from ..pipelines.memory import Decode, MemoryPlan
+    from ..pipelines.memory import MemoryPlan
+    from ..pipelines.tiles import Share
 
 MAX_SEED = 2**63 - 1
 TOO_LARGE = (
@@ -176,7 +177,7 @@ def make(pipeline: DiffusionPipeline, task: Task) -> tuple[Image.Image, dict[str
 
 
 def make_strips(
-    pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan, decode: Decode | None = None
+    pipeline: DiffusionPipeline, task: Task, memory: MemoryPlan, share: Share | None = None
 ) -> tuple[Iterator[np.ndarray], dict[str, Any]]:
     """Make one image within the memory of a plan. Returns it in strips with its record, see `memory.strips_within`.
 
@@ -185,7 +186,7 @@ def make_strips(
     from ..pipelines.memory import strips_within
 
     with _made(task):
-        strips = strips_within(pipeline, memory, decode=decode, **_with_generator(task))
+        strips = strips_within(pipeline, memory, share=share, **_with_generator(task))
     return _fitting(strips), {**task.record, "width": memory.width, "height": memory.height, "tiles": memory.tiles}
 
 

@@ -3,10 +3,9 @@
 from .launch import image_of_first, together
 from .rows import gathered_numbers
 from .shard import shard
-from .tiles import decoding_together, shared_tiles, spread_tiles
+from .tiles import shared_tiles, spread_tiles
 
 __all__ = [
-    "decoding_together",
     "gathered_numbers",
     "image_of_first",
     "shard",

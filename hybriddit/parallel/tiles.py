@@ -18,7 +18,8 @@ def shared_tiles(makes: Sequence[Callable[[], Tensor]], like: Tensor, group: dis
     """All tiles, on every process of a group, each of which makes every n-th.
 
     makes: a function for each tile; every process has equally many, for the same tiles. like: a tensor of the tiles' dtype
-    and number of dimensions, on their device. With its group given, this is the `share` of `pipelines.cascade.repainting`.
+    and number of dimensions, on their device. With its group given, this is the `share` of `pipelines.cascade.repainting` and
+    of `pipelines.memory.decode_in_strips`.
     """
     ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
     travels = like.device if like.device.type in backends(group) else "cuda"
@@ -39,8 +40,8 @@ def shared_tiles(makes: Sequence[Callable[[], Tensor]], like: Tensor, group: dis
 def spread_tiles(vae: nn.Module, group: dist.ProcessGroup) -> None:
     """Let the processes of a group share the tiles of every later image that the VAE decodes in tiles, in place.
 
-    vae: one of `family.TILED_VAES`. Each decodes some, and all get all of them and blend them: the image is the one that diffusers makes. Every process
-    decodes the same latents.
+    vae: one of `family.TILED_VAES`. Each decodes some, and all get all of them and blend them: the image is the one that
+    diffusers makes. Every process decodes the same latents.
     """
     vae.tiled_decode = partial(_decode, vae, vae.tiled_decode, group)
 
@@ -56,18 +57,6 @@ def _decode(vae: nn.Module, tiled_decode: Callable, group: dist.ProcessGroup, z:
 
     with with_forward(vae.decoder, note):
         tiled_decode(z, **options)
-    decoded = iter(_all_decoded(vae.decoder, group, tiles))
+    decoded = iter([*shared_tiles([partial(vae.decoder, tile) for tile in tiles], tiles[0], group)])
     with with_forward(vae.decoder, lambda tile: next(decoded)):
         return tiled_decode(z, **options)
-
-
-def decoding_together(vae: nn.Module, group: dist.ProcessGroup) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The `decode` of `pipelines.memory.decode_in_strips` by which a group's processes share each row of tiles.
-
-    Every process calls it with the same latents, and gets all tiles.
-    """
-    return partial(_all_decoded, lambda tile: vae.decode(tile, return_dict=False)[0], group)
-
-
-def _all_decoded(decode: Callable[[Tensor], Tensor], group: dist.ProcessGroup, tiles: list[Tensor]) -> list[Tensor]:
-    return list(shared_tiles([partial(decode, tile) for tile in tiles], tiles[0], group))

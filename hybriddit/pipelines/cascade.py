@@ -8,7 +8,6 @@ sigma, and sampling goes on from there.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +23,9 @@ from ..flow.path import interpolate, time_of_noise
 from ..flow.sample import sampling_interval
 from ..models import family_of
 from ..models.family import denoiser, family_of_class
-from .memory import blended_rows
 from .sit import SiTPipeline
 from .tile_norms import crop_places, norms_of_crops
-from .tiles import Share, one_by_one
+from .tiles import Share, blended_rows, in_rows, one_by_one
 from .upscaler import Upscaler
 
 GUIDES = (None, "residual", "low-frequency")
@@ -311,7 +309,7 @@ def encode_enlarged(
     lefts, tops = range(0, padded[0], step), range(0, padded[1], step)
     makes = [partial(encode, left, top, (side, side)) for top in tops for left in lefts]
     encoded = (share or one_by_one)(makes, torch.empty(0, 0, 0, 0, dtype=vae.dtype, device=device))
-    rows = (list(itertools.islice(encoded, len(lefts))) for _ in tops)
+    rows = in_rows(encoded, len(lefts))
 
     def encode_crops() -> None:
         places, (height, width) = crop_places(padded[::-1], side, side // latents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,14 +21,13 @@ from ..models.peak import Cost, decoder_cost, decoder_peak, forward_cost, forwar
 from ..strips_file import seconds_of_file
 from .sit import SiTPipeline
 from .tile_norms import crop_places, norms_of_crops
+from .tiles import Share, blended_rows, in_rows, one_by_one
 
 LEAST_ROWS = 8  # of tokens in a strip: with fewer, most of the work is of the rows around it
 BAND_ROWS = 256  # of pixels that come from the device at a time where the VAE decodes the whole image
 OVERFLOWED = "the model, a LoRA or the VAE overflowed; float16 does so earlier than bfloat16 or float32"
 MOST_TOKENS = 2**20  # of a size that is named in place of a larger one
 MARGIN = 1.1  # for what libraries take inside their kernels, and what the allocator cannot use
-
-Decode = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -400,11 +399,11 @@ def make_within(pipeline: Any, plan: MemoryPlan, **arguments: Any) -> Image.Imag
 
 
 def strips_within(
-    pipeline: Any, plan: MemoryPlan, *, decode: Decode | None = None, **arguments: Any
+    pipeline: Any, plan: MemoryPlan, *, share: Share | None = None, **arguments: Any
 ) -> Iterator[np.ndarray]:
     """Call a pipeline as planned, for one image: uint8 [rows, width, 3], from the top, never held whole.
 
-    decode: see `decode_in_strips`. arguments: of the call. The transformer has done its part when this returns; the VAE
+    share: see `decode_in_strips`. arguments: of the call. The transformer has done its part when this returns; the VAE
     decodes while the strips are taken. Raises ValueError, of a strip too, where pixels are not finite.
     """
     strips = contextlib.nullcontext() if plan.rows is None else in_strips(denoiser(pipeline), plan.rows)
@@ -418,12 +417,12 @@ def strips_within(
         family, side = family_of(denoiser(pipeline)), _token_side(pipeline)
         latents = family.sampled_latents(pipeline.vae, latents)
         latents = family.vae_latents(pipeline.vae, latents, (plan.height // side, plan.width // side))
-    return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, decode)
+    return _decode_and_free(pipeline, latents.to(pipeline.vae.dtype), plan.tiles, share)
 
 
-def _decode_and_free(pipeline: Any, latents: torch.Tensor, tiles: bool, decode: Decode | None) -> Iterator[np.ndarray]:
+def _decode_and_free(pipeline: Any, latents: torch.Tensor, tiles: bool, share: Share | None) -> Iterator[np.ndarray]:
     if tiles:
-        yield from decode_in_strips(pipeline.vae, latents, decode)
+        yield from decode_in_strips(pipeline.vae, latents, share)
     else:
         with torch.no_grad():
             image = pipeline.vae.decode(latents, return_dict=False)[0]
@@ -433,22 +432,24 @@ def _decode_and_free(pipeline: Any, latents: torch.Tensor, tiles: bool, decode: 
 
 
 @torch.no_grad()
-def decode_in_strips(vae: nn.Module, latents: torch.Tensor, decode: Decode | None = None) -> Iterator[np.ndarray]:
+def decode_in_strips(vae: nn.Module, latents: torch.Tensor, share: Share | None = None) -> Iterator[np.ndarray]:
     """Decode latents [1, C, h, w], as the VAE takes them, to strips of the image: uint8 [rows, width, 3], from the top.
 
     Tiles are cut and blended as by diffusers' own `tiled_decode`; two rows of them are held at a time. Their group norms
     have one image's statistics, see `tile_norms`.
 
-    decode: gives the decoded tiles of a row of tiles of latents, such as `parallel.decoding_together`; None: the VAE
-    decodes one after another. Raises ValueError where pixels are not finite.
+    share: of the tiles among processes that all decode these latents, see `parallel.shared_tiles`. Raises ValueError where
+    pixels are not finite.
     """
     size, pixels, overlap = vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor
     step, blended = int(size * (1 - overlap)), int(pixels * overlap)
-    decode = decode or (lambda tiles: [vae.decode(tile, return_dict=False)[0] for tile in tiles])
-    rows = (
-        decode([latents[:, :, top : top + size, left : left + size] for left in range(0, latents.shape[3], step)])
-        for top in range(0, latents.shape[2], step)
-    )
+    tops, lefts = (range(0, length, step) for length in latents.shape[2:])
+
+    def decode(top: int, left: int) -> torch.Tensor:
+        return vae.decode(latents[:, :, top : top + size, left : left + size], return_dict=False)[0]
+
+    decoded = (share or one_by_one)([partial(decode, top, left) for top in tops for left in lefts], latents)
+    rows = in_rows(decoded, len(lefts))
 
     def decode_crops() -> None:
         places, (height, width) = crop_places(latents.shape[2:], size)
@@ -466,22 +467,6 @@ def _pixels(strip: torch.Tensor) -> np.ndarray:
     if strip.isnan().any():
         raise ValueError(f"the image is not finite: {OVERFLOWED}")
     return (strip * 255).round().numpy().astype(np.uint8)
-
-
-def blended_rows(vae: nn.Module, rows: Iterable[list[torch.Tensor]], blended: int, kept: int) -> Iterator[torch.Tensor]:
-    """Join tiles [B, C, h, w] that overlap, given row by row, to strips from the top, as diffusers' VAEs do.
-
-    blended: over how many rows and columns tiles are blended into their neighbours; kept: of each tile, from the top left.
-    """
-    above: list[torch.Tensor] = []
-    for row in rows:
-        for i, tile in enumerate(row):  # both blend into their second argument
-            if above:
-                vae.blend_v(above[i], tile, blended)
-            if i:
-                vae.blend_h(row[i - 1], tile, blended)
-        yield torch.cat([tile[:, :, :kept, :kept] for tile in row], 3)
-        above = row
 
 
 def _gib(size: int) -> str:

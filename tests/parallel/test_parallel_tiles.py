@@ -13,7 +13,7 @@ from runs import in_processes
 from tiny_pipelines import tiny_pipeline
 from tqdm import tqdm
 
-from hybriddit.parallel import decoding_together, shared_tiles, spread_tiles
+from hybriddit.parallel import shared_tiles, spread_tiles
 from hybriddit.pipelines.cascade import Schedule, encode_enlarged, repainting
 from hybriddit.pipelines.memory import decode_in_strips
 from hybriddit.pipelines.upscaler import TILE, Upscaler
@@ -61,12 +61,12 @@ def decode_strips_together(rank):
     z = torch.randn(1, 4, 21, 15, generator=torch.Generator().manual_seed(1))
     wanted = list(decode_in_strips(vae, z))
     vae.decoder.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[-2:]))
-    found = list(decode_in_strips(vae, z, decoding_together(vae, dist.group.WORLD)))
+    found = list(decode_in_strips(vae, z, partial(shared_tiles, group=dist.group.WORLD)))
     assert len(found) == len(wanted) == 4 and all(map(np.array_equal, found, wanted))
     assert len(calls) == 1 + 4  # crops for the norms; and of the three tiles in each of four rows, one each
 
 
-def test_several_processes_share_each_row_of_tiles(tmp_path):
+def test_several_processes_share_the_tiles_of_strips(tmp_path):
     codes = in_processes(3, decode_strips_together, output=tmp_path / "said")
     assert codes == [0] * 3, (tmp_path / "said.0").read_text()
 
