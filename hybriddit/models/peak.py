@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -204,11 +206,27 @@ def _watched(
         return value.to(device) if looked_at else empty(value)
 
     arguments = tree_map(given, arguments)
-    with torch.no_grad(), fake if absent else contextlib.nullcontext():
+    fused = contextlib.nullcontext() if device.type == "cpu" else _FusedAttention()
+    with torch.no_grad(), fused, fake if absent else contextlib.nullcontext():
         functional_call(module, weights, (), arguments)  # what is made once and kept, such as the windows' tiles
         with watcher(weights.values(), tree_leaves(arguments)) as seen:
             functional_call(module, weights, (), arguments)
     return seen
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Softmax attention as a GPU's fused kernels do it: for tensors without data, torch may take the one that holds scores."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            func = _fused_attention
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if not isinstance(query, FakeTensor):  # in a trial of a backend
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 
 
 class _Held(TorchDispatchMode):

@@ -69,6 +69,16 @@ def test_the_peak_of_a_sit_is_the_allocators():
     assert counted == pytest.approx(given + allocated(lambda: model(**inputs)), rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["pixart", "flux-dev"])
+def test_a_gpu_s_softmax_attention_holds_no_scores(kind):
+    """Whether the GPU is here or not; the CPU's, which is held to the allocator, is fused too."""
+    model, counted = make(kind, dtype=torch.float32), {}
+    example = family_of(model).example_text(model.config, 1, 24, torch.zeros)
+    for device in ("cpu", "cuda"):
+        counted[device] = forward_peak(model, (48, 48), example, device=torch.device(device), dtype=torch.bfloat16)
+    assert counted["cuda"] == pytest.approx(counted["cpu"], rel=0.02)
+
+
 def test_the_states_of_parts_count():
     """Of the mixer "blocks", in strips and alone; more of its states are held than of the default's one."""
     found = {}
