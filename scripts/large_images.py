@@ -4,9 +4,8 @@
     python scripts/large_images.py > benchmarks/results/large_images.md
 
 One image, bfloat16, window 16. FLOPs, bytes and memory are counted on tensors without data (`hybriddit.models.peak`), for
-a GPU on which hybriddit's kernels run and softmax attention holds nothing but its result, as torch's fused kernels do. The
-seconds are the least ones: each operation takes the longer of its FLOPs and its bytes, at the rates of one H100. What was
-measured is beside it.
+a GPU on which hybriddit's kernels run. The seconds are the least ones: each operation takes the longer of its FLOPs and its
+bytes, at the rates of one H100. What was measured is beside it.
 """
 
 import datetime
@@ -14,11 +13,9 @@ import datetime
 import torch
 from diffusers import AutoencoderKL
 from memory_by_size import MODELS, gpu_kernels
-from torch.utils.flop_counter import register_flop_formula
 
 from hybriddit import HybridConfig, hybridize
 from hybriddit.attention.rates import Rates
-from hybriddit.attention.work import softmax_flops
 from hybriddit.models.family import find_published
 from hybriddit.models.peak import decoder_cost, decoder_peak, forward_cost, forward_peak
 
@@ -65,27 +62,6 @@ VAE = {  # SDXL's, as PixArt-Sigma has it; SD3's and FLUX's differ in the number
 }
 
 
-@torch.library.custom_op("large_images::attention", mutates_args=())
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention, of which the cost alone is known."""
-    return torch.empty_like(query)
-
-
-@attention.register_fake
-def _(query, key, value):
-    return torch.empty_like(query)
-
-
-@register_flop_formula(torch.ops.large_images.attention)
-def _(query, key, value, out_shape=None, **kwargs):
-    batch, heads, queries, width = query
-    return softmax_flops(batch * queries * key[2], heads * width)
-
-
-def fused(query, key, value, *args, **kwargs):
-    return attention(query, key, value)
-
-
 def model_of(family, published, size, hybrid):
     """The model without weights; with positions for this size, in whatever way they are made."""
     arguments = dict(published.arguments)
@@ -124,7 +100,7 @@ def decoder_rows(vae, size):
 def main():
     print(HEAD.format(date=datetime.date.today(), rows=ROWS))
     print("| model | pixels | attention | TFLOP | TB | s | GiB | measured |\n" + "| --- " * 8 + "|")
-    with gpu_kernels(fused):
+    with gpu_kernels():
         for repository in MODELS:
             family, published = find_published(repository)
             for size in SIZES:
