@@ -154,9 +154,10 @@ def test_every_family_learns_and_its_losses_are_what_they_claim(family, prepared
 
     # what was saved is what was returned
     loaded = load_adapter(copy.deepcopy(dense), tmp_path / "adapter")
-    arguments = (batch[0], batch[2], batch[3], 3.5)
-    with torch.no_grad():
-        assert torch.equal(call(family, loaded, *arguments), call(family, student, *arguments))
+    saved, returned, arguments = loaded.state_dict(), student.state_dict(), (batch[0], batch[2], batch[3], 3.5)
+    assert saved.keys() == returned.keys() and all(torch.equal(saved[name], returned[name]) for name in saved)
+    with torch.no_grad():  # on some processors the last bits of a product depend on where in memory its factors are
+        torch.testing.assert_close(call(family, loaded, *arguments), call(family, student, *arguments))
 
 
 def test_attention_mode_trains_deltas_and_leaves_the_projections(prepared):

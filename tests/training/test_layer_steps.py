@@ -80,7 +80,9 @@ def test_loss_and_gradients_are_those_of_models_with_one_hybrid_layer(family):
     for name, parameter in trained.items():
         wanted = torch.zeros_like(parameter) if gradients[name] is None else gradients[name]
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6, msg=name)
-    torch.testing.assert_close(run(restore_dense(model)), run(dense), rtol=0, atol=0)
+    restored, kept = restore_dense(model).state_dict(), dense.state_dict()
+    assert restored.keys() == kept.keys() and all(torch.equal(restored[name], kept[name]) for name in kept)
+    torch.testing.assert_close(run(model), run(dense))  # but for the last bits: products may depend on where factors lie
 
 
 def test_a_run_learns_by_layer_first_and_then_as_a_whole(tmp_path):
