@@ -2,8 +2,8 @@
 
 A config's sections `hybrid`, `loss` and `optim` distill the demo's FLUX teacher, which no real weights are needed for.
 Only what depends on the model's size is the demo's: the window, a fraction of the grid; and the schedule is that of the
-config in 140 steps of 6 images. Measured: 6.3 to 6.7 dB more with the settings of the real models' configs, 8.8 with the
-demo's own; and 4.8 in 120 steps without low-rank updates (`hybrid.delta_rank=null`).
+config in 90 steps of 6 images. Measured: 5.0 to 5.7 dB more with the settings of the real models' configs, 7.3 with the
+demo's own; and 4.1 without low-rank updates (`hybrid.delta_rank=null`).
 """
 
 import copy
@@ -22,7 +22,7 @@ from hybriddit.training.run_config import LossConfig, load_config
 # As their authors published them, at 1e-4: in so few steps the student comes out worse than it was, 1.7 to 3.4 dB
 # (benchmarks/results/real_settings.md).
 AUTHORS = ("flux_clear", "sd15", "sdxl")
-STEPS, BATCH, IMAGES, GAIN = 140, 6, 96, 6.0
+STEPS, BATCH, IMAGES, GAIN = 90, 6, 96, 4.6
 RECIPES = {name: recipe for family in families() for name, recipe in family.recipes.items()}
 
 

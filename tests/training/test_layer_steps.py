@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_models_with_one_hybrid_layer(family):
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6, msg=name)
     restored, kept = restore_dense(model).state_dict(), dense.state_dict()
     assert restored.keys() == kept.keys() and all(torch.equal(restored[name], kept[name]) for name in kept)
-    torch.testing.assert_close(run(model), run(dense))  # but for the last bits: products may depend on where factors lie
+    torch.testing.assert_close(run(model), run(dense))  # the last bits of products may depend on where factors lie
 
 
 def test_a_run_learns_by_layer_first_and_then_as_a_whole(tmp_path):
