@@ -49,30 +49,18 @@ def forward_peak(
 
     What libraries take inside their kernels is not seen. Only one block of each kind is run, and two of its strips.
     """
-    if processes > 1:
-        check_spreads(model)
-        return max(
-            _share_peak(model, grid, text, device, dtype, processes, rank) for rank in _heaviest(grid[0], processes)
-        )
-    small, inputs, _ = _small_call(model, grid, text)
-    with _as_called(model, small, rows, most=2):
-        return _watched(_Held, small, inputs, device, dtype).peak
 
+    def peak(rank: int | None) -> int:
+        small, inputs, _ = _small_call(model, grid, text)
+        if rank is not None:
+            Spread(lambda height: SilentRows(height, processes, rank)).attach(small)
+        with _as_called(model, small, rows, most=2):
+            return _watched(_Held, small, inputs, device, dtype).peak
 
-def _share_peak(
-    model: nn.Module,
-    grid: tuple[int, int],
-    text: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
-    rank: int,
-) -> int:
-    """The peak of one of several processes that share an image."""
-    small, inputs, _ = _small_call(model, grid, text)
-    Spread(lambda height: SilentRows(height, processes, rank)).attach(small)
-    with _as_called(model, small, None):
-        return _watched(_Held, small, inputs, device, dtype).peak
+    if processes == 1:
+        return peak(None)
+    check_spreads(model)
+    return max(map(peak, _heaviest(grid[0], processes)))
 
 
 def _heaviest(height: int, processes: int) -> set[int]:
@@ -223,10 +211,10 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _fused_attention(query, key, value, *others, **options):
     if not isinstance(query, FakeTensor):  # in a trial of a backend
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+        return F.scaled_dot_product_attention(query, key, value, *others, **options)
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=options.get("scale"))[0]
 
 
 class _Held(TorchDispatchMode):
