@@ -91,8 +91,9 @@ def decoder_rows(vae, size):
     for how, latents, times, more in (("at once", side, 1, 0), ("in tiles", tile, tiles, strips)):
         if how == "in tiles" and side <= tile:
             continue
-        cost = decoder_cost(vae, (latents, latents), RATES, **GPU)
-        peak = (decoder_peak(vae, (latents, latents), **GPU) + more) / 2**30
+        shape = vae.config.latent_channels, latents, latents
+        cost = decoder_cost(vae.decoder, shape, RATES, **GPU)
+        peak = (decoder_peak(vae.decoder, shape, **GPU) + more) / 2**30
         cells = (size, how, f"{times * cost.flops / 1e12:.0f}", f"{times * cost.bytes / 1e12:.2f}")
         print(f"| {' | '.join(map(str, cells))} | {times * cost.seconds:.3g} | {peak:.1f} |", flush=True)
 
